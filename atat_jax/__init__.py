@@ -1,0 +1,1 @@
+"""Adversarial robustness via attention transfer, in JAX."""

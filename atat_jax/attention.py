@@ -1,0 +1,208 @@
+"""Grad-CAM (Selvaraju et al., 2017), Eq. (1) to (3) of the paper.
+
+ATT^c(x) = ReLU(sum_k GAP(d y^c / d A_k) A_k(x)), the gradient of the *logit* of
+class c, per example. A zero is added to the activation A at the tap and the
+logits are differentiated with respect to that zero: the backward pass stops
+there, so a map of the last tensor costs a dense layer, not a second network
+pass. The maps can be differentiated again.
+
+Any linen module works: layers are named by the path of a submodule whose output
+is [B, h, w, C].
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from atat_jax import batch_norm as bn
+from atat_jax import checks, compilation
+from atat_jax.errors import UserError
+from atat_jax.typing import Array, BatchNormMode, PyTree, Variables
+
+
+@contextmanager
+def _outputs(visit: Callable[[str, Any], Any]) -> Iterator[None]:
+  """Within: `visit(path, output)` may replace the output of any submodule."""
+
+  def interceptor(
+    call: Callable[..., Any],
+    args: Any,
+    kwargs: Any,
+    context: nn.module.InterceptorContext,
+  ) -> Any:
+    output = call(*args, **kwargs)
+    path = "/".join(context.module.path)
+    if context.method_name != "__call__" or not path:
+      return output
+    return visit(path, output)
+
+  with nn.intercept_methods(interceptor):
+    yield
+
+
+def _tensors(
+  model: nn.Module,
+  variables: Variables,
+  images: Array,
+  batch_norm: BatchNormMode,
+) -> dict[str, jax.ShapeDtypeStruct]:
+  """The outputs [B, h, w, C] of all submodules, in the order of computation."""
+  found: dict[str, jax.ShapeDtypeStruct] = {}
+
+  def visit(path: str, output: Any) -> Any:
+    if isinstance(output, jax.Array) and output.ndim == 4:
+      if path in found:  # a shared module: its name says no single tensor
+        repeated.add(path)
+      found.pop(path, None)
+      found[path] = jax.ShapeDtypeStruct(output.shape, output.dtype)
+    return output
+
+  repeated: set[str] = set()
+  with _outputs(visit):
+    jax.eval_shape(
+      lambda v, x: bn.apply(model, v, x, batch_norm=batch_norm),
+      variables,
+      images,
+    )
+  return {path: s for path, s in found.items() if path not in repeated}
+
+
+def layer_names(
+  model: nn.Module, variables: Variables, images: Array
+) -> tuple[str, ...]:
+  """The layers that can be tapped, from the input to the output."""
+  return tuple(_tensors(model, variables, images, "running"))
+
+
+def forward(
+  model: nn.Module,
+  variables: Variables,
+  images: Array,
+  labels: Array,
+  *,
+  layers: Sequence[str] | None = None,
+  batch_norm: BatchNormMode = "running",
+) -> tuple[Array, dict[str, Array], PyTree]:
+  """Logits and attention maps from one forward pass. For use inside jit.
+
+  Args:
+    model: A linen module.
+    variables: Its collections.
+    images: [B, H, W, C] in [0, 1].
+    labels: int32 [B]: the class whose logit is explained.
+    layers: The set J of Eq. (4) by name; None: the last tensor [B, h, w, C].
+    batch_norm: "running" or "batch".
+
+  Returns:
+    Logits [B, K]; maps {layer: [B, h, w] >= 0}, float32 or wider; the collection
+    `batch_stats` after the pass.
+
+  Raises:
+    UserError: A layer that the model does not have.
+  """
+  tensors = _tensors(model, variables, images, batch_norm)
+  if not tensors:
+    raise UserError(
+      "model: no submodule returns a tensor [B, h, w, C]; Grad-CAM needs one"
+    )
+  if layers is None:
+    layers = (list(tensors)[-1],)
+  for layer in layers:
+    if layer not in tensors:
+      raise UserError(f"layers: {layer!r}; allowed: {', '.join(tensors)}")
+  taps = {layer: jnp.zeros_like(tensors[layer]) for layer in layers}
+
+  def run(taps: dict[str, Array]) -> tuple[Array, tuple[PyTree, PyTree]]:
+    activations = {}
+
+    def visit(path: str, output: Any) -> Any:
+      if path in taps:
+        output = output + taps[path]
+        activations[path] = output
+      return output
+
+    with _outputs(visit):
+      logits, stats = bn.apply(model, variables, images, batch_norm=batch_norm)
+    return logits, (activations, stats)
+
+  logits, pullback, (activations, stats) = jax.vjp(run, taps, has_aux=True)
+  (gradients,) = pullback(
+    jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
+  )
+  maps = {}
+  for layer in layers:
+    wide = jnp.promote_types(activations[layer].dtype, jnp.float32)
+    weights = gradients[layer].astype(wide).mean((1, 2))  # Eq. (2)
+    weighted = jnp.einsum(
+      "bhwc,bc->bhw", activations[layer].astype(wide), weights
+    )
+    maps[layer] = jax.nn.relu(weighted)  # Eq. (3)
+  return logits, maps, stats
+
+
+def _maps(
+  variables: Variables,
+  images: Array,
+  labels: Array,
+  *,
+  model: nn.Module,
+  layers: tuple[str, ...] | None,
+  batch_norm: BatchNormMode,
+) -> dict[str, Array]:
+  return forward(
+    model, variables, images, labels, layers=layers, batch_norm=batch_norm
+  )[1]
+
+
+_jitted_maps = compilation.jit(
+  _maps, static_argnames=("model", "layers", "batch_norm")
+)
+
+
+def grad_cam(
+  model: nn.Module,
+  variables: Variables,
+  images: Array,
+  labels: Array,
+  *,
+  layers: Sequence[str] | None = None,
+  batch_norm: BatchNormMode = "running",
+) -> dict[str, Array]:
+  """Grad-CAM maps of the logit of each image's label, Eq. (3).
+
+  Args:
+    model: A linen module: `apply(variables, images, train=False)` to logits.
+    variables: Its collections.
+    images: float [B, H, W, C] in [0, 1].
+    labels: Integers [B] in [0, K).
+    layers: Names of submodules whose outputs are tapped (see `layer_names`);
+      None: the last convolutional tensor.
+    batch_norm: "running" or "batch".
+
+  Returns:
+    {layer: [B, h, w] float32 >= 0}, on the layer's own grid.
+
+  Raises:
+    UserError: Unknown layer, or images or labels of a wrong shape, dtype or
+      range.
+  """
+  images = checks.images(images)
+  logits = jax.eval_shape(
+    lambda v, x: bn.apply(model, v, x, batch_norm=batch_norm)[0],
+    variables,
+    images,
+  )
+  labels = checks.labels(labels, images.shape[0], logits.shape[-1])
+  layers = None if layers is None else tuple(layers)
+  return _jitted_maps(
+    variables,
+    images,
+    labels,
+    model=model,
+    layers=layers,
+    batch_norm=batch_norm,
+  )

@@ -1,0 +1,53 @@
+"""Which statistics BatchNorm uses: the one place that turns a name into a call.
+
+"running" is what a deployed classifier does: every image is classified by
+itself. "batch" normalises by the statistics of the batch at hand, so that an
+image's logits depend on its neighbours; the paper's released code evaluates in
+this mode, which overstates robustness, so it is never a default outside
+training.
+"""
+
+import inspect
+from typing import Any, get_args
+
+from flax import linen as nn
+
+from atat_jax import checks
+from atat_jax.typing import Array, BatchNormMode, PyTree, Variables
+
+
+def apply(
+  model: nn.Module,
+  variables: Variables,
+  images: Array,
+  *,
+  batch_norm: BatchNormMode = "running",
+) -> tuple[Array, PyTree]:
+  """One forward pass.
+
+  Args:
+    model: A linen module whose `__call__` takes images and, where it has
+      BatchNorm or dropout, `train`.
+    variables: Its collections.
+    images: [B, H, W, C] in [0, 1].
+    batch_norm: "running" or "batch".
+
+  Returns:
+    Logits [B, K] and the collection `batch_stats` after the pass: unchanged in
+    the mode "running", moved by this batch in the mode "batch".
+
+  Raises:
+    UserError: Unknown mode.
+  """
+  checks.choice("batch_norm", batch_norm, get_args(BatchNormMode))
+  stats = variables.get("batch_stats", {})
+  takes_train = "train" in inspect.signature(type(model).__call__).parameters
+  kwargs: dict[str, Any] = (
+    {"train": batch_norm == "batch"} if takes_train else {}
+  )
+  if batch_norm == "running" or not stats:
+    return model.apply(variables, images, **kwargs), stats
+  logits, updated = model.apply(
+    variables, images, mutable=["batch_stats"], **kwargs
+  )
+  return logits, updated["batch_stats"]

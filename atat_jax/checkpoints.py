@@ -1,0 +1,298 @@
+"""Checkpoints by Orbax, the only module that knows it.
+
+A checkpoint has separate items: `params`, `batch_stats`, `opt_state`, `run`
+(step, key, metrics under way) and `model`, the network's name and fields as
+JSON. So a model is rebuilt from disk alone, and evaluation reads only what it
+needs. Kept are the best by validation accuracy and the last.
+"""
+
+import contextlib
+import dataclasses
+import pathlib
+from types import TracebackType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from flax import linen as nn
+from orbax.checkpoint import checkpoint_managers as policies
+
+from atat_jax import checks, models
+from atat_jax.errors import UserError
+from atat_jax.state import TrainState
+from atat_jax.typing import Variables
+
+METRIC = "accuracy"
+"""In the metrics of a checkpoint: what "best" means."""
+
+_RUN_FIELDS = ("step", "rng", "sums", "nonfinite")
+
+
+def model_spec(
+  name: str, model: nn.Module, image_shape: tuple[int, int, int]
+) -> dict[str, Any]:
+  """A model as JSON: its name in `MODELS`, its fields, [H, W, C] of an image."""
+  fields = {
+    f.name: getattr(model, f.name)
+    for f in dataclasses.fields(model)
+    if f.name not in ("parent", "name")
+  }
+  fields["dtype"] = str(jnp.dtype(fields["dtype"]))
+  return {"name": name, "fields": fields, "image_shape": list(image_shape)}
+
+
+def _create(spec: dict[str, Any]) -> nn.Module:
+  # JSON turns tuples into lists, and a module's fields must be hashable.
+  fields = {
+    key: tuple(value) if isinstance(value, list) else value
+    for key, value in spec["fields"].items()
+  }
+  return models.create(spec["name"], **fields)
+
+
+def _directory(workdir: pathlib.Path | str) -> pathlib.Path:
+  return pathlib.Path(workdir).absolute() / "checkpoints"
+
+
+def _manager(
+  directory: pathlib.Path, *, read_only: bool
+) -> ocp.CheckpointManager:
+  def metric(metrics: dict[str, float]) -> float:
+    return metrics[METRIC]
+
+  return ocp.CheckpointManager(
+    directory,
+    options=ocp.CheckpointManagerOptions(
+      # Alone, BestN would delete the last one, and a resumed run would start
+      # from its best step.
+      preservation_policy=policies.AnyPreservationPolicy(
+        [
+          policies.LatestN(1),
+          policies.BestN(
+            get_metric_fn=metric, n=1, keep_checkpoints_without_metrics=False
+          ),
+        ]
+      ),
+      best_fn=metric,
+      best_mode="max",
+      read_only=read_only,
+    ),
+  )
+
+
+class Checkpointer:
+  """Saves and restores a training run in `<workdir>/checkpoints`.
+
+  A context manager: leaving it waits for what is still being written.
+
+  Args:
+    workdir: The run's directory.
+    spec: Of the network (`model_spec`).
+  """
+
+  def __init__(self, workdir: pathlib.Path | str, spec: dict[str, Any]):
+    self._spec = spec
+    self._manager = _manager(_directory(workdir), read_only=False)
+
+  def __enter__(self) -> "Checkpointer":
+    """Itself."""
+    return self
+
+  def __exit__(
+    self,
+    kind: type[BaseException] | None,
+    error: BaseException | None,
+    traceback: TracebackType | None,
+  ) -> None:
+    """Waits and closes."""
+    self._manager.close()
+
+  def latest_step(self) -> int | None:
+    """The last step saved, None where there is none."""
+    return self._manager.latest_step()
+
+  def should_stop(self, step: int, signum: int) -> bool:
+    """Whether every process is to stop after this step.
+
+    One process stops when it got a signal; several agree on a step through
+    JAX's preemption service.
+
+    Args:
+      step: The step just made.
+      signum: The signal this process got, or 0.
+
+    Returns:
+      The same answer in every process.
+    """
+    if jax.process_count() == 1:
+      return bool(signum)
+    return self._manager.reached_preemption(step)
+
+  def save(
+    self,
+    state: TrainState,
+    step: int,
+    accuracy: float | None,
+    details: dict[str, float] | None = None,
+  ) -> None:
+    """Saves a state; returns while it is being written.
+
+    Args:
+      state: The state after `step` updates.
+      step: Names the checkpoint.
+      accuracy: On the validation split; None: not measured, never the best.
+      details: Further metrics, kept with the checkpoint.
+    """
+    save = ocp.args.StandardSave
+    self._manager.save(
+      step,
+      args=ocp.args.Composite(
+        params=save(state.params),
+        batch_stats=save(state.batch_stats),
+        opt_state=save(state.opt_state),
+        run=save({name: getattr(state, name) for name in _RUN_FIELDS}),
+        model=ocp.args.JsonSave(self._spec),
+      ),
+      metrics=None
+      if accuracy is None
+      else {METRIC: accuracy, **(details or {})},
+      force=True,
+    )
+
+  def restore(self, state: TrainState, step: int) -> TrainState:
+    """The state saved at `step`.
+
+    Args:
+      state: A state of the same structure; shapes, dtypes and shardings are
+        taken from it.
+      step: Which.
+
+    Returns:
+      The restored state.
+
+    Raises:
+      UserError: The checkpoint is of another network.
+    """
+    found = self._manager.restore(
+      step, args=ocp.args.Composite(model=ocp.args.JsonRestore())
+    )["model"]
+    _check_same_model(found, self._spec, self._manager.directory)
+    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+    restore = ocp.args.StandardRestore
+    items = self._manager.restore(
+      step,
+      args=ocp.args.Composite(
+        params=restore(abstract.params),
+        batch_stats=restore(abstract.batch_stats),
+        opt_state=restore(abstract.opt_state),
+        run=restore({name: getattr(abstract, name) for name in _RUN_FIELDS}),
+      ),
+    )
+    return state.replace(
+      params=items["params"],
+      batch_stats=items["batch_stats"],
+      opt_state=items["opt_state"],
+      **items["run"],
+    )
+
+
+def _check_same_model(
+  found: dict[str, Any], wanted: dict[str, Any], where: object
+) -> None:
+  if found["name"] != wanted["name"]:
+    raise UserError(
+      f"model: {wanted['name']!r}, but the checkpoint in {where} is a"
+      f" {found['name']!r}; use its configuration or another --workdir"
+    )
+  for field, value in wanted["fields"].items():
+    saved = found["fields"].get(field)
+    saved = tuple(saved) if isinstance(saved, list) else saved
+    if saved != value:
+      raise UserError(
+        f"model.{field}: {value!r}, but the checkpoint in {where} has"
+        f" {saved!r}; use its configuration or another --workdir"
+      )
+
+
+def checkpoint_step(
+  workdir: pathlib.Path | str, *, step: int | None = None, which: str = "best"
+) -> int:
+  """Which checkpoint `restore_model` reads.
+
+  Args:
+    workdir: The run's directory.
+    step: A step, or None.
+    which: "best" by validation accuracy, or "last".
+
+  Returns:
+    The step of an existing checkpoint.
+
+  Raises:
+    UserError: There is none, or not at that step.
+  """
+  checks.choice("which", which, ("best", "last"))
+  directory = _directory(workdir)
+  if not directory.is_dir():
+    raise UserError(
+      f"workdir: {workdir} has no checkpoints; train first:"
+      " python main.py --mode=train --config=... --workdir=..."
+    )
+  with contextlib.closing(_manager(directory, read_only=True)) as manager:
+    steps = manager.all_steps()
+    if not steps:
+      raise UserError(f"workdir: no complete checkpoint in {directory}")
+    if step is not None:
+      if step not in steps:
+        raise UserError(
+          f"step: {step}; allowed: {', '.join(map(str, sorted(steps)))}"
+          f" (in {directory})"
+        )
+      return step
+    best = manager.best_step() if which == "best" else None
+    # A run stopped before its first validation has no best.
+    return manager.latest_step() if best is None else best
+
+
+def restore_model(
+  workdir: pathlib.Path | str, *, step: int | None = None, which: str = "best"
+) -> tuple[nn.Module, Variables]:
+  """Rebuilds a network and its variables from disk alone.
+
+  Args:
+    workdir: The run's directory, e.g. "runs/atat"; "runs/atat/teacher" for the
+      teacher.
+    step: A step that was kept; None: by `which`.
+    which: "best" by (robust) validation accuracy, or "last".
+
+  Returns:
+    The module, and {"params", "batch_stats"} on the default device.
+
+  Raises:
+    UserError: No such checkpoint.
+  """
+  step = checkpoint_step(workdir, step=step, which=which)
+  manager = _manager(_directory(workdir), read_only=True)
+  with contextlib.closing(manager):
+    spec = manager.restore(
+      step, args=ocp.args.Composite(model=ocp.args.JsonRestore())
+    )["model"]
+    model = _create(spec)
+    image = jnp.zeros((1, *spec["image_shape"]))
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    abstract = jax.tree.map(
+      lambda leaf: jax.ShapeDtypeStruct(
+        leaf.shape, leaf.dtype, sharding=device
+      ),
+      jax.eval_shape(model.init, jax.random.key(0), image),
+    )
+    items = manager.restore(
+      step,
+      args=ocp.args.Composite(
+        **{
+          name: ocp.args.StandardRestore(abstract[name])
+          for name in ("params", "batch_stats")
+        }
+      ),
+    )
+  return model, {name: items[name] for name in ("params", "batch_stats")}

@@ -1,0 +1,75 @@
+"""Checks of arguments: one clear error at once, before any compilation.
+
+Values are looked at only where they are concrete: inside jit a check of shape
+and dtype is all that is possible.
+"""
+
+from collections.abc import Iterable
+
+import jax
+import jax.numpy as jnp
+
+from atat_jax.errors import UserError
+from atat_jax.typing import Array
+
+
+def _concrete(x: object) -> bool:
+  return not isinstance(x, jax.core.Tracer)
+
+
+def images(x: Array, name: str = "images") -> Array:
+  """Checks [B, H, W, C] floating-point images in [0, 1] and returns them."""
+  x = jnp.asarray(x)
+  if x.ndim != 4 or 0 in x.shape:
+    raise UserError(
+      f"{name}: shape {x.shape}; allowed: [B, H, W, C], not empty"
+    )
+  if not jnp.issubdtype(x.dtype, jnp.floating):
+    raise UserError(
+      f"{name}: dtype {x.dtype}; allowed: floating point in [0, 1]"
+      " (uint8 pixels: divide by 255)"
+    )
+  if _concrete(x):
+    low, high = float(x.min()), float(x.max())
+    if not (low >= 0 and high <= 1):  # also refuses NaN
+      raise UserError(f"{name}: values in [{low:g}, {high:g}]; allowed: [0, 1]")
+  return x
+
+
+def labels(
+  x: Array, batch_size: int, num_classes: int, name: str = "labels"
+) -> Array:
+  """Checks integer labels [B] in [0, num_classes) and returns them as int32."""
+  x = jnp.asarray(x)
+  if x.shape != (batch_size,):
+    raise UserError(
+      f"{name}: shape {x.shape}; allowed: [{batch_size}], one per image"
+    )
+  if not jnp.issubdtype(x.dtype, jnp.integer):
+    raise UserError(f"{name}: dtype {x.dtype}; allowed: integers")
+  if _concrete(x):
+    low, high = int(x.min()), int(x.max())
+    if low < 0 or high >= num_classes:
+      raise UserError(
+        f"{name}: values in [{low}, {high}]; allowed: 0 to {num_classes - 1}"
+      )
+  return x.astype(jnp.int32)
+
+
+def positive(name: str, value: object, *, integer: bool = False) -> None:
+  """Checks a finite number > 0 (traced values pass)."""
+  if not _concrete(value):
+    return
+  ok = jnp.ndim(value) == 0 and 0 < float(value) < float("inf")  # type: ignore[arg-type]
+  if integer:
+    ok = ok and jnp.issubdtype(jnp.asarray(value).dtype, jnp.integer)
+  if not ok:
+    kind = "an integer" if integer else "a number"
+    raise UserError(f"{name}: {value!r}; allowed: {kind} > 0")
+
+
+def choice(name: str, value: str, allowed: Iterable[str]) -> None:
+  """Checks that a name is one of those known."""
+  allowed = sorted(allowed)
+  if value not in allowed:
+    raise UserError(f"{name}: {value!r}; allowed: {', '.join(allowed)}")

@@ -1,0 +1,82 @@
+"""How functions are compiled: `jit` with what is fast on this backend.
+
+XLA's CPU backend fuses convolutions and dots into library calls by default,
+which makes the backward passes of narrow convolutions several times slower
+than without. The option that turns this off is experimental, so it is probed
+once and left out where the installed jaxlib does not know it. Other backends
+get no options.
+"""
+
+import functools
+import os
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+_CPU_OPTIONS = {
+  "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"
+}
+
+
+@functools.cache
+def compiler_options() -> dict[str, Any]:
+  """The compiler options for the default backend, {} where none apply."""
+  if jax.default_backend() != "cpu":
+    return {}
+  try:
+    jax.jit(lambda x: x + 1, compiler_options=_CPU_OPTIONS).lower(0).compile()
+  except jax.errors.JaxRuntimeError:  # "No such compile option"
+    return {}
+  return dict(_CPU_OPTIONS)
+
+
+def _is_traced(tree: Any) -> bool:
+  # Inside jit even an operation on constants is staged; under vmap or grad
+  # alone only the arguments tell.
+  return isinstance(jnp.zeros(()), jax.core.Tracer) or any(
+    isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree)
+  )
+
+
+def jit(function: Callable[..., Any], **kwargs: Any) -> Callable[..., Any]:
+  """`jax.jit` with `compiler_options()`, usable inside other transformations.
+
+  jax accepts compiler options on the outermost jit only, so a call from inside
+  another jit, vmap or grad goes through a plain jit; the enclosing function's
+  options then hold for all of it.
+
+  Args:
+    function: A pure function.
+    **kwargs: Passed to `jax.jit`.
+
+  Returns:
+    The compiled function.
+  """
+  nested = jax.jit(function, **kwargs)
+
+  @functools.cache
+  def outermost() -> Callable[..., Any]:
+    # Made at the first call: asking for the backend starts it.
+    return jax.jit(function, compiler_options=compiler_options(), **kwargs)
+
+  @functools.wraps(function)
+  def call(*args: Any, **kw: Any) -> Any:
+    if _is_traced((args, kw)):
+      return nested(*args, **kw)
+    return outermost()(*args, **kw)
+
+  return call
+
+
+def enable_persistent_cache() -> None:
+  """Keeps compiled programs in the user's cache directory between runs.
+
+  `JAX_COMPILATION_CACHE_DIR` is respected where it is set.
+  """
+  if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+    root = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    path = pathlib.Path(root) / "atat_jax" / "compiled"
+    jax.config.update("jax_compilation_cache_dir", str(path))

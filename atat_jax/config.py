@@ -1,0 +1,216 @@
+"""From a configuration to objects: the only place that knows its fields.
+
+Everything here is checked before data are loaded or anything is compiled.
+"""
+
+import json
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import optax
+from flax import linen as nn
+from ml_collections import ConfigDict
+
+from atat_jax import (
+  checkpoints,
+  checks,
+  data,
+  evaluation,
+  models,
+  objectives,
+  optim,
+  writers,
+)
+from atat_jax.data.base import DatasetSpec
+from atat_jax.errors import UserError
+from atat_jax.evaluation import Protocol
+
+# Fields that a workdir's training does not depend on.
+_FREE = ("evaluation", "figures", "data.dir", "data.cache_dir", "data.source")
+# ... but checkpoints are chosen by these.
+_BOUND = (
+  "evaluation.validation_attack",
+  "evaluation.norm",
+  "evaluation.epsilon",
+  "evaluation.step_size",
+)
+
+
+class Plan(NamedTuple):
+  """A checked configuration.
+
+  Attributes:
+    config: The configuration itself.
+    spec: Of the data set.
+    model: The network.
+    model_spec: The same as JSON.
+    objective: What the student minimises.
+    validation: What checkpoints are chosen by.
+    protocols: What the test split is evaluated under.
+    figure_attack: What the attention maps show.
+  """
+
+  config: ConfigDict
+  spec: DatasetSpec
+  model: nn.Module
+  model_spec: dict[str, Any]
+  objective: objectives.Objective
+  validation: Protocol
+  protocols: tuple[Protocol, ...]
+  figure_attack: Protocol
+
+
+def _tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
+  return {
+    key: tuple(value) if isinstance(value, list | tuple) else value
+    for key, value in fields.items()
+  }
+
+
+def make_plan(config: ConfigDict) -> Plan:
+  """Checks every field that can be checked without data.
+
+  Args:
+    config: As `configs/default.py` makes it.
+
+  Returns:
+    The plan.
+
+  Raises:
+    UserError: A value out of range, named.
+  """
+  spec = data.spec(config.data.name)
+  fields = _tuples(config.model)
+  name = fields.pop("name")
+  if fields.get("normalization") == "dataset":
+    fields |= {"mean": spec.mean, "std": spec.std}
+  checks.choice("model.dtype", fields["dtype"], ("float32", "bfloat16"))
+  model = models.create(name, num_classes=spec.num_classes, **fields)
+  objective = objectives.create(config.method, **_tuples(config.objective))
+  for section in ("train", "teacher"):
+    _check_training(config, section)
+  checks.positive(
+    "data.validation_size", config.data.validation_size, integer=True
+  )
+  if config.data.padding < 0:
+    raise UserError(f"data.padding: {config.data.padding}; allowed: >= 0")
+  settings = config.evaluation
+  for field in ("batch_size", "batch_statistics_size"):
+    checks.positive(f"evaluation.{field}", settings[field], integer=True)
+  if settings.num_examples < 0:
+    raise UserError(
+      f"evaluation.num_examples: {settings.num_examples}; allowed: >= 0"
+    )
+  for mode in settings.batch_norm:
+    checks.choice("evaluation.batch_norm", mode, ("running", "batch"))
+  checks.positive("figures.num_images", config.figures.num_images, integer=True)
+  numbers = {
+    "epsilon": settings.epsilon,
+    "step_size": settings.step_size,
+    "norm": settings.norm,
+  }
+  return Plan(
+    config=config,
+    spec=spec,
+    model=model,
+    model_spec=checkpoints.model_spec(name, model, spec.image_shape),
+    objective=objective,
+    validation=evaluation.parse(settings.validation_attack, **numbers),
+    protocols=evaluation.parse_list(
+      settings.attacks, num_restarts=settings.num_restarts, **numbers
+    ),
+    figure_attack=evaluation.parse(config.figures.attack, **numbers),
+  )
+
+
+def _check_training(config: ConfigDict, section: str) -> None:
+  settings = config[section]
+  for field in ("num_epochs", "batch_size", "log_every_steps"):
+    checks.positive(f"{section}.{field}", settings[field], integer=True)
+  checks.positive(
+    f"{section}.validate_every_epochs", settings.validate_every_epochs
+  )
+  try:
+    make_optimizer(settings, total_steps=1000)
+  except UserError as error:
+    raise UserError(f"{section}.{error}") from None
+
+
+def make_optimizer(
+  settings: ConfigDict, total_steps: int
+) -> tuple[optax.Schedule, optax.GradientTransformation]:
+  """The schedule and the optimizer of `config.train` or `config.teacher`."""
+  if not all(0 < share < 1 for share in settings.boundaries):
+    raise UserError(
+      f"boundaries: {tuple(settings.boundaries)}; allowed: shares of the run"
+      " between 0 and 1"
+    )
+  schedule = optim.make_schedule(
+    settings.schedule,
+    learning_rate=settings.learning_rate,
+    total_steps=total_steps,
+    boundaries=sorted(
+      {max(1, round(share * total_steps)) for share in settings.boundaries}
+    ),
+    factor=settings.factor,
+    warmup_fraction=settings.warmup_fraction,
+  )
+  return schedule, optim.make_optimizer(
+    schedule,
+    momentum=settings.momentum,
+    nesterov=settings.nesterov,
+    weight_decay=settings.weight_decay,
+  )
+
+
+def as_json(config: ConfigDict) -> dict[str, Any]:
+  """Plain JSON values: tuples become lists."""
+  return json.loads(json.dumps(config.to_dict()))
+
+
+def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+  if isinstance(tree, dict):
+    for key, value in tree.items():
+      yield from _leaves(value, f"{path}.{key}" if path else key)
+  else:
+    yield path, tree
+
+
+def _bound(tree: dict[str, Any]) -> dict[str, Any]:
+  return {
+    path: value
+    for path, value in _leaves(tree)
+    if path in _BOUND
+    or not any(path == f or path.startswith(f + ".") for f in _FREE)
+  }
+
+
+def claim_workdir(config: ConfigDict, workdir: pathlib.Path) -> None:
+  """Writes `config.json`, or checks that the one there is of the same run.
+
+  Args:
+    config: The configuration.
+    workdir: The run's directory.
+
+  Raises:
+    UserError: The directory holds a run with another training; nothing in it
+      is touched.
+  """
+  path = workdir / "config.json"
+  wanted = as_json(config)
+  if path.exists():
+    try:
+      found = _bound(json.loads(path.read_text(encoding="utf-8")))
+    except json.JSONDecodeError as error:
+      raise UserError(f"{path}: not JSON ({error})") from None
+    for field, value in _bound(wanted).items():
+      if found.get(field) != value:
+        raise UserError(
+          f"config.{field}: {value!r}, but {workdir} holds a run with"
+          f" {found.get(field)!r}; use that or another --workdir"
+        )
+  try:
+    writers.write_json(path, wanted)
+  except OSError as error:
+    raise UserError(f"workdir: {workdir}: {error.strerror}") from None

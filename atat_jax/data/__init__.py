@@ -1,0 +1,78 @@
+"""Data sets by name: uint8 images in three disjoint splits.
+
+`DATASETS` is a plain dict: a new data set is one module that describes itself
+and reads its official training and test splits, and one line here.
+"""
+
+from atat_jax.data import base, cifar, digits
+from atat_jax.data.base import Dataset, DatasetSpec, Split
+from atat_jax.errors import UserError
+
+__all__ = ["DATASETS", "Dataset", "DatasetSpec", "Split", "load", "spec"]
+
+DATASETS: dict[str, base.Source] = {
+  "digits": base.Source(digits.SPEC, digits.read),
+  "cifar10": base.Source(cifar.CIFAR10, cifar.read_cifar10),
+  "cifar100": base.Source(cifar.CIFAR100, cifar.read_cifar100),
+}
+
+
+def _source(name: str) -> base.Source:
+  if name not in DATASETS:
+    raise UserError(
+      f"dataset name={name!r}: must be one of {', '.join(DATASETS)}"
+    )
+  return DATASETS[name]
+
+
+def spec(name: str) -> DatasetSpec:
+  """The description of a data set, without reading it.
+
+  Raises:
+    UserError: No data set has this name.
+  """
+  return _source(name).spec
+
+
+def load(
+  name: str,
+  *,
+  data_dir: str | None = None,
+  cache_dir: str | None = None,
+  validation_size: int = 1024,
+  source: str = "auto",
+) -> Dataset:
+  """Loads a data set into memory.
+
+  The validation split is taken from the official training split by a fixed
+  permutation that depends on nothing but the labels: not on a run's seed, so
+  that all runs choose their checkpoints on the same images, and not on where
+  the data came from. It has the classes in proportion, and a smaller one is
+  part of a larger one. The test split is the official one, untouched.
+
+  Args:
+    name: A name in `DATASETS`.
+    data_dir: Where the data are: for CIFAR a directory with a tfds data set or
+      an official archive, or the path of an archive or of a decoded `.npz`;
+      default `$TFDS_DATA_DIR` or `~/tensorflow_datasets`.
+    cache_dir: Where decoded copies are kept; default
+      `$XDG_CACHE_HOME/atat_jax/data` or `~/.cache/atat_jax/data`.
+    validation_size: Number of training images held out.
+    source: "auto", or one kind of source, for CIFAR "tfds", "binary", "python".
+
+  Returns:
+    Disjoint splits; images uint8 `[N, H, W, C]`, labels int32 `[N]`.
+
+  Raises:
+    UserError: Unknown name or source, no such data (the message says how to get
+      them), damaged data, or a `validation_size` that leaves nothing to train
+      on.
+  """
+  member = _source(name)
+  if validation_size < 1:
+    raise UserError(f"validation_size={validation_size}: must be at least 1")
+  official_train, test = member.read(
+    data_dir=data_dir, cache_dir=cache_dir, source=source
+  )
+  train, validation = base.hold_out(official_train, validation_size)
+  return Dataset(member.spec, train, validation, test)

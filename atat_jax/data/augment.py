@@ -1,0 +1,70 @@
+"""Augmentation on the device, inside the jitted step.
+
+Images are uint8 or float `[B, H, W, C]` and come back in the same dtype and
+shape. Every operation acts on each image by itself: under a sharding of the
+batch axis it needs no communication, and the result does not depend on the
+number of devices.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def crop_flip(
+  images: jax.Array, offsets: jax.Array, flips: jax.Array, *, padding: int
+) -> jax.Array:
+  """Pads with zeros, crops to the old size, mirrors left to right.
+
+  Args:
+    images: `[B, H, W, C]`.
+    offsets: int32 `[B, 2]`: top and left corner of the crop in the padded
+      image, 0 to `2 * padding`; `padding` leaves the image where it was.
+    flips: bool `[B]`: which crops are mirrored.
+    padding: Pixels of zeros on every side.
+
+  Returns:
+    `[B, H, W, C]` in the dtype of `images`.
+  """
+  shape = images.shape[1:]
+  margin = (padding, padding)
+  padded = jnp.pad(images, ((0, 0), margin, margin, (0, 0)))
+
+  def crop(image: jax.Array, offset: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_slice(image, (offset[0], offset[1], 0), shape)
+
+  cropped = jax.vmap(crop)(padded, offsets)
+  return jnp.where(flips[:, None, None, None], cropped[:, :, ::-1], cropped)
+
+
+def pad_crop_flip(
+  key: jax.Array, images: jax.Array, *, padding: int, flip: bool
+) -> jax.Array:
+  """Random crop of the zero-padded image and random mirroring, per image.
+
+  Args:
+    key: A PRNG key.
+    images: `[B, H, W, C]`.
+    padding: Pixels of zeros on every side (the paper's code: 2, usual: 4); 0
+      leaves every image in its place.
+    flip: Whether images are mirrored left to right, each with probability 1/2.
+
+  Returns:
+    `[B, H, W, C]` in the dtype of `images`; `images` itself where there is
+    nothing to do.
+  """
+  if not padding and not flip:
+    return images
+  batch = images.shape[0]
+  crop_key, flip_key = jax.random.split(key)
+  offsets = jax.random.randint(crop_key, (batch, 2), 0, 2 * padding + 1)
+  flips = (
+    jax.random.bernoulli(flip_key, shape=(batch,))
+    if flip
+    else jnp.zeros((batch,), bool)
+  )
+  return crop_flip(images, offsets, flips, padding=padding)
+
+
+def to_float(images: jax.Array) -> jax.Array:
+  """uint8 pixels to float32 in [0, 1]."""
+  return images.astype(jnp.float32) / 255.0

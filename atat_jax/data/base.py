@@ -1,0 +1,302 @@
+"""What a data set is: description, arrays, fixed splits, decoded cache.
+
+Images on the host are uint8 `[N, H, W, C]`, labels int32 `[N]`. Which images
+are held out is a property of the data, never of a run: the order used for it
+comes from a counter generator with a constant key, so that every run, seed and
+machine chooses its checkpoints on the same validation images.
+"""
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import pathlib
+import uuid
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from atat_jax.errors import UserError
+
+_CACHE_FORMAT = 1
+# Any constant would do; changing it would change every validation split.
+_HOLD_OUT_KEY = (0x61746174, 0x73706C69)
+
+_log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetSpec:
+  """What is known about a data set without reading it.
+
+  Attributes:
+    name: The name in `DATASETS`.
+    num_classes: Number of labels; labels are `0 .. num_classes - 1`.
+    image_shape: `(height, width, channels)`.
+    class_names: One name for every label.
+    mean: Mean of the training pixels in [0, 1], one value per channel.
+    std: Standard deviation of the same pixels, one value per channel.
+  """
+
+  name: str
+  num_classes: int
+  image_shape: tuple[int, int, int]
+  class_names: tuple[str, ...]
+  mean: tuple[float, ...]
+  std: tuple[float, ...]
+
+
+class Split(NamedTuple):
+  """Images with their labels: uint8 `[N, H, W, C]` and int32 `[N]`."""
+
+  images: np.ndarray
+  labels: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+  """Three disjoint splits of one data set."""
+
+  spec: DatasetSpec
+  train: Split
+  validation: Split
+  test: Split
+
+
+class Source(NamedTuple):
+  """A member of `DATASETS`: its description and how to read it.
+
+  `read(data_dir=, cache_dir=, source=)` returns the official training and test
+  splits, checked; the validation split is taken from the former by `load`.
+  """
+
+  spec: DatasetSpec
+  read: Callable[..., tuple[Split, Split]]
+
+
+def first_line(error: Exception) -> str:
+  """What an exception says, cut to the one line that a user error may have."""
+  lines = str(error).splitlines()
+  return lines[0] if lines else type(error).__name__
+
+
+def permutation(num_examples: int, key: tuple[int, int]) -> np.ndarray:
+  """A permutation of `0 .. num_examples - 1`, int64, fixed by `key`.
+
+  It sorts the raw output of the counter generator Philox. NumPy guarantees that
+  output for all versions, which it does not for `Generator.permutation`.
+
+  Args:
+    num_examples: Length of the permutation.
+    key: Two unsigned 64-bit integers.
+  """
+  raw = np.random.Philox(key=np.array(key, np.uint64)).random_raw(num_examples)
+  return np.argsort(raw, kind="stable")
+
+
+def stratified_order(labels: np.ndarray) -> np.ndarray:
+  """A fixed random order whose every prefix has the classes in proportion.
+
+  Args:
+    labels: Integers `[N]`.
+
+  Returns:
+    int64 `[N]`: a permutation of `0 .. N - 1`. Among the first m examples, each
+    class has its share of m, give or take one.
+  """
+  shuffled = permutation(len(labels), _HOLD_OUT_KEY)
+  position = np.empty(len(labels))
+  for label in np.unique(labels):
+    members = np.flatnonzero(labels[shuffled] == label)
+    # The k-th of n members stands at the fraction (k + 1/2) / n of the order.
+    position[members] = (np.arange(len(members)) + 0.5) / len(members)
+  return shuffled[np.argsort(position, kind="stable")]
+
+
+def hold_out(split: Split, size: int) -> tuple[Split, Split]:
+  """Divides a split by the fixed stratified order.
+
+  Args:
+    split: N images with labels.
+    size: Number of images to hold out.
+
+  Returns:
+    The remaining `N - size` images and the `size` held out, both in the order
+    in which they stood.
+
+  Raises:
+    UserError: `size` is below 1 or leaves nothing.
+  """
+  total = len(split.labels)
+  if not 1 <= size < total:
+    raise UserError(
+      f"validation_size={size}: must be between 1 and {total - 1}, the training"
+      f" split has {total} images"
+    )
+  held = np.zeros(total, bool)
+  held[stratified_order(split.labels)[:size]] = True
+  rest = Split(split.images[~held], split.labels[~held])
+  return rest, Split(split.images[held], split.labels[held])
+
+
+def checked_split(
+  spec: DatasetSpec, images: np.ndarray, labels: np.ndarray, *, where: str
+) -> Split:
+  """Makes a `Split` of arrays read from outside, or says what is wrong.
+
+  Args:
+    spec: What the arrays have to agree with.
+    images: uint8 `[N, H, W, C]`.
+    labels: Any integers `[N]`.
+    where: Named in the error: which file, which split.
+
+  Returns:
+    The images as they are, the labels as int32.
+
+  Raises:
+    UserError: Wrong dtype, shape or number, no images, labels out of range.
+  """
+  expected = ("N", *spec.image_shape)
+  if images.dtype != np.uint8 or images.shape[1:] != spec.image_shape:
+    raise UserError(
+      f"{where}: images are {images.dtype} {list(images.shape)}, {spec.name}"
+      f" needs uint8 [{', '.join(map(str, expected))}]"
+    )
+  if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
+    raise UserError(
+      f"{where}: labels are {labels.dtype} {list(labels.shape)} for"
+      f" {len(images)} images, must be integers [{len(images)}]"
+    )
+  if not len(images):
+    raise UserError(f"{where}: holds no images")
+  low, high = int(labels.min()), int(labels.max())
+  if low < 0 or high >= spec.num_classes:
+    raise UserError(
+      f"{where}: label {low if low < 0 else high} is out of range, {spec.name}"
+      f" has labels 0 to {spec.num_classes - 1}"
+    )
+  return Split(images, labels.astype(np.int32, copy=False))
+
+
+def cache_root(cache_dir: str | None) -> pathlib.Path:
+  """`cache_dir`, by default a folder in `$XDG_CACHE_HOME` or `~/.cache`."""
+  if cache_dir:
+    return pathlib.Path(cache_dir).expanduser()
+  root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+  return pathlib.Path(root).expanduser() / "atat_jax" / "data"
+
+
+def cache_path(
+  cache_dir: str | None, spec: DatasetSpec, origin: Mapping[str, object]
+) -> pathlib.Path:
+  """The cache file for a source: one for each data set, kind and place.
+
+  Files that change in their place replace their decoded copy, so that old
+  copies do not pile up.
+  """
+  place = json.dumps([origin["kind"], origin["path"]])
+  digest = hashlib.sha256(place.encode()).hexdigest()[:12]
+  return cache_root(cache_dir) / f"{spec.name}-{digest}.npz"
+
+
+def write_cache(
+  path: pathlib.Path,
+  spec: DatasetSpec,
+  train: Split,
+  test: Split,
+  *,
+  origin: Mapping[str, object],
+) -> None:
+  """Writes decoded arrays as an uncompressed `.npz`, at once or not at all.
+
+  A directory that cannot be written costs time at the next start, nothing
+  else, so it is a warning in the log.
+
+  Args:
+    path: File to write or replace.
+    spec: Description of the data set.
+    train: The official training split.
+    test: The official test split.
+    origin: What identifies the files that were decoded; JSON values.
+  """
+  header = {"format": _CACHE_FORMAT, "name": spec.name, "origin": origin}
+  partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+      with open(partial, "xb") as file:
+        np.savez(
+          file,
+          header=np.array(json.dumps(header, sort_keys=True)),
+          train_images=train.images,
+          train_labels=train.labels,
+          test_images=test.images,
+          test_labels=test.labels,
+        )
+        file.flush()
+        os.fsync(file.fileno())
+      os.replace(partial, path)
+    finally:
+      partial.unlink(missing_ok=True)
+  except OSError as error:
+    _log.warning(
+      "%s: cannot write the decoded copy of %s (%s); it will be decoded again"
+      " at the next start",
+      path,
+      spec.name,
+      error.strerror or error,
+    )
+
+
+def read_cache(
+  path: pathlib.Path,
+  spec: DatasetSpec,
+  *,
+  origin: Mapping[str, object] | None = None,
+) -> tuple[Split, Split]:
+  """Reads what `write_cache` wrote.
+
+  Args:
+    path: The `.npz` file.
+    spec: The data set that it must hold.
+    origin: If given, the cache must have been made from exactly this.
+
+  Returns:
+    The official training and test splits.
+
+  Raises:
+    UserError: Not readable, damaged, of another data set or other origin.
+  """
+  try:
+    with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
+      header = json.loads(str(arrays["header"]))
+      if header["format"] != _CACHE_FORMAT or header["name"] != spec.name:
+        raise ValueError(
+          f"it holds {header['name']}, format {header['format']}"
+        )
+      # Through JSON, as tuples come back as lists.
+      if origin is not None and header["origin"] != json.loads(
+        json.dumps(origin)
+      ):
+        raise ValueError("it was made from other files")
+      train, test = (
+        checked_split(
+          spec,
+          arrays[f"{name}_images"],
+          arrays[f"{name}_labels"],
+          where=f"{path} ({name})",
+        )
+        for name in ("train", "test")
+      )
+  except UserError:
+    raise
+  # A damaged file can fail anywhere between the zip reader and the header
+  # parser; whatever it is, the file is no use.
+  except Exception as error:
+    raise UserError(
+      f"{path}: not a decoded copy of {spec.name} that can be used"
+      f" ({type(error).__name__}: {first_line(error)})"
+    ) from error
+  return train, test

@@ -1,0 +1,89 @@
+"""Which examples are in a batch: pure functions, no iterator, no state.
+
+A resumed run needs the step and nothing else, and every process can compute
+the whole batch and take its part.
+"""
+
+import functools
+
+import numpy as np
+
+from atat_jax.data import base
+from atat_jax.errors import UserError
+
+
+# Training asks for the same epoch many times over; a few more are kept for
+# callers that look across its end.
+@functools.lru_cache(maxsize=4)
+def _epoch_permutation(seed: int, epoch: int, num_examples: int) -> np.ndarray:
+  order = base.permutation(num_examples, (seed, epoch)).astype(np.int32)
+  order.setflags(write=False)  # shared by all callers
+  return order
+
+
+def _check_sizes(num_examples: int, batch_size: int) -> None:
+  if num_examples < 1:
+    raise UserError(f"num_examples={num_examples}: must be at least 1")
+  if batch_size < 1:
+    raise UserError(f"batch_size={batch_size}: must be at least 1")
+
+
+def train_indices(
+  seed: int, step: int, *, num_examples: int, batch_size: int
+) -> np.ndarray:
+  """The examples of one training step.
+
+  An epoch is a permutation of all examples, drawn anew from `(seed, epoch)`;
+  what does not fill a batch at its end is left out of that epoch.
+
+  Args:
+    seed: The run's seed, 0 to 2**64 - 1.
+    step: Number of the step, from 0, not reset between epochs.
+    num_examples: Size of the training split.
+    batch_size: B, the global batch size.
+
+  Returns:
+    int32 `[B]`, read-only, without repetition.
+
+  Raises:
+    UserError: A negative seed or step, or `batch_size` not in
+      `1 .. num_examples`.
+  """
+  _check_sizes(num_examples, batch_size)
+  if batch_size > num_examples:
+    raise UserError(
+      f"batch_size={batch_size}: must be at most {num_examples}, the size of"
+      " the training split"
+    )
+  if not 0 <= seed < 2**64:
+    raise UserError(f"seed={seed}: must be between 0 and 2**64 - 1")
+  if step < 0:
+    raise UserError(f"step={step}: must be at least 0")
+  epoch, batch = divmod(step, num_examples // batch_size)
+  order = _epoch_permutation(seed, epoch, num_examples)
+  return order[batch * batch_size : (batch + 1) * batch_size]
+
+
+def eval_batches(
+  num_examples: int, batch_size: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Batches that show every example exactly once under the mask.
+
+  The last batch is filled up from the first examples again, so that statistics
+  over a batch remain those of real images.
+
+  Args:
+    num_examples: N, the size of the split.
+    batch_size: B; may exceed N.
+
+  Returns:
+    Indices int32 `[ceil(N / B), B]`, and the mask, bool of the same shape:
+    False where an example is there only to fill.
+
+  Raises:
+    UserError: A size is below 1.
+  """
+  _check_sizes(num_examples, batch_size)
+  num_batches = -(-num_examples // batch_size)
+  position = np.arange(num_batches * batch_size).reshape(num_batches, -1)
+  return (position % num_examples).astype(np.int32), position < num_examples

@@ -1,0 +1,275 @@
+"""Downloads CIFAR and prepares it for tensorflow-datasets, without TensorFlow.
+
+    python -m atat_jax.data.prepare cifar10 --data_dir=DIR [--archive=PATH]
+
+The builder of tensorflow-datasets cannot do it alone: it unpacks the archive
+and encodes PNG through TensorFlow. Here the archive is read by `cifar` and the
+images are encoded by Pillow; everything else (features, names, keys, order,
+files) stays with the stock builder, so that `tfds.data_source` reads the result
+like any other.
+"""
+
+import argparse
+import hashlib
+import http.client
+import io
+import os
+import pathlib
+import sys
+import urllib.request
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import tqdm
+
+from atat_jax.data import base, cifar
+from atat_jax.errors import UserError
+
+_BLOCK = 1 << 18
+_TIMEOUT_SECONDS = 60
+
+
+class Download(NamedTuple):
+  """An official archive: where it is, its size in bytes and its SHA-256."""
+
+  url: str
+  size: int
+  sha256: str
+
+
+DOWNLOADS: dict[str, Download] = {
+  "cifar10": Download(
+    "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
+    170_052_171,
+    "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
+  ),
+  "cifar100": Download(
+    "https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz",
+    168_513_733,
+    "58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec",
+  ),
+}
+
+_SPECS = {"cifar10": cifar.CIFAR10, "cifar100": cifar.CIFAR100}
+
+_COARSE_NAMES = """
+  aquatic_mammals fish flowers food_containers fruit_and_vegetables
+  household_electrical_devices household_furniture insects large_carnivores
+  large_man-made_outdoor_things large_natural_outdoor_scenes
+  large_omnivores_and_herbivores medium_mammals non-insect_invertebrates people
+  reptiles small_mammals trees vehicles_1 vehicles_2
+  """.split()
+
+
+def _is_complete(path: pathlib.Path, wanted: Download) -> bool:
+  if not path.is_file() or path.stat().st_size != wanted.size:
+    return False
+  with open(path, "rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest() == wanted.sha256
+
+
+def download(wanted: Download, directory: pathlib.Path) -> pathlib.Path:
+  """Downloads an archive, unless it is there already.
+
+  The file gets its name only when size and SHA-256 are right.
+
+  Args:
+    wanted: What to download.
+    directory: Where to put it.
+
+  Returns:
+    The path of the archive.
+
+  Raises:
+    UserError: The server cannot be reached or sends something else.
+  """
+  path = directory / wanted.url.rsplit("/", 1)[-1]
+  if _is_complete(path, wanted):
+    print(f"{path} is there already, its checksum is right")
+    return path
+  partial = path.with_name(f"{path.name}.{os.getpid()}.part")
+  digest = hashlib.sha256()
+  size = 0
+  try:
+    directory.mkdir(parents=True, exist_ok=True)
+    with (
+      open(partial, "wb") as file,
+      urllib.request.urlopen(wanted.url, timeout=_TIMEOUT_SECONDS) as response,
+      tqdm.tqdm(
+        total=wanted.size,
+        desc=f"downloading {path.name}",
+        unit="B",
+        unit_scale=True,
+      ) as progress,
+    ):
+      # One block too many is enough to know that the file is not the right one.
+      while size <= wanted.size and (block := response.read(_BLOCK)):
+        file.write(block)
+        digest.update(block)
+        size += len(block)
+        progress.update(len(block))
+    if (size, digest.hexdigest()) != (wanted.size, wanted.sha256):
+      raise UserError(
+        f"{wanted.url}: wrong content ({size} bytes, SHA-256"
+        f" {digest.hexdigest()}), expected {wanted.size} bytes, SHA-256"
+        f" {wanted.sha256}; try again, or pass a good copy with --archive=PATH"
+      )
+    os.replace(partial, path)
+  except (OSError, http.client.HTTPException) as error:
+    raise UserError(
+      f"{wanted.url}: cannot be downloaded to {directory}"
+      f" ({base.first_line(error)}); download it elsewhere and pass it with"
+      " --archive=PATH"
+    ) from error
+  finally:
+    partial.unlink(missing_ok=True)
+  return path
+
+
+def _png(image: np.ndarray) -> bytes:
+  from PIL import Image
+
+  buffer = io.BytesIO()
+  Image.fromarray(image).save(buffer, format="png")
+  return buffer.getvalue()
+
+
+def _version(name: str) -> str:
+  """The version that the installed tfds prepares."""
+  import tensorflow_datasets as tfds
+
+  return str(tfds.builder_cls(name).VERSION)
+
+
+def _builder(
+  spec: base.DatasetSpec,
+  data_dir: pathlib.Path,
+  splits: dict[str, tuple[np.ndarray, np.ndarray]],
+) -> Any:
+  """The stock tfds builder, with the two steps replaced that need TensorFlow.
+
+  Args:
+    spec: The data set.
+    data_dir: Root of the tfds data directory.
+    splits: From `cifar.read_archive`.
+  """
+  import tensorflow_datasets as tfds
+
+  stock: Any = tfds.builder_cls(spec.name)
+  names = {"label": spec.class_names, "coarse_label": _COARSE_NAMES}
+
+  class Builder(stock, skip_registration=True):  # type: ignore[call-arg]
+    name = stock.name
+    VERSION = stock.VERSION
+    __module__ = stock.__module__  # recorded in dataset_info.json
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+      del dl_manager
+      for key in self._cifar_info.label_keys:
+        self.info.features[key].names = names[key]
+      return {
+        split: self._generate_examples(f"{split}_", arrays)
+        for split, arrays in splits.items()
+      }
+
+    def _generate_examples(
+      self, split_prefix: str, arrays: tuple[np.ndarray, np.ndarray]
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
+      # Keys and ids as in the stock builder, so that the order is its own too.
+      keys = self._cifar_info.label_keys
+      for i, (image, labels) in enumerate(zip(*arrays, strict=True)):
+        yield (
+          i,
+          {
+            "id": f"{split_prefix}{i:05d}",
+            "image": _png(image),
+            **dict(zip(keys, map(int, labels), strict=True)),
+          },
+        )
+
+  return Builder(data_dir=str(data_dir), file_format="array_record")
+
+
+def prepare(
+  name: str,
+  *,
+  data_dir: str | None = None,
+  archive: str | None = None,
+) -> pathlib.Path:
+  """Makes `data_dir` hold a data set that `tfds.data_source` reads.
+
+  The data set appears under its name only when it is complete. The downloaded
+  archive stays in `data_dir/downloads`.
+
+  Args:
+    name: "cifar10" or "cifar100".
+    data_dir: Root of the tfds data directory; default
+      `cifar.default_data_dir()`.
+    archive: An official archive (binary or python version) to use instead of
+      downloading it.
+
+  Returns:
+    The directory of the prepared version.
+
+  Raises:
+    UserError: Unknown name, a download that failed, an archive that is not what
+      it should be, or a directory that cannot be used.
+  """
+  if name not in _SPECS:
+    raise UserError(f"name={name!r}: must be one of {', '.join(_SPECS)}")
+  spec = _SPECS[name]
+  root = pathlib.Path(data_dir).expanduser() if data_dir else None
+  root = (root or cifar.default_data_dir()).resolve()
+  for directory in cifar.tfds_versions(root, name):
+    if cifar.tfds_records(directory, name):
+      print(f"{directory} is prepared already, nothing to do")
+      return directory
+  target = root / name / _version(name)
+  if target.exists():
+    raise UserError(
+      f"{target}: exists, but holds no array_record files, the only form that"
+      " can be read without TensorFlow; remove it or choose another --data_dir"
+    )
+  try:
+    root.mkdir(parents=True, exist_ok=True)
+    if archive:
+      path = pathlib.Path(archive).expanduser()
+    else:
+      path = download(DOWNLOADS[name], root / "downloads")
+    print(f"reading {path}")
+    splits = cifar.read_archive(path, spec)
+    for split, (images, labels) in splits.items():
+      base.checked_split(spec, images, labels[:, -1], where=f"{path} ({split})")
+    builder = _builder(spec, root, splits)
+    builder.download_and_prepare()
+  except OSError as error:
+    raise UserError(f"data_dir={root}: {base.first_line(error)}") from error
+  print(f"{target} is ready: --config.data.dir={root}")
+  return target
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+  """Command line: prints what it does, ends with status 1 after an error."""
+  parser = argparse.ArgumentParser(
+    prog="python -m atat_jax.data.prepare",
+    description="Downloads CIFAR and prepares it for tensorflow-datasets.",
+  )
+  parser.add_argument("name", choices=sorted(_SPECS))
+  parser.add_argument(
+    "--data_dir",
+    help="tfds data directory (default: $TFDS_DATA_DIR or"
+    " ~/tensorflow_datasets)",
+  )
+  parser.add_argument(
+    "--archive", help="official archive to use instead of downloading it"
+  )
+  args = parser.parse_args(argv)
+  try:
+    prepare(args.name, data_dir=args.data_dir, archive=args.archive)
+  except UserError as error:
+    sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+  main()

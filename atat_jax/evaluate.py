@@ -1,0 +1,242 @@
+"""Evaluation: teacher and student under every protocol, into `results.json`."""
+
+import datetime
+import importlib.metadata
+import json
+import logging
+import os
+import pathlib
+import subprocess
+import sys
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from atat_jax import checkpoints, evaluation, models, sharding, writers
+from atat_jax.config import Plan, as_json
+from atat_jax.data import augment
+from atat_jax.data.base import Dataset, Split
+from atat_jax.errors import UserError
+from atat_jax.evaluation import Protocol
+from atat_jax.train import teacher_directory
+
+_log = logging.getLogger(__name__)
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
+
+
+def _commit() -> str | None:
+  """The commit of this source tree, None outside a git checkout."""
+  try:
+    return subprocess.run(
+      ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+      cwd=pathlib.Path(__file__).parent,
+      capture_output=True,
+      text=True,
+      check=True,
+    ).stdout.strip()
+  except (OSError, subprocess.CalledProcessError):
+    return None
+
+
+def _run_record(plan: Plan, steps: dict[str, int]) -> dict[str, Any]:
+  return {
+    "config": as_json(plan.config),
+    "command": " ".join(["python", *sys.argv]),
+    "commit": _commit(),
+    "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    "devices": [device.device_kind for device in jax.devices()],
+    "cpus": os.cpu_count(),
+    "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+    "checkpoints": {
+      name: {"step": step, "which": "best"} for name, step in steps.items()
+    },
+  }
+
+
+def _row(
+  plan: Plan, model: str, step: int, num_examples: int, mode: str, p: Protocol
+) -> dict[str, Any]:
+  """A row of the table, all but its result."""
+  settings = plan.config.evaluation
+  return {
+    "model": model,
+    "dataset": plan.spec.name,
+    "split": "test",
+    "num_examples": num_examples,
+    "attack": p.name,
+    "norm": p.norm,
+    "epsilon": p.epsilon,
+    "step_size": p.step_size,
+    "num_steps": p.num_steps,
+    "num_restarts": p.num_restarts,
+    "loss": p.loss,
+    "batch_norm": mode,
+    "batch_size": (
+      settings.batch_statistics_size if mode == "batch" else settings.batch_size
+    ),
+    "seed": settings.seed,
+    "checkpoint_step": step,
+  }
+
+
+def _identity(row: dict[str, Any]) -> str:
+  """What makes two rows the same measurement."""
+  # With running statistics the batch size changes nothing but the speed.
+  free = {"accuracy", "seconds"}
+  if row["batch_norm"] == "running":
+    free.add("batch_size")
+  return json.dumps(
+    {k: v for k, v in row.items() if k not in free}, sort_keys=True
+  )
+
+
+def evaluate(
+  plan: Plan, workdir: pathlib.Path, dataset: Dataset, mesh: Mesh
+) -> dict[str, Any]:
+  """Computes the rows that `results.json` lacks, and the attention maps.
+
+  Args:
+    plan: The checked configuration.
+    workdir: The run's directory.
+    dataset: The data; the test split is used.
+    mesh: The devices.
+
+  Returns:
+    The content of `results.json`.
+
+  Raises:
+    UserError: A checkpoint is missing or of another network.
+  """
+  settings = plan.config.evaluation
+  directories = {"student": workdir}
+  if plan.objective.needs_teacher:
+    directories = {
+      "teacher": teacher_directory(plan.config, workdir),
+      **directories,
+    }
+  networks, steps = {}, {}
+  for name, directory in directories.items():
+    steps[name] = checkpoints.checkpoint_step(directory)
+    model, variables = checkpoints.restore_model(directory, step=steps[name])
+    if model != plan.model:
+      raise UserError(
+        f"workdir: the checkpoint in {directory} is of another network"
+        f" ({model}) than --config says"
+      )
+    networks[name] = (model, sharding.put_replicated(mesh, variables))
+
+  count = settings.num_examples or len(dataset.test.labels)
+  test = Split(*(array[:count] for array in dataset.test))
+  path = workdir / "results.json"
+  # Rows of other protocols stay, those of other checkpoints go.
+  rows = {
+    _identity(row): row
+    for row in _old_rows(path)
+    if steps.get(row["model"]) == row["checkpoint_step"]
+  }
+  todo = [
+    (name, mode, protocol)
+    for name in networks
+    for mode in settings.batch_norm
+    for protocol in plan.protocols
+  ]
+  data = sharding.put_replicated(mesh, test)
+  images, done = len(test.labels), True
+  with tqdm(
+    total=len(todo) * images,
+    unit="img",
+    desc="evaluate",
+    dynamic_ncols=True,
+    disable=jax.process_index() != 0,
+  ) as bar:
+    for name, mode, protocol in todo:
+      row = _row(plan, name, steps[name], images, mode, protocol)
+      if _identity(row) in rows:
+        bar.update(images)
+        continue
+      done = False
+      bar.set_postfix_str(f"{name} {mode} {protocol.name}")
+      began = time.perf_counter()
+      row["accuracy"] = evaluation.accuracy(
+        jax.random.key(settings.seed),
+        models.classifier(*networks[name], batch_norm=mode),
+        data,
+        protocol=protocol,
+        batch_size=row["batch_size"],
+        mesh=mesh,
+        on_batch=bar.update,
+      )
+      row["seconds"] = round(time.perf_counter() - began, 3)
+      rows[_identity(row)] = row
+      _write(plan, path, steps, list(rows.values()))
+  if done:
+    _log.info("evaluate: %s has all %d rows", path, len(todo))
+  _write_maps(plan, workdir, networks, test, steps)
+  return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _old_rows(path: pathlib.Path) -> list[dict[str, Any]]:
+  if not path.exists():
+    return []
+  try:
+    return json.loads(path.read_text(encoding="utf-8"))["rows"]
+  except (json.JSONDecodeError, KeyError, TypeError):
+    raise UserError(
+      f"{path}: not a results file; move it away to evaluate again"
+    ) from None
+
+
+def _write(
+  plan: Plan,
+  path: pathlib.Path,
+  steps: dict[str, int],
+  rows: list[dict[str, Any]],
+) -> None:
+  diagnostics = {
+    f"{model}_{rule}": found
+    for model in steps
+    for rule, found in evaluation.diagnose(rows, model).items()
+  }
+  writers.write_json(
+    path,
+    {
+      "format": 1,
+      "run": _run_record(plan, steps),
+      "rows": rows,
+      "diagnostics": diagnostics,
+    },
+  )
+
+
+def _write_maps(
+  plan: Plan,
+  workdir: pathlib.Path,
+  networks: dict[str, Any],
+  test: Split,
+  steps: dict[str, int],
+) -> None:
+  """`attention.npz`: the first test images, so that nobody has chosen them."""
+  path = workdir / "attention.npz"
+  count = min(plan.config.figures.num_images, len(test.labels))
+  identity = json.dumps([plan.figure_attack.describe(), count, steps])
+  if path.exists():
+    with np.load(path) as found:
+      if str(found.get("identity")) == identity:
+        return
+  found = evaluation.attention_maps(
+    jax.random.key(plan.config.evaluation.seed),
+    networks,
+    augment.to_float(jax.numpy.asarray(test.images[:count])),
+    jax.numpy.asarray(test.labels[:count]),
+    protocol=plan.figure_attack,
+  )
+  found["class_names"] = np.array(plan.spec.class_names)
+  found["identity"] = np.array(identity)
+  if jax.process_index() == 0:
+    partial = path.with_name(".attention.partial.npz")
+    np.savez(partial, **found)
+    os.replace(partial, path)

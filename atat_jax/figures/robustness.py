@@ -1,0 +1,91 @@
+"""Accuracy under each attack, models side by side."""
+
+import pathlib
+from typing import Any
+
+from matplotlib import axes, patches
+
+from atat_jax.figures import files, style, table
+
+_COLORS = {"teacher": style.ORANGE, "student": style.BLUE}
+_THICKNESS = {"running": 0.84, "batch": 0.5}  # of a bar, in rows
+
+
+def draw(workdir: pathlib.Path) -> list[pathlib.Path]:
+  """Draws one bar for each row of `results.json`.
+
+  Numbers with running statistics are solid bars; those with the statistics of
+  the batch being evaluated are thin, hatched and pale, so that no one takes
+  them for the same kind of number.
+
+  Args:
+    workdir: reads `results.json`.
+
+  Returns:
+    The path of `figures/robustness.png`; nothing if there are no results.
+  """
+  results = files.read_results(workdir)
+  if results is None or not results["rows"]:
+    return []
+  columns = table.columns(results["rows"])
+  series = table.series(results["rows"])
+  models = list(dict.fromkeys(model for model, _ in series))
+  # By model, so that what batch statistics claim lies under the real number.
+  series.sort(key=lambda pair: models.index(pair[0]))
+  num_bars = sum(len(column.rows) for column in columns)
+  with style.context():
+    fig = style.new_figure(5.2, 1.4 + 0.2 * (num_bars + len(columns)))
+    ax = fig.add_subplot()
+    _draw_bars(ax, columns, series)
+    ax.set_xlim(0, 110)  # room for the number behind a bar of 100 %
+    ax.set_xticks(range(0, 101, 20))
+    ax.set_xlabel("accuracy (%)")
+    ax.tick_params(axis="y", length=0)
+    ax.grid(visible=False, axis="y")
+    handles = [
+      patches.Patch(
+        label=f"{model}, {table.BATCH_NORM_NAMES[batch_norm]}",
+        **_look(model, batch_norm),
+      )
+      for model, batch_norm in series
+    ]
+    fig.legend(handles=handles, loc="outside upper left", ncols=2)
+    return [style.save(fig, workdir / "figures" / "robustness.png")]
+
+
+def _draw_bars(
+  ax: axes.Axes, columns: list[table.Column], series: list[tuple[str, str]]
+) -> None:
+  y = 0
+  centers = []
+  for column in columns:
+    top = y
+    for model, batch_norm in series:
+      accuracy = column.accuracy(model, batch_norm)
+      if accuracy is None:
+        continue
+      percent = 100 * accuracy
+      thickness = _THICKNESS[batch_norm]
+      ax.barh(y, percent, thickness, **_look(model, batch_norm))
+      weight = "bold" if batch_norm == "running" else "normal"
+      ax.text(
+        percent + 1,
+        y,
+        f"{percent:.1f}",
+        va="center",
+        fontsize=8,
+        fontweight=weight,
+      )
+      y += 1
+    centers.append((top + y - 1) / 2)
+    y += 1  # an empty row between two attacks
+  labels = [column.label.replace(" (", "\n(") for column in columns]
+  ax.set_yticks(centers, labels)
+  ax.set_ylim(y - 1, -1)  # the first attack on top
+
+
+def _look(model: str, batch_norm: str) -> dict[str, Any]:
+  color = _COLORS.get(model, style.GREEN)
+  if batch_norm == "running":
+    return {"facecolor": color, "edgecolor": color}
+  return {"facecolor": "white", "edgecolor": color, "hatch": "/////"}

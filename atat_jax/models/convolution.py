@@ -1,0 +1,159 @@
+"""2-D convolution in the form that is fast on the backend at hand.
+
+On CPU, XLA runs the transposed convolutions that autodiff makes on a slow path
+(inside loops a single-threaded one). Written out as ordinary NHWC x HWIO
+convolutions, with operands transposed explicitly, they take the fast path in
+loops too. GPU and TPU need none of this and get plain XLA convolutions.
+"""
+
+import functools
+from typing import TypeAlias
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.linen import dtypes
+from jax import lax
+
+from atat_jax.typing import Array
+
+Padding: TypeAlias = tuple[tuple[int, int], tuple[int, int]]
+
+_DIMENSIONS = ("NHWC", "HWIO", "NHWC")
+CONVOLUTIONS = ("auto", "canonical", "xla")
+
+
+def explicit_padding(
+  padding: str, size: tuple[int, int], kernel: int, stride: int
+) -> Padding:
+  """Rows and columns to add on each side.
+
+  Args:
+    padding: "same" is TensorFlow's rule, as in the paper's code: as much as
+      the output size ceil(n / stride) needs, the odd one below and to the
+      right. "symmetric" is PyTorch's `padding=kernel // 2`. They differ at
+      stride 2 only.
+    size: Height and width of the input.
+    kernel: Side of the kernel.
+    stride: Stride.
+
+  Returns:
+    ((top, bottom), (left, right)).
+  """
+  if padding == "symmetric":
+    return ((kernel // 2,) * 2,) * 2
+  totals = [max((-(-n // stride) - 1) * stride + kernel - n, 0) for n in size]
+  top, left = (total // 2 for total in totals)
+  return (top, totals[0] - top), (left, totals[1] - left)
+
+
+def _xla(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
+  return lax.conv_general_dilated(
+    x, kernel, (stride, stride), padding, dimension_numbers=_DIMENSIONS
+  )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _canonical(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
+  return _xla(x, kernel, stride, padding)
+
+
+def _canonical_fwd(
+  x: Array, kernel: Array, stride: int, padding: Padding
+) -> tuple[Array, tuple[Array, Array]]:
+  return _xla(x, kernel, stride, padding), (x, kernel)
+
+
+def _canonical_bwd(
+  stride: int, padding: Padding, saved: tuple[Array, Array], g: Array
+) -> tuple[Array, Array]:
+  x, kernel = saved
+  input_padding, kernel_padding = [], []
+  for axis in (0, 1):
+    n, k, before = x.shape[1 + axis], kernel.shape[axis], padding[axis][0]
+    dilated = (g.shape[1 + axis] - 1) * stride + 1
+    first = k - 1 - before
+    input_padding.append((first, n + k - 1 - first - dilated))
+    kernel_padding.append((before, dilated + k - 1 - n - before))
+  # Input gradient: the output gradient, spread by the stride, convolved with
+  # the kernel turned round and its channels exchanged.
+  x_gradient = lax.conv_general_dilated(
+    g,
+    jnp.flip(kernel, (0, 1)).swapaxes(2, 3),
+    (1, 1),
+    input_padding,
+    lhs_dilation=(stride, stride),
+    dimension_numbers=_DIMENSIONS,
+  )
+  # Kernel gradient: channels act as the batch, the batch as the channels.
+  kernel_gradient = lax.conv_general_dilated(
+    x.transpose(3, 1, 2, 0),
+    g.transpose(1, 2, 0, 3),
+    (1, 1),
+    kernel_padding,
+    rhs_dilation=(stride, stride),
+    dimension_numbers=_DIMENSIONS,
+  ).transpose(1, 2, 0, 3)
+  return x_gradient, kernel_gradient
+
+
+_canonical.defvjp(_canonical_fwd, _canonical_bwd)
+
+
+def convolve(
+  x: Array,
+  kernel: Array,
+  *,
+  stride: int = 1,
+  padding: str = "same",
+  convolution: str = "auto",
+) -> Array:
+  """Convolves [B, H, W, C] with a square kernel [k, k, C, F].
+
+  Args:
+    x: Input.
+    kernel: Kernel, of x's dtype.
+    stride: Stride of both axes.
+    padding: "same" or "symmetric" (see `explicit_padding`).
+    convolution: "canonical", "xla", or "auto": canonical on CPU, xla elsewhere.
+      The canonical form has no forward-mode derivative (`jax.jvp`); take "xla"
+      for that. Its reverse mode can be differentiated again.
+
+  Returns:
+    [B, ceil(H / stride), ceil(W / stride), F].
+  """
+  pads = explicit_padding(padding, x.shape[1:3], kernel.shape[0], stride)
+  if convolution == "auto":
+    on_cpu = jax.default_backend() == "cpu"
+    convolution = "canonical" if on_cpu else "xla"
+  function = _canonical if convolution == "canonical" else _xla
+  return function(x, kernel, stride, pads)
+
+
+class Conv(nn.Module):
+  """A convolution without bias; one parameter, `kernel` [k, k, C, F]."""
+
+  features: int
+  kernel_size: int = 3
+  stride: int = 1
+  padding: str = "same"
+  dtype: jnp.dtype = jnp.float32
+  convolution: str = "auto"
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    """[B, H, W, C] to [B, h, w, features]."""
+    # Normal with std sqrt(2 / (k * k * out)), as in the released code.
+    kernel = self.param(
+      "kernel",
+      nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
+      (self.kernel_size, self.kernel_size, x.shape[-1], self.features),
+    )
+    x, kernel = dtypes.promote_dtype(x, kernel, dtype=self.dtype)
+    return convolve(
+      x,
+      kernel,
+      stride=self.stride,
+      padding=self.padding,
+      convolution=self.convolution,
+    )

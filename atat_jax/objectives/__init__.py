@@ -1,0 +1,41 @@
+"""Training objectives, one method a file.
+
+Adding a method is one file and one line in `OBJECTIVES`.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from atat_jax import checks
+from atat_jax.objectives.atat import ATAT
+from atat_jax.objectives.base import Objective, Outcome
+from atat_jax.objectives.standard import Standard
+
+OBJECTIVES: dict[str, Callable[..., Objective]] = {
+  "standard": Standard,
+  "atat": ATAT,
+}
+
+
+def create(name: str, **fields: Any) -> Objective:
+  """Makes an objective.
+
+  Args:
+    name: One of `OBJECTIVES`.
+    **fields: Its hyperparameters.
+
+  Returns:
+    The objective.
+
+  Raises:
+    UserError: Unknown name or field, or a value out of range.
+  """
+  checks.choice("method", name, OBJECTIVES)
+  known = [f.name for f in dataclasses.fields(OBJECTIVES[name])]  # type: ignore[arg-type]
+  for field in fields:
+    checks.choice(f"hyperparameter of {name!r}", field, known)
+  return OBJECTIVES[name](**fields)
+
+
+__all__ = ["OBJECTIVES", "Objective", "Outcome", "create"]

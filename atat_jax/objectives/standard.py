@@ -1,0 +1,50 @@
+"""Standard training: cross-entropy on clean images. Makes the teacher."""
+
+import dataclasses
+
+from flax import linen as nn
+
+from atat_jax import batch_norm, losses
+from atat_jax.objectives.base import Outcome
+from atat_jax.typing import Array, Variables
+
+
+@dataclasses.dataclass(frozen=True)
+class Standard:
+  """min E[CE(f(x), y)]."""
+
+  needs_teacher = False
+  attacks = False
+  term_names = ("cross_entropy",)
+
+  def prepare(
+    self,
+    key: Array,
+    model: nn.Module,
+    variables: Variables,
+    teacher: Variables | None,
+    images: Array,
+    labels: Array,
+  ) -> None:
+    """Nothing: no attack, no teacher."""
+
+  def loss(
+    self,
+    model: nn.Module,
+    variables: Variables,
+    prepared: None,
+    images: Array,
+    labels: Array,
+  ) -> Outcome:
+    """Cross-entropy of the clean images."""
+    logits, stats = batch_norm.apply(
+      model, variables, images, batch_norm="batch"
+    )
+    cross_entropy = losses.cross_entropy(logits, labels)
+    return Outcome(
+      total=cross_entropy,
+      terms={"cross_entropy": cross_entropy},
+      batch_stats=stats,
+      logits_clean=logits,
+      logits_adversarial=None,
+    )

@@ -1,0 +1,111 @@
+"""Learning-rate schedules, weight decay on kernels only, SGD with momentum."""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import optax
+
+from atat_jax import checks
+from atat_jax.errors import UserError
+from atat_jax.typing import PyTree
+
+SCHEDULES = ("constant", "piecewise", "cosine", "one_cycle")
+
+
+def make_schedule(
+  name: str,
+  *,
+  learning_rate: float,
+  total_steps: int,
+  boundaries: Sequence[int] = (),
+  factor: float = 0.1,
+  warmup_fraction: float = 0.0,
+) -> optax.Schedule:
+  """Step to learning rate.
+
+  Args:
+    name: One of `SCHEDULES`.
+    learning_rate: The highest one.
+    total_steps: Steps of the run.
+    boundaries: piecewise: steps from which on the rate is multiplied by
+      `factor`, once each.
+    factor: piecewise.
+    warmup_fraction: cosine and one_cycle: share of the steps in which the rate
+      rises linearly (cosine) or as a cosine (one_cycle).
+
+  Returns:
+    An optax schedule.
+
+  Raises:
+    UserError: Unknown name, or values out of range.
+  """
+  checks.choice("schedule", name, SCHEDULES)
+  checks.positive("learning_rate", learning_rate)
+  checks.positive("total_steps", total_steps, integer=True)
+  if not 0 <= warmup_fraction < 1:
+    raise UserError(f"warmup_fraction: {warmup_fraction}; allowed: [0, 1)")
+  if name == "constant":
+    return optax.constant_schedule(learning_rate)
+  if name == "piecewise":
+    if list(boundaries) != sorted(set(boundaries)) or min(boundaries) < 1:
+      raise UserError(
+        f"boundaries: {tuple(boundaries)}; allowed: increasing steps >= 1"
+      )
+    return optax.piecewise_constant_schedule(
+      learning_rate, {int(step): factor for step in boundaries}
+    )
+  if name == "cosine":
+    return optax.warmup_cosine_decay_schedule(
+      init_value=0.0 if warmup_fraction else learning_rate,
+      peak_value=learning_rate,
+      warmup_steps=round(warmup_fraction * total_steps),
+      decay_steps=total_steps,
+    )
+  if not 0 < warmup_fraction:
+    raise UserError(
+      f"warmup_fraction: {warmup_fraction}; allowed: (0, 1) for one_cycle"
+    )
+  return optax.cosine_onecycle_schedule(
+    total_steps, learning_rate, pct_start=warmup_fraction
+  )
+
+
+def decay_mask(params: PyTree) -> PyTree:
+  """True for convolution and dense kernels, False for BatchNorm and biases."""
+  return jax.tree_util.tree_map_with_path(
+    lambda path, _: getattr(path[-1], "key", None) == "kernel", params
+  )
+
+
+def make_optimizer(
+  schedule: Callable[..., float] | optax.Schedule,
+  *,
+  momentum: float = 0.9,
+  nesterov: bool = False,
+  weight_decay: float = 2e-4,
+) -> optax.GradientTransformation:
+  """SGD with momentum and an L2 penalty on kernels.
+
+  The penalty is weight_decay / 2 * ||w||^2, as the released code's
+  `weight_decay * l2_loss`: its gradient joins the loss's before the momentum.
+
+  Args:
+    schedule: Step to learning rate.
+    momentum: In [0, 1).
+    nesterov: Whether to look ahead.
+    weight_decay: >= 0.
+
+  Returns:
+    An optax transformation.
+
+  Raises:
+    UserError: Values out of range.
+  """
+  if not 0 <= momentum < 1:
+    raise UserError(f"momentum: {momentum}; allowed: [0, 1)")
+  if weight_decay < 0:
+    raise UserError(f"weight_decay: {weight_decay}; allowed: >= 0")
+  return optax.chain(
+    optax.add_decayed_weights(weight_decay, mask=decay_mask),
+    optax.sgd(schedule, momentum=momentum or None, nesterov=nesterov),
+  )

@@ -1,0 +1,64 @@
+"""The modes of `main.py`: what is done already is not done again."""
+
+import logging
+import pathlib
+import sys
+import time
+
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from atat_jax import data, evaluate, report, sharding, train
+from atat_jax.config import Plan, claim_workdir, make_plan
+
+MODES = ("run", "train", "evaluate", "figures")
+
+_log = logging.getLogger(__name__)
+
+
+def run(mode: str, config: ConfigDict, workdir: pathlib.Path) -> None:
+  """Runs one mode and says where its results are.
+
+  Args:
+    mode: One of `MODES`; "run" does everything that is not done yet.
+    config: As `configs/default.py` makes it.
+    workdir: Holds everything that the run writes.
+
+  Raises:
+    UserError: Bad input, one clear line.
+    Interrupted: Stopped on request, state saved.
+  """
+  began = time.perf_counter()
+  plan = make_plan(config)
+  if mode == "figures":
+    _figures(workdir)
+    return
+  mesh = sharding.make_mesh()
+  dataset = data.load(
+    config.data.name,
+    data_dir=config.data.dir,
+    cache_dir=config.data.cache_dir,
+    validation_size=config.data.validation_size,
+    source=config.data.source,
+  )
+  claim_workdir(config, workdir)
+  if mode in ("run", "train"):
+    train.train(plan, workdir, dataset, mesh)
+  if mode in ("run", "evaluate"):
+    _evaluate(plan, workdir, dataset, mesh)
+  if mode == "run":
+    _figures(workdir)
+  _log.info("done in %.0f s", time.perf_counter() - began)
+
+
+def _evaluate(
+  plan: Plan, workdir: pathlib.Path, dataset: data.Dataset, mesh: Mesh
+) -> None:
+  results = evaluate.evaluate(plan, workdir, dataset, mesh)
+  sys.stdout.write(f"\n{report.results_table(results)}\n")
+  sys.stdout.write(f"results: {workdir / 'results.json'}\n")
+
+
+def _figures(workdir: pathlib.Path) -> None:
+  page = report.write_report(workdir)
+  sys.stdout.write(f"figures: {workdir / 'figures'}\nreport:  {page}\n")

@@ -1,0 +1,536 @@
+"""The report: one page that says what a run is worth, and how that is known.
+
+Reads the files of a working directory; needs no model and no JAX.
+"""
+
+import base64
+import html
+import json
+import math
+import os
+import pathlib
+from typing import Any
+
+from atat_jax import figures
+from atat_jax.errors import UserError
+from atat_jax.figures import files, table
+
+# Nothing may be fetched: the page must read the same in ten years.
+_CONTENT_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+
+_STYLE = """
+:root {
+  color-scheme: light dark;
+  --text: #1d2329; --soft: #57606a; --page: #ffffff; --panel: #f5f7f9;
+  --line: #d5dbe1; --accent: #0072b2; --warn: #a84300; --warn-panel: #fff3e8;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --text: #e4e8ec; --soft: #a3adb8; --page: #14181c; --panel: #1e242a;
+    --line: #39424b; --accent: #6cb8e6; --warn: #ffa263; --warn-panel: #33241a;
+  }
+}
+* { box-sizing: border-box; }
+body {
+  margin: 0 auto; max-width: 62rem; padding: 1.5rem 1rem 4rem;
+  color: var(--text); background: var(--page);
+  font: 1rem/1.55 system-ui, sans-serif; overflow-wrap: break-word;
+}
+h1 { font-size: 1.7rem; line-height: 1.2; margin: 0.5rem 0 0.25rem; }
+h2 {
+  font-size: 1.2rem; margin: 2.5rem 0 0.75rem; padding-bottom: 0.25rem;
+  border-bottom: 1px solid var(--line); break-after: avoid;
+}
+.soft, figcaption, .delta { color: var(--soft); }
+.soft, figcaption { font-size: 0.9rem; }
+.verdict {
+  margin: 1.25rem 0; padding: 1rem 1.25rem; font-size: 1.08rem;
+  background: var(--panel); border-left: 0.3rem solid var(--accent);
+}
+.scroll { overflow-x: auto; }
+table { border-collapse: separate; border-spacing: 0; width: 100%; }
+th, td { padding: 0.4rem 0.6rem; text-align: right; vertical-align: top; }
+td { font-variant-numeric: tabular-nums; white-space: nowrap; }
+thead th { border-bottom: 2px solid var(--line); }
+tbody tr + tr > * { border-top: 1px solid var(--line); }
+th:first-child {
+  text-align: left; position: sticky; left: 0; background: var(--page);
+}
+tbody th { font-weight: normal; }
+tbody th.group { padding-top: 1rem; font-weight: 600; }
+.group span {
+  display: inline-block; position: sticky; left: 0.6rem;
+  max-width: calc(100vw - 3.5rem); white-space: normal;
+}
+tbody.running td { font-weight: 600; }
+tbody.batch, tbody.batch th { background: var(--warn-panel); }
+tbody.batch td, tbody.batch th { font-style: italic; }
+tbody.batch th.group, .flag strong { color: var(--warn); }
+.delta { display: block; font-size: 0.8rem; }
+dl { margin: 0; }
+dt { font-weight: 600; margin-top: 0.75rem; }
+dd { margin: 0; }
+.checks { list-style: none; padding: 0; margin: 0; }
+.checks li {
+  padding: 0.6rem 0.9rem; margin-bottom: 0.5rem; break-inside: avoid;
+  background: var(--panel); border-left: 0.3rem solid var(--line);
+}
+.checks .flag {
+  background: var(--warn-panel); border-left-color: var(--warn);
+}
+figure { margin: 1rem 0; }
+.pictures {
+  display: grid; gap: 0.75rem; justify-content: center;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr));
+}
+img {
+  display: block; width: 100%; max-width: 40rem; margin: 0 auto;
+  padding: 0.4rem; background: #fff; border: 1px solid var(--line);
+  border-radius: 0.3rem; break-inside: avoid;
+}
+figcaption { margin-top: 0.6rem; }
+pre {
+  padding: 0.75rem 1rem; background: var(--panel); overflow-x: auto;
+  white-space: pre-wrap; overflow-wrap: anywhere; font-size: 0.85rem;
+}
+summary { cursor: pointer; }
+@media (max-width: 32rem) {
+  th, td { padding: 0.35rem 0.35rem; font-size: 0.88rem; }
+  .group span { left: 0.35rem; }
+  .verdict { font-size: 1rem; padding: 0.75rem 1rem; }
+}
+@media print {
+  :root {
+    color-scheme: light;
+    --text: #000; --soft: #444; --page: #fff; --panel: #f5f7f9;
+    --line: #c5cbd1; --accent: #0072b2; --warn: #a84300;
+    --warn-panel: #fff3e8;
+  }
+  body { max-width: none; padding: 0; font-size: 10pt; }
+  .verdict, tbody.batch, .checks li, pre { print-color-adjust: exact; }
+  .pictures { grid-template-columns: 1fr 1fr; }
+  figure > img { max-width: 26rem; }
+  details::details-content { content-visibility: visible; }
+  .verdict, tr, dd { break-inside: avoid; }
+}
+"""
+
+
+def write_report(workdir: str | os.PathLike[str]) -> pathlib.Path:
+  """Draws the figures and writes the page that holds all there is to say.
+
+  The page is one file: pictures and style are inside it, it runs no script and
+  asks for nothing from any network. Parts whose inputs are missing are left
+  out.
+
+  Args:
+    workdir: directory of a run. Read: `results.json`, and if they exist
+      `config.json`, `metrics.jsonl`, `teacher/metrics.jsonl` and
+      `attention.npz`.
+
+  Returns:
+    Path of `report.html`; the figures are in `workdir/figures`.
+
+  Raises:
+    UserError: there is no `results.json`, or an input cannot be read.
+  """
+  workdir = pathlib.Path(workdir)
+  results = files.read_results(workdir)
+  if results is None:
+    raise UserError(
+      f"{workdir / 'results.json'} does not exist: evaluate first, with "
+      f"`python main.py --mode=evaluate --config=... --workdir={workdir}`"
+    )
+  run = results.get("run", {})
+  config = run.get("config") or files.read_json(workdir / "config.json") or {}
+  pictures = figures.draw_all(workdir)
+  rows = results["rows"]
+  title = _title(config, rows)
+  date = run.get("date")
+  body = [
+    f"<h1>{_escape(title)}</h1>",
+    f"<p class='soft'>Evaluated {_escape(date)}</p>" if date else "",
+    f"<p class='verdict'>{_escape(verdict(results))}</p>",
+    _results_section(rows, _named(pictures, "robustness")),
+    _protocol_section(rows),
+    _diagnostics_section(results.get("diagnostics", {})),
+    _curves_section(_named(pictures, "curves")),
+    _attention_section(workdir, _named(pictures, "attention")),
+    _run_section(run, config),
+  ]
+  page = "\n".join(
+    [
+      "<!DOCTYPE html>",
+      "<html lang='en'>",
+      "<head>",
+      "<meta charset='utf-8'>",
+      "<meta name='viewport' content='width=device-width, initial-scale=1'>",
+      "<meta http-equiv='Content-Security-Policy' "
+      f'content="{_CONTENT_POLICY}">',
+      f"<title>{_escape(title)}</title>",
+      f"<style>{_STYLE}</style>",
+      "</head>",
+      "<body>",
+      *filter(None, body),
+      "</body>",
+      "</html>",
+      "",
+    ]
+  )
+  return files.write_atomically(workdir / "report.html", page.encode())
+
+
+def results_table(results: dict[str, Any]) -> str:
+  """The results as text for a terminal, valid as a Markdown table.
+
+  Args:
+    results: what `results.json` holds.
+
+  Returns:
+    A table with a line for each model and BatchNorm mode, a column for each
+    attack, accuracies in percent; under it the protocol of each column.
+  """
+  rows = results["rows"]
+  columns = table.columns(rows)
+  lines = [["accuracy (%)", *(column.label for column in columns)]]
+  for model, batch_norm in table.series(rows):
+    numbers = [
+      _percent(column.accuracy(model, batch_norm)) for column in columns
+    ]
+    lines.append([f"{model}, {table.BATCH_NORM_NAMES[batch_norm]}", *numbers])
+  widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
+  rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+  text = [
+    "| "
+    + " | ".join(
+      [cells[0].ljust(widths[0])]
+      + [c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True)]
+    )
+    + " |"
+    for cells in [lines[0], rule, *lines[1:]]
+  ]
+  text.append("")
+  text += [f"{c.label}: {table.protocol(c)}" for c in columns]
+  if any(batch_norm == "batch" for _, batch_norm in table.series(rows)):
+    text.append(f"batch statistics: {table.BATCH_WARNING}")
+  return "\n".join(text)
+
+
+def verdict(results: dict[str, Any]) -> str:
+  """What the numbers say, in plain words.
+
+  The strongest attack is the one that, with running statistics, leaves the
+  student the least accuracy (the teacher, if there is no student).
+
+  Args:
+    results: what `results.json` holds.
+
+  Returns:
+    One paragraph of plain text.
+  """
+  rows = results["rows"]
+  columns = table.columns(rows)
+  models = [model for model, _ in table.series(rows)]
+  model = "student" if "student" in models else (models or ["student"])[0]
+  attacked = [
+    column
+    for column in columns
+    if not column.nominal and (model, "running") in column.rows
+  ]
+  if not attacked:
+    return (
+      "No attack was evaluated with BatchNorm's running statistics, so these "
+      "results do not say how robust the classifier is."
+    )
+  sentences = [
+    _robustness_sentence(attacked, model),
+    _clean_sentence(columns, model),
+    _batch_statistics_sentence(attacked, model),
+    _flags_sentence(results.get("diagnostics", {})),
+    "An attack only bounds robustness from above: a stronger one may fool the "
+    "network on more images.",
+  ]
+  return " ".join(filter(None, sentences))
+
+
+def _strongest(columns: list[table.Column], model: str) -> table.Column:
+  return min(columns, key=lambda c: c.rows[model, "running"]["accuracy"])
+
+
+def _robustness_sentence(attacked: list[table.Column], model: str) -> str:
+  strongest = _strongest(attacked, model)
+  row = strongest.rows[model, "running"]
+  rank = (
+    f"the strongest of the {len(attacked)} attacks run"
+    if len(attacked) > 1
+    else "the only attack run"
+  )
+  low, high = _confidence(row["accuracy"], row["num_examples"])
+  sentence = (
+    f"Under {strongest.label}, {rank} ({row['norm']}, epsilon "
+    f"{table.size(row['epsilon'])}), the {model} classifies "
+    f"{100 * row['accuracy']:.1f}% of {row['num_examples']:,} "
+    f"{row['dataset']} {row['split']} images correctly (95% confidence: "
+    f"{100 * low:.1f}% to {100 * high:.1f}%)"
+  )
+  teacher = strongest.accuracy("teacher", "running")
+  if model == "teacher" or teacher is None:
+    return f"{sentence}."
+  return (
+    f"{sentence}, {_compared(row['accuracy'], teacher)} the teacher "
+    f"({100 * teacher:.1f}%)."
+  )
+
+
+def _clean_sentence(columns: list[table.Column], model: str) -> str:
+  for column in columns:
+    accuracy = column.accuracy(model, "running")
+    if not column.nominal or accuracy is None:
+      continue
+    sentence = f"On clean images the {model} is right on {100 * accuracy:.1f}%"
+    teacher = column.accuracy("teacher", "running")
+    if model == "teacher" or teacher is None:
+      return f"{sentence}."
+    return f"{sentence}, the teacher on {100 * teacher:.1f}%."
+  return ""
+
+
+def _batch_statistics_sentence(attacked: list[table.Column], model: str) -> str:
+  both = [column for column in attacked if (model, "batch") in column.rows]
+  if not both:
+    return ""
+  strongest = _strongest(both, model)
+  honest = strongest.rows[model, "running"]["accuracy"]
+  claimed = strongest.rows[model, "batch"]["accuracy"]
+  return (
+    "With the statistics of the batch being evaluated, which is how the "
+    f"paper's released code evaluates, the {model} would be credited with "
+    f"{100 * claimed:.1f}% under {strongest.label}, "
+    f"{_compared(claimed, honest)} the {100 * honest:.1f}% of the fixed "
+    "classifier that one would deploy."
+  )
+
+
+def _flags_sentence(diagnostics: dict[str, Any]) -> str:
+  flags = sum(bool(check["flag"]) for check in diagnostics.values())
+  if not flags:
+    return ""
+  return (
+    f"{flags} of the {len(diagnostics)} diagnostics below "
+    f"{'raises' if flags == 1 else 'raise'} a flag: read them before trusting "
+    "these numbers."
+  )
+
+
+def _compared(a: float, b: float) -> str:
+  """How accuracy a stands to accuracy b, to be followed by what b is."""
+  points = round(100 * (a - b), 1)
+  if points == 0:
+    return "as much as"
+  return f"{abs(points):.1f} points {'more' if points > 0 else 'less'} than"
+
+
+def _confidence(accuracy: float, count: int) -> tuple[float, float]:
+  """Wilson's 95% interval of a proportion; sound at 0 and 1 too."""
+  z2 = 1.96**2
+  center = (accuracy + z2 / (2 * count)) / (1 + z2 / count)
+  spread = math.sqrt(
+    z2 * accuracy * (1 - accuracy) / count + (z2 / count) ** 2 / 4
+  )
+  half = spread / (1 + z2 / count)
+  return max(0.0, center - half), min(1.0, center + half)
+
+
+def _escape(value: object) -> str:
+  return html.escape(str(value))
+
+
+def _percent(accuracy: float | None) -> str:
+  return "–" if accuracy is None else f"{100 * accuracy:.2f}"
+
+
+def _title(config: dict[str, Any], rows: list[table.Row]) -> str:
+  """Method, data set and network, as far as they are known."""
+  title = str(config.get("method", "")).upper() or "Robustness"
+  datasets = dict.fromkeys(str(row["dataset"]) for row in rows)
+  if datasets:
+    title += f" on {', '.join(datasets)}"
+  model = config.get("model")
+  if isinstance(model, dict) and "name" in model:
+    size = "-".join(str(model[k]) for k in ("depth", "width") if k in model)
+    title += f", {model['name']} {size}".rstrip()
+  return title
+
+
+def _named(paths: list[pathlib.Path], prefix: str) -> list[pathlib.Path]:
+  return [path for path in paths if path.stem.split("_")[0] == prefix]
+
+
+def _figure(paths: list[pathlib.Path], caption: str) -> str:
+  """Pictures, inside the page, with one caption (plain text)."""
+  images = "\n".join(
+    f"<img alt='{_escape(path.stem.replace('_', ' '))}' "
+    "src='data:image/png;base64,"
+    f"{base64.b64encode(path.read_bytes()).decode()}'>"
+    for path in paths
+  )
+  if len(paths) > 1:
+    images = f"<div class='pictures'>\n{images}\n</div>"
+  return f"<figure>\n{images}\n<figcaption>{_escape(caption)}</figcaption>\n</figure>"
+
+
+def _results_section(
+  rows: list[table.Row], pictures: list[pathlib.Path]
+) -> str:
+  if not rows:
+    return ""
+  columns = table.columns(rows)
+  series = table.series(rows)
+  head = "".join(f"<th scope='col'>{_escape(c.label)}</th>" for c in columns)
+  parts = [
+    "<h2>Results</h2>",
+    "<div class='scroll'>",
+    "<table>",
+    f"<thead><tr><th scope='col'>accuracy (%)</th>{head}</tr></thead>",
+  ]
+  for batch_norm, heading in (
+    ("running", "Running statistics: one fixed classifier"),
+    ("batch", f"Batch statistics: {table.BATCH_WARNING}"),
+  ):
+    models = [model for model, mode in series if mode == batch_norm]
+    if not models:
+      continue
+    parts += [
+      f"<tbody class='{batch_norm}'>",
+      f"<tr><th class='group' colspan='{len(columns) + 1}'>"
+      f"<span>{_escape(heading)}</span></th></tr>",
+    ]
+    for model in models:
+      cells = "".join(_cell(column, model, batch_norm) for column in columns)
+      parts.append(f"<tr><th scope='row'>{_escape(model)}</th>{cells}</tr>")
+    parts.append("</tbody>")
+  parts += ["</table>", "</div>"]
+  caption = "Accuracy under each attack."
+  if {mode for _, mode in series} == {"running", "batch"}:
+    parts.append(
+      "<p class='soft'>Small numbers: percentage points by which batch "
+      "statistics differ from running statistics.</p>"
+    )
+    caption += (
+      " Solid bars: running statistics. Hatched bars: batch statistics, not "
+      "comparable with the solid ones."
+    )
+  if pictures:
+    parts.append(_figure(pictures, caption))
+  return "\n".join(parts)
+
+
+def _cell(column: table.Column, model: str, batch_norm: str) -> str:
+  accuracy = column.accuracy(model, batch_norm)
+  text = _percent(accuracy)
+  running = column.accuracy(model, "running")
+  if batch_norm == "batch" and accuracy is not None and running is not None:
+    points = 100 * (accuracy - running)
+    text += f"<span class='delta'>{points:+.1f}</span>"
+  return f"<td>{text}</td>"
+
+
+def _protocol_section(rows: list[table.Row]) -> str:
+  columns = table.columns(rows)
+  if not columns:
+    return ""
+  items = "\n".join(
+    f"<dt>{_escape(column.label)}</dt>"
+    f"<dd>{_escape(table.protocol(column))}</dd>"
+    for column in columns
+  )
+  return (
+    "<h2>Protocol</h2>\n<p class='soft'>Epsilon and step size are in units of "
+    f"the pixel range [0, 1].</p>\n<dl>\n{items}\n</dl>"
+  )
+
+
+def _diagnostics_section(diagnostics: dict[str, Any]) -> str:
+  if not diagnostics:
+    return ""
+  items = "\n".join(
+    _diagnostic(name, check) for name, check in diagnostics.items()
+  )
+  return (
+    "<h2>Diagnostics</h2>\n<p class='soft'>Signs that an evaluation measures "
+    "a weak attack rather than a robust network.</p>\n"
+    f"<ul class='checks'>\n{items}\n</ul>"
+  )
+
+
+def _diagnostic(name: str, check: dict[str, Any]) -> str:
+  value = check["value"]
+  measured = "not measured" if value is None else f"measured {value:.4g}"
+  mark = "▲ flagged" if check["flag"] else "✓ passed"
+  if value is None and not check["flag"]:
+    mark = "– not measured"
+  return (
+    f"<li class='{'flag' if check['flag'] else 'pass'}'>"
+    f"<strong>{mark}: {_escape(name.replace('_', ' '))}.</strong> "
+    f"{_escape(check['message'])} "
+    f"<span class='soft'>Rule: {_escape(check['rule'])}; {measured}.</span></li>"
+  )
+
+
+def _curves_section(pictures: list[pathlib.Path]) -> str:
+  if not pictures:
+    return ""
+  caption = (
+    "Training of teacher and student. Validation images are held out of the "
+    "training set; they choose the checkpoint, the test set never does."
+  )
+  return f"<h2>Training</h2>\n{_figure(pictures, caption)}"
+
+
+def _attention_section(
+  workdir: pathlib.Path, pictures: list[pathlib.Path]
+) -> str:
+  data = files.read_attention(workdir)
+  if data is None or not pictures:
+    return ""
+  caption = (
+    f"Where the networks look: Grad-CAM at {data.layer}, over the image in "
+    "grey. Each map is scaled to its own maximum, so it shows where, not how "
+    "strongly. ✓: predicted correctly, ✗ and a dashed frame: wrongly; the "
+    f"percentage is the probability of the predicted class. {data.protocol}."
+  )
+  return f"<h2>Attention</h2>\n{_figure(pictures, caption)}"
+
+
+def _run_section(run: dict[str, Any], config: dict[str, Any]) -> str:
+  commit = run.get("commit")
+  facts = {
+    "Checkpoints": "; ".join(
+      f"{model}: {point['which']}, step {point['step']:,}"
+      for model, point in run.get("checkpoints", {}).items()
+    ),
+    "Devices": ", ".join(str(device) for device in run.get("devices", [])),
+    "Versions": ", ".join(
+      f"{name} {version}" for name, version in run.get("versions", {}).items()
+    ),
+    "Commit": commit or "not recorded",
+  }
+  items = "\n".join(
+    f"<dt>{name}</dt><dd>{_escape(fact)}</dd>"
+    for name, fact in facts.items()
+    if fact
+  )
+  parts = ["<h2>The run</h2>", f"<dl>\n{items}\n</dl>"]
+  if run.get("command"):
+    steps = [f"git checkout {commit}"] if commit else []
+    steps.append(run["command"])
+    parts.append(
+      f"<p>To reproduce it:</p>\n<pre>{_escape(chr(10).join(steps))}</pre>"
+    )
+  if config:
+    text = json.dumps(config, indent=2)
+    parts.append(
+      "<details><summary>Configuration</summary>\n"
+      f"<pre>{_escape(text)}</pre></details>"
+    )
+  return "\n".join(parts)

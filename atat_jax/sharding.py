@@ -1,0 +1,53 @@
+"""The mesh: one axis, `data`. The only module that knows it.
+
+Parameters, optimizer state and the resident data set are replicated, batches
+are split over the axis. The same program runs on one device, on eight and on
+several hosts; BatchNorm statistics are those of the global batch.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from atat_jax.typing import PyTree
+
+
+def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+  """A mesh over `devices` (default: all of them) with the axis `data`."""
+  devices = jax.devices() if devices is None else devices
+  # Auto, not the default Explicit axes: random starts are drawn inside jit,
+  # and explicit shardings would then differ between a loop's input and output.
+  return jax.make_mesh(
+    (len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices
+  )
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """Every device holds the whole array."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh, batch_size: int) -> NamedSharding:
+  """Leading axis split over the devices, or replicated where it does not divide.
+
+  Evaluation by batch statistics needs a batch of exactly 100 images, whatever
+  the number of devices.
+  """
+  if batch_size % mesh.size:
+    return replicated(mesh)
+  return NamedSharding(mesh, PartitionSpec("data"))
+
+
+def put_replicated(mesh: Mesh, tree: PyTree) -> PyTree:
+  """Copies a pytree of arrays (the same in every process) to every device."""
+  return jax.device_put(tree, replicated(mesh))
+
+
+def put_batch(mesh: Mesh, array: np.ndarray) -> jax.Array:
+  """A global [B, ...] array; every process passes the whole and keeps its part."""
+  sharding = batch_sharding(mesh, array.shape[0])
+  return jax.make_array_from_callback(
+    array.shape, sharding, lambda index: array[index]
+  )

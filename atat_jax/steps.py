@@ -1,0 +1,141 @@
+"""The fused train step: one compiled function.
+
+The step is augmentation -> attack -> teacher maps -> student forward and
+backward -> update -> metrics, from uint8 images that live on the device. The
+state is donated and replicated, the batch is split over the mesh. Nothing in
+it waits for the host: metrics and the first non-finite term accumulate in the
+state and are fetched at log points.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+
+from atat_jax import compilation, metrics, rng, sharding
+from atat_jax.data import augment
+from atat_jax.data.base import Split
+from atat_jax.objectives import Objective
+from atat_jax.state import NEVER, TrainState, variables
+from atat_jax.typing import Array, Variables
+
+TrainStep = Callable[[TrainState, Variables | None, Split, Array], TrainState]
+
+
+def metric_names(objective: Objective) -> tuple[str, ...]:
+  """What a step with this objective accumulates."""
+  adversarial = ("accuracy_adversarial",) if objective.attacks else ()
+  return (
+    "loss",
+    *objective.term_names,
+    "accuracy_clean",
+    *adversarial,
+    "gradient_norm",
+  )
+
+
+def term_names(objective: Objective) -> tuple[str, ...]:
+  """What must stay finite."""
+  return (*objective.term_names, "gradient")
+
+
+def make_train_step(
+  model: nn.Module,
+  objective: Objective,
+  optimizer: optax.GradientTransformation,
+  *,
+  mesh: jax.sharding.Mesh,
+  padding: int = 0,
+  flip: bool = False,
+) -> TrainStep:
+  """Builds the fused step.
+
+  Args:
+    model: The network.
+    objective: What is minimised.
+    optimizer: How.
+    mesh: The devices.
+    padding: Pixels of zero padding before the random crop; 0: no crop.
+    flip: Whether to flip at random.
+
+  Returns:
+    (state, teacher variables or None, resident split, indices int32 [B]) to the
+    next state. The state passed in is donated: it cannot be used again.
+  """
+
+  def step_fn(
+    state: TrainState,
+    teacher: Variables | None,
+    data: Split,
+    indices: Array,
+  ) -> TrainState:
+    with jax.named_scope("augmentation"):
+      images = augment.pad_crop_flip(
+        rng.stream(state.rng, "augmentation", state.step),
+        data.images[indices],
+        padding=padding,
+        flip=flip,
+      )
+      images = augment.to_float(images)
+      labels = data.labels[indices]
+    with jax.named_scope("prepare"):
+      prepared = objective.prepare(
+        rng.stream(state.rng, "attack", state.step),
+        model,
+        variables(state),
+        teacher,
+        images,
+        labels,
+      )
+
+    def mean_loss(params: Variables) -> tuple[Array, object]:
+      outcome = objective.loss(
+        model,
+        {"params": params, "batch_stats": state.batch_stats},
+        prepared,
+        images,
+        labels,
+      )
+      return outcome.total.mean(), outcome
+
+    with jax.named_scope("student"):
+      gradient, outcome = jax.grad(mean_loss, has_aux=True)(state.params)
+    with jax.named_scope("update"):
+      updates, opt_state = optimizer.update(
+        gradient, state.opt_state, state.params
+      )
+      params = optax.apply_updates(state.params, updates)
+
+    gradient_norm = optax.tree.norm(gradient)
+    finite = {
+      name: jnp.isfinite(term).all() for name, term in outcome.terms.items()
+    } | {"gradient": jnp.isfinite(gradient_norm)}
+    batch = {
+      "loss": outcome.total,
+      **outcome.terms,
+      "accuracy_clean": outcome.logits_clean.argmax(-1) == labels,
+      "gradient_norm": gradient_norm[None],
+    }
+    if outcome.logits_adversarial is not None:
+      batch["accuracy_adversarial"] = (
+        outcome.logits_adversarial.argmax(-1) == labels
+      )
+    return state.replace(
+      step=state.step + 1,
+      params=params,
+      batch_stats=outcome.batch_stats,
+      opt_state=opt_state,
+      sums=metrics.merge(state.sums, metrics.from_examples(batch)),
+      nonfinite={
+        name: jnp.minimum(first, jnp.where(finite[name], NEVER, state.step))
+        for name, first in state.nonfinite.items()
+      },
+    )
+
+  return compilation.jit(
+    step_fn,
+    donate_argnums=0,
+    out_shardings=sharding.replicated(mesh),
+  )

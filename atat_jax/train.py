@@ -1,0 +1,333 @@
+"""Training: the teacher, then the student, resumable at every step."""
+
+import logging
+import pathlib
+import time
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from atat_jax import (
+  checkpoints,
+  evaluation,
+  metrics,
+  models,
+  objectives,
+  sharding,
+  state,
+  steps,
+  writers,
+)
+from atat_jax.config import Plan, make_optimizer
+from atat_jax.data import batches
+from atat_jax.data.base import Dataset, Split
+from atat_jax.errors import TrainingDivergedError, UserError
+from atat_jax.interrupts import Interrupt, Interrupted
+from atat_jax.typing import Variables
+
+_log = logging.getLogger(__name__)
+
+
+class Stage(NamedTuple):
+  """One network to train.
+
+  Attributes:
+    name: "teacher" or "student".
+    directory: Where its files go.
+    settings: `config.train` or `config.teacher`.
+    objective: What it minimises.
+    teacher: Variables of its teacher, or None.
+    seed: Of its random draws.
+  """
+
+  name: str
+  directory: pathlib.Path
+  settings: ConfigDict
+  objective: objectives.Objective
+  teacher: Variables | None
+  seed: int
+
+
+def teacher_directory(
+  config: ConfigDict, workdir: pathlib.Path
+) -> pathlib.Path:
+  """Where the teacher's checkpoints are or will be."""
+  if config.teacher_workdir:
+    return pathlib.Path(config.teacher_workdir)
+  return workdir / "teacher"
+
+
+def _steps_per_epoch(settings: ConfigDict, num_examples: int) -> int:
+  if settings.batch_size > num_examples:
+    raise UserError(
+      f"batch_size: {settings.batch_size}; allowed: at most the {num_examples}"
+      " training images"
+    )
+  return num_examples // settings.batch_size
+
+
+def is_finished(
+  directory: pathlib.Path, settings: ConfigDict, num_examples: int
+) -> bool:
+  """Whether a training has made its last step."""
+  if not (directory / "checkpoints").is_dir():
+    return False
+  total = settings.num_epochs * _steps_per_epoch(settings, num_examples)
+  try:
+    return checkpoints.checkpoint_step(directory, which="last") >= total
+  except UserError:  # nothing complete there yet
+    return False
+
+
+def train(
+  plan: Plan, workdir: pathlib.Path, dataset: Dataset, mesh: Mesh
+) -> None:
+  """Trains what is not trained yet.
+
+  Args:
+    plan: The checked configuration.
+    workdir: The run's directory.
+    dataset: The data.
+    mesh: The devices.
+
+  Raises:
+    UserError: A teacher that does not fit, a loss that is not finite.
+    Interrupted: Ctrl-C or SIGTERM; the state is saved.
+  """
+  config = plan.config
+  teacher = None
+  if plan.objective.needs_teacher:
+    directory = teacher_directory(config, workdir)
+    if not config.teacher_workdir:
+      _run(
+        plan,
+        Stage(
+          name="teacher",
+          directory=directory,
+          settings=config.teacher,
+          objective=objectives.create("standard"),
+          teacher=None,
+          # Its own stream: the student must not repeat the teacher's batches.
+          seed=config.seed + 1_000_003,
+        ),
+        dataset,
+        mesh,
+      )
+    teacher_model, teacher = checkpoints.restore_model(directory)
+    if teacher_model != plan.model:
+      raise UserError(
+        f"teacher_workdir: {directory} holds another network ({teacher_model});"
+        " teacher and student have the same architecture"
+      )
+  _run(
+    plan,
+    Stage(
+      name="student" if teacher else plan.config.method,
+      directory=workdir,
+      settings=config.train,
+      objective=plan.objective,
+      teacher=teacher,
+      seed=config.seed,
+    ),
+    dataset,
+    mesh,
+  )
+
+
+def _check_finite(
+  nonfinite: dict[str, jax.Array], stage: Stage, saved: int | None
+) -> None:
+  first = {name: int(step) for name, step in nonfinite.items()}
+  step = min(first.values())
+  if step == state.NEVER:
+    return
+  terms = ", ".join(name for name, when in first.items() if when == step)
+  kept = f"step {saved} is kept" if saved else "there is none yet"
+  raise TrainingDivergedError(
+    f"{stage.name}: not finite at step {step}: {terms}; training stopped, the"
+    f" last good checkpoint ({kept}) is in {stage.directory / 'checkpoints'};"
+    " a lower learning_rate or smaller weights of the terms may help"
+  )
+
+
+class _Progress:
+  """The bar on the terminal and the clock behind images per second."""
+
+  def __init__(self, stage: Stage, total: int, start: int):
+    self.bar = tqdm(
+      total=total,
+      initial=start,
+      desc=stage.name,
+      unit="step",
+      disable=jax.process_index() != 0,
+      dynamic_ncols=True,
+    )
+    self._images = stage.settings.batch_size
+    self.restart()
+
+  def restart(self) -> None:
+    """Leaves out what was not training: compiling, validating, saving."""
+    self._since, self._steps = time.perf_counter(), 0
+
+  def step(self) -> None:
+    self._steps += 1
+    self.bar.update()
+
+  def images_per_second(self) -> float:
+    seconds = time.perf_counter() - self._since
+    return self._images * self._steps / max(seconds, 1e-9)
+
+  def show(self, values: dict[str, float]) -> None:
+    short = {
+      "loss": "loss",
+      "attention": "att",
+      "logit_pairing": "pair",
+      "accuracy_clean": "clean",
+      "accuracy_adversarial": "adv",
+    }
+    shown = {s: f"{values[n]:.3f}" for n, s in short.items() if n in values}
+    rate = values["images_per_second"]
+    self.bar.set_postfix({"img/s": f"{rate:.0f}", **shown})
+
+
+def _run(plan: Plan, stage: Stage, dataset: Dataset, mesh: Mesh) -> None:
+  """Trains one network from where it stands to its last step."""
+  settings, num_examples = stage.settings, len(dataset.train.labels)
+  per_epoch = _steps_per_epoch(settings, num_examples)
+  total = settings.num_epochs * per_epoch
+  if is_finished(stage.directory, settings, num_examples):
+    _log.info("%s: %s has all %d steps", stage.name, stage.directory, total)
+    return
+  every = max(1, round(settings.validate_every_epochs * per_epoch))
+  schedule, optimizer = make_optimizer(settings, total)
+  current = sharding.put_replicated(
+    mesh,
+    state.create(
+      plan.model,
+      optimizer,
+      jax.random.key(stage.seed),
+      jnp.zeros((1, *plan.spec.image_shape)),
+      metric_names=steps.metric_names(stage.objective),
+      term_names=steps.term_names(stage.objective),
+      initial=stage.teacher,  # Section 3.2: the student starts as the teacher
+    ),
+  )
+  teacher = sharding.put_replicated(mesh, stage.teacher)
+  step_fn = steps.make_train_step(
+    plan.model,
+    stage.objective,
+    optimizer,
+    mesh=mesh,
+    padding=plan.config.data.padding,
+    flip=plan.config.data.flip,
+  )
+  train_data = sharding.put_replicated(mesh, dataset.train)
+  validation_data = sharding.put_replicated(mesh, dataset.validation)
+  with (
+    checkpoints.Checkpointer(stage.directory, plan.model_spec) as checkpointer,
+    Interrupt() as interrupt,
+  ):
+    start = saved = checkpointer.latest_step()
+    if start is not None:
+      current = checkpointer.restore(current, start)
+      _log.info("%s: resumed at step %d of %d", stage.name, start, total)
+    start = start or 0
+    writer = writers.MetricsWriter(stage.directory, start)
+    progress = _Progress(stage, total, start)
+    for step in range(start + 1, total + 1):
+      indices = batches.train_indices(
+        stage.seed,
+        step - 1,
+        num_examples=num_examples,
+        batch_size=settings.batch_size,
+      )
+      current = step_fn(
+        current, teacher, train_data, sharding.put_batch(mesh, indices)
+      )
+      progress.step()
+      if step == start + 1:
+        jax.block_until_ready(current)
+        progress.restart()  # the first step compiles
+      if step % settings.log_every_steps == 0 or step == total:
+        means = metrics.compute(current.sums)
+        _check_finite(current.nonfinite, stage, saved)
+        current = current.replace(
+          sums=sharding.put_replicated(mesh, metrics.zeros(tuple(current.sums)))
+        )
+        values = {
+          "epoch": step / per_epoch,
+          **means,
+          "learning_rate": float(schedule(step - 1)),
+          "images_per_second": progress.images_per_second(),
+        }
+        writer.write("train", step, values)
+        progress.show(values)
+        progress.restart()
+      if step % every == 0 or step == total:
+        _check_finite(current.nonfinite, stage, saved)
+        scores = _validate(plan, stage, current, validation_data, mesh)
+        writer.write(
+          "validation",
+          step,
+          {
+            "epoch": step / per_epoch,
+            **scores,
+            "attack": plan.validation.describe(),
+          },
+        )
+        chosen_by = (
+          "accuracy_adversarial"
+          if stage.objective.attacks
+          else "accuracy_clean"
+        )
+        checkpointer.save(current, step, scores[chosen_by], scores)
+        saved = step
+        progress.bar.write(
+          f"{stage.name} step {step}/{total} validation: "
+          + ", ".join(f"{k} {100 * v:.1f} %" for k, v in scores.items())
+        )
+        progress.restart()
+      if checkpointer.should_stop(step, interrupt.signum) and step < total:
+        _check_finite(current.nonfinite, stage, saved)
+        if saved != step:
+          checkpointer.save(current, step, None)
+        progress.bar.close()
+        writer.close()
+        raise Interrupted(
+          f"{stage.name}: stopped at step {step} of {total}, saved in"
+          f" {stage.directory / 'checkpoints'}; the same command resumes there",
+          interrupt.signum,
+        )
+    progress.bar.close()
+    writer.close()
+
+
+def _validate(
+  plan: Plan,
+  stage: Stage,
+  current: state.TrainState,
+  data: Split,
+  mesh: Mesh,
+) -> dict[str, float]:
+  """Clean and, where the method attacks, robust validation accuracy."""
+  classifier = models.classifier(plan.model, state.variables(current))
+  protocols = {
+    "accuracy_clean": evaluation.parse("nominal", epsilon=0, step_size=0)
+  }
+  if stage.objective.attacks:
+    protocols["accuracy_adversarial"] = plan.validation
+  return {
+    name: evaluation.accuracy(
+      jax.random.key(plan.config.evaluation.seed),
+      classifier,
+      data,
+      protocol=protocol,
+      batch_size=plan.config.evaluation.batch_size,
+      mesh=mesh,
+    )
+    for name, protocol in protocols.items()
+  }

@@ -1,0 +1,38 @@
+"""scikit-learn's handwritten digits: real data, no download, minutes on a CPU.
+
+  python main.py --config=configs/digits.py --workdir=runs/digits
+
+A teacher and an ATAT student, a WRN-8-2 on 8 x 8 pixels, attacked with
+epsilon 0.2 (a fifth of the range from black to white).
+"""
+
+import pathlib
+import sys
+
+from ml_collections import ConfigDict
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+import default
+
+
+def get_config(method: str = "atat") -> ConfigDict:
+  """The default configuration, made small."""
+  config = default.get_config(method)
+  config.data.update(name="digits", validation_size=180, padding=0, flip=False)
+  config.model.update(depth=8, width=2, strides=(1, 1, 2))
+  for training in (config.train, config.teacher):
+    training.update(
+      batch_size=64,
+      schedule="one_cycle",
+      learning_rate=0.2,
+      warmup_fraction=0.25,
+      weight_decay=5e-4,
+      log_every_steps=19,
+      validate_every_epochs=2.0,
+    )
+  config.teacher.num_epochs = 8
+  config.train.num_epochs = 24
+  if method == "atat":
+    config.objective.update(epsilon=0.2, step_size=0.05, num_steps=7)
+  config.evaluation.update(epsilon=0.2, step_size=0.025, batch_size=360)
+  return config

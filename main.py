@@ -1,0 +1,80 @@
+"""Trains, evaluates and explains a robust image classifier.
+
+  python main.py --config=configs/digits.py --workdir=runs/digits
+
+Flags only; the work is in `atat_jax/pipeline.py`.
+"""
+
+import logging
+import pathlib
+import signal
+import sys
+from collections.abc import Sequence
+
+from absl import app, flags
+from absl import logging as absl_logging
+from ml_collections import config_flags
+
+_CONFIG = config_flags.DEFINE_config_file(
+  "config",
+  None,
+  "Configuration, e.g. configs/cifar10.py:atat.",
+  lock_config=True,
+)
+_WORKDIR = flags.DEFINE_string(
+  "workdir", None, "Holds all that the run writes."
+)
+_MODE = flags.DEFINE_enum(
+  "mode",
+  "run",
+  ["run", "train", "evaluate", "figures"],
+  "What to do; run: everything that is not done yet.",
+)
+_DISTRIBUTED = flags.DEFINE_bool(
+  "distributed", False, "Join the other processes of a pod, cluster or job."
+)
+
+
+def _parse(argv: Sequence[str]) -> list[str]:
+  """Flags, or one line that says what is wrong with them."""
+  try:
+    rest = flags.FLAGS(list(argv))
+    if len(rest) > 1:
+      raise flags.Error(f"unknown argument {rest[1]!r}; flags begin with --")
+    for flag in (_CONFIG, _WORKDIR):
+      if flag.value is None:
+        raise flags.Error(f"--{flag.name} is missing")
+    return rest
+  except (flags.Error, AttributeError, OSError) as error:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    sys.exit(f"error: {lines[-1].strip()}")
+
+
+def main(argv: Sequence[str]) -> None:
+  """Sets the runtime up and runs the mode."""
+  del argv
+  # After the flags: a typo is told before JAX has started.
+  import jax
+
+  from atat_jax import compilation, pipeline
+  from atat_jax.errors import UserError
+
+  logging.basicConfig(format="%(message)s", force=True)
+  logging.getLogger("atat_jax").setLevel(logging.INFO)
+  absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax tells every step
+  signal.signal(signal.SIGTERM, signal.default_int_handler)
+  compilation.enable_persistent_cache()
+  if _DISTRIBUTED.value:
+    jax.distributed.initialize()
+  try:
+    pipeline.run(_MODE.value, _CONFIG.value, pathlib.Path(_WORKDIR.value))
+  except UserError as error:
+    sys.exit(f"error: {error}")
+  except KeyboardInterrupt as error:
+    message = str(error) or "stopped; the same command goes on from here"
+    sys.stderr.write(f"\n{message}\n")
+    sys.exit(128 + getattr(error, "signum", signal.SIGINT))
+
+
+if __name__ == "__main__":
+  app.run(main, flags_parser=_parse)

@@ -67,7 +67,7 @@ def main(argv: Sequence[str]) -> None:
   if _DISTRIBUTED.value:
     jax.distributed.initialize()
   try:
-    pipeline.run(_MODE.value, _CONFIG.value, pathlib.Path(_WORKDIR.value))
+    pipeline.run(_MODE.value, _CONFIG.value, pathlib.Path(str(_WORKDIR.value)))
   except UserError as error:
     sys.exit(f"error: {error}")
   except KeyboardInterrupt as error:

@@ -46,7 +46,8 @@ def apply(
     {"train": batch_norm == "batch"} if takes_train else {}
   )
   if batch_norm == "running" or not stats:
-    return model.apply(variables, images, **kwargs), stats
+    logits: Any = model.apply(variables, images, **kwargs)
+    return logits, stats
   logits, updated = model.apply(
     variables, images, mutable=["batch_stats"], **kwargs
   )

@@ -238,5 +238,5 @@ def _write_maps(
   found["identity"] = np.array(identity)
   if jax.process_index() == 0:
     partial = path.with_name(".attention.partial.npz")
-    np.savez(partial, **found)
+    np.savez(partial, **found)  # type: ignore[arg-type]
     os.replace(partial, path)

@@ -11,6 +11,9 @@ from typing import Any, Literal, TypeAlias
 import jax
 
 Array: TypeAlias = jax.Array
+Scalar: TypeAlias = jax.Array | float
+"""A number, traced or not."""
+
 PyTree: TypeAlias = Any
 Variables: TypeAlias = Mapping[str, Any]
 """A flax model's collections: {"params": ..., "batch_stats": ...}."""

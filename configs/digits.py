@@ -34,5 +34,5 @@ def get_config(method: str = "atat") -> ConfigDict:
   config.train.num_epochs = 24
   if method == "atat":
     config.objective.update(epsilon=0.2, step_size=0.05, num_steps=7)
-  config.evaluation.update(epsilon=0.2, step_size=0.025, batch_size=360)
+  config.evaluation.update(epsilon=0.2, step_size=0.05, batch_size=360)
   return config

@@ -1,11 +1,8 @@
-import os
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from atat_jax.data import augment
 
@@ -62,7 +59,7 @@ def recover(image, out, padding):
 )
 def test_random_draws_cover_exactly_what_is_allowed(padding, flip):
   images = random_batch(np.uint8, batch=1)
-  count = 400
+  count = 400  # 8 or more of each of at most 50 outcomes
   out = augment.pad_crop_flip(
     jax.random.key(1),
     jnp.asarray(np.repeat(images, count, axis=0)),
@@ -120,31 +117,18 @@ def test_crops_are_not_taken_one_after_the_other():
   assert " while(" not in compiled.as_text()
 
 
-SHARDED = """
-import jax, jax.numpy as jnp, numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from atat_jax.data import augment
-assert len(jax.devices()) == 8
-mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
-batch = NamedSharding(mesh, P("data"))
-images = np.random.default_rng(0).integers(
-    0, 256, (64, 32, 32, 3), dtype=np.uint8)
-def run(key, images):
-  return augment.pad_crop_flip(key, images, padding=4, flip=True)
-one = jax.jit(run)(jax.random.key(0), jnp.asarray(images))
-step = jax.jit(run, out_shardings=batch).lower(
-    jax.random.key(0), jax.device_put(images, batch)).compile()
-eight = step(jax.random.key(0), jax.device_put(images, batch))
-np.testing.assert_array_equal(one, eight)
-text = step.as_text()
-for word in ("all-gather", "all-reduce", "all-to-all", "collective-permute"):
-  assert word not in text, word
-"""
+def test_eight_devices_need_no_communication_and_agree_with_one(eight_devices):
+  mesh = jax.sharding.Mesh(np.array(eight_devices), ("data",))
+  batch = NamedSharding(mesh, PartitionSpec("data"))
+  images = random_batch(np.uint8, batch=64)
+  key = jax.random.key(0)
 
+  def run(key, images):
+    return augment.pad_crop_flip(key, images, padding=4, flip=True)
 
-def test_eight_devices_need_no_communication_and_agree_with_one():
-  subprocess.run(
-    [sys.executable, "-c", SHARDED],
-    check=True,
-    env={**os.environ, "JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"},
-  )
+  sharded = jax.device_put(images, batch)
+  step = jax.jit(run, out_shardings=batch).lower(key, sharded).compile()
+  one = jax.jit(run)(key, jax.device_put(images, eight_devices[0]))
+  np.testing.assert_array_equal(step(key, sharded), one)
+  for word in ("all-gather", "all-reduce", "all-to-all", "collective-permute"):
+    assert word not in step.as_text()

@@ -1,7 +1,5 @@
 """The real CIFAR, where a prepared copy is at hand."""
 
-import os
-import pathlib
 import time
 
 import numpy as np
@@ -10,15 +8,10 @@ import tensorflow_datasets as tfds
 
 from atat_jax import data
 
-SHARED = os.environ.get("ATAT_JAX_DATA") or (
-  pathlib.Path(__file__).resolve().parents[2] / "shared" / "data"
-)
-ROOT = pathlib.Path(SHARED) / "tfds"
 
-pytestmark = pytest.mark.skipif(
-  not (ROOT / "cifar10").is_dir(),
-  reason="no prepared CIFAR: set ATAT_JAX_DATA to a folder with tfds/cifar10",
-)
+@pytest.fixture(scope="module")
+def root(data_folder):
+  return data_folder / "tfds"
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +20,8 @@ def cache(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def cifar10(cache):
-  return data.load("cifar10", data_dir=str(ROOT), cache_dir=cache)
+def cifar10(root, cache):
+  return data.load("cifar10", data_dir=str(root), cache_dir=cache)
 
 
 def together(dataset):
@@ -68,11 +61,11 @@ def test_cifar10_test_split_in_the_official_order(cifar10):
   assert cifar10.test.labels[:10].tolist() == expected
 
 
-def test_records_equal_tfds_own_decoding(cifar10):
+def test_records_equal_tfds_own_decoding(root, cifar10):
   source = tfds.data_source(
     "cifar10",
     split="test",
-    data_dir=str(ROOT),
+    data_dir=str(root),
     download=False,
     builder_kwargs=dict(file_format="array_record"),
   )
@@ -83,25 +76,25 @@ def test_records_equal_tfds_own_decoding(cifar10):
     assert record["label"] == cifar10.test.labels[number]
 
 
-def test_second_start_takes_under_a_second(cifar10, cache):
+def test_second_start_takes_under_a_second(root, cifar10, cache):
   del cifar10  # has filled the cache
   start = time.perf_counter()
-  again = data.load("cifar10", data_dir=str(ROOT), cache_dir=cache)
+  again = data.load("cifar10", data_dir=str(root), cache_dir=cache)
   assert time.perf_counter() - start < 1
   assert len(again.test.labels) == 10_000
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
-def test_class_names_are_those_of_the_data(name):
-  (path,) = (ROOT / name).glob("*/label.labels.txt")
+def test_class_names_are_those_of_the_data(root, name):
+  (path,) = (root / name).glob("*/label.labels.txt")
   found = path.read_text().split()
   # Some copies drop the suffix of maple_tree, oak_tree, palm_tree, ...
   expected = [x.removesuffix("_tree") for x in data.spec(name).class_names]
   assert [x.removesuffix("_tree") for x in found] == expected
 
 
-def test_cifar100_statistics(cache):
-  dataset = data.load("cifar100", data_dir=str(ROOT), cache_dir=cache)
+def test_cifar100_statistics(root, cache):
+  dataset = data.load("cifar100", data_dir=str(root), cache_dir=cache)
   # The test split stands for the training split, of which this copy may hold
   # only a part; the two differ by less than 0.002.
   pixels = dataset.test.images.reshape(-1, 3) / 255

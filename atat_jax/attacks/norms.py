@@ -10,15 +10,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from atat_jax.typing import Array
+from atat_jax.typing import Array, Scalar
 
 
 class Norm(NamedTuple):
   """What an attack needs to know of a norm."""
 
-  project: Callable[[Array, Array], Array]
+  project: Callable[[Array, Scalar], Array]
   """(perturbation, epsilon) to the nearest perturbation in the ball."""
-  start: Callable[[Array, Array, Array], Array]
+  start: Callable[[Array, Array, Scalar], Array]
   """(key, images, epsilon) to a perturbation uniform in the ball."""
   direction: Callable[[Array], Array]
   """Gradient to the unit step that increases the loss most."""
@@ -28,13 +28,13 @@ def _l2(x: Array) -> Array:
   return jnp.sqrt(jnp.square(x).sum((1, 2, 3), keepdims=True))
 
 
-def _linf_start(key: Array, images: Array, epsilon: Array) -> Array:
+def _linf_start(key: Array, images: Array, epsilon: Scalar) -> Array:
   return epsilon * jax.random.uniform(
     key, images.shape, images.dtype, minval=-1.0, maxval=1.0
   )
 
 
-def _l2_start(key: Array, images: Array, epsilon: Array) -> Array:
+def _l2_start(key: Array, images: Array, epsilon: Scalar) -> Array:
   direction_key, radius_key = jax.random.split(key)
   direction = jax.random.normal(direction_key, images.shape, images.dtype)
   shape = (images.shape[0], 1, 1, 1)
@@ -61,7 +61,7 @@ NORMS: dict[str, Norm] = {
 
 
 def project(
-  norm: Norm, images_adv: Array, images: Array, epsilon: Array
+  norm: Norm, images_adv: Array, images: Array, epsilon: Scalar
 ) -> Array:
   """Into the epsilon-ball around `images` and into [0, 1].
 

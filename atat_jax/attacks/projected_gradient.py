@@ -16,7 +16,7 @@ from jax import lax
 
 from atat_jax import checks, compilation, losses, rng
 from atat_jax.attacks import base, norms
-from atat_jax.typing import Array, Classifier
+from atat_jax.typing import Array, Classifier, Scalar
 
 State = TypeVar("State")
 
@@ -28,8 +28,8 @@ def ascend(
   images: Array,
   labels: Array,
   *,
-  epsilon: Array | float,
-  step_size: Array | float,
+  epsilon: Scalar,
+  step_size: Scalar,
   num_steps: Array | int,
   norm: str = "linf",
   loss: str = "cross_entropy",
@@ -71,7 +71,7 @@ def ascend(
 
 
 def random_start(
-  key: Array, images: Array, *, epsilon: Array | float, norm: str = "linf"
+  key: Array, images: Array, *, epsilon: Scalar, norm: str = "linf"
 ) -> Array:
   """Uniform in the ball, clipped to [0, 1]."""
   ball = norms.NORMS[norm]

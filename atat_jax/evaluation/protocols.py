@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from typing import Any
 
 from atat_jax import attacks, checks, losses
 from atat_jax.attacks import norms
@@ -44,7 +45,7 @@ class Protocol:
     """The images that the classifier is scored on, [B, H, W, C]."""
     if self.attack == "nominal":
       return images
-    options = {"epsilon": self.epsilon}
+    options: dict[str, Any] = {"epsilon": self.epsilon}
     if self.attack != "fgsm":
       options |= {"step_size": self.step_size, "num_steps": self.num_steps}
     if self.attack == "pgd":

@@ -24,7 +24,7 @@ CONVOLUTIONS = ("auto", "canonical", "xla")
 
 
 def explicit_padding(
-  padding: str, size: tuple[int, int], kernel: int, stride: int
+  padding: str, size: tuple[int, ...], kernel: int, stride: int
 ) -> Padding:
   """Rows and columns to add on each side.
 
@@ -42,9 +42,13 @@ def explicit_padding(
   """
   if padding == "symmetric":
     return ((kernel // 2,) * 2,) * 2
-  totals = [max((-(-n // stride) - 1) * stride + kernel - n, 0) for n in size]
-  top, left = (total // 2 for total in totals)
-  return (top, totals[0] - top), (left, totals[1] - left)
+  height, width = (
+    max((-(-n // stride) - 1) * stride + kernel - n, 0) for n in size
+  )
+  return (
+    (height // 2, height - height // 2),
+    (width // 2, width - width // 2),
+  )
 
 
 def _xla(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:

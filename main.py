@@ -5,14 +5,11 @@
 Flags only; the work is in `atat_jax/pipeline.py`.
 """
 
-import logging
 import pathlib
-import signal
 import sys
 from collections.abc import Sequence
 
 from absl import app, flags
-from absl import logging as absl_logging
 from ml_collections import config_flags
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -45,7 +42,10 @@ def _parse(argv: Sequence[str]) -> list[str]:
       if flag.value is None:
         raise flags.Error(f"--{flag.name} is missing")
     return rest
-  except (flags.Error, AttributeError, OSError) as error:
+  except AttributeError as error:  # how ml_collections refuses a field
+    reason = " ".join(str(error.args[0].args[0]).split())
+    sys.exit(f"error: --config has no field {reason}")
+  except (flags.Error, OSError) as error:
     lines = [line for line in str(error).splitlines() if line.strip()]
     sys.exit(f"error: {lines[-1].strip()}")
 
@@ -54,26 +54,18 @@ def main(argv: Sequence[str]) -> None:
   """Sets the runtime up and runs the mode."""
   del argv
   # After the flags: a typo is told before JAX has started.
-  import jax
-
-  from atat_jax import compilation, pipeline
+  from atat_jax import pipeline, runtime
   from atat_jax.errors import UserError
+  from atat_jax.interrupts import Interrupted
 
-  logging.basicConfig(format="%(message)s", force=True)
-  logging.getLogger("atat_jax").setLevel(logging.INFO)
-  absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax tells every step
-  signal.signal(signal.SIGTERM, signal.default_int_handler)
-  compilation.enable_persistent_cache()
-  if _DISTRIBUTED.value:
-    jax.distributed.initialize()
+  runtime.set_up(distributed=_DISTRIBUTED.value)
   try:
     pipeline.run(_MODE.value, _CONFIG.value, pathlib.Path(str(_WORKDIR.value)))
   except UserError as error:
     sys.exit(f"error: {error}")
-  except KeyboardInterrupt as error:
-    message = str(error) or "stopped; the same command goes on from here"
-    sys.stderr.write(f"\n{message}\n")
-    sys.exit(128 + getattr(error, "signum", signal.SIGINT))
+  except Interrupted as error:
+    sys.stderr.write(f"\n{error}\n")
+    sys.exit(128 + error.signum)
 
 
 if __name__ == "__main__":

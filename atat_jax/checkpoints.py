@@ -77,6 +77,8 @@ def _manager(
       best_fn=metric,
       best_mode="max",
       read_only=read_only,
+      create=not read_only,
+      save_interval_steps=0 if read_only else 1,
     ),
   )
 

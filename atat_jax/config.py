@@ -186,31 +186,38 @@ def _bound(tree: dict[str, Any]) -> dict[str, Any]:
   }
 
 
-def claim_workdir(config: ConfigDict, workdir: pathlib.Path) -> None:
-  """Writes `config.json`, or checks that the one there is of the same run.
+def check_workdir(config: ConfigDict, workdir: pathlib.Path) -> None:
+  """Checks that a run in `workdir` is of the same training. Writes nothing.
 
   Args:
     config: The configuration.
     workdir: The run's directory.
 
   Raises:
-    UserError: The directory holds a run with another training; nothing in it
-      is touched.
+    UserError: The directory holds a run with another training.
   """
   path = workdir / "config.json"
-  wanted = as_json(config)
-  if path.exists():
-    try:
-      found = _bound(json.loads(path.read_text(encoding="utf-8")))
-    except json.JSONDecodeError as error:
-      raise UserError(f"{path}: not JSON ({error})") from None
-    for field, value in _bound(wanted).items():
-      if found.get(field) != value:
-        raise UserError(
-          f"config.{field}: {value!r}, but {workdir} holds a run with"
-          f" {found.get(field)!r}; use that or another --workdir"
-        )
+  if not path.exists():
+    return
   try:
-    writers.write_json(path, wanted)
+    found = _bound(json.loads(path.read_text(encoding="utf-8")))
+  except json.JSONDecodeError as error:
+    raise UserError(f"{path}: not JSON ({error})") from None
+  for field, value in _bound(as_json(config)).items():
+    if found.get(field) != value:
+      raise UserError(
+        f"config.{field}: {value!r}, but {workdir} holds a run with"
+        f" {found.get(field)!r}; use that or another --workdir"
+      )
+
+
+def write_config(config: ConfigDict, workdir: pathlib.Path) -> None:
+  """Writes `config.json`.
+
+  Raises:
+    UserError: The directory cannot be written.
+  """
+  try:
+    writers.write_json(workdir / "config.json", as_json(config))
   except OSError as error:
     raise UserError(f"workdir: {workdir}: {error.strerror}") from None

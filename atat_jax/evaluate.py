@@ -94,6 +94,25 @@ def _identity(row: dict[str, Any]) -> str:
   )
 
 
+def find_checkpoints(
+  plan: Plan, workdir: pathlib.Path
+) -> dict[str, tuple[pathlib.Path, int]]:
+  """The best checkpoint of each network of a run, as (directory, step).
+
+  Raises:
+    UserError: One is missing.
+  """
+  if plan.objective.needs_teacher:
+    teacher = teacher_directory(plan.config, workdir)
+    directories = {"teacher": teacher, "student": workdir}
+  else:
+    directories = {plan.config.method: workdir}
+  return {
+    name: (directory, checkpoints.checkpoint_step(directory))
+    for name, directory in directories.items()
+  }
+
+
 def evaluate(
   plan: Plan, workdir: pathlib.Path, dataset: Dataset, mesh: Mesh
 ) -> dict[str, Any]:
@@ -112,16 +131,10 @@ def evaluate(
     UserError: A checkpoint is missing or of another network.
   """
   settings = plan.config.evaluation
-  directories = {"student": workdir}
-  if plan.objective.needs_teacher:
-    directories = {
-      "teacher": teacher_directory(plan.config, workdir),
-      **directories,
-    }
   networks, steps = {}, {}
-  for name, directory in directories.items():
-    steps[name] = checkpoints.checkpoint_step(directory)
-    model, variables = checkpoints.restore_model(directory, step=steps[name])
+  for name, (directory, step) in find_checkpoints(plan, workdir).items():
+    steps[name] = step
+    model, variables = checkpoints.restore_model(directory, step=step)
     if model != plan.model:
       raise UserError(
         f"workdir: the checkpoint in {directory} is of another network"
@@ -132,10 +145,11 @@ def evaluate(
   count = settings.num_examples or len(dataset.test.labels)
   test = Split(*(array[:count] for array in dataset.test))
   path = workdir / "results.json"
+  results = _read(path)
   # Rows of other protocols stay, those of other checkpoints go.
   rows = {
     _identity(row): row
-    for row in _old_rows(path)
+    for row in results["rows"]
     if steps.get(row["model"]) == row["checkpoint_step"]
   }
   todo = [
@@ -172,44 +186,41 @@ def evaluate(
       )
       row["seconds"] = round(time.perf_counter() - began, 3)
       rows[_identity(row)] = row
-      _write(plan, path, steps, list(rows.values()))
+      results = _results(plan, steps, list(rows.values()))
+      writers.write_json(path, results)
   if done:
     _log.info("evaluate: %s has all %d rows", path, len(todo))
   _write_maps(plan, workdir, networks, test, steps)
-  return json.loads(path.read_text(encoding="utf-8"))
+  return results
 
 
-def _old_rows(path: pathlib.Path) -> list[dict[str, Any]]:
+def _read(path: pathlib.Path) -> dict[str, Any]:
   if not path.exists():
-    return []
+    return {"rows": []}
   try:
-    return json.loads(path.read_text(encoding="utf-8"))["rows"]
+    results = json.loads(path.read_text(encoding="utf-8"))
+    for row in results["rows"]:
+      _identity(row)
+    return results
   except (json.JSONDecodeError, KeyError, TypeError):
     raise UserError(
       f"{path}: not a results file; move it away to evaluate again"
     ) from None
 
 
-def _write(
-  plan: Plan,
-  path: pathlib.Path,
-  steps: dict[str, int],
-  rows: list[dict[str, Any]],
-) -> None:
-  diagnostics = {
-    f"{model}_{rule}": found
-    for model in steps
-    for rule, found in evaluation.diagnose(rows, model).items()
-  }
-  writers.write_json(
-    path,
-    {
-      "format": 1,
-      "run": _run_record(plan, steps),
-      "rows": rows,
-      "diagnostics": diagnostics,
+def _results(
+  plan: Plan, steps: dict[str, int], rows: list[dict[str, Any]]
+) -> dict[str, Any]:
+  return {
+    "format": 1,
+    "run": _run_record(plan, steps),
+    "rows": rows,
+    "diagnostics": {
+      f"{model}_{rule}": found
+      for model in steps
+      for rule, found in evaluation.diagnose(rows, model).items()
     },
-  )
+  }
 
 
 def _write_maps(

@@ -1,7 +1,9 @@
 """Ctrl-C and SIGTERM as a request to stop at the next safe point."""
 
 import signal
+import threading
 from types import FrameType, TracebackType
+from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -16,6 +18,12 @@ class Interrupted(KeyboardInterrupt):
   def __init__(self, message: str, signum: int):
     super().__init__(message)
     self.signum = signum
+
+
+def raise_interrupted(signum: int, frame: FrameType | None) -> None:
+  """A signal handler for work that is safe to stop anywhere."""
+  del frame
+  raise Interrupted("stopped; the same command goes on from here", signum)
 
 
 class Interrupt:
@@ -33,6 +41,7 @@ class Interrupt:
 
   def __init__(self) -> None:
     self.signum = 0
+    self._previous: dict[signal.Signals, Any] = {}
 
   def _handle(self, signum: int, frame: FrameType | None) -> None:
     self.signum = signum
@@ -43,10 +52,10 @@ class Interrupt:
       signal.signal(number, handler)
 
   def __enter__(self) -> "Interrupt":
-    """Installs the handlers (in the main thread only, as Python demands)."""
-    self._previous = {n: signal.getsignal(n) for n in SIGNALS}
-    for number in SIGNALS:
-      signal.signal(number, self._handle)
+    """Installs the handlers, in the main thread: Python allows no other."""
+    if threading.current_thread() is threading.main_thread():
+      for number in SIGNALS:
+        self._previous[number] = signal.signal(number, self._handle)
     return self
 
   def __exit__(

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from atat_jax import data, evaluate, report, sharding, train
-from atat_jax.config import Plan, claim_workdir, make_plan
+from atat_jax.config import Plan, check_workdir, make_plan, write_config
 
 MODES = ("run", "train", "evaluate", "figures")
 
@@ -33,6 +33,9 @@ def run(mode: str, config: ConfigDict, workdir: pathlib.Path) -> None:
   if mode == "figures":
     _figures(workdir)
     return
+  check_workdir(config, workdir)
+  if mode == "evaluate":
+    evaluate.find_checkpoints(plan, workdir)  # before data are loaded
   mesh = sharding.make_mesh()
   dataset = data.load(
     config.data.name,
@@ -41,7 +44,7 @@ def run(mode: str, config: ConfigDict, workdir: pathlib.Path) -> None:
     validation_size=config.data.validation_size,
     source=config.data.source,
   )
-  claim_workdir(config, workdir)
+  write_config(config, workdir)
   if mode in ("run", "train"):
     train.train(plan, workdir, dataset, mesh)
   if mode in ("run", "evaluate"):

@@ -1,9 +1,10 @@
 """Training: the teacher, then the student, resumable at every step."""
 
+import contextlib
 import logging
 import pathlib
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -154,7 +155,7 @@ def _check_finite(
   )
 
 
-class _Progress:
+class _Progress(contextlib.AbstractContextManager[Any]):
   """The bar on the terminal and the clock behind images per second."""
 
   def __init__(self, stage: Stage, total: int, start: int):
@@ -168,6 +169,9 @@ class _Progress:
     )
     self._images = stage.settings.batch_size
     self.restart()
+
+  def __exit__(self, *error: object) -> None:
+    self.bar.close()
 
   def restart(self) -> None:
     """Leaves out what was not training: compiling, validating, saving."""
@@ -192,6 +196,13 @@ class _Progress:
     shown = {s: f"{values[n]:.3f}" for n, s in short.items() if n in values}
     rate = values["images_per_second"]
     self.bar.set_postfix({"img/s": f"{rate:.0f}", **shown})
+
+  def say(self, step: int, scores: dict[str, float]) -> None:
+    """A line of validation accuracies that stays above the bar."""
+    self.bar.write(
+      f"{self.bar.desc} step {step}/{self.bar.total} validation: "
+      + ", ".join(f"{name} {100 * v:.1f} %" for name, v in scores.items())
+    )
 
 
 def _run(plan: Plan, stage: Stage, dataset: Dataset, mesh: Mesh) -> None:
@@ -227,17 +238,18 @@ def _run(plan: Plan, stage: Stage, dataset: Dataset, mesh: Mesh) -> None:
   )
   train_data = sharding.put_replicated(mesh, dataset.train)
   validation_data = sharding.put_replicated(mesh, dataset.validation)
-  with (
-    checkpoints.Checkpointer(stage.directory, plan.model_spec) as checkpointer,
-    Interrupt() as interrupt,
-  ):
+  with contextlib.ExitStack() as stack:
+    checkpointer = stack.enter_context(
+      checkpoints.Checkpointer(stage.directory, plan.model_spec)
+    )
+    interrupt = stack.enter_context(Interrupt())
     start = saved = checkpointer.latest_step()
     if start is not None:
       current = checkpointer.restore(current, start)
       _log.info("%s: resumed at step %d of %d", stage.name, start, total)
     start = start or 0
-    writer = writers.MetricsWriter(stage.directory, start)
-    progress = _Progress(stage, total, start)
+    writer = stack.enter_context(writers.MetricsWriter(stage.directory, start))
+    progress = stack.enter_context(_Progress(stage, total, start))
     for step in range(start + 1, total + 1):
       indices = batches.train_indices(
         stage.seed,
@@ -252,58 +264,42 @@ def _run(plan: Plan, stage: Stage, dataset: Dataset, mesh: Mesh) -> None:
       if step == start + 1:
         jax.block_until_ready(current)
         progress.restart()  # the first step compiles
-      if step % settings.log_every_steps == 0 or step == total:
-        means = metrics.compute(current.sums)
-        _check_finite(current.nonfinite, stage, saved)
-        current = current.replace(
-          sums=sharding.put_replicated(mesh, metrics.zeros(tuple(current.sums)))
-        )
+      log = step % settings.log_every_steps == 0 or step == total
+      validate = step % every == 0 or step == total
+      stop = checkpointer.should_stop(step, interrupt.signum) and step < total
+      if not (log or validate or stop):
+        continue  # nothing here waits for the device
+      _check_finite(current.nonfinite, stage, saved)
+      if log:
         values = {
           "epoch": step / per_epoch,
-          **means,
+          **metrics.compute(current.sums),
           "learning_rate": float(schedule(step - 1)),
           "images_per_second": progress.images_per_second(),
         }
+        zeros = metrics.zeros(tuple(current.sums))
+        current = current.replace(sums=sharding.put_replicated(mesh, zeros))
         writer.write("train", step, values)
         progress.show(values)
-        progress.restart()
-      if step % every == 0 or step == total:
-        _check_finite(current.nonfinite, stage, saved)
+      if validate:
         scores = _validate(plan, stage, current, validation_data, mesh)
-        writer.write(
-          "validation",
-          step,
-          {
-            "epoch": step / per_epoch,
-            **scores,
-            "attack": plan.validation.describe(),
-          },
-        )
-        chosen_by = (
-          "accuracy_adversarial"
-          if stage.objective.attacks
-          else "accuracy_clean"
-        )
+        details = {"epoch": step / per_epoch, **scores}
+        attack = plan.validation.describe()
+        writer.write("validation", step, {**details, "attack": attack})
+        # The standardly trained teacher is chosen by its clean accuracy.
+        chosen_by = list(scores)[-1]
         checkpointer.save(current, step, scores[chosen_by], scores)
         saved = step
-        progress.bar.write(
-          f"{stage.name} step {step}/{total} validation: "
-          + ", ".join(f"{k} {100 * v:.1f} %" for k, v in scores.items())
-        )
-        progress.restart()
-      if checkpointer.should_stop(step, interrupt.signum) and step < total:
-        _check_finite(current.nonfinite, stage, saved)
-        if saved != step:
-          checkpointer.save(current, step, None)
-        progress.bar.close()
-        writer.close()
+        progress.say(step, scores)
+      elif stop:
+        checkpointer.save(current, step, None)
+      if stop:
         raise Interrupted(
           f"{stage.name}: stopped at step {step} of {total}, saved in"
           f" {stage.directory / 'checkpoints'}; the same command resumes there",
           interrupt.signum,
         )
-    progress.bar.close()
-    writer.close()
+      progress.restart()
 
 
 def _validate(

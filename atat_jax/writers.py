@@ -4,6 +4,7 @@ Only process 0 writes. Files that are rewritten are replaced at once, so that a
 kill leaves the old or the new one.
 """
 
+import contextlib
 import json
 import os
 import pathlib
@@ -29,8 +30,8 @@ def write_json(path: pathlib.Path, value: Any) -> None:
   replace_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
-class MetricsWriter:
-  """`metrics.jsonl` and `tensorboard/` of a training run.
+class MetricsWriter(contextlib.AbstractContextManager[Any]):
+  """`metrics.jsonl` and `tensorboard/` of a training run, a context manager.
 
   Args:
     directory: The run's directory.
@@ -71,7 +72,7 @@ class MetricsWriter:
         self._board.add_scalar(f"{split}/{name}", value, step)
     self._board.flush()
 
-  def close(self) -> None:
+  def __exit__(self, *error: object) -> None:
     """Closes both files."""
     if self._writes:
       self._file.close()

@@ -59,7 +59,7 @@ def recover(image, out, padding):
 )
 def test_random_draws_cover_exactly_what_is_allowed(padding, flip):
   images = random_batch(np.uint8, batch=1)
-  count = 400  # 8 or more of each of at most 50 outcomes
+  count = 400  # 8 of each on average, with 50 outcomes
   out = augment.pad_crop_flip(
     jax.random.key(1),
     jnp.asarray(np.repeat(images, count, axis=0)),

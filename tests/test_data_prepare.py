@@ -174,6 +174,13 @@ def test_killed_half_way_it_leaves_nothing_that_loads(tmp_path, archive):
   )
 
 
+def test_what_is_not_renamed_yet_is_not_found(tmp_path, archive):
+  root = tmp_path / "tfds"
+  version = prepare.prepare("cifar10", data_dir=str(root), archive=str(archive))
+  version.rename(version.with_name("incomplete.ABCDEF_3.0.2"))
+  assert cifar.tfds_versions(root, "cifar10") == []
+
+
 def test_damaged_records_are_a_user_error(tmp_path, archive):
   root = tmp_path / "tfds"
   version = prepare.prepare("cifar10", data_dir=str(root), archive=str(archive))

@@ -78,10 +78,13 @@ def test_records_equal_tfds_own_decoding(root, cifar10):
 
 def test_second_start_takes_under_a_second(root, cifar10, cache):
   del cifar10  # has filled the cache
-  start = time.perf_counter()
-  again = data.load("cifar10", data_dir=str(root), cache_dir=cache)
-  assert time.perf_counter() - start < 1
-  assert len(again.test.labels) == 10_000
+  seconds = []
+  for _ in range(3):  # the fastest, as the machine may be busy
+    start = time.perf_counter()
+    again = data.load("cifar10", data_dir=str(root), cache_dir=cache)
+    seconds.append(time.perf_counter() - start)
+    assert len(again.test.labels) == 10_000
+  assert min(seconds) < 1
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])

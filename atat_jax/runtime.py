@@ -1,0 +1,28 @@
+"""What a process needs before any work: log, signals, cache, other processes."""
+
+import logging
+import signal
+
+import jax
+from absl import logging as absl_logging
+
+from atat_jax import compilation, interrupts
+
+
+def set_up(*, distributed: bool) -> None:
+  """Sets up the process of a command.
+
+  Args:
+    distributed: Whether to join the other processes of a TPU pod, a SLURM or
+      an Open MPI job, as `jax.distributed.initialize` finds them.
+  """
+  log = logging.getLogger("atat_jax")
+  log.setLevel(logging.INFO)
+  log.addHandler(logging.StreamHandler())
+  log.propagate = False
+  absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax tells every save
+  for number in interrupts.SIGNALS:
+    signal.signal(number, interrupts.raise_interrupted)
+  compilation.enable_persistent_cache()
+  if distributed:
+    jax.distributed.initialize()

@@ -41,6 +41,7 @@ def _parse(argv: Sequence[str]) -> list[str]:
     for flag in (_CONFIG, _WORKDIR):
       if flag.value is None:
         raise flags.Error(f"--{flag.name} is missing")
+    _CONFIG.value.items()  # a file that could not be read fails only here
     return rest
   except AttributeError as error:  # how ml_collections refuses a field
     reason = " ".join(str(error.args[0].args[0]).split())

@@ -8,6 +8,7 @@ import pytest
 from fixtures import cifar_archives as archives
 
 from atat_jax import data
+from atat_jax.data import archives as official
 from atat_jax.data import cifar
 from atat_jax.errors import UserError
 
@@ -27,13 +28,13 @@ def source(tmp_path):
 def decodings(monkeypatch):
   """Counts how often an archive is decoded."""
   calls = []
-  original = cifar.read_archive
+  original = official.read_archive
 
   def counted(*args, **kwargs):
     calls.append(args)
     return original(*args, **kwargs)
 
-  monkeypatch.setattr(cifar, "read_archive", counted)
+  monkeypatch.setattr(official, "read_archive", counted)
   return calls
 
 

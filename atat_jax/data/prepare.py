@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tqdm
 
-from atat_jax.data import base, cifar
+from atat_jax.data import archives, base, cifar
 from atat_jax.errors import UserError
 
 _BLOCK = 1 << 18
@@ -152,7 +152,7 @@ def _builder(
   Args:
     spec: The data set.
     data_dir: Root of the tfds data directory.
-    splits: From `cifar.read_archive`.
+    splits: From `archives.read_archive`.
   """
   import tensorflow_datasets as tfds
 
@@ -238,7 +238,7 @@ def prepare(
     else:
       path = download(DOWNLOADS[name], root / "downloads")
     print(f"reading {path}")
-    splits = cifar.read_archive(path, spec)
+    splits = archives.read_archive(path, spec)
     for split, (images, labels) in splits.items():
       base.checked_split(spec, images, labels[:, -1], where=f"{path} ({split})")
     builder = _builder(spec, root, splits)

@@ -1,0 +1,282 @@
+"""The official archives of CIFAR-10 and CIFAR-100, binary and python version.
+
+They are read in memory, member by member, and trusted in nothing: no file is
+extracted, and no pickle of the python version is executed.
+"""
+
+import gzip
+import io
+import pathlib
+import pickle
+import tarfile
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from atat_jax.data import base
+from atat_jax.errors import UserError
+
+_PIXELS = 32 * 32 * 3
+
+
+class Archive(NamedTuple):
+  """Layout of an official archive.
+
+  Attributes:
+    filename: Its official name.
+    folder: The folder inside that holds all files.
+    files: For each split the files with its images, in order.
+    labels: The labels stored with an image, in order; the last one is ours.
+      In the binary version one byte each, in the python version dict keys.
+    records: The most images that a file of the split may hold.
+  """
+
+  filename: str
+  folder: str
+  files: Mapping[str, tuple[str, ...]]
+  labels: tuple[str, ...]
+  records: Mapping[str, int]
+
+
+ARCHIVES: dict[str, dict[str, Archive]] = {
+  "cifar10": {
+    "binary": Archive(
+      filename="cifar-10-binary.tar.gz",
+      folder="cifar-10-batches-bin",
+      files={
+        "train": tuple(f"data_batch_{i}.bin" for i in range(1, 6)),
+        "test": ("test_batch.bin",),
+      },
+      labels=("labels",),
+      records={"train": 10_000, "test": 10_000},
+    ),
+    "python": Archive(
+      filename="cifar-10-python.tar.gz",
+      folder="cifar-10-batches-py",
+      files={
+        "train": tuple(f"data_batch_{i}" for i in range(1, 6)),
+        "test": ("test_batch",),
+      },
+      labels=("labels",),
+      records={"train": 10_000, "test": 10_000},
+    ),
+  },
+  "cifar100": {
+    "binary": Archive(
+      filename="cifar-100-binary.tar.gz",
+      folder="cifar-100-binary",
+      files={"train": ("train.bin",), "test": ("test.bin",)},
+      labels=("coarse_labels", "fine_labels"),
+      records={"train": 50_000, "test": 10_000},
+    ),
+    "python": Archive(
+      filename="cifar-100-python.tar.gz",
+      folder="cifar-100-python",
+      files={"train": ("train",), "test": ("test",)},
+      labels=("coarse_labels", "fine_labels"),
+      records={"train": 50_000, "test": 10_000},
+    ),
+  },
+}
+
+
+class _Inert:
+  """Stands for whatever a pickle refers to: keeps what it is given, runs nothing.
+
+  A pickle asks for callables by name, calls them, and hands state to the
+  results. Here every name becomes an `_Inert`, calling one gives another with
+  the arguments in it, and state is stored. What comes out is a tree of plain
+  values, from which `_pixels` takes an array after looking at all of it.
+  """
+
+  __slots__ = ("args", "name", "state")
+
+  def __init__(self, name: str, args: tuple[Any, ...] = ()):
+    self.name = name
+    self.args = args
+    self.state: Any = None
+
+  def __call__(self, *args: Any) -> "_Inert":
+    return _Inert(self.name, args)
+
+  def __setstate__(self, state: Any) -> None:
+    self.state = state
+
+
+_ARRAY = (
+  "numpy.core.multiarray._reconstruct",
+  "numpy._core.multiarray._reconstruct",
+)
+# An array of bytes needs these names and no others; `_codecs.encode` is how
+# Python 3 writes bytes in the old protocols.
+_NAMES = frozenset((*_ARRAY, "numpy.ndarray", "numpy.dtype", "_codecs.encode"))
+
+
+class _Unpickler(pickle.Unpickler):
+  """Reads the structure of a pickle without importing or calling anything."""
+
+  def find_class(self, module: str, name: str) -> Any:
+    full_name = f"{module}.{name}"
+    if full_name not in _NAMES:
+      raise pickle.UnpicklingError(
+        f"it refers to {full_name!r}, which no CIFAR file does; refused"
+      )
+    return _Inert(full_name)
+
+
+def _pixels(node: Any) -> np.ndarray:
+  """The array that numpy would have rebuilt from a pickle: uint8 [N, 3072]."""
+  if not isinstance(node, _Inert) or node.name not in _ARRAY:
+    raise ValueError("'data' is not an array")
+  _, shape, dtype, fortran_order, raw = node.state
+  if (
+    not isinstance(dtype, _Inert)
+    or dtype.name != "numpy.dtype"
+    or dtype.args[0] not in ("u1", b"u1")
+    or fortran_order
+  ):
+    raise ValueError("'data' is not a uint8 array in C order")
+  if isinstance(raw, _Inert) and raw.name == "_codecs.encode":
+    text, encoding = raw.args
+    raw = text.encode("latin1") if encoding == "latin1" else None
+  if not isinstance(raw, bytes):
+    raise ValueError("'data' does not hold bytes")
+  return np.frombuffer(raw, np.uint8).reshape(shape)
+
+
+def _decode_python(
+  data: bytes, label_keys: tuple[str, ...]
+) -> tuple[np.ndarray, np.ndarray]:
+  batch = _Unpickler(io.BytesIO(data), encoding="bytes").load()
+  if not isinstance(batch, dict):
+    raise ValueError("it does not hold a dict")
+  # Python 2 wrote byte strings, a copy made with Python 3 has text.
+  batch = {
+    key.decode() if isinstance(key, bytes) else key: value
+    for key, value in batch.items()
+  }
+  missing = [key for key in ("data", *label_keys) if key not in batch]
+  if missing:
+    raise ValueError(f"it has no {missing[0]!r}")
+  columns = [batch[key] for key in label_keys]
+  if any(
+    not isinstance(column, list) or any(type(x) is not int for x in column)
+    for column in columns
+  ):
+    raise ValueError("labels are not a list of integers")
+  return _pixels(batch["data"]), np.array(columns, np.int64).T
+
+
+def _decode_binary(
+  data: bytes, label_keys: tuple[str, ...]
+) -> tuple[np.ndarray, np.ndarray]:
+  width = len(label_keys) + _PIXELS
+  if not data or len(data) % width:
+    raise ValueError(f"{len(data)} bytes are not records of {width}")
+  records = np.frombuffer(data, np.uint8).reshape(-1, width)
+  return records[:, len(label_keys) :], records[:, : len(label_keys)]
+
+
+def _decode_member(
+  kind: str, layout: Archive, name: str, content: bytes
+) -> tuple[np.ndarray, np.ndarray]:
+  """Images uint8 [N, 32, 32, 3] and labels [N, len(layout.labels)]."""
+  decode = _decode_python if kind == "python" else _decode_binary
+  try:
+    pixels, labels = decode(content, layout.labels)
+    if pixels.ndim != 2 or pixels.shape[1] != _PIXELS:
+      raise ValueError(
+        f"pixels are {list(pixels.shape)}, must be [N, {_PIXELS}]"
+      )
+    if len(pixels) != len(labels):
+      raise ValueError(f"{len(pixels)} images, but {len(labels)} labels")
+  except Exception as error:
+    raise ValueError(
+      f"{layout.folder}/{name}: {base.first_line(error)}"
+    ) from error
+  # Stored as three planes, each row by row.
+  images = pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+  return np.ascontiguousarray(images), labels
+
+
+def _members(
+  path: pathlib.Path, layouts: Mapping[str, Archive]
+) -> Iterator[tuple[str, str, bytes]]:
+  """Yields kind, file name and content of every member that a layout names."""
+  wanted = {
+    f"{layout.folder}/{name}": (kind, name, layout.records[split])
+    for kind, layout in layouts.items()
+    for split, names in layout.files.items()
+    for name in names
+  }
+  with gzip.open(path) as stream:
+    with tarfile.open(fileobj=stream, mode="r|") as tar:
+      for member in tar:
+        found = wanted.get(member.name.removeprefix("./"))
+        if found is None or not member.isfile():
+          continue
+        kind, name, records = found
+        # The header's size is believed only up to what such a file can have:
+        # the python version adds a file name and a label to each image.
+        if member.size > records * (_PIXELS + 200) + 10_000:
+          raise ValueError(
+            f"{member.name} has {member.size} bytes, too many for"
+            f" {records} images"
+          )
+        content = tar.extractfile(member)
+        assert content is not None  # it is a file
+        yield kind, name, content.read()
+    while stream.read(1 << 20):  # to the end, where the checksum is
+      pass
+
+
+def read_archive(
+  path: pathlib.Path, spec: base.DatasetSpec, source: str = "auto"
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+  """Reads an official archive, binary or python version, whatever its name.
+
+  Args:
+    path: A tar file compressed with gzip.
+    spec: `cifar.CIFAR10` or `cifar.CIFAR100`.
+    source: "binary" or "python" to accept only that version.
+
+  Returns:
+    For "train" and "test" the images, uint8 `[N, 32, 32, 3]`, and all labels,
+    `[N, L]`: with CIFAR-100 coarse and fine ones, with CIFAR-10 one column.
+
+  Raises:
+    UserError: Not such an archive, damaged, incomplete, or not as it should be.
+  """
+  layouts = {
+    kind: layout
+    for kind, layout in ARCHIVES[spec.name].items()
+    if source in ("auto", kind)
+  }
+  decoded = {}
+  try:
+    for kind, name, content in _members(path, layouts):
+      decoded[kind, name] = _decode_member(kind, layouts[kind], name, content)
+  # A damaged or hostile file can fail anywhere in gzip, tar and pickle.
+  except Exception as error:
+    raise UserError(
+      f"{path}: not a usable {spec.name} archive: {base.first_line(error)}"
+    ) from error
+  if not decoded:
+    folders = " or ".join(f"{layout.folder}/" for layout in layouts.values())
+    raise UserError(
+      f"{path}: not a {spec.name} archive, it has no images in {folders}"
+    )
+  kind = next(iter(decoded))[0]
+  layout = layouts[kind]
+  splits = {}
+  for split, names in layout.files.items():
+    for name in names:
+      if (kind, name) not in decoded:
+        raise UserError(
+          f"{path}: incomplete {spec.name} archive, it has no"
+          f" {layout.folder}/{name}"
+        )
+    images, labels = zip(*(decoded[kind, name] for name in names), strict=True)
+    splits[split] = np.concatenate(images), np.concatenate(labels)
+  return splits

@@ -5,6 +5,7 @@ import pathlib
 import sys
 import time
 
+import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -58,10 +59,14 @@ def _evaluate(
   plan: Plan, workdir: pathlib.Path, dataset: data.Dataset, mesh: Mesh
 ) -> None:
   results = evaluate.evaluate(plan, workdir, dataset, mesh)
+  if jax.process_index():
+    return
   sys.stdout.write(f"\n{report.results_table(results)}\n")
   sys.stdout.write(f"results: {workdir / 'results.json'}\n")
 
 
 def _figures(workdir: pathlib.Path) -> None:
+  if jax.process_index():
+    return
   page = report.write_report(workdir)
   sys.stdout.write(f"figures: {workdir / 'figures'}\nreport:  {page}\n")

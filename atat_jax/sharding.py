@@ -8,6 +8,7 @@ several hosts; BatchNorm statistics are those of the global batch.
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -42,7 +43,18 @@ def batch_sharding(mesh: Mesh, batch_size: int) -> NamedSharding:
 
 def put_replicated(mesh: Mesh, tree: PyTree) -> PyTree:
   """Copies a pytree of arrays (the same in every process) to every device."""
-  return jax.device_put(tree, replicated(mesh))
+  sharding = replicated(mesh)
+  if jax.process_count() == 1:
+    return jax.device_put(tree, sharding)
+
+  def put(leaf: jax.Array | np.ndarray) -> jax.Array:
+    # device_put takes addressable devices only, and numpy knows no keys.
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+      return jax.random.wrap_key_data(put(jax.random.key_data(leaf)))
+    host = np.asarray(leaf)
+    return jax.make_array_from_callback(host.shape, sharding, host.__getitem__)
+
+  return jax.tree.map(put, tree)
 
 
 def put_batch(mesh: Mesh, array: np.ndarray) -> jax.Array:

@@ -71,19 +71,6 @@ def _steps_per_epoch(settings: ConfigDict, num_examples: int) -> int:
   return num_examples // settings.batch_size
 
 
-def is_finished(
-  directory: pathlib.Path, settings: ConfigDict, num_examples: int
-) -> bool:
-  """Whether a training has made its last step."""
-  if not (directory / "checkpoints").is_dir():
-    return False
-  total = settings.num_epochs * _steps_per_epoch(settings, num_examples)
-  try:
-    return checkpoints.checkpoint_step(directory, which="last") >= total
-  except UserError:  # nothing complete there yet
-    return False
-
-
 def train(
   plan: Plan, workdir: pathlib.Path, dataset: Dataset, mesh: Mesh
 ) -> None:
@@ -199,10 +186,11 @@ class _Progress(contextlib.AbstractContextManager[Any]):
 
   def say(self, step: int, scores: dict[str, float]) -> None:
     """A line of validation accuracies that stays above the bar."""
-    self.bar.write(
-      f"{self.bar.desc} step {step}/{self.bar.total} validation: "
-      + ", ".join(f"{name} {100 * v:.1f} %" for name, v in scores.items())
-    )
+    if not self.bar.disable:
+      self.bar.write(
+        f"{self.bar.desc} step {step}/{self.bar.total} validation: "
+        + ", ".join(f"{name} {100 * v:.1f} %" for name, v in scores.items())
+      )
 
 
 def _run(plan: Plan, stage: Stage, dataset: Dataset, mesh: Mesh) -> None:
@@ -210,40 +198,40 @@ def _run(plan: Plan, stage: Stage, dataset: Dataset, mesh: Mesh) -> None:
   settings, num_examples = stage.settings, len(dataset.train.labels)
   per_epoch = _steps_per_epoch(settings, num_examples)
   total = settings.num_epochs * per_epoch
-  if is_finished(stage.directory, settings, num_examples):
-    _log.info("%s: %s has all %d steps", stage.name, stage.directory, total)
-    return
   every = max(1, round(settings.validate_every_epochs * per_epoch))
-  schedule, optimizer = make_optimizer(settings, total)
-  current = sharding.put_replicated(
-    mesh,
-    state.create(
-      plan.model,
-      optimizer,
-      jax.random.key(stage.seed),
-      jnp.zeros((1, *plan.spec.image_shape)),
-      metric_names=steps.metric_names(stage.objective),
-      term_names=steps.term_names(stage.objective),
-      initial=stage.teacher,  # Section 3.2: the student starts as the teacher
-    ),
-  )
-  teacher = sharding.put_replicated(mesh, stage.teacher)
-  step_fn = steps.make_train_step(
-    plan.model,
-    stage.objective,
-    optimizer,
-    mesh=mesh,
-    padding=plan.config.data.padding,
-    flip=plan.config.data.flip,
-  )
-  train_data = sharding.put_replicated(mesh, dataset.train)
-  validation_data = sharding.put_replicated(mesh, dataset.validation)
   with contextlib.ExitStack() as stack:
     checkpointer = stack.enter_context(
       checkpoints.Checkpointer(stage.directory, plan.model_spec)
     )
-    interrupt = stack.enter_context(Interrupt())
     start = saved = checkpointer.latest_step()
+    if start is not None and start >= total:
+      _log.info("%s: %s has all %d steps", stage.name, stage.directory, total)
+      return
+    schedule, optimizer = make_optimizer(settings, total)
+    current = sharding.put_replicated(
+      mesh,
+      state.create(
+        plan.model,
+        optimizer,
+        jax.random.key(stage.seed),
+        jnp.zeros((1, *plan.spec.image_shape)),
+        metric_names=steps.metric_names(stage.objective),
+        term_names=steps.term_names(stage.objective),
+        initial=stage.teacher,  # Section 3.2: the student starts as the teacher
+      ),
+    )
+    teacher = sharding.put_replicated(mesh, stage.teacher)
+    step_fn = steps.make_train_step(
+      plan.model,
+      stage.objective,
+      optimizer,
+      mesh=mesh,
+      padding=plan.config.data.padding,
+      flip=plan.config.data.flip,
+    )
+    train_data = sharding.put_replicated(mesh, dataset.train)
+    validation_data = sharding.put_replicated(mesh, dataset.validation)
+    interrupt = stack.enter_context(Interrupt())
     if start is not None:
       current = checkpointer.restore(current, start)
       _log.info("%s: resumed at step %d of %d", stage.name, start, total)

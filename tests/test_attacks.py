@@ -28,8 +28,8 @@ def _linear(weights: Any, bias: Any, images: jax.Array) -> jax.Array:
 
 
 def _mlp(params: Any, images: jax.Array) -> jax.Array:
-  hidden = jnp.tanh(images.reshape(len(images), -1) @ params["w1"])
-  return hidden @ params["w2"]
+  centred = 3 * (images.reshape(len(images), -1) - 0.5)
+  return jnp.tanh(centred @ params["w1"]) @ params["w2"]
 
 
 class Case:
@@ -56,6 +56,7 @@ class Case:
     )
     # Right before the attack: what an attack changes is the attack's work.
     self.predicted = self.mlp(self.images).argmax(-1)
+    assert len(set(self.predicted.tolist())) > 2
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +130,7 @@ def test_l2_pgd_of_a_linear_model_reaches_the_optimum(random_start, case):
 
 def _numpy_logits_and_gradient(params, x, labels, loss):
   """The loss's gradient with respect to the images, derived by hand."""
-  hidden = np.tanh(x.reshape(len(x), -1) @ params["w1"])
+  hidden = np.tanh(3 * (x.reshape(len(x), -1) - 0.5) @ params["w1"])
   logits = hidden @ params["w2"]
   one_hot = np.eye(CLASSES)[labels]
   if loss == "cross_entropy":
@@ -139,7 +140,7 @@ def _numpy_logits_and_gradient(params, x, labels, loss):
     best = np.where(one_hot > 0, -np.inf, logits).argmax(-1)
     d_logits = np.eye(CLASSES)[best] - one_hot
   d_hidden = d_logits @ params["w2"].T * (1 - hidden**2)
-  return (d_hidden @ params["w1"].T).reshape(x.shape)
+  return (3 * d_hidden @ params["w1"].T).reshape(x.shape)
 
 
 def _numpy_pgd(gradient_fn, start, images, *, norm, sign, step, num_steps):
@@ -250,6 +251,7 @@ def test_attack_of_the_wide_resnet_equals_pytorch(wrn, twin, x64):
 def test_pgd_is_the_loop_from_its_random_start(case):
   """And fgsm and ifgsm are the same loop from the clean image."""
 
+  @jax.jit
   def loop(start, step_size, num_steps):
     return projected_gradient.ascend(
       lambda state, x: (case.mlp(x), state),
@@ -351,12 +353,13 @@ def test_restarts_never_weaken(case):
 def test_restarts_keep_the_strongest_of_each_example(loss, targeted, case):
   targets = (case.predicted + 1) % CLASSES if targeted else None
   goal = targets if targeted else case.predicted
-  attempts, ranks = [], []
-  for restart in range(6):
+
+  @jax.jit
+  def attempt(restart):
     start = projected_gradient.random_start(
       rng.stream(KEY, "start", restart), case.images, epsilon=0.12
     )
-    images_adv, _ = projected_gradient.ascend(
+    return projected_gradient.ascend(
       lambda state, x: (case.mlp(x), state),
       (),
       start,
@@ -367,7 +370,11 @@ def test_restarts_keep_the_strongest_of_each_example(loss, targeted, case):
       num_steps=1,
       loss=loss,
       targeted=targeted,
-    )
+    )[0]
+
+  attempts, ranks = [], []
+  for restart in range(6):
+    images_adv = attempt(restart)
     logits = np.asarray(case.mlp(images_adv), np.float64)
     own = logits[np.arange(8), goal]
     if loss == "margin":
@@ -375,7 +382,7 @@ def test_restarts_keep_the_strongest_of_each_example(loss, targeted, case):
       value = others.max(-1) - own
     else:
       value = np.log(np.exp(logits).sum(-1)) - own
-    hit = logits.argmax(-1) == goal
+    hit = logits.argmax(-1) == np.asarray(goal)
     attempts.append(np.asarray(images_adv))
     # Being fooled weighs more than any loss.
     ranks.append(1e6 * hit - value if targeted else 1e6 * ~hit + value)
@@ -632,15 +639,26 @@ def test_inside_vmap(name, case):
 
 
 @every_attack
-def test_a_gradient_passes_through_the_callers_closure(name, case):
-  """A plain function may close over what an outer transformation traces."""
+@pytest.mark.parametrize("transform", ["jit", "vmap", "grad"])
+def test_a_function_that_closes_over_traced_values(name, transform, case):
+  """Only the closure is traced: key, images and labels are plain arrays."""
+  params = case.mlp.args[0]
 
-  def loss(scale):
-    adversarial = _attack(name, case, lambda images: scale * case.mlp(images))
-    return case.mlp(jax.lax.stop_gradient(adversarial)).sum() * scale
+  def attack(scale):
+    def classifier(images):
+      return scale * _mlp(params, images)
 
-  expected = case.mlp(_attack(name, case)).sum()
-  np.testing.assert_allclose(jax.grad(loss)(1.0), expected, rtol=1e-3)
+    return jax.lax.stop_gradient(_attack(name, case, classifier))
+
+  expected = _attack(name, case)  # whatever the scale, for these attacks
+  if transform == "jit":
+    np.testing.assert_allclose(jax.jit(attack)(2.0), expected, atol=1e-6)
+  elif transform == "vmap":
+    several = jax.vmap(attack)(jnp.array([1.0, 2.0]))
+    np.testing.assert_allclose(several[0], expected, atol=1e-6)
+  else:
+    slope = jax.grad(lambda s: s * attack(s).sum())(1.0)
+    np.testing.assert_allclose(slope, expected.sum(), rtol=1e-5)
 
 
 @every_attack

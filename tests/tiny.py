@@ -245,7 +245,7 @@ class Outcome(NamedTuple):
 # `python main.py` again and again, without importing everything each time:
 # nothing of JAX has started when the process forks.
 _SERVER = """
-import json, os, runpy, sys
+import json, os, runpy, sys, traceback
 import jax, tensorboardX
 from atat_jax import pipeline
 sys.path.insert(0, os.getcwd())
@@ -255,9 +255,20 @@ for line in sys.stdin:
   if child == 0:
     for path, stream in ((out, 1), (err, 2)):
       os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
-    sys.argv = ["main.py", *arguments]
-    runpy.run_path("main.py", run_name="__main__")
-    sys.exit(0)
+    sys.argv, status = ["main.py", *arguments], 0
+    try:
+      runpy.run_path("main.py", run_name="__main__")
+    except SystemExit as error:
+      status = error.code
+    except BaseException:
+      traceback.print_exc()
+      status = 1
+    if isinstance(status, str):
+      print(status, file=sys.stderr)
+      status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status or 0)  # tearing so much down takes a second
   status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
   print(status, flush=True)
 """

@@ -1,0 +1,294 @@
+"""Configurations: all that ship are valid, and what is wrong is named at once."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+import tiny
+from ml_collections import ConfigDict
+
+from atat_jax import config, models, objectives
+from atat_jax.errors import UserError
+
+NAMES = sorted(
+  path.stem for path in (tiny.ROOT / "configs").glob("*.py") if path.stem != "__init__"
+)
+METHODS = ("standard", "atat")
+
+
+def leaves(tree, path=""):
+  for key, value in tree.items():
+    if isinstance(value, ConfigDict | dict):
+      yield from leaves(value, f"{path}{key}.")
+    else:
+      yield f"{path}{key}", value
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", NAMES)
+def test_shipped_configurations_are_valid(name, method):
+  made = tiny.load_config(name, method)
+  assert made.method == method
+  plan = config.make_plan(made)
+  # Every hyperparameter of the method and of the network can be set.
+  assert set(made.objective) == {
+    field.name for field in dataclasses.fields(plan.objective)
+  }
+  shape = {"num_classes", "mean", "std", "convolution"}  # not the user's
+  fields = {field.name for field in dataclasses.fields(plan.model)}
+  assert set(made.model) == fields - {"parent", "name"} - shape | {"name"}
+  assert plan.model_spec["image_shape"] == list(plan.spec.image_shape)
+  assert json.loads(json.dumps(plan.model_spec)) == json.loads(
+    json.dumps(plan.model_spec, allow_nan=False)
+  )
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", NAMES)
+def test_fields_and_types_are_those_of_the_default(name, method):
+  def types(made):
+    return {
+      path: "placeholder" if value is None else type(value)
+      for path, value in leaves(made)
+    }
+
+  expected = types(tiny.load_config("default", method))
+  assert types(tiny.load_config(name, method)) == expected
+
+
+def test_methods_are_those_that_exist():
+  default = tiny.load_config("default", None)
+  assert default.method == "atat"
+  assert set(METHODS) == set(objectives.OBJECTIVES)
+  with pytest.raises(ValueError, match="method: 'madry'.*standard.*atat"):
+    tiny.load_config("cifar10", "madry")
+
+
+def test_cifar10_is_the_papers():
+  made = tiny.load_config("cifar10", "atat")
+  plan = config.make_plan(made)
+  objective = plan.objective
+  assert isinstance(objective, objectives.OBJECTIVES["atat"])
+  assert (objective.epsilon, objective.step_size) == (8 / 255, 2 / 255)
+  assert (objective.num_steps, objective.norm, objective.p) == (7, "linf", 2)
+  assert objective.attack_loss == "cross_entropy"
+  assert objective.layers == ()
+  assert objective.attack_batch_norm == "batch"
+  assert objective.attack_moves_statistics
+  assert (made.data.padding, made.data.flip) == (2, True)
+  model = plan.model
+  assert (model.depth, model.width, model.num_classes) == (32, 10, 10)
+  assert (model.strides, model.stem_channels) == ((1, 2, 2), 16)
+  assert (model.shortcut, model.padding) == ("pad", "same")
+  assert (model.activation, model.negative_slope) == ("leaky_relu", 0.1)
+  assert model.normalization == "per_image"
+  assert (model.batch_norm_momentum, model.batch_norm_epsilon) == (0.9, 1e-3)
+  settings = made.train
+  assert settings.batch_size == 32
+  assert (settings.momentum, settings.nesterov) == (0.9, False)
+  assert settings.weight_decay == 2e-4
+  steps = settings.num_epochs * ((50_000 - made.data.validation_size) // 32)
+  assert steps == pytest.approx(80_000, rel=0.01)
+  schedule, _ = config.make_optimizer(settings, total_steps=80_000)
+  rates = {0: 0.1, 39_999: 0.1, 40_000: 0.01, 59_999: 0.01, 60_000: 0.001}
+  for step, rate in {**rates, 79_999: 0.001}.items():
+    assert float(schedule(step)) == pytest.approx(rate, rel=1e-5), step
+  numbers = {(p.epsilon, p.step_size) for p in plan.protocols[2:]}
+  assert numbers == {(8 / 255, 2 / 255)}
+  names = [protocol.name for protocol in plan.protocols]
+  assert names[:5] == ["nominal", "fgsm", "ifgsm20", "pgd7", "pgd20"]
+
+
+def test_cifar100_is_the_papers():
+  made = tiny.load_config("cifar100", "atat")
+  plan = config.make_plan(made)
+  assert (plan.spec.name, plan.model.num_classes) == ("cifar100", 100)
+  assert (made.train.batch_size, made.data.padding) == (64, 2)
+  assert (plan.model.depth, plan.model.width) == (32, 10)
+  names = [protocol.name for protocol in plan.protocols]
+  assert {"nominal", "fgsm", "ifgsm20", "pgd10", "pgd20"} <= set(names)
+
+
+def test_dataset_normalization_takes_the_data_sets_numbers():
+  made = tiny.load_config("cifar10", "standard")
+  made.model.normalization = "dataset"
+  plan = config.make_plan(made)
+  assert (plan.model.mean, plan.model.std) == (plan.spec.mean, plan.spec.std)
+  # ... so that the network can be made again without the data set.
+  fields = plan.model_spec["fields"]
+  assert tuple(fields["mean"]) == plan.spec.mean
+
+
+# (field, value, what the message names besides the value)
+BAD = [
+  ("data__name", "mnist", ["name", "digits", "cifar10"]),
+  ("data__validation_size", 0, ["data.validation_size"]),
+  ("data__padding", -1, ["data.padding"]),
+  ("model__name", "resnet", ["model", "wide_resnet"]),
+  ("model__depth", 11, ["depth", "6n + 2"]),
+  ("model__depth", 2, ["depth", "6n + 2"]),
+  ("model__width", 0, ["width"]),
+  ("model__activation", "gelu", ["activation", "leaky_relu"]),
+  ("model__shortcut", "none", ["shortcut", "pad", "conv"]),
+  ("model__normalization", "x", ["normalization", "per_image"]),
+  ("model__strides", (1, 2), ["strides"]),
+  ("model__strides", (1, 0, 2), ["strides"]),
+  ("model__padding", "valid", ["padding", "same"]),
+  ("model__dtype", "float16", ["model.dtype", "bfloat16"]),
+  ("objective__lambda1", -1.0, ["lambda1"]),
+  ("objective__lambda2", math.nan, ["lambda2"]),
+  ("objective__p", 3, ["p: "]),
+  ("objective__epsilon", -1.0, ["epsilon"]),
+  ("objective__epsilon", math.nan, ["epsilon"]),
+  ("objective__step_size", 0.0, ["step_size"]),
+  ("objective__num_steps", 0, ["num_steps"]),
+  ("objective__norm", "l1", ["norm", "linf", "l2"]),
+  ("objective__attack_loss", "dlr", ["attack_loss", "margin"]),
+  ("objective__attack_batch_norm", "frozen", ["attack_batch_norm", "running"]),
+  ("train__num_epochs", 0, ["train.num_epochs"]),
+  ("train__batch_size", 0, ["train.batch_size"]),
+  ("teacher__batch_size", -1, ["teacher.batch_size"]),
+  ("train__schedule", "linear", ["train.schedule", "piecewise", "cosine"]),
+  ("train__learning_rate", -0.1, ["train.learning_rate"]),
+  ("teacher__learning_rate", math.inf, ["teacher.learning_rate"]),
+  ("train__boundaries", (0.5, 2.0), ["train.boundaries", "between 0 and 1"]),
+  ("train__warmup_fraction", 1.0, ["train.warmup_fraction"]),
+  ("train__momentum", 1.0, ["train.momentum"]),
+  ("train__weight_decay", -1.0, ["train.weight_decay"]),
+  ("train__log_every_steps", 0, ["train.log_every_steps"]),
+  ("train__validate_every_epochs", 0.0, ["train.validate_every_epochs"]),
+  ("evaluation__validation_attack", "cw", ["attack", "pgd<steps>"]),
+  ("evaluation__attacks", "nominal,pgd", ["attack", "pgd<steps>"]),
+  ("evaluation__attacks", "pgd0", ["attack", "pgd<steps>"]),
+  ("evaluation__attacks", "pgd2,pgd2", ["attacks", "once"]),
+  ("evaluation__attacks", "", ["attacks", "nominal"]),
+  ("evaluation__attacks", "fgsm-margin", ["attack", "pgd<steps>-margin"]),
+  ("evaluation__norm", "l1", ["norm", "linf", "l2"]),
+  ("evaluation__norm", "l2", ["norm", "linf for fgsm"]),
+  ("evaluation__epsilon", -1.0, ["epsilon"]),
+  ("evaluation__step_size", 0.0, ["step_size"]),
+  ("evaluation__num_restarts", 0, ["num_restarts"]),
+  ("evaluation__batch_norm", ("train",), ["evaluation.batch_norm", "running"]),
+  ("evaluation__batch_size", 0, ["evaluation.batch_size"]),
+  ("evaluation__num_examples", -1, ["evaluation.num_examples"]),
+  ("figures__attack", "x", ["attack", "pgd<steps>"]),
+  ("figures__num_images", 0, ["figures.num_images"]),
+]
+
+
+def one_line(error):
+  message = str(error.value)
+  assert len(message.splitlines()) == 1, message
+  return message
+
+
+@pytest.mark.parametrize(("field", "value", "named"), BAD)
+def test_a_bad_value_is_named(field, value, named):
+  with pytest.raises(UserError) as error:
+    config.make_plan(tiny.config(**{field: value}))
+  message = one_line(error)
+  shown = value[0] if value == ("train",) else value
+  for part in [*named, str(shown)]:
+    assert part in message
+
+
+@pytest.mark.parametrize(
+  ("fields", "named"),
+  [
+    ({"train__schedule": "piecewise", "train__boundaries": ()}, "boundaries"),
+    ({"train__boundaries": ("a",)}, "boundaries"),
+    ({"train__schedule": "piecewise", "train__factor": -1.0}, "factor"),
+    ({"model__strides": ("a", "b", "c")}, "strides"),
+    ({"model__strides": (1, 1.5, 2)}, "strides"),
+    ({"objective__layers": ("no_such_layer",)}, "no_such_layer"),
+    ({"data__source": "web"}, "source"),
+    ({"train__weight_decay": math.nan}, "weight_decay"),
+    ({"train__weight_decay": math.inf}, "weight_decay"),
+    ({"seed": -1}, "seed"),
+    ({"seed": 2**64}, "seed"),
+    ({"evaluation__seed": 2**64}, "seed"),
+    ({"evaluation__batch_norm": ()}, "batch_norm"),
+  ],
+)
+def test_a_bad_value_is_refused_before_any_work(fields, named):
+  with pytest.raises(UserError, match=named):
+    config.make_plan(tiny.config(**fields))
+
+
+def test_a_running_attack_cannot_move_statistics():
+  fields = {"objective__attack_batch_norm": "running"}
+  with pytest.raises(UserError, match="attack_moves_statistics"):
+    config.make_plan(tiny.config(**fields))
+  fields["objective__attack_moves_statistics"] = False
+  config.make_plan(tiny.config(**fields))
+
+
+def test_a_workdir_belongs_to_one_training(tmp_path):
+  made = tiny.config()
+  config.check_workdir(made, tmp_path / "new")
+  assert not (tmp_path / "new").exists()  # checking writes nothing
+  config.write_config(made, tmp_path)
+  path = tmp_path / "config.json"
+  stored = json.loads(path.read_text())
+  assert stored["train"]["num_epochs"] == 2
+  assert stored["evaluation"]["batch_norm"] == ["running", "batch"]
+  before = path.read_bytes()
+
+  config.check_workdir(made, tmp_path)  # tuples have become lists
+  for field, value in {
+    "evaluation__attacks": "pgd3",
+    "evaluation__batch_size": 7,
+    "evaluation__num_examples": 5,
+    "figures__num_images": 3,
+    "data__dir": "elsewhere",
+  }.items():
+    config.check_workdir(tiny.config(**{field: value}), tmp_path)
+  for field, value in {
+    "seed": 1,
+    "train__learning_rate": 0.3,
+    "teacher__num_epochs": 9,
+    "model__width": 2,
+    "objective__lambda1": 0.5,
+    "data__validation_size": 100,
+    "data__flip": True,
+    # Checkpoints are chosen by these.
+    "evaluation__validation_attack": "pgd9",
+    "evaluation__epsilon": 0.3,
+  }.items():
+    other = tiny.config(**{field: value})
+    with pytest.raises(UserError) as error:
+      config.check_workdir(other, tmp_path)
+    message = one_line(error)
+    assert f"config.{field.replace('__', '.')}: {value!r}" in message
+    assert str(tmp_path) in message
+  assert path.read_bytes() == before
+
+
+def test_another_method_does_not_fit_a_workdir(tmp_path):
+  config.write_config(tiny.config(), tmp_path)
+  with pytest.raises(UserError, match=r"config\.method: 'standard'.*'atat'"):
+    config.check_workdir(tiny.config("standard"), tmp_path)
+
+
+def test_a_damaged_configuration_is_named(tmp_path):
+  (tmp_path / "config.json").write_text('{"seed": 0')
+  with pytest.raises(UserError, match=r"config\.json: not JSON"):
+    config.check_workdir(tiny.config(), tmp_path)
+
+
+def test_a_workdir_that_cannot_be_written(tmp_path):
+  (tmp_path / "file").write_text("")
+  with pytest.raises(UserError, match="workdir"):
+    config.write_config(tiny.config(), tmp_path / "file")
+
+
+def test_model_spec_makes_the_same_model():
+  for name in NAMES:
+    plan = config.make_plan(tiny.load_config(name, "standard"))
+    spec = json.loads(json.dumps(plan.model_spec))
+    fields = {
+      key: tuple(value) if isinstance(value, list) else value
+      for key, value in spec["fields"].items()
+    }
+    assert models.create(spec["name"], **fields) == plan.model

@@ -1,0 +1,175 @@
+"""Signals: a request to stop, in handlers and on whole processes."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import tiny
+
+from atat_jax import checkpoints
+from atat_jax.interrupts import (
+  SIGNALS,
+  Interrupt,
+  Interrupted,
+  raise_interrupted,
+)
+
+pytest_plugins = ("tiny",)
+
+
+@pytest.fixture(params=SIGNALS, ids=lambda signum: signum.name)
+def signum(request):
+  """Outside the context the signal raises, as `main.py` sets it."""
+  previous = signal.signal(request.param, raise_interrupted)
+  yield request.param
+  signal.signal(request.param, previous)
+
+
+def test_the_first_signal_only_asks(signum):
+  with Interrupt() as interrupt:
+    assert interrupt.signum == 0
+    os.kill(os.getpid(), signum)
+    assert interrupt.signum == signum
+  assert signal.getsignal(signum) is raise_interrupted
+
+
+def test_the_second_signal_ends_it(signum):
+  with pytest.raises(Interrupted) as stopped, Interrupt() as interrupt:
+    os.kill(os.getpid(), signum)
+    assert interrupt.signum == signum
+    os.kill(os.getpid(), signum)
+  assert stopped.value.signum == signum
+  # Whoever catches exceptions must not swallow it.
+  assert isinstance(stopped.value, KeyboardInterrupt)
+  assert not isinstance(stopped.value, Exception)
+
+
+def test_handlers_come_back_after_an_error(signum):
+  with pytest.raises(ZeroDivisionError), Interrupt():
+    raise ZeroDivisionError
+  assert signal.getsignal(signum) is raise_interrupted
+
+
+def test_outside_the_main_thread_it_is_inert():
+  found = []
+
+  def work():
+    with Interrupt() as interrupt:
+      found.append(interrupt.signum)
+
+  before = [signal.getsignal(number) for number in SIGNALS]
+  thread = threading.Thread(target=work)
+  thread.start()
+  thread.join()
+  assert found == [0]
+  assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+class Process:
+  """`python main.py` in a process of its own, stopped half way."""
+
+  def __init__(self, folder, *arguments):
+    self.output = folder / "output"
+    with self.output.open("w") as file:
+      self._process = subprocess.Popen(
+        [sys.executable, "main.py", *arguments],
+        cwd=tiny.ROOT,
+        stdout=file,
+        stderr=subprocess.STDOUT,
+      )
+
+  def signal_when(self, ready, signum):
+    """Sends a signal once `ready()`; the process must still be running."""
+    deadline = time.monotonic() + 120
+    while not ready():
+      assert self._process.poll() is None, self.output.read_text()
+      assert time.monotonic() < deadline, self.output.read_text()
+      time.sleep(0.02)
+    self._process.send_signal(signum)
+
+  def wait(self):
+    """Its exit status and its output."""
+    try:
+      return self._process.wait(180), self.output.read_text()
+    finally:
+      self._process.kill()
+
+
+def count(path):
+  return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
+  workdir = tmp_path / "run"
+  total = 12 * tiny.STEPS_PER_EPOCH
+  arguments = tiny.flags(
+    workdir,
+    "--config.train.num_epochs=12",
+    "--config.train.log_every_steps=1",
+    "--config.train.validate_every_epochs=12",
+    method="standard",
+    mode="train",
+  )
+  path = workdir / "metrics.jsonl"
+  process = Process(tmp_path, *arguments)
+  process.signal_when(lambda: count(path) > 5, signal.SIGINT)
+  status, output = process.wait()
+  assert status == 128 + signal.SIGINT == 130
+  assert "Traceback" not in output
+  last = output.strip().splitlines()[-1]
+  step = checkpoints.checkpoint_step(workdir, which="last")
+  assert 5 < step < total
+  assert f"stopped at step {step} of {total}" in last
+  assert str(workdir / "checkpoints") in last
+  assert "the same command resumes" in last
+
+  status, output = Process(tmp_path, *arguments).wait()
+  assert status == 0, output
+  assert f"resumed at step {step} of {total}" in output
+  assert checkpoints.checkpoint_step(workdir, which="last") == total
+  found = tiny.metrics(path)
+  steps = [line["step"] for line in found if line["split"] == "train"]
+  assert steps == list(range(1, total + 1))  # each once, in order
+
+
+@pytest.mark.slow
+def test_sigterm_at_every_stage_of_a_run(tmp_path):
+  workdir = tmp_path / "run"
+  arguments = tiny.flags(
+    workdir,
+    "--config.teacher.num_epochs=20",
+    "--config.train.num_epochs=20",
+    "--config.train.log_every_steps=1",
+    "--config.teacher.log_every_steps=1",
+    "--config.evaluation.attacks=nominal,pgd1000,pgd2",
+  )
+
+  def grown(path, lines):
+    return lambda: count(workdir / path) > lines
+
+  stages = {
+    "teacher": grown("teacher/metrics.jsonl", 30),
+    "student": grown("metrics.jsonl", 30),
+    "evaluation": grown("results.json", 10),
+  }
+  for name, ready in stages.items():
+    process = Process(tmp_path, *arguments)
+    process.signal_when(ready, signal.SIGTERM)
+    status, output = process.wait()
+    assert status == 128 + signal.SIGTERM == 143, (name, output)
+    assert "Traceback" not in output
+    last = output.strip().splitlines()[-1]
+    assert "the same command" in last
+    assert name == "evaluation" or last.startswith(f"{name}: stopped at step")
+  assert not (workdir / "report.html").exists()
+  status, output = Process(tmp_path, *arguments).wait()
+  assert status == 0, output
+  assert (workdir / "report.html").exists()
+  for directory in (workdir, workdir / "teacher"):
+    found = tiny.metrics(directory / "metrics.jsonl")
+    steps = [line["step"] for line in found if line["split"] == "train"]
+    assert steps == list(range(1, 20 * tiny.STEPS_PER_EPOCH + 1))

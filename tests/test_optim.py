@@ -1,0 +1,228 @@
+"""Schedules at named steps, the decay mask, and the update by hand."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from atat_jax import models, optim
+from atat_jax.errors import UserError
+
+PEAK, STEPS = 0.4, 200
+
+
+def _schedule(name: str, **options) -> np.ndarray:
+  schedule = optim.make_schedule(
+    name, learning_rate=PEAK, total_steps=STEPS, **options
+  )
+  return np.asarray(jax.vmap(schedule)(jnp.arange(STEPS + 1)), np.float64)
+
+
+def test_constant():
+  np.testing.assert_allclose(_schedule("constant"), PEAK)
+
+
+def test_piecewise_changes_at_the_boundary_itself():
+  rates = _schedule("piecewise", boundaries=(40, 60), factor=0.1)
+  expected = [PEAK] * 40 + [PEAK / 10] * 20 + [PEAK / 100] * 141
+  np.testing.assert_allclose(rates, expected, rtol=1e-6)
+
+
+def test_piecewise_of_the_released_code():
+  """0.1, from step 40 000 on 0.01, from step 60 000 on 0.001."""
+  schedule = optim.make_schedule(
+    "piecewise",
+    learning_rate=0.1,
+    total_steps=80_000,
+    boundaries=[40_000, 60_000],
+  )
+  for step, rate in (
+    (0, 0.1),
+    (39_999, 0.1),
+    (40_000, 0.01),
+    (59_999, 0.01),
+    (60_000, 0.001),
+  ):
+    assert math.isclose(float(schedule(step)), rate, rel_tol=1e-6)
+
+
+def test_cosine():
+  expected = [
+    PEAK * 0.5 * (1 + math.cos(math.pi * step / STEPS))
+    for step in range(STEPS + 1)
+  ]
+  np.testing.assert_allclose(_schedule("cosine"), expected, atol=1e-6)
+
+
+def test_cosine_with_linear_warm_up():
+  expected = [PEAK * step / 20 for step in range(20)]
+  expected += [
+    PEAK * 0.5 * (1 + math.cos(math.pi * (step - 20) / (STEPS - 20)))
+    for step in range(20, STEPS + 1)
+  ]
+  rates = _schedule("cosine", warmup_fraction=0.1)
+  np.testing.assert_allclose(rates, expected, atol=1e-6)
+
+
+def test_one_cycle_rises_and_falls_as_a_cosine():
+  """From peak / 25 to the peak, then to peak / 25e4 (Smith, 2018)."""
+
+  def between(start, end, share):
+    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * share))
+
+  expected = [between(PEAK / 25, PEAK, step / 60) for step in range(60)]
+  expected += [
+    between(PEAK, PEAK / 25e4, (step - 60) / 140) for step in range(60, 201)
+  ]
+  rates = _schedule("one_cycle", warmup_fraction=0.3)
+  np.testing.assert_allclose(rates, expected, atol=1e-6)
+  assert rates.argmax() == 60
+
+
+def test_decay_is_on_kernels_only(wrn):
+  params = models.create("wide_resnet", depth=8, width=2, shortcut="conv")
+  params = jax.eval_shape(params.init, jax.random.key(0), wrn.images)["params"]
+  mask = optim.decay_mask(params)
+  decayed = {
+    jax.tree_util.keystr(path, simple=True, separator="/")
+    for path, value in jax.tree_util.tree_leaves_with_path(mask)
+    if value
+  }
+  convolutions = {
+    f"stage{stage}_unit1_{name}/kernel"
+    for stage in (1, 2, 3)
+    for name in ("conv1", "conv2", "shortcut")
+  }
+  assert decayed == convolutions | {"stem/kernel", "head/kernel"}
+  assert jax.tree.structure(mask) == jax.tree.structure(params)
+
+
+def _trajectory(optimizer, params, gradients):
+  state, path = optimizer.init(params), []
+  for gradient in gradients:
+    updates, state = optimizer.update(gradient, state, params)
+    params = optax.apply_updates(params, updates)
+    path.append(params)
+  return path
+
+
+@pytest.fixture
+def problem(x64):
+  generator = np.random.default_rng(0)
+
+  def draw():
+    return {
+      "conv": {"kernel": generator.normal(size=(3, 3, 2, 4))},
+      "bn": {
+        "scale": generator.normal(size=4),
+        "bias": generator.normal(size=4),
+      },
+      "head": {
+        "kernel": generator.normal(size=(4, 3)),
+        "bias": generator.normal(size=3),
+      },
+    }
+
+  return draw(), [draw() for _ in range(5)]
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("momentum", [0.9, 0.0])
+def test_update_equals_a_loop_by_hand(momentum, nesterov, problem):
+  params, gradients = problem
+  schedule = optim.make_schedule(
+    "piecewise", learning_rate=0.2, total_steps=5, boundaries=(3,)
+  )
+  optimizer = optim.make_optimizer(
+    schedule, momentum=momentum, nesterov=nesterov, weight_decay=0.05
+  )
+  path = _trajectory(optimizer, params, gradients)
+  weights = jax.tree.map(np.copy, params)
+  velocity = jax.tree.map(np.zeros_like, params)
+  for step, (gradient, actual) in enumerate(zip(gradients, path, strict=True)):
+    rate = 0.2 if step < 3 else 0.02
+    for layer in weights:
+      for name in weights[layer]:
+        g = gradient[layer][name]
+        if name == "kernel":
+          g = g + 0.05 * weights[layer][name]  # the penalty's gradient
+        velocity[layer][name] = momentum * velocity[layer][name] + g
+        change = velocity[layer][name]
+        if nesterov and momentum:
+          change = g + momentum * change
+        weights[layer][name] = weights[layer][name] - rate * change
+        np.testing.assert_allclose(
+          actual[layer][name],
+          weights[layer][name],
+          rtol=1e-6,
+          err_msg=f"{step} {layer} {name}",
+        )
+
+
+def test_update_equals_pytorch(problem, twin):
+  torch = twin.torch
+  params, gradients = problem
+  optimizer = optim.make_optimizer(lambda step: 0.1, weight_decay=2e-4)
+  path = _trajectory(optimizer, params, gradients)
+  weights = twin.tree(params, requires_grad=True)
+  groups = [
+    {
+      "params": [w["kernel"] for w in weights.values() if "kernel" in w],
+      "weight_decay": 2e-4,
+    },
+    {
+      "params": [
+        leaf
+        for layer in weights.values()
+        for name, leaf in layer.items()
+        if name != "kernel"
+      ],
+      "weight_decay": 0.0,
+    },
+  ]
+  theirs = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
+  for gradient, actual in zip(gradients, path, strict=True):
+    for layer in weights:
+      for name in weights[layer]:
+        weights[layer][name].grad = torch.tensor(gradient[layer][name])
+    theirs.step()
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b.detach(), rtol=1e-6),
+      actual,
+      weights,
+    )
+
+
+@pytest.mark.parametrize(
+  ("name", "options", "message"),
+  [
+    ("step", {}, "schedule: 'step'; allowed: constant, cosine, one_cycle, pie"),
+    ("constant", dict(learning_rate=0.0), "learning_rate: 0.0; allowed: "),
+    ("constant", dict(learning_rate=float("nan")), "learning_rate: nan; "),
+    ("constant", dict(total_steps=0), "total_steps: 0; allowed: "),
+    ("constant", dict(total_steps=1.5), "total_steps: 1.5; allowed: "),
+    ("cosine", dict(warmup_fraction=1.0), "warmup_fraction: 1.0; allowed: [0"),
+    ("cosine", dict(warmup_fraction=-0.1), "warmup_fraction: -0.1; allowed: "),
+    ("one_cycle", {}, "warmup_fraction: 0.0; allowed: (0, 1)"),
+    ("piecewise", dict(boundaries=(9, 3)), "boundaries: (9, 3); allowed: "),
+    ("piecewise", dict(boundaries=(3, 3)), "boundaries: (3, 3); allowed: "),
+    ("piecewise", dict(boundaries=(0, 3)), "boundaries: (0, 3); allowed: "),
+    ("piecewise", dict(boundaries=()), "boundaries: (); allowed: "),
+  ],
+)
+def test_bad_schedules_are_named(name, options, message):
+  arguments = dict(learning_rate=0.1, total_steps=10) | options
+  with pytest.raises(UserError) as error:
+    optim.make_schedule(name, **arguments)
+  assert str(error.value).startswith(message)
+  assert "\n" not in str(error.value)
+
+
+def test_bad_optimizers_are_named():
+  with pytest.raises(UserError, match=r"momentum: 1\.0; allowed: \[0, 1\)"):
+    optim.make_optimizer(lambda step: 0.1, momentum=1.0)
+  with pytest.raises(UserError, match="weight_decay: -1; allowed: >= 0"):
+    optim.make_optimizer(lambda step: 0.1, weight_decay=-1)

@@ -35,4 +35,6 @@ def get_config(method: str = "atat") -> ConfigDict:
   if method == "atat":
     config.objective.update(epsilon=0.2, step_size=0.05, num_steps=7)
   config.evaluation.update(epsilon=0.2, step_size=0.05, batch_size=360)
+  if method == "standard":  # trained as a teacher is
+    config.train.update(config.teacher)
   return config

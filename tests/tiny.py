@@ -26,7 +26,7 @@ import jax
 import pytest
 from ml_collections import ConfigDict
 
-from atat_jax import evaluation, pipeline, sharding, writers
+from atat_jax import evaluation, pipeline, sharding, steps, writers
 from atat_jax.data import batches
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -146,6 +146,22 @@ def signal_before(step: int, seed: int, signum: int = signal.SIGTERM):
 
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(batches, "train_indices", fetch)
+    yield
+
+
+@contextmanager
+def instant_steps() -> Iterator[None]:
+  """Replaces the train step by one that only counts: nothing is compiled."""
+
+  def make_train_step(*_: Any, **__: Any) -> steps.TrainStep:
+    def step_fn(state: Any, *_: Any) -> Any:
+      sums = {name: value + 1 for name, value in state.sums.items()}
+      return state.replace(step=state.step + 1, sums=sums)
+
+    return step_fn
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(steps, "make_train_step", make_train_step)
     yield
 
 

@@ -32,7 +32,7 @@ def run(mode: str, config: ConfigDict, workdir: pathlib.Path) -> None:
   began = time.perf_counter()
   plan = make_plan(config)
   if mode == "figures":
-    _figures(workdir)
+    _figures(workdir, redraw=True)
     return
   check_workdir(config, workdir)
   if mode == "evaluate":
@@ -48,10 +48,11 @@ def run(mode: str, config: ConfigDict, workdir: pathlib.Path) -> None:
   write_config(config, workdir)
   if mode in ("run", "train"):
     train.train(plan, workdir, dataset, mesh)
+    _log.info("checkpoints: %s", workdir / "checkpoints")
   if mode in ("run", "evaluate"):
     _evaluate(plan, workdir, dataset, mesh)
   if mode == "run":
-    _figures(workdir)
+    _figures(workdir, redraw=_report_is_old(workdir))
   _log.info("done in %.0f s", time.perf_counter() - began)
 
 
@@ -65,8 +66,26 @@ def _evaluate(
   sys.stdout.write(f"results: {workdir / 'results.json'}\n")
 
 
-def _figures(workdir: pathlib.Path) -> None:
+def _report_is_old(workdir: pathlib.Path) -> bool:
+  """Whether something that the report shows is newer than it."""
+  page = workdir / "report.html"
+  shown = (
+    "results.json",
+    "attention.npz",
+    "metrics.jsonl",
+    "teacher/metrics.jsonl",
+  )
+  return not page.exists() or any(
+    path.stat().st_mtime > page.stat().st_mtime
+    for path in (workdir / name for name in shown)
+    if path.exists()
+  )
+
+
+def _figures(workdir: pathlib.Path, *, redraw: bool) -> None:
   if jax.process_index():
     return
-  page = report.write_report(workdir)
+  page = workdir / "report.html"
+  if redraw:
+    report.write_report(workdir)
   sys.stdout.write(f"figures: {workdir / 'figures'}\nreport:  {page}\n")

@@ -3,7 +3,7 @@
 "running" is what a deployed classifier does: every image is classified by
 itself. "batch" normalises by the statistics of the batch at hand, so that an
 image's logits depend on its neighbours; the paper's released code evaluates in
-this mode, which overstates robustness, so it is never a default outside
+this mode, which can overstate robustness, so it is never a default outside
 training.
 """
 

@@ -16,7 +16,7 @@ BATCH_NORM_NAMES = {
   "batch": "batch statistics",
 }
 
-BATCH_WARNING = "paper's released protocol, overstates robustness"
+BATCH_WARNING = "paper's released protocol, can overstate robustness"
 
 # Rows that agree on these stand in one column.
 _COLUMN_FIELDS = (

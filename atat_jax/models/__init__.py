@@ -69,7 +69,7 @@ def classifier(
     variables: Its collections; they are the leaves of the pytree, so that
       changing weights does not recompile an attack.
     batch_norm: "running", or "batch": the statistics of the batch at hand,
-      known to overstate robustness.
+      which can overstate robustness.
 
   Returns:
     A `jax.tree_util.Partial`.

@@ -43,8 +43,10 @@ def _parse(argv: Sequence[str]) -> list[str]:
         raise flags.Error(f"--{flag.name} is missing")
     _CONFIG.value.items()  # a file that could not be read fails only here
     return rest
-  except AttributeError as error:  # how ml_collections refuses a field
-    reason = " ".join(str(error.args[0].args[0]).split())
+  except (AttributeError, KeyError) as error:  # ml_collections: no such field
+    inner = error.args[0]
+    text = inner.args[0] if isinstance(inner, Exception) else inner
+    reason = " ".join(str(text).split())
     sys.exit(f"error: --config has no field {reason}")
   except (flags.Error, OSError) as error:
     lines = [line for line in str(error).splitlines() if line.strip()]

@@ -149,12 +149,17 @@ def _maps(
   images: Array,
   labels: Array,
   *,
-  model: nn.Module,
+  model: nn.Module | compilation.ByIdentity,
   layers: tuple[str, ...] | None,
   batch_norm: BatchNormMode,
 ) -> dict[str, Array]:
   return forward(
-    model, variables, images, labels, layers=layers, batch_norm=batch_norm
+    compilation.unwrap(model),
+    variables,
+    images,
+    labels,
+    layers=layers,
+    batch_norm=batch_norm,
   )[1]
 
 
@@ -202,7 +207,7 @@ def grad_cam(
     variables,
     images,
     labels,
-    model=model,
+    model=compilation.hashable(model),
     layers=layers,
     batch_norm=batch_norm,
   )

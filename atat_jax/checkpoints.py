@@ -78,6 +78,7 @@ def _manager(
       best_mode="max",
       read_only=read_only,
       create=not read_only,
+      cleanup_tmp_directories=not read_only,  # what a killed save has left
       save_interval_steps=0 if read_only else 1,
     ),
   )
@@ -257,7 +258,11 @@ def checkpoint_step(
 
 
 def restore_model(
-  workdir: pathlib.Path | str, *, step: int | None = None, which: str = "best"
+  workdir: pathlib.Path | str,
+  *,
+  step: int | None = None,
+  which: str = "best",
+  expected: dict[str, Any] | None = None,
 ) -> tuple[nn.Module, Variables]:
   """Rebuilds a network and its variables from disk alone.
 
@@ -266,12 +271,13 @@ def restore_model(
       teacher.
     step: A step that was kept; None: by `which`.
     which: "best" by (robust) validation accuracy, or "last".
+    expected: A `model_spec` that the network must have; None: any.
 
   Returns:
     The module, and {"params", "batch_stats"} on the default device.
 
   Raises:
-    UserError: No such checkpoint.
+    UserError: No such checkpoint, or of another network than `expected`.
   """
   step = checkpoint_step(workdir, step=step, which=which)
   manager = _manager(_directory(workdir), read_only=True)
@@ -279,6 +285,8 @@ def restore_model(
     spec = manager.restore(
       step, args=ocp.args.Composite(model=ocp.args.JsonRestore())
     )["model"]
+    if expected is not None:
+      _check_same_model(spec, expected, manager.directory)
     model = _create(spec)
     image = jnp.zeros((1, *spec["image_shape"]))
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])

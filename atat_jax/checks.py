@@ -8,6 +8,7 @@ from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from atat_jax.errors import UserError
 from atat_jax.typing import Array
@@ -15,6 +16,14 @@ from atat_jax.typing import Array
 
 def _concrete(x: object) -> bool:
   return not isinstance(x, jax.core.Tracer)
+
+
+def _range(x: Array) -> tuple[float, float]:
+  low, high = x.min(), x.max()
+  if isinstance(low, jax.core.Tracer):  # a constant inside jit
+    host = np.asarray(x)
+    low, high = host.min(), host.max()
+  return float(low), float(high)
 
 
 def images(x: Array, name: str = "images") -> Array:
@@ -30,7 +39,7 @@ def images(x: Array, name: str = "images") -> Array:
       " (uint8 pixels: divide by 255)"
     )
   if _concrete(x):
-    low, high = float(x.min()), float(x.max())
+    low, high = _range(x)
     if not (low >= 0 and high <= 1):  # also refuses NaN
       raise UserError(f"{name}: values in [{low:g}, {high:g}]; allowed: [0, 1]")
   return x
@@ -48,10 +57,10 @@ def labels(
   if not jnp.issubdtype(x.dtype, jnp.integer):
     raise UserError(f"{name}: dtype {x.dtype}; allowed: integers")
   if _concrete(x):
-    low, high = int(x.min()), int(x.max())
+    low, high = _range(x)
     if low < 0 or high >= num_classes:
       raise UserError(
-        f"{name}: values in [{low}, {high}]; allowed: 0 to {num_classes - 1}"
+        f"{name}: values in [{low:.0f}, {high:.0f}]; allowed: 0 to {num_classes - 1}"
       )
   return x.astype(jnp.int32)
 
@@ -60,12 +69,27 @@ def positive(name: str, value: object, *, integer: bool = False) -> None:
   """Checks a finite number > 0 (traced values pass)."""
   if not _concrete(value):
     return
-  ok = jnp.ndim(value) == 0 and 0 < float(value) < float("inf")  # type: ignore[arg-type]
-  if integer:
-    ok = ok and jnp.issubdtype(jnp.asarray(value).dtype, jnp.integer)
+  number = value
+  if isinstance(value, jax.Array | np.ndarray | np.generic) and value.ndim == 0:
+    number = value.item()
+  ok = (
+    isinstance(number, int if integer else int | float)
+    and not isinstance(number, bool)
+    and 0 < number < float("inf")
+  )
   if not ok:
     kind = "an integer" if integer else "a number"
     raise UserError(f"{name}: {value!r}; allowed: {kind} > 0")
+
+
+def epsilon(value: object, norm: str, name: str = "epsilon") -> None:
+  """Checks a radius: > 0, and at most 1, the range of a pixel, for linf."""
+  positive(name, value)
+  if norm == "linf" and _concrete(value) and float(value) > 1:  # type: ignore[arg-type]
+    raise UserError(
+      f"{name}: {value!r}; allowed: at most 1 for linf, as pixels are in"
+      " [0, 1] (8/255 is 0.0314)"
+    )
 
 
 def choice(name: str, value: str, allowed: Iterable[str]) -> None:

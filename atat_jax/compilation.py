@@ -7,6 +7,7 @@ once and left out where the installed jaxlib does not know it. Other backends
 get no options.
 """
 
+import dataclasses
 import functools
 import os
 import pathlib
@@ -15,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 _CPU_OPTIONS = {
   "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"
@@ -34,9 +36,9 @@ def compiler_options() -> dict[str, Any]:
 
 
 def _is_traced(tree: Any) -> bool:
-  # Inside jit even an operation on constants is staged; under vmap or grad
-  # alone only the arguments tell.
-  return isinstance(jnp.zeros(()), jax.core.Tracer) or any(
+  # Inside jit even an operation without operands is staged (and without
+  # operands nothing is transferred); under vmap or grad the arguments tell.
+  return isinstance(lax.iota(jnp.int32, 1), jax.core.Tracer) or any(
     isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree)
   )
 
@@ -64,11 +66,49 @@ def jit(function: Callable[..., Any], **kwargs: Any) -> Callable[..., Any]:
 
   @functools.wraps(function)
   def call(*args: Any, **kw: Any) -> Any:
-    if _is_traced((args, kw)):
-      return nested(*args, **kw)
-    return outermost()(*args, **kw)
+    if not _is_traced((args, kw)):
+      try:
+        return outermost()(*args, **kw)
+      except ValueError as error:
+        # Under vmap or grad of something that only `function` closes over.
+        if "compiler_options" not in str(error):
+          raise
+    return nested(*args, **kw)
 
   return call
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ByIdentity:
+  """Makes an unhashable value a static argument: equal only to itself."""
+
+  value: Any
+
+  def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    """Calls the value."""
+    return self.value(*args, **kwargs)
+
+  def __hash__(self) -> int:
+    """Of the very object."""
+    return id(self.value)
+
+  def __eq__(self, other: object) -> bool:
+    """Whether it is the very object."""
+    return isinstance(other, ByIdentity) and self.value is other.value
+
+
+def hashable(value: Any) -> Any:
+  """The value itself if it can be hashed, else a `ByIdentity` of it."""
+  try:
+    hash(value)
+  except TypeError:
+    return ByIdentity(value)
+  return value
+
+
+def unwrap(value: Any) -> Any:
+  """Undoes `hashable`."""
+  return value.value if isinstance(value, ByIdentity) else value
 
 
 def enable_persistent_cache() -> None:

@@ -3,16 +3,20 @@
 Everything here is checked before data are loaded or anything is compiled.
 """
 
+import contextlib
 import json
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import optax
 from flax import linen as nn
 from ml_collections import ConfigDict
 
 from atat_jax import (
+  attention,
   checkpoints,
   checks,
   data,
@@ -81,13 +85,22 @@ def make_plan(config: ConfigDict) -> Plan:
     UserError: A value out of range, named.
   """
   spec = data.spec(config.data.name)
+  for field, seed in (
+    ("seed", config.seed),
+    ("evaluation.seed", config.evaluation.seed),
+  ):
+    if not 0 <= seed < 2**31:
+      raise UserError(f"{field}: {seed}; allowed: 0 to {2**31 - 1}")
   fields = _tuples(config.model)
   name = fields.pop("name")
   if fields.get("normalization") == "dataset":
     fields |= {"mean": spec.mean, "std": spec.std}
   checks.choice("model.dtype", fields["dtype"], ("float32", "bfloat16"))
   model = models.create(name, num_classes=spec.num_classes, **fields)
-  objective = objectives.create(config.method, **_tuples(config.objective))
+  checks.choice("method", config.method, objectives.OBJECTIVES)
+  with _section("objective"):
+    objective = objectives.create(config.method, **_tuples(config.objective))
+  _check_layers(config.objective.get("layers", ()), model, spec)
   for section in ("train", "teacher"):
     _check_training(config, section)
   checks.positive(
@@ -102,6 +115,8 @@ def make_plan(config: ConfigDict) -> Plan:
     raise UserError(
       f"evaluation.num_examples: {settings.num_examples}; allowed: >= 0"
     )
+  if not settings.batch_norm:
+    raise UserError("evaluation.batch_norm: (); allowed: running, batch")
   for mode in settings.batch_norm:
     checks.choice("evaluation.batch_norm", mode, ("running", "batch"))
   checks.positive("figures.num_images", config.figures.num_images, integer=True)
@@ -110,18 +125,47 @@ def make_plan(config: ConfigDict) -> Plan:
     "step_size": settings.step_size,
     "norm": settings.norm,
   }
+  with _section("evaluation"):
+    validation = evaluation.parse(settings.validation_attack, **numbers)
+    protocols = evaluation.parse_list(
+      settings.attacks, num_restarts=settings.num_restarts, **numbers
+    )
+  with _section("figures"):
+    figure_attack = evaluation.parse(config.figures.attack, **numbers)
   return Plan(
     config=config,
     spec=spec,
     model=model,
     model_spec=checkpoints.model_spec(name, model, spec.image_shape),
     objective=objective,
-    validation=evaluation.parse(settings.validation_attack, **numbers),
-    protocols=evaluation.parse_list(
-      settings.attacks, num_restarts=settings.num_restarts, **numbers
-    ),
-    figure_attack=evaluation.parse(config.figures.attack, **numbers),
+    validation=validation,
+    protocols=protocols,
+    figure_attack=figure_attack,
   )
+
+
+def _check_layers(
+  layers: Sequence[str], model: nn.Module, spec: DatasetSpec
+) -> None:
+  if not layers:
+    return
+  images = jnp.zeros((1, *spec.image_shape))
+  variables = jax.eval_shape(model.init, jax.random.key(0), images)
+  names = attention.layer_names(model, variables, images)
+  for layer in layers:
+    if layer not in names:
+      raise UserError(
+        f"objective.layers: {layer!r}; allowed: {', '.join(names)}"
+      )
+
+
+@contextlib.contextmanager
+def _section(name: str) -> Iterator[None]:
+  """Puts the section before the field that an error names."""
+  try:
+    yield
+  except UserError as error:
+    raise UserError(f"{name}.{error}") from None
 
 
 def _check_training(config: ConfigDict, section: str) -> None:
@@ -131,17 +175,18 @@ def _check_training(config: ConfigDict, section: str) -> None:
   checks.positive(
     f"{section}.validate_every_epochs", settings.validate_every_epochs
   )
-  try:
+  with _section(section):
     make_optimizer(settings, total_steps=1000)
-  except UserError as error:
-    raise UserError(f"{section}.{error}") from None
 
 
 def make_optimizer(
   settings: ConfigDict, total_steps: int
 ) -> tuple[optax.Schedule, optax.GradientTransformation]:
   """The schedule and the optimizer of `config.train` or `config.teacher`."""
-  if not all(0 < share < 1 for share in settings.boundaries):
+  if not all(
+    isinstance(share, int | float) and 0 < share < 1
+    for share in settings.boundaries
+  ):
     raise UserError(
       f"boundaries: {tuple(settings.boundaries)}; allowed: shares of the run"
       " between 0 and 1"

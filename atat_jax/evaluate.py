@@ -9,6 +9,7 @@ import pathlib
 import subprocess
 import sys
 import time
+import zipfile
 from typing import Any
 
 import jax
@@ -134,12 +135,9 @@ def evaluate(
   networks, steps = {}, {}
   for name, (directory, step) in find_checkpoints(plan, workdir).items():
     steps[name] = step
-    model, variables = checkpoints.restore_model(directory, step=step)
-    if model != plan.model:
-      raise UserError(
-        f"workdir: the checkpoint in {directory} is of another network"
-        f" ({model}) than --config says"
-      )
+    model, variables = checkpoints.restore_model(
+      directory, step=step, expected=plan.model_spec
+    )
     networks[name] = (model, sharding.put_replicated(mesh, variables))
 
   count = settings.num_examples or len(dataset.test.labels)
@@ -190,7 +188,7 @@ def evaluate(
       writers.write_json(path, results)
   if done:
     _log.info("evaluate: %s has all %d rows", path, len(todo))
-  _write_maps(plan, workdir, networks, test, steps)
+  _write_maps(plan, workdir, networks, test, steps, mesh)
   return results
 
 
@@ -229,20 +227,23 @@ def _write_maps(
   networks: dict[str, Any],
   test: Split,
   steps: dict[str, int],
+  mesh: Mesh,
 ) -> None:
   """`attention.npz`: the first test images, so that nobody has chosen them."""
   path = workdir / "attention.npz"
   count = min(plan.config.figures.num_images, len(test.labels))
   identity = json.dumps([plan.figure_attack.describe(), count, steps])
-  if path.exists():
-    with np.load(path) as found:
-      if str(found.get("identity")) == identity:
+  try:
+    with path.open("rb") as file, np.load(file) as old:
+      if str(old.get("identity")) == identity:
         return
+  except (OSError, ValueError, zipfile.BadZipFile):
+    pass  # not there, or damaged: made again
   found = evaluation.attention_maps(
     jax.random.key(plan.config.evaluation.seed),
     networks,
-    augment.to_float(jax.numpy.asarray(test.images[:count])),
-    jax.numpy.asarray(test.labels[:count]),
+    augment.to_float(sharding.put_replicated(mesh, test.images[:count])),
+    sharding.put_replicated(mesh, test.labels[:count]),
     protocol=plan.figure_attack,
   )
   found["class_names"] = np.array(plan.spec.class_names)

@@ -59,11 +59,11 @@ def norm(x: Array, p: int = 2) -> Array:
   """
   x = x.reshape(x.shape[0], -1)
   if p == 1:
-    return jnp.abs(x).sum(-1)
+    return (x * jnp.sign(x)).sum(-1)  # the gradient of jnp.abs at 0 is 1
   squared = jnp.square(x).sum(-1)
-  positive = squared > 0
-  # Both wheres are needed: the first keeps 0 out of the root's gradient.
-  return jnp.where(positive, jnp.sqrt(jnp.where(positive, squared, 1.0)), 0.0)
+  zero = squared == 0  # not "squared <= 0": a NaN must stay one
+  # Both wheres are needed: the inner one keeps 0 out of the root's gradient.
+  return jnp.where(zero, 0.0, jnp.sqrt(jnp.where(zero, 1.0, squared)))
 
 
 def distance(a: Array, b: Array, p: int = 2) -> Array:

@@ -47,7 +47,12 @@ def make_schedule(
   if name == "constant":
     return optax.constant_schedule(learning_rate)
   if name == "piecewise":
-    if list(boundaries) != sorted(set(boundaries)) or min(boundaries) < 1:
+    checks.positive("factor", factor)
+    if (
+      not boundaries
+      or list(boundaries) != sorted(set(boundaries))
+      or min(boundaries) < 1
+    ):
       raise UserError(
         f"boundaries: {tuple(boundaries)}; allowed: increasing steps >= 1"
       )
@@ -103,7 +108,7 @@ def make_optimizer(
   """
   if not 0 <= momentum < 1:
     raise UserError(f"momentum: {momentum}; allowed: [0, 1)")
-  if weight_decay < 0:
+  if not 0 <= weight_decay < float("inf"):
     raise UserError(f"weight_decay: {weight_decay}; allowed: >= 0")
   return optax.chain(
     optax.add_decayed_weights(weight_decay, mask=decay_mask),

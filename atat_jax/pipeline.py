@@ -45,6 +45,8 @@ def run(mode: str, config: ConfigDict, workdir: pathlib.Path) -> None:
     validation_size=config.data.validation_size,
     source=config.data.source,
   )
+  if mode in ("run", "train"):
+    train.check_sizes(plan, dataset)
   write_config(config, workdir)
   if mode in ("run", "train"):
     train.train(plan, workdir, dataset, mesh)

@@ -62,13 +62,19 @@ def teacher_directory(
   return workdir / "teacher"
 
 
-def _steps_per_epoch(settings: ConfigDict, num_examples: int) -> int:
-  if settings.batch_size > num_examples:
-    raise UserError(
-      f"batch_size: {settings.batch_size}; allowed: at most the {num_examples}"
-      " training images"
-    )
-  return num_examples // settings.batch_size
+def check_sizes(plan: Plan, dataset: Dataset) -> None:
+  """Checks what only the data can tell, before anything is trained.
+
+  Raises:
+    UserError: A batch is larger than the training split.
+  """
+  for section in ("train", "teacher"):
+    batch_size = plan.config[section].batch_size
+    if batch_size > len(dataset.train.labels):
+      raise UserError(
+        f"{section}.batch_size: {batch_size}; allowed: at most the"
+        f" {len(dataset.train.labels)} training images"
+      )
 
 
 def train(
@@ -105,12 +111,8 @@ def train(
         dataset,
         mesh,
       )
-    teacher_model, teacher = checkpoints.restore_model(directory)
-    if teacher_model != plan.model:
-      raise UserError(
-        f"teacher_workdir: {directory} holds another network ({teacher_model});"
-        " teacher and student have the same architecture"
-      )
+    # Teacher and student have the same architecture (Section 3.2).
+    _, teacher = checkpoints.restore_model(directory, expected=plan.model_spec)
   _run(
     plan,
     Stage(
@@ -136,7 +138,7 @@ def _check_finite(
   terms = ", ".join(name for name, when in first.items() if when == step)
   kept = f"step {saved} is kept" if saved else "there is none yet"
   raise TrainingDivergedError(
-    f"{stage.name}: not finite at step {step}: {terms}; training stopped, the"
+    f"{stage.name}: not finite at step {step + 1}: {terms}; training stopped, the"
     f" last good checkpoint ({kept}) is in {stage.directory / 'checkpoints'};"
     " a lower learning_rate or smaller weights of the terms may help"
   )
@@ -196,7 +198,7 @@ class _Progress(contextlib.AbstractContextManager[Any]):
 def _run(plan: Plan, stage: Stage, dataset: Dataset, mesh: Mesh) -> None:
   """Trains one network from where it stands to its last step."""
   settings, num_examples = stage.settings, len(dataset.train.labels)
-  per_epoch = _steps_per_epoch(settings, num_examples)
+  per_epoch = num_examples // settings.batch_size
   total = settings.num_epochs * per_epoch
   every = max(1, round(settings.validate_every_epochs * per_epoch))
   with contextlib.ExitStack() as stack:
@@ -254,10 +256,8 @@ def _run(plan: Plan, stage: Stage, dataset: Dataset, mesh: Mesh) -> None:
         progress.restart()  # the first step compiles
       log = step % settings.log_every_steps == 0 or step == total
       validate = step % every == 0 or step == total
-      stop = checkpointer.should_stop(step, interrupt.signum) and step < total
-      if not (log or validate or stop):
-        continue  # nothing here waits for the device
-      _check_finite(current.nonfinite, stage, saved)
+      if log or validate:  # else nothing here waits for the device
+        _check_finite(current.nonfinite, stage, saved)
       if log:
         values = {
           "epoch": step / per_epoch,
@@ -279,15 +279,17 @@ def _run(plan: Plan, stage: Stage, dataset: Dataset, mesh: Mesh) -> None:
         checkpointer.save(current, step, scores[chosen_by], scores)
         saved = step
         progress.say(step, scores)
-      elif stop:
-        checkpointer.save(current, step, None)
-      if stop:
+      if checkpointer.should_stop(step, interrupt.signum):
+        _check_finite(current.nonfinite, stage, saved)
+        if not validate:
+          checkpointer.save(current, step, None)
         raise Interrupted(
           f"{stage.name}: stopped at step {step} of {total}, saved in"
           f" {stage.directory / 'checkpoints'}; the same command resumes there",
           interrupt.signum,
         )
-      progress.restart()
+      if log or validate:
+        progress.restart()
 
 
 def _validate(

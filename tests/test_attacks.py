@@ -495,7 +495,7 @@ def test_stays_in_ball_and_box(name, norm, case):
   extremes = jnp.concatenate([case.images, case.images.round()])
   labels = jnp.concatenate([case.predicted, case.predicted])
   changes = {} if norm == "linf" else {"norm": norm}
-  for epsilon in (8 / 255, 0.3, 1.5):
+  for epsilon in (8 / 255, 0.3, 1.0):
     adversarial = _attack(
       name,
       case,
@@ -757,6 +757,7 @@ def _bad(case: Case) -> dict[str, tuple[dict[str, Any], str]]:
     "epsilon list": (dict(epsilon=[0.1, 0.2]), "epsilon: [0.1, 0.2]; "),
     "epsilon text": (dict(epsilon="8/255"), "epsilon: '8/255'; "),
     "epsilon None": (dict(epsilon=None), "epsilon: None; "),
+    "epsilon 8": (dict(epsilon=8), "epsilon: 8; allowed: at most 1 for linf"),
     "not callable": (dict(classifier=3), "classifier: int; "),
     "flat logits": (
       dict(classifier=_flat),
@@ -794,6 +795,11 @@ def _assert_refused(name: str, case: Case, changes: Any, start: str) -> None:
 @pytest.mark.parametrize("what", _bad(Case()))
 def test_bad_arguments_are_named(name, what, case):
   _assert_refused(name, case, *_bad(case)[what])
+
+
+def test_an_l2_ball_may_be_wider_than_a_pixel(case):
+  adversarial = _attack("pgd", case, norm="l2", epsilon=3.0, step_size=2.0)
+  assert (_length(adversarial - case.images, "l2") > 1).all()
 
 
 @pytest.mark.parametrize("what", _BAD_PGD)

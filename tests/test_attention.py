@@ -1,5 +1,7 @@
 """Grad-CAM against formulas by hand, finite differences and PyTorch."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,13 +11,18 @@ from flax import linen as nn
 from atat_jax import attention
 from atat_jax.errors import UserError
 
+# Compiling is most of the time that these tests take, running none of it.
+jit = functools.partial(
+  jax.jit, compiler_options={"xla_backend_optimization_level": 0}
+)
+
 INNER = ("stage1_unit1", "stage2_unit1")
 
 
 def _activations(example, name: str, *, train: bool = False) -> np.ndarray:
   """The output of a module, by flax's own means."""
 
-  @jax.jit
+  @jit
   def capture(variables, images):
     return example.model.apply(
       variables,
@@ -123,7 +130,7 @@ def test_foreign_network_equals_finite_differences_of_every_pixel(foreign):
   params = variables["params"]
   tensor = np.asarray(Trunk().apply({"params": params["trunk"]}, images))
 
-  @jax.jit
+  @jit
   def logit(tensor):
     logits = Top().apply({"params": params["top"]}, tensor)
     return logits[jnp.arange(2), labels]
@@ -206,7 +213,7 @@ def test_maps_are_of_each_image_by_itself(small):
 def test_forward_returns_the_logits_and_statistics_of_a_plain_pass(small):
   for mode in ("running", "batch"):
 
-    @jax.jit
+    @jit
     def both(variables, images, mode=mode):
       logits, _, stats = attention.forward(
         small.model,
@@ -236,7 +243,6 @@ def test_second_derivative_equals_finite_differences(mode, small, x64):
   shapes = {"conv1": (8, 6, 6), "bn2": (8, 3, 3)}
   weights = {name: generator.normal(size=s) for name, s in shapes.items()}
 
-  @jax.jit
   def weighted(params, images):
     _, maps, _ = attention.forward(
       model,
@@ -249,7 +255,8 @@ def test_second_derivative_equals_finite_differences(mode, small, x64):
     return sum((maps[name] * weights[name]).sum() for name in shapes)
 
   args = (variables["params"], images)
-  gradients = jax.jit(jax.grad(weighted, (0, 1)))(*args)
+  value = jit(weighted)
+  gradients = jit(jax.grad(weighted, (0, 1)))(*args)
   leaves, structure = jax.tree.flatten(args)
   for index, gradient in enumerate(jax.tree.leaves(gradients)):
     direction = generator.normal(size=leaves[index].shape)
@@ -257,7 +264,7 @@ def test_second_derivative_equals_finite_differences(mode, small, x64):
     def shifted(step, index=index, direction=direction):
       moved = list(leaves)
       moved[index] = leaves[index] + step * direction
-      return weighted(*structure.unflatten(moved))
+      return value(*structure.unflatten(moved))
 
     difference = (shifted(1e-5) - shifted(-1e-5)) / 2e-5
     path = jax.tree_util.tree_leaves_with_path(args)[index][0]
@@ -274,7 +281,7 @@ def test_second_derivative_of_the_wide_resnet_equals_pytorch(wrn, twin, x64):
   example = wrn.astype(np.float64)
   layers = ("stage2_unit1", "features")
 
-  @jax.jit
+  @jit
   def gradient(params):
     def total(params):
       variables = {**example.variables, "params": params}
@@ -326,9 +333,7 @@ def test_second_derivative_of_the_wide_resnet_equals_pytorch(wrn, twin, x64):
 
 def _convolutions(function, *args) -> int:
   """Convolutions in the program, dead ones not counted."""
-  options = {"xla_backend_optimization_level": 0}
-  lowered = jax.jit(function).lower(*args)
-  text = lowered.compile(compiler_options=options).as_text()
+  text = jit(function).lower(*args).compile().as_text()
   return text.count(" convolution(")
 
 

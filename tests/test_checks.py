@@ -141,6 +141,16 @@ def test_others_are_no_positive_integers(value):
   assert message == f"num_steps: {value!r}; allowed: an integer > 0"
 
 
+def test_epsilon_of_linf_is_at_most_the_range_of_a_pixel():
+  checks.epsilon(1.0, "linf")
+  checks.epsilon(8, "l2")
+  checks.epsilon(jnp.asarray(8 / 255), "linf")
+  jax.jit(lambda value: checks.epsilon(value, "linf"))(8.0)  # not known
+  message = _message(checks.epsilon, 8, "linf")
+  assert message.startswith("epsilon: 8; allowed: at most 1 for linf")
+  assert _message(checks.epsilon, 0, "l2", "radius").startswith("radius: 0; ")
+
+
 def test_choice():
   checks.choice("norm", "l2", {"linf": 1, "l2": 2})
   message = _message(checks.choice, "norm", "l1", ("linf", "l2"))

@@ -12,7 +12,9 @@ from atat_jax import config, models, objectives
 from atat_jax.errors import UserError
 
 NAMES = sorted(
-  path.stem for path in (tiny.ROOT / "configs").glob("*.py") if path.stem != "__init__"
+  path.stem
+  for path in (tiny.ROOT / "configs").glob("*.py")
+  if path.stem != "__init__"
 )
 METHODS = ("standard", "atat")
 
@@ -39,9 +41,6 @@ def test_shipped_configurations_are_valid(name, method):
   fields = {field.name for field in dataclasses.fields(plan.model)}
   assert set(made.model) == fields - {"parent", "name"} - shape | {"name"}
   assert plan.model_spec["image_shape"] == list(plan.spec.image_shape)
-  assert json.loads(json.dumps(plan.model_spec)) == json.loads(
-    json.dumps(plan.model_spec, allow_nan=False)
-  )
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -61,7 +60,7 @@ def test_methods_are_those_that_exist():
   default = tiny.load_config("default", None)
   assert default.method == "atat"
   assert set(METHODS) == set(objectives.OBJECTIVES)
-  with pytest.raises(ValueError, match="method: 'madry'.*standard.*atat"):
+  with pytest.raises(ValueError, match=r"method: 'madry'.*standard.*atat"):
     tiny.load_config("cifar10", "madry")
 
 
@@ -159,7 +158,7 @@ BAD = [
   ("train__log_every_steps", 0, ["train.log_every_steps"]),
   ("train__validate_every_epochs", 0.0, ["train.validate_every_epochs"]),
   ("evaluation__validation_attack", "cw", ["attack", "pgd<steps>"]),
-  ("evaluation__attacks", "nominal,pgd", ["attack", "pgd<steps>"]),
+  ("evaluation__attacks", "pgd", ["attack", "pgd<steps>"]),
   ("evaluation__attacks", "pgd0", ["attack", "pgd<steps>"]),
   ("evaluation__attacks", "pgd2,pgd2", ["attacks", "once"]),
   ("evaluation__attacks", "", ["attacks", "nominal"]),
@@ -202,7 +201,6 @@ def test_a_bad_value_is_named(field, value, named):
     ({"model__strides": ("a", "b", "c")}, "strides"),
     ({"model__strides": (1, 1.5, 2)}, "strides"),
     ({"objective__layers": ("no_such_layer",)}, "no_such_layer"),
-    ({"data__source": "web"}, "source"),
     ({"train__weight_decay": math.nan}, "weight_decay"),
     ({"train__weight_decay": math.inf}, "weight_decay"),
     ({"seed": -1}, "seed"),

@@ -10,6 +10,11 @@ import pytest
 
 from atat_jax.models import convolution
 
+# Compiling is most of the time that these tests take, running none of it.
+jit = functools.partial(
+  jax.jit, compiler_options={"xla_backend_optimization_level": 0}
+)
+
 # An even and an odd side in one image; channels that cannot be confused.
 HEIGHT, WIDTH, CHANNELS, FEATURES, BATCH = 7, 8, 2, 3, 2
 CASES = list(itertools.product((1, 3, 5), (1, 2, 3), ("same", "symmetric")))
@@ -52,11 +57,7 @@ def _derivatives(
 
   names = ("value", "x", "kernel", "second_x", "second_kernel", "second_g")
   with jax.enable_x64(True):
-    # Compiling is all the time that this takes.
-    options = {"xla_backend_optimization_level": 0}
-    results = jax.jit(everything, compiler_options=options)(
-      *_inputs(size, stride)
-    )
+    results = jit(everything)(*_inputs(size, stride))
     assert all(result.dtype == np.float64 for result in results)
     return dict(zip(names, map(np.asarray, results), strict=True))
 
@@ -121,7 +122,7 @@ def test_gradient_inside_a_loop():
         ).sum()
       )(x)
 
-    return jax.jit(lambda x: jax.lax.fori_loop(0, 3, step, x))(x)
+    return jit(lambda x: jax.lax.fori_loop(0, 3, step, x))(x)
 
   np.testing.assert_allclose(descend("canonical"), descend("xla"), atol=1e-5)
 

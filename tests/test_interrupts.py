@@ -141,19 +141,19 @@ def test_sigterm_at_every_stage_of_a_run(tmp_path):
   workdir = tmp_path / "run"
   arguments = tiny.flags(
     workdir,
-    "--config.teacher.num_epochs=20",
-    "--config.train.num_epochs=20",
+    "--config.teacher.num_epochs=8",
+    "--config.train.num_epochs=8",
     "--config.train.log_every_steps=1",
     "--config.teacher.log_every_steps=1",
-    "--config.evaluation.attacks=nominal,pgd1000,pgd2",
+    "--config.evaluation.attacks=nominal,pgd300,pgd2",
   )
 
   def grown(path, lines):
     return lambda: count(workdir / path) > lines
 
   stages = {
-    "teacher": grown("teacher/metrics.jsonl", 30),
-    "student": grown("metrics.jsonl", 30),
+    "teacher": grown("teacher/metrics.jsonl", 10),
+    "student": grown("metrics.jsonl", 10),
     "evaluation": grown("results.json", 10),
   }
   for name, ready in stages.items():
@@ -172,4 +172,4 @@ def test_sigterm_at_every_stage_of_a_run(tmp_path):
   for directory in (workdir, workdir / "teacher"):
     found = tiny.metrics(directory / "metrics.jsonl")
     steps = [line["step"] for line in found if line["split"] == "train"]
-    assert steps == list(range(1, 20 * tiny.STEPS_PER_EPOCH + 1))
+    assert steps == list(range(1, 8 * tiny.STEPS_PER_EPOCH + 1))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny
 
-from atat_jax import checkpoints, evaluation, steps
+from atat_jax import checkpoints, evaluation, report, steps
 from atat_jax.errors import UserError
 from atat_jax.interrupts import Interrupted
 
@@ -103,11 +103,14 @@ def test_results_obey_the_contract(finished):
     assert row["seed"] == 0 and row["seconds"] >= 0
     numbers = [row[k] for k in ("norm", "epsilon", "step_size", "num_steps")]
     epsilon = config.epsilon
-    assert numbers == {
-      "nominal": [None, None, None, None],
-      "fgsm": ["linf", epsilon, epsilon, 1],
-      "pgd2": ["linf", epsilon, config.step_size, 2],
-    }[row["attack"]]
+    assert (
+      numbers
+      == {
+        "nominal": [None, None, None, None],
+        "fgsm": ["linf", epsilon, epsilon, 1],
+        "pgd2": ["linf", epsilon, config.step_size, 2],
+      }[row["attack"]]
+    )
     attacked = row["attack"] != "nominal"
     assert row["loss"] == ("cross_entropy" if attacked else None)
     assert row["num_restarts"] == (1 if attacked else None)
@@ -244,14 +247,15 @@ def test_what_is_done_is_not_done_again(finished, tmp_path, monkeypatch, mode):
   forbid(monkeypatch, steps, "make_train_step")
   forbid(monkeypatch, evaluation, "accuracy")
   forbid(monkeypatch, evaluation, "attention_maps")
+  forbid(monkeypatch, report, "write_report")
   tiny.run(workdir, mode)
   after = tiny.snapshot(workdir)
   assert set(after) == set(before)
-  redone = ("config.json", "report.html", "figures")
   for path in before:
-    if not path.startswith(redone):
-      assert path.endswith("metrics.jsonl") or after[path] == before[path], path
-      assert after[path][1] == before[path][1], path
+    if path == "config.json":  # written again, the same
+      assert after[path][1] == before[path][1]
+    else:
+      assert after[path] == before[path], path
 
 
 def test_more_attacks_add_rows_and_keep_the_old(
@@ -278,19 +282,42 @@ def test_more_attacks_add_rows_and_keep_the_old(
   }
   assert {key: after[key] for key in before} == before
 
-  # A protocol is all its numbers, not its name: another count, another row.
-  made = tiny.config(evaluation__attacks="fgsm", evaluation__num_examples=30)
-  made.evaluation.batch_norm = ("running",)
+  # The report is older than the results now.
+  monkeypatch.setattr(evaluation, "accuracy", accuracy)
+  tiny.run(workdir)
+  assert "ifgsm2" in Page(workdir / "report.html").text
+
+
+@pytest.fixture(scope="module")
+def quick_look(finished, tmp_path_factory):
+  """A finished run that was also evaluated on the first ten images."""
+  workdir = finished.copy(tmp_path_factory.mktemp("quick") / "run")
+  made = tiny.config(evaluation__attacks="pgd2", evaluation__num_examples=10)
   tiny.run(workdir, "evaluate", made)
-  results = json.loads((workdir / "results.json").read_text())
-  assert len(results["rows"]) == len(after) + 2
-  counts = sorted(
-    row["num_examples"]
-    for row in results["rows"]
-    if (row["model"], row["batch_norm"], row["attack"])
-    == ("student", "running", "fgsm")
-  )
-  assert counts == [30, tiny.NUM_TEST]
+  return workdir
+
+
+def test_a_protocol_is_all_its_numbers(finished, quick_look):
+  """Another number of images is another row."""
+  rows = json.loads((quick_look / "results.json").read_text())["rows"]
+  before = finished.results["rows"]
+  assert rows[: len(before)] == before
+  assert [row["num_examples"] for row in rows[len(before) :]] == 4 * [10]
+
+
+def test_a_quick_look_does_not_hide_the_whole_split(finished, quick_look):
+  tiny.run(quick_look, "figures")
+  text = Page(quick_look / "report.html").text
+  for row in finished.results["rows"]:
+    assert f"{100 * row['accuracy']:.2f}" in text
+
+
+def test_a_quick_look_changes_no_diagnostics(finished, quick_look):
+  found = json.loads((quick_look / "results.json").read_text())["diagnostics"]
+  expected = finished.results["diagnostics"]
+  assert {name: rule["value"] for name, rule in found.items()} == {
+    name: rule["value"] for name, rule in expected.items()
+  }
 
 
 def test_the_batch_size_matters_only_with_batch_statistics(
@@ -392,7 +419,10 @@ def refused(outcome, *parts):
   ("extra", "parts"),
   [
     (["--config.train.lrr=0.1"], ["lrr"]),
-    (["--config.trian.num_epochs=1"], ["trian"]),
+    pytest.param(
+      ["--config.trian.num_epochs=1"],
+      ["trian"],
+    ),
     (["--config.train.num_epochs=two"], ["train.num_epochs", "two"]),
     (["--config.train.num_epochs=1.5"], ["train.num_epochs", "1.5"]),
     (["--config.train.learning_rate=high"], ["learning_rate", "high"]),
@@ -507,6 +537,19 @@ def test_damaged_results_are_named_and_kept(command_line, finished, tmp_path):
   assert {path: digest for path, (_, digest) in after.items()} == {
     path: digest for path, (_, digest) in before.items()
   }
+
+
+def test_damaged_attention_maps_are_made_again(finished, tmp_path):
+  workdir = finished.copy(tmp_path / "run")
+  path = workdir / "attention.npz"
+  path.write_bytes(b"no archive")
+  try:
+    tiny.run(workdir, "evaluate")
+  except UserError as error:  # telling to delete it is fine too
+    assert str(path) in str(error)
+  else:
+    with np.load(path) as found:
+      assert found["images"].shape == (2, 8, 8, 1)
 
 
 def test_a_batch_larger_than_the_data_is_told_before_training(tmp_path):

@@ -1,5 +1,6 @@
 """The network against PyTorch, known parameter counts and its description."""
 
+import functools
 import math
 
 import jax
@@ -11,6 +12,11 @@ from flax import linen as nn
 from atat_jax import batch_norm, models
 from atat_jax.errors import UserError
 from atat_jax.models import wide_resnet
+
+# Compiling is most of the time that these tests take, running none of it.
+jit = functools.partial(
+  jax.jit, compiler_options={"xla_backend_optimization_level": 0}
+)
 
 TINY = dict(depth=8, width=1, strides=(1, 1, 2), stem_channels=4)
 
@@ -73,7 +79,7 @@ def test_forward_pass_equals_pytorch(
   )
   images = np.random.default_rng(0).uniform(size=(3, 10, 10, 3))
   variables = make_variables(model, images, dtype=np.float64)
-  logits, moved = jax.jit(
+  logits, moved = jit(
     lambda v, x: model.apply(v, x, train=train, mutable=["batch_stats"])
   )(variables, images)
   expected = twin.wide_resnet(
@@ -116,7 +122,7 @@ def test_fields_that_change_the_function_equal_pytorch(
   images = np.random.default_rng(0).uniform(size=(3, 6, 6, 3))
   images = images.astype(np.float32)
   variables = make_variables(model, images)
-  logits = jax.jit(model.apply)(variables, images)
+  logits = jit(model.apply)(variables, images)
   expected = twin.wide_resnet(
     model,
     twin.tree(variables["params"]),
@@ -134,9 +140,11 @@ def test_running_statistics_decay_by_the_momentum(wrn):
   images = np.asarray(wrn.images, np.float64)
   for momentum in (0.9, 0.6):
     model = wrn.model.clone(batch_norm_momentum=momentum, normalization="none")
-    _, moved = batch_norm.apply(
-      model, wrn.variables, wrn.images, batch_norm="batch"
-    )
+    _, moved = jit(
+      lambda v, x, model=model: batch_norm.apply(
+        model, v, x, batch_norm="batch"
+      )
+    )(wrn.variables, wrn.images)
     # The first norm sees the stem's output: 3x3 windows of a zero frame.
     padded = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)))
     h = sum(
@@ -191,11 +199,7 @@ def test_initial_values_follow_the_released_code():
     "wide_resnet", depth=8, width=4, num_classes=50, shortcut="conv"
   )
   images = jnp.zeros((1, 4, 4, 3))
-  # Drawing normals takes XLA long to optimise and nothing to run.
-  init = jax.jit(
-    model.init, compiler_options={"xla_backend_optimization_level": 0}
-  )
-  params = init(jax.random.key(0), images)["params"]
+  params = jit(model.init)(jax.random.key(0), images)["params"]
   for name, layer in params.items():
     if name.endswith(("conv1", "conv2", "shortcut", "stem")):
       kernel = np.asarray(layer["kernel"])
@@ -221,10 +225,10 @@ def test_bfloat16_keeps_weights_statistics_and_logits_in_float32(wrn):
   shapes = jax.eval_shape(model.init, jax.random.key(0), wrn.images)
   assert {leaf.dtype.name for leaf in jax.tree.leaves(shapes)} == {"float32"}
 
-  logits, moved = jax.jit(
+  logits, moved = jit(
     lambda v, x: batch_norm.apply(model, v, x, batch_norm="batch")
   )(wrn.variables, wrn.images)
-  exact, exact_moved = jax.jit(
+  exact, exact_moved = jit(
     lambda v, x: batch_norm.apply(wrn.model, v, x, batch_norm="batch")
   )(wrn.variables, wrn.images)
   assert logits.dtype == np.float32
@@ -239,7 +243,8 @@ def test_bfloat16_keeps_weights_statistics_and_logits_in_float32(wrn):
 
 def test_running_statistics_classify_an_image_by_itself(wrn):
   def logits(images, mode):
-    return models.classifier(wrn.model, wrn.variables, batch_norm=mode)(images)
+    classifier = models.classifier(wrn.model, wrn.variables, batch_norm=mode)
+    return jit(lambda images: classifier(images))(images)
 
   alone = wrn.images[:2]
   np.testing.assert_allclose(
@@ -263,16 +268,19 @@ def test_classifier_is_a_pytree_of_the_weights(wrn):
   assert jax.tree.structure(classifier) == jax.tree.structure(other)
   batch = models.classifier(wrn.model, wrn.variables, batch_norm="batch")
   assert jax.tree.structure(classifier) != jax.tree.structure(batch)
-  np.testing.assert_allclose(
-    classifier(wrn.images),
-    wrn.model.apply(wrn.variables, wrn.images, train=False),
-    atol=1e-6,
+  ours, plain = jit(lambda c, v, x: (c(x), wrn.model.apply(v, x, train=False)))(
+    classifier, wrn.variables, wrn.images
   )
+  np.testing.assert_allclose(ours, plain, atol=1e-6)
 
 
 def test_running_mode_leaves_the_statistics(wrn):
-  _, stats = batch_norm.apply(wrn.model, wrn.variables, wrn.images)
-  assert stats is wrn.variables["batch_stats"]
+  stats = jit(lambda v, x: batch_norm.apply(wrn.model, v, x)[1])(
+    wrn.variables, wrn.images
+  )
+  jax.tree.map(
+    np.testing.assert_array_equal, stats, wrn.variables["batch_stats"]
+  )
 
 
 def test_a_network_without_batch_norm_or_train_argument():

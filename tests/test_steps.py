@@ -1,19 +1,48 @@
 """The fused step: what it computes, where, how often it compiles."""
 
+import functools
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from atat_jax import metrics, objectives, optim, rng, sharding, state, steps
+from atat_jax import (
+  compilation,
+  metrics,
+  objectives,
+  optim,
+  rng,
+  sharding,
+  state,
+  steps,
+)
 from atat_jax.data import augment
 from atat_jax.data.base import Split
 from atat_jax.state import NEVER
 
+# Compiling is most of the time that these tests take, running none of it.
+jit = functools.partial(
+  jax.jit, compiler_options={"xla_backend_optimization_level": 0}
+)
+
 RATE = 0.2
 BATCH = 16
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+  """The steps of this module, too; the other options are the package's."""
+  options = compilation.compiler_options()
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(
+      compilation,
+      "compiler_options",
+      lambda: options | {"xla_backend_optimization_level": 0},
+    )
+    yield
 
 
 class Run(NamedTuple):
@@ -133,7 +162,7 @@ def test_fused_step_equals_its_parts_one_after_another(run, small):
     "atat", lambda1=0.7, lambda2=0.3, epsilon=0.1, step_size=0.04, num_steps=3
   )
 
-  @jax.jit
+  @jit
   def gradient_and_outcome(variables, images, labels, step):
     prepared = objective.prepare(
       rng.stream(key, "attack", step),
@@ -152,14 +181,15 @@ def test_fused_step_equals_its_parts_one_after_another(run, small):
 
     return jax.grad(mean_total, has_aux=True)(variables["params"])
 
+  augmentation = jit(
+    functools.partial(augment.pad_crop_flip, padding=1, flip=True)
+  )
   velocity = jax.tree.map(lambda x: np.zeros(x.shape), variables["params"])
   totals = {name: [] for name in metrics.compute(run.start().sums)}
   for step, indices in enumerate(INDICES[:2]):
     pixels = np.asarray(run.data.images)[indices]
     labels = np.asarray(run.data.labels)[indices]
-    augmented = augment.pad_crop_flip(
-      rng.stream(key, "augmentation", step), pixels, padding=1, flip=True
-    )
+    augmented = augmentation(rng.stream(key, "augmentation", step), pixels)
     assert (np.asarray(augmented) != pixels).any()
     images = np.asarray(augmented).astype(np.float32) / 255
     gradient, outcome = gradient_and_outcome(variables, images, labels, step)
@@ -266,7 +296,7 @@ def test_a_batch_that_does_not_divide_is_replicated(eight_devices):
 def test_state_is_donated_and_nothing_else(run, small):
   teacher = jax.tree.map(jnp.copy, small.variables)
   key = jax.random.key(4)
-  model, variables, images, _ = small
+  model, _, images, _ = small
   objective = objectives.create(
     "atat", lambda1=0.7, lambda2=0.3, epsilon=0.1, step_size=0.04, num_steps=3
   )
@@ -287,7 +317,9 @@ def test_state_is_donated_and_nothing_else(run, small):
   for leaf in jax.tree.leaves((teacher, run.data, after)):
     assert not leaf.is_deleted()
   assert np.isfinite(teacher["params"]["head"]["bias"]).all()
-  assert jax.random.key_data(key).shape == (2,)
+  np.testing.assert_array_equal(
+    jax.random.key_data(key), jax.random.key_data(jax.random.key(4))
+  )
 
 
 def test_the_same_key_survives_a_run(run):
@@ -378,8 +410,9 @@ def test_standard_step_needs_no_teacher(small):
 def test_a_fresh_state_counts_nothing(small):
   model, variables, images, _ = small
   optimizer = optim.make_optimizer(lambda step: 0.1)
-  for initial in (None, variables):
-    fresh = state.create(
+
+  def create(initial):
+    return state.create(
       model,
       optimizer,
       jax.random.key(0),
@@ -388,14 +421,17 @@ def test_a_fresh_state_counts_nothing(small):
       term_names=("gradient",),
       initial=initial,
     )
-    assert int(fresh.step) == 0 and fresh.step.dtype == np.int32
-    assert fresh.sums["loss"].tolist() == [0, 0]
-    assert int(fresh.nonfinite["gradient"]) == NEVER
-    collections = state.variables(fresh)
-    assert jax.tree.structure(dict(collections)) == jax.tree.structure(
-      dict(variables)
-    )
-  jax.tree.map(np.testing.assert_array_equal, collections, variables)
+
+  fresh = create(variables)
+  assert int(fresh.step) == 0 and fresh.step.dtype == np.int32
+  assert fresh.sums["loss"].tolist() == [0, 0]
+  assert int(fresh.nonfinite["gradient"]) == NEVER
+  jax.tree.map(
+    np.testing.assert_array_equal, state.variables(fresh), dict(variables)
+  )
+  # Of fresh variables, the same kind of state.
+  other = jax.eval_shape(lambda: create(None))
+  chex.assert_trees_all_equal_shapes_and_dtypes(other, fresh)
 
 
 def test_streams_depend_on_key_name_and_step_only():

@@ -125,10 +125,12 @@ def test_teacher_of_a_finished_run_on_more_devices(finished, tmp_path):
       if isinstance(value, str):
         assert value == b[name]
       elif name.startswith("accuracy"):
-        assert value == pytest.approx(b[name], abs=0.03), (a["step"], name)
+        assert value == pytest.approx(b[name], abs=0.05), (a["step"], name)
       else:
-        # Rounding turns the sign of a few gradients in the attack; that grows.
-        tolerance = 1e-4 if a["step"] <= 4 else 0.02
+        # Rounding turns the sign of a few gradients in the attack (1e-4 after
+        # four steps), and that grows; statistics of half a batch would be off
+        # by per cents at once.
+        tolerance = 2e-3 if a["step"] <= 4 else 0.05
         assert value == pytest.approx(b[name], rel=tolerance), (a["step"], name)
 
 
@@ -136,8 +138,9 @@ def test_a_teacher_of_another_network_is_refused(finished, tmp_path):
   teacher = str(finished.workdir / "teacher")
   before = tiny.snapshot(finished.workdir)
   made = tiny.config(model__width=2, teacher_workdir=teacher)
-  with pytest.raises(UserError, match="teacher_workdir: .*another network"):
+  with pytest.raises(UserError, match=r"model\.width: 2.*teacher") as error:
     tiny.run(tmp_path / "run", "train", made)
+  assert len(str(error.value).splitlines()) == 1
   assert tiny.snapshot(finished.workdir) == before
 
 
@@ -176,7 +179,7 @@ def test_it_compiles_while_it_warms_up_and_never_again(finished):
     ("teacher", tiny.TEACHER_STEPS),
     ("run", tiny.STUDENT_STEPS),
   ):
-    warm = [n for split, _, n in numbers[directory] if split == "validation"][0]
+    warm = next(n for s, _, n in numbers[directory] if s == "validation")
     split, step, last = numbers[directory][-1]
     assert (split, step) == ("validation", total)
     assert last == warm, directory

@@ -1,29 +1,12 @@
 """What all attacks share: classifiers as pytrees, checks of their arguments."""
 
-import dataclasses
 from typing import Any
 
 import jax
 
-from atat_jax import checks
+from atat_jax import checks, compilation
 from atat_jax.errors import UserError
 from atat_jax.typing import Array, Classifier
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _ByIdentity:
-  """Makes an unhashable callable hashable: equal only to itself."""
-
-  function: Classifier
-
-  def __call__(self, images: Array) -> Array:
-    return self.function(images)
-
-  def __hash__(self) -> int:
-    return id(self.function)
-
-  def __eq__(self, other: object) -> bool:
-    return isinstance(other, _ByIdentity) and self.function is other.function
 
 
 def as_pytree(classifier: Classifier) -> Classifier:
@@ -49,11 +32,7 @@ def as_pytree(classifier: Classifier) -> Classifier:
     )
   if not jax.tree_util.all_leaves([classifier]):
     return classifier
-  try:
-    hash(classifier)
-  except TypeError:
-    classifier = _ByIdentity(classifier)
-  return jax.tree_util.Partial(classifier)
+  return jax.tree_util.Partial(compilation.hashable(classifier))
 
 
 # Only ever asked for shapes; as a jitted function its traces are cached.
@@ -81,7 +60,13 @@ def check_arguments(
     checks.positive(name, value, integer=name.startswith("num_"))
   classifier = as_pytree(classifier)
   images = checks.images(images)
-  shape = _logits.eval_shape(classifier, images).shape
+  logits = _logits.eval_shape(classifier, images)
+  shape = getattr(logits, "shape", None)
+  if shape is None:
+    raise UserError(
+      f"classifier: returns a {type(logits).__name__}; allowed: one array of"
+      f" logits [{images.shape[0]}, K]"
+    )
   if len(shape) != 2 or shape[0] != images.shape[0]:
     raise UserError(
       f"classifier: returns shape {shape} for {images.shape[0]} images;"

@@ -183,11 +183,11 @@ def pgd(
   """
   checks.choice("norm", norm, norms.NORMS)
   checks.choice("loss", loss, losses.ATTACK_LOSSES)
+  checks.epsilon(epsilon, norm)
   classifier, images, labels, num_classes = base.check_arguments(
     classifier,
     images,
     labels,
-    epsilon=epsilon,
     step_size=step_size,
     num_steps=num_steps,
     num_restarts=num_restarts,

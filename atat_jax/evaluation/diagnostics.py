@@ -10,24 +10,39 @@ from typing import Any
 Row = Mapping[str, Any]
 
 
-def _accuracies(
-  rows: Sequence[Row], model: str, batch_norm: str
-) -> dict[str, float]:
+def _accuracies(rows: Sequence[Row], batch_norm: str) -> dict[str, float]:
   return {
     row["attack"]: row["accuracy"]
     for row in rows
-    if row["model"] == model and row["batch_norm"] == batch_norm
+    if row["batch_norm"] == batch_norm
   }
 
 
-def _pgd_by_steps(rows: Sequence[Row], model: str) -> list[tuple[int, float]]:
+def _pgd_by_steps(rows: Sequence[Row]) -> list[tuple[int, float]]:
   return sorted(
     (row["num_steps"], row["accuracy"])
     for row in rows
-    if row["model"] == model
-    and row["batch_norm"] == "running"
+    if row["batch_norm"] == "running"
     and row["attack"] == f"pgd{row['num_steps']}"
   )
+
+
+def _comparable(rows: Sequence[Row], model: str) -> list[Row]:
+  """A model's rows on the most images, at the epsilon that comes first.
+
+  A quick look at a few images, or another epsilon or seed, is no evidence for
+  or against the others.
+  """
+  rows = [row for row in rows if row["model"] == model]
+  most = max((row["num_examples"] for row in rows), default=0)
+  rows = [row for row in rows if row["num_examples"] == most]
+  keys = ("norm", "epsilon", "seed")
+  attacked = [row for row in rows if row["attack"] != "nominal"]
+  return [
+    row
+    for row in attacked
+    if all(row.get(k) == attacked[0].get(k) for k in keys)
+  ]
 
 
 def _standard_error(rows: Sequence[Row]) -> float:
@@ -45,14 +60,15 @@ def diagnose(rows: Sequence[Row], model: str) -> dict[str, dict[str, Any]]:
   Returns:
     Rule name to {"rule", "value", "flag", "message"}.
   """
+  rows = _comparable(rows, model)
   if not rows:
     return {}
   found: dict[str, dict[str, Any]] = {}
-  running = _accuracies(rows, model, "running")
-  batch = _accuracies(rows, model, "batch")
+  running = _accuracies(rows, "running")
+  batch = _accuracies(rows, "batch")
   noise = _standard_error(rows)
 
-  shared = [a for a in running if a in batch and a != "nominal"]
+  shared = [a for a in running if a in batch]
   if shared:
     gaps = {attack: batch[attack] - running[attack] for attack in shared}
     attack = max(gaps, key=lambda name: gaps[name])
@@ -65,10 +81,11 @@ def diagnose(rows: Sequence[Row], model: str) -> dict[str, dict[str, Any]]:
       "flag": gap > noise,
       "message": (
         f"Evaluated with batch statistics, as the paper's released code does,"
-        f" the {model} would score {100 * gap:+.1f} points under {attack}."
+        f" the {model} would score {abs(100 * gap):.1f} points"
+        f" {'more' if gap > 0 else 'less'} under {attack}."
       ),
     }
-  steps = _pgd_by_steps(rows, model)
+  steps = _pgd_by_steps(rows)
   if steps and "fgsm" in running:
     most, accuracy = steps[-1]
     gap = accuracy - running["fgsm"]

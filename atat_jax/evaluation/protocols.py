@@ -102,7 +102,7 @@ def parse(
     raise UserError(f"attack: {name!r}; allowed: {ALLOWED}")
   if attack == "nominal":
     return Protocol(name, attack)
-  checks.positive("epsilon", epsilon)
+  checks.epsilon(epsilon, norm)
   checks.positive("step_size", step_size)
   checks.positive("num_restarts", num_restarts, integer=True)
   checks.choice("norm", norm, norms.NORMS)

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from atat_jax import compilation, metrics, rng, sharding
+from atat_jax.attacks.base import as_pytree
 from atat_jax.data import augment, batches
 from atat_jax.data.base import Split
 from atat_jax.evaluation.protocols import Protocol
@@ -44,7 +45,7 @@ def accuracy(
 
   Args:
     key: Random key; batch i draws from the i-th key of its stream.
-    classifier: A pytree callable from images to logits.
+    classifier: Callable from images to logits; best a pytree.
     data: The split, resident on the devices.
     protocol: What is done to the images.
     batch_size: Images at a time; with batch statistics part of the protocol.
@@ -54,6 +55,7 @@ def accuracy(
   Returns:
     In [0, 1].
   """
+  classifier = as_pytree(classifier)
   num_examples = data.labels.shape[0]
   indices, mask = batches.eval_batches(num_examples, batch_size)
   sums = metrics.zeros(("accuracy",))

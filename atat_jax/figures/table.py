@@ -29,6 +29,8 @@ _COLUMN_FIELDS = (
   "num_steps",
   "num_restarts",
   "loss",
+  "num_examples",
+  "seed",
 )
 
 

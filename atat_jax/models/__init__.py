@@ -10,7 +10,7 @@ import jax
 from flax import linen as nn
 
 from atat_jax import batch_norm as bn
-from atat_jax import checks
+from atat_jax import checks, compilation
 from atat_jax.models.wide_resnet import WideResNet
 from atat_jax.typing import Array, BatchNormMode, Variables
 
@@ -47,13 +47,12 @@ def create(name: str, **fields: Any) -> nn.Module:
 class _Forward:
   """Compares by value, so that new weights find the compiled program."""
 
-  model: nn.Module
+  model: nn.Module | compilation.ByIdentity
   batch_norm: BatchNormMode
 
   def __call__(self, variables: Variables, images: Array) -> Array:
-    return bn.apply(self.model, variables, images, batch_norm=self.batch_norm)[
-      0
-    ]
+    model = compilation.unwrap(self.model)
+    return bn.apply(model, variables, images, batch_norm=self.batch_norm)[0]
 
 
 def classifier(
@@ -78,4 +77,6 @@ def classifier(
     UserError: Unknown mode.
   """
   checks.choice("batch_norm", batch_norm, ("running", "batch"))
-  return jax.tree_util.Partial(_Forward(model, batch_norm), variables)
+  return jax.tree_util.Partial(
+    _Forward(compilation.hashable(model), batch_norm), variables
+  )

@@ -99,6 +99,11 @@ class WideResNet(nn.Module):
       )
     for name in ("width", "num_classes", "stem_channels"):
       checks.positive(name, getattr(self, name), integer=True)
+    checks.positive("batch_norm_epsilon", self.batch_norm_epsilon)
+    if not 0 < self.batch_norm_momentum < 1:
+      raise UserError(
+        f"batch_norm_momentum: {self.batch_norm_momentum}; allowed: (0, 1)"
+      )
     checks.choice("activation", self.activation, ACTIVATIONS)
     checks.choice("shortcut", self.shortcut, ("pad", "conv"))
     checks.choice("padding", self.padding, ("same", "symmetric"))
@@ -106,7 +111,9 @@ class WideResNet(nn.Module):
     checks.choice(
       "normalization", self.normalization, ("per_image", "dataset", "none")
     )
-    if len(self.strides) != 3 or min(self.strides) < 1:
+    if len(self.strides) != 3 or not all(
+      isinstance(stride, int) and stride >= 1 for stride in self.strides
+    ):
       raise UserError(f"strides: {self.strides}; allowed: three integers >= 1")
     if self.normalization == "dataset" and not (self.mean and self.std):
       raise UserError(

@@ -76,8 +76,8 @@ class ATAT:
 
   def __post_init__(self) -> None:
     """Refuses values that make no objective."""
-    for name in ("epsilon", "step_size"):
-      checks.positive(name, getattr(self, name))
+    checks.epsilon(self.epsilon, self.norm)
+    checks.positive("step_size", self.step_size)
     checks.positive("num_steps", self.num_steps, integer=True)
     for name in ("lambda1", "lambda2"):
       if not 0 <= getattr(self, name) < float("inf"):

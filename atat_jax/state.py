@@ -66,8 +66,8 @@ def create(
   """
   if initial is None:
     initial = model.init(jax.random.fold_in(rng, 0), images)
-  # The step donates the state: the teacher must not lose its own arrays.
-  initial = jax.tree.map(jnp.copy, initial)
+  # The step donates the state: what belongs to the caller is copied.
+  initial, rng = jax.tree.map(jnp.copy, (initial, rng))
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     params=initial["params"],

@@ -15,8 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax import lax
+from jax.extend.core import get_opaque_trace_state
 
 _CPU_OPTIONS = {
   "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"
@@ -35,12 +34,9 @@ def compiler_options() -> dict[str, Any]:
   return dict(_CPU_OPTIONS)
 
 
-def _is_traced(tree: Any) -> bool:
-  # Inside jit even an operation without operands is staged (and without
-  # operands nothing is transferred); under vmap or grad the arguments tell.
-  return isinstance(lax.iota(jnp.int32, 1), jax.core.Tracer) or any(
-    isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree)
-  )
+# What jax is doing right now: nothing, at import; tracing, inside jit, grad or
+# vmap, even where only what a function closes over is traced.
+_TOP_LEVEL = get_opaque_trace_state(convention="flax")
 
 
 def jit(function: Callable[..., Any], **kwargs: Any) -> Callable[..., Any]:
@@ -66,13 +62,8 @@ def jit(function: Callable[..., Any], **kwargs: Any) -> Callable[..., Any]:
 
   @functools.wraps(function)
   def call(*args: Any, **kw: Any) -> Any:
-    if not _is_traced((args, kw)):
-      try:
-        return outermost()(*args, **kw)
-      except ValueError as error:
-        # Under vmap or grad of something that only `function` closes over.
-        if "compiler_options" not in str(error):
-          raise
+    if get_opaque_trace_state(convention="flax") == _TOP_LEVEL:
+      return outermost()(*args, **kw)
     return nested(*args, **kw)
 
   return call

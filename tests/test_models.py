@@ -352,3 +352,37 @@ def test_unknown_names_are_refused(wrn):
     models.classifier(wrn.model, wrn.variables, batch_norm="eval")
   with pytest.raises(UserError, match="batch_norm: 'eval'; allowed: batch, r"):
     batch_norm.apply(wrn.model, wrn.variables, wrn.images, batch_norm="eval")
+
+
+@pytest.mark.parametrize(
+  ("fields", "named"),
+  [
+    ({"depth": 8.0}, "depth: 8.0"),
+    ({"depth": "8"}, "depth: '8'"),
+    ({"batch_norm_momentum": 1.5}, "batch_norm_momentum: 1.5"),
+    ({"batch_norm_epsilon": -1e-3}, "batch_norm_epsilon: -0.001"),
+    ({"negative_slope": math.nan}, "negative_slope: nan"),
+    ({"mean": (0.5,), "std": (0.0,)}, "std: "),
+    ({"strides": (1, 1.5, 2)}, "strides: "),
+  ],
+)
+def test_fields_out_of_range_are_named(fields, named):
+  with pytest.raises(UserError, match=named):
+    models.create("wide_resnet", normalization="dataset", **fields)
+
+
+@pytest.mark.parametrize(
+  ("fields", "shape", "named"),
+  [
+    ({"strides": (1, 2, 2)}, (1, 9, 9, 1), r"strides: 2 on \(9, 9\)"),
+    (
+      {"normalization": "dataset", "mean": (0.5,), "std": (0.2,)},
+      (1, 8, 8, 3),
+      "mean: 1 numbers for 3 channels",
+    ),
+  ],
+)
+def test_images_that_do_not_fit_are_named(fields, shape, named):
+  model = models.create("wide_resnet", depth=8, width=1, **fields)
+  with pytest.raises(UserError, match=named):
+    jax.eval_shape(model.init, jax.random.key(0), jnp.zeros(shape))

@@ -6,6 +6,8 @@ inside the network. `shortcut="conv"` gives the usual WRN-28-10 and WRN-34-10
 of the robustness literature.
 """
 
+import math
+
 import jax.numpy as jnp
 from flax import linen as nn
 
@@ -92,6 +94,7 @@ class WideResNet(nn.Module):
 
   def __post_init__(self) -> None:
     """Refuses fields that make no network."""
+    checks.positive("depth", self.depth, integer=True)
     if self.depth < 8 or (self.depth - 2) % 6 not in (0, 2):
       raise UserError(
         f"depth: {self.depth}; allowed: 6n + 2 (8, 14, 20, 26, 32) or"
@@ -103,6 +106,10 @@ class WideResNet(nn.Module):
     if not 0 < self.batch_norm_momentum < 1:
       raise UserError(
         f"batch_norm_momentum: {self.batch_norm_momentum}; allowed: (0, 1)"
+      )
+    if not math.isfinite(self.negative_slope):
+      raise UserError(
+        f"negative_slope: {self.negative_slope}; allowed: a finite number"
       )
     checks.choice("activation", self.activation, ACTIVATIONS)
     checks.choice("shortcut", self.shortcut, ("pad", "conv"))
@@ -120,6 +127,8 @@ class WideResNet(nn.Module):
         "mean, std: missing; normalization='dataset' needs both, one number"
         " a channel"
       )
+    if self.std and min(self.std) <= 0:
+      raise UserError(f"std: {self.std}; allowed: > 0")
     super().__post_init__()
 
   def _conv(
@@ -151,10 +160,10 @@ class WideResNet(nn.Module):
     self, x: Array, name: str, features: int, stride: int, train: bool
   ) -> Array:
     """A pre-activation residual unit."""
-    # The very first unit shares its activation with the shortcut in both
-    # variants; the usual network does so wherever the width changes.
     widens = x.shape[-1] != features
-    shared = name == "stage1_unit1" or (widens and self.shortcut == "conv")
+    # In the paper's network the very first unit shares its activation with the
+    # shortcut, in the usual one every unit that changes the width.
+    shared = widens if self.shortcut == "conv" else name == "stage1_unit1"
     h = self._norm_act(x, f"{name}_bn1", train)
     shortcut = h if shared else x
     h = self._conv(f"{name}_conv1", features, stride)(h)
@@ -165,6 +174,11 @@ class WideResNet(nn.Module):
         shortcut = self._conv(f"{name}_shortcut", features, stride, 1)(shortcut)
     else:
       if stride > 1:
+        if any(side % stride for side in shortcut.shape[1:3]):
+          raise UserError(
+            f"strides: {stride} on {shortcut.shape[1:3]} pixels; allowed with"
+            " shortcut='pad': strides that divide the height and the width"
+          )
         window = (stride, stride)
         shortcut = nn.avg_pool(shortcut, window, window)
       if widens:
@@ -177,6 +191,11 @@ class WideResNet(nn.Module):
   def __call__(self, images: Array, *, train: bool = False) -> Array:
     """One forward pass; `train` uses and moves the batch statistics."""
     x = images
+    if self.mean and len(self.mean) != images.shape[-1]:
+      raise UserError(
+        f"mean: {len(self.mean)} numbers for {images.shape[-1]} channels;"
+        " allowed: one a channel"
+      )
     if self.normalization == "per_image":
       x = standardize_images(x)
     elif self.normalization == "dataset":

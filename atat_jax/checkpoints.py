@@ -9,7 +9,6 @@ needs. Kept are the best by validation accuracy and the last.
 import contextlib
 import dataclasses
 import pathlib
-from types import TracebackType
 from typing import Any
 
 import jax
@@ -55,9 +54,7 @@ def _directory(workdir: pathlib.Path | str) -> pathlib.Path:
   return pathlib.Path(workdir).absolute() / "checkpoints"
 
 
-def _manager(
-  directory: pathlib.Path, *, read_only: bool
-) -> ocp.CheckpointManager:
+def _manager(directory: pathlib.Path, *, write: bool) -> ocp.CheckpointManager:
   def metric(metrics: dict[str, float]) -> float:
     return metrics[METRIC]
 
@@ -76,15 +73,15 @@ def _manager(
       ),
       best_fn=metric,
       best_mode="max",
-      read_only=read_only,
-      create=not read_only,
-      cleanup_tmp_directories=not read_only,  # what a killed save has left
-      save_interval_steps=0 if read_only else 1,
+      # A reader leaves a running training alone; a writer removes what a
+      # killed save has left. (Orbax's own read_only warns at every start.)
+      create=write,
+      cleanup_tmp_directories=write,
     ),
   )
 
 
-class Checkpointer:
+class Checkpointer(contextlib.AbstractContextManager[Any]):
   """Saves and restores a training run in `<workdir>/checkpoints`.
 
   A context manager: leaving it waits for what is still being written.
@@ -96,19 +93,10 @@ class Checkpointer:
 
   def __init__(self, workdir: pathlib.Path | str, spec: dict[str, Any]):
     self._spec = spec
-    self._manager = _manager(_directory(workdir), read_only=False)
+    self._manager = _manager(_directory(workdir), write=True)
 
-  def __enter__(self) -> "Checkpointer":
-    """Itself."""
-    return self
-
-  def __exit__(
-    self,
-    kind: type[BaseException] | None,
-    error: BaseException | None,
-    traceback: TracebackType | None,
-  ) -> None:
-    """Waits and closes."""
+  def __exit__(self, *error: object) -> None:
+    """Waits for what is being written and closes."""
     self._manager.close()
 
   def latest_step(self) -> int | None:
@@ -241,7 +229,7 @@ def checkpoint_step(
       f"workdir: {workdir} has no checkpoints; train first:"
       " python main.py --mode=train --config=... --workdir=..."
     )
-  with contextlib.closing(_manager(directory, read_only=True)) as manager:
+  with contextlib.closing(_manager(directory, write=False)) as manager:
     steps = manager.all_steps()
     if not steps:
       raise UserError(f"workdir: no complete checkpoint in {directory}")
@@ -280,7 +268,7 @@ def restore_model(
     UserError: No such checkpoint, or of another network than `expected`.
   """
   step = checkpoint_step(workdir, step=step, which=which)
-  manager = _manager(_directory(workdir), read_only=True)
+  manager = _manager(_directory(workdir), write=False)
   with contextlib.closing(manager):
     spec = manager.restore(
       step, args=ocp.args.Composite(model=ocp.args.JsonRestore())

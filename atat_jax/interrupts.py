@@ -1,8 +1,9 @@
 """Ctrl-C and SIGTERM as a request to stop at the next safe point."""
 
+import contextlib
 import signal
 import threading
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -26,7 +27,7 @@ def raise_interrupted(signum: int, frame: FrameType | None) -> None:
   raise Interrupted("stopped; the same command goes on from here", signum)
 
 
-class Interrupt:
+class Interrupt(contextlib.AbstractContextManager[Any]):
   """Within the context the first signal sets `signum`, a second one kills.
 
   ```python
@@ -58,11 +59,6 @@ class Interrupt:
         self._previous[number] = signal.signal(number, self._handle)
     return self
 
-  def __exit__(
-    self,
-    kind: type[BaseException] | None,
-    error: BaseException | None,
-    traceback: TracebackType | None,
-  ) -> None:
+  def __exit__(self, *error: object) -> None:
     """Puts the former handlers back."""
     self._restore()

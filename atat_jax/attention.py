@@ -10,7 +10,7 @@ Any linen module works: layers are named by the path of a submodule whose output
 is [B, h, w, C].
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -71,6 +71,22 @@ def _tensors(
   return {path: s for path, s in found.items() if path not in repeated}
 
 
+def check_layers(layers: Iterable[str], names: Iterable[str]) -> None:
+  """Checks that a network has these layers.
+
+  Args:
+    layers: The set J by name.
+    names: What `layer_names` lists.
+
+  Raises:
+    UserError: A layer that is not among them.
+  """
+  names = tuple(names)
+  for layer in layers:
+    if layer not in names:
+      raise UserError(f"layers: {layer!r}; allowed: {', '.join(names)}")
+
+
 def layer_names(
   model: nn.Module, variables: Variables, images: Array
 ) -> tuple[str, ...]:
@@ -111,9 +127,7 @@ def forward(
     )
   if layers is None:
     layers = (list(tensors)[-1],)
-  for layer in layers:
-    if layer not in tensors:
-      raise UserError(f"layers: {layer!r}; allowed: {', '.join(tensors)}")
+  check_layers(layers, tensors)
   taps = {layer: jnp.zeros_like(tensors[layer]) for layer in layers}
 
   def run(taps: dict[str, Array]) -> tuple[Array, tuple[PyTree, PyTree]]:

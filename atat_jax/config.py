@@ -152,11 +152,8 @@ def _check_layers(
   images = jnp.zeros((1, *spec.image_shape))
   variables = jax.eval_shape(model.init, jax.random.key(0), images)
   names = attention.layer_names(model, variables, images)
-  for layer in layers:
-    if layer not in names:
-      raise UserError(
-        f"objective.layers: {layer!r}; allowed: {', '.join(names)}"
-      )
+  with _section("objective"):
+    attention.check_layers(layers, names)
 
 
 @contextlib.contextmanager

@@ -54,7 +54,7 @@ def run(mode: str, config: ConfigDict, workdir: pathlib.Path) -> None:
   if mode in ("run", "evaluate"):
     _evaluate(plan, workdir, dataset, mesh)
   if mode == "run":
-    _figures(workdir, redraw=_report_is_old(workdir))
+    _figures(workdir, redraw=report.is_old(workdir))
   _log.info("done in %.0f s", time.perf_counter() - began)
 
 
@@ -66,22 +66,6 @@ def _evaluate(
     return
   sys.stdout.write(f"\n{report.results_table(results)}\n")
   sys.stdout.write(f"results: {workdir / 'results.json'}\n")
-
-
-def _report_is_old(workdir: pathlib.Path) -> bool:
-  """Whether something that the report shows is newer than it."""
-  page = workdir / "report.html"
-  shown = (
-    "results.json",
-    "attention.npz",
-    "metrics.jsonl",
-    "teacher/metrics.jsonl",
-  )
-  return not page.exists() or any(
-    path.stat().st_mtime > page.stat().st_mtime
-    for path in (workdir / name for name in shown)
-    if path.exists()
-  )
 
 
 def _figures(workdir: pathlib.Path, *, redraw: bool) -> None:

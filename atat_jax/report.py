@@ -180,6 +180,22 @@ def write_report(workdir: str | os.PathLike[str]) -> pathlib.Path:
   return files.write_atomically(workdir / "report.html", page.encode())
 
 
+def is_old(workdir: pathlib.Path) -> bool:
+  """Whether there is no page yet, or something that it shows is newer."""
+  page = workdir / "report.html"
+  shown = (
+    "results.json",
+    "attention.npz",
+    "metrics.jsonl",
+    "teacher/metrics.jsonl",
+  )
+  return not page.exists() or any(
+    path.stat().st_mtime > page.stat().st_mtime
+    for path in (workdir / name for name in shown)
+    if path.exists()
+  )
+
+
 def results_table(results: dict[str, Any]) -> str:
   """The results as text for a terminal, valid as a Markdown table.
 

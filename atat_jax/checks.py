@@ -18,7 +18,7 @@ def _concrete(x: object) -> bool:
   return not isinstance(x, jax.core.Tracer)
 
 
-def _range(x: Array) -> tuple[float, float]:
+def _range(x: Array | np.ndarray) -> tuple[float, float]:
   low, high = x.min(), x.max()
   if isinstance(low, jax.core.Tracer):  # a constant inside jit
     host = np.asarray(x)
@@ -26,9 +26,8 @@ def _range(x: Array) -> tuple[float, float]:
   return float(low), float(high)
 
 
-def images(x: Array, name: str = "images") -> Array:
-  """Checks [B, H, W, C] floating-point images in [0, 1] and returns them."""
-  x = jnp.asarray(x)
+def inspect_images(x: Array | np.ndarray, name: str = "images") -> None:
+  """Checks [B, H, W, C] floating-point images in [0, 1], where they are."""
   if x.ndim != 4 or 0 in x.shape:
     raise UserError(
       f"{name}: shape {x.shape}; allowed: [B, H, W, C], not empty"
@@ -42,14 +41,15 @@ def images(x: Array, name: str = "images") -> Array:
     low, high = _range(x)
     if not (low >= 0 and high <= 1):  # also refuses NaN
       raise UserError(f"{name}: values in [{low:g}, {high:g}]; allowed: [0, 1]")
-  return x
 
 
-def labels(
-  x: Array, batch_size: int, num_classes: int, name: str = "labels"
-) -> Array:
-  """Checks integer labels [B] in [0, num_classes) and returns them as int32."""
-  x = jnp.asarray(x)
+def inspect_labels(
+  x: Array | np.ndarray,
+  batch_size: int,
+  num_classes: int,
+  name: str = "labels",
+) -> None:
+  """Checks integer labels [B] in [0, num_classes), where they are."""
   if x.shape != (batch_size,):
     raise UserError(
       f"{name}: shape {x.shape}; allowed: [{batch_size}], one per image"
@@ -62,6 +62,21 @@ def labels(
       raise UserError(
         f"{name}: values in [{low:.0f}, {high:.0f}]; allowed: 0 to {num_classes - 1}"
       )
+
+
+def images(x: Array, name: str = "images") -> Array:
+  """Checks [B, H, W, C] floating-point images in [0, 1] and returns them."""
+  x = jnp.asarray(x)
+  inspect_images(x, name)
+  return x
+
+
+def labels(
+  x: Array, batch_size: int, num_classes: int, name: str = "labels"
+) -> Array:
+  """Checks integer labels [B] in [0, num_classes) and returns them as int32."""
+  x = jnp.asarray(x)
+  inspect_labels(x, batch_size, num_classes, name)
   return x.astype(jnp.int32)
 
 
@@ -80,6 +95,12 @@ def positive(name: str, value: object, *, integer: bool = False) -> None:
   if not ok:
     kind = "an integer" if integer else "a number"
     raise UserError(f"{name}: {value!r}; allowed: {kind} > 0")
+
+
+def not_negative(name: str, value: object) -> None:
+  """Checks a finite number >= 0 (traced values pass)."""
+  if not (isinstance(value, int | float) and value == 0):
+    positive(name, value)
 
 
 def epsilon(value: object, norm: str, name: str = "epsilon") -> None:

@@ -6,10 +6,13 @@ import json
 import logging
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import time
 import zipfile
+import zlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,7 +20,14 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from atat_jax import checkpoints, evaluation, models, sharding, writers
+from atat_jax import (
+  attacks,
+  checkpoints,
+  evaluation,
+  models,
+  sharding,
+  writers,
+)
 from atat_jax.config import Plan, as_json
 from atat_jax.data import augment
 from atat_jax.data.base import Dataset, Split
@@ -63,7 +73,7 @@ def _row(
 ) -> dict[str, Any]:
   """A row of the table, all but its result."""
   settings = plan.config.evaluation
-  return {
+  row = {
     "model": model,
     "dataset": plan.spec.name,
     "split": "test",
@@ -82,12 +92,15 @@ def _row(
     "seed": settings.seed,
     "checkpoint_step": step,
   }
+  if p.options:
+    row["options"] = dict(p.options)
+  return row
 
 
 def _identity(row: dict[str, Any]) -> str:
   """What makes two rows the same measurement."""
   # With running statistics the batch size changes nothing but the speed.
-  free = {"accuracy", "seconds"}
+  free = {"accuracy", "seconds", "attacks", "diagnostics"}
   if row["batch_norm"] == "running":
     free.add("batch_size")
   return json.dumps(
@@ -173,14 +186,15 @@ def evaluate(
       done = False
       bar.set_postfix_str(f"{name} {mode} {protocol.name}")
       began = time.perf_counter()
-      row["accuracy"] = evaluation.accuracy(
-        jax.random.key(settings.seed),
+      row |= _measure(
+        plan,
+        workdir,
         models.classifier(*networks[name], batch_norm=mode),
         data,
-        protocol=protocol,
-        batch_size=row["batch_size"],
-        mesh=mesh,
-        on_batch=bar.update,
+        row,
+        protocol,
+        mesh,
+        bar.update,
       )
       row["seconds"] = round(time.perf_counter() - began, 3)
       rows[_identity(row)] = row
@@ -190,6 +204,65 @@ def evaluate(
     _log.info("evaluate: %s has all %d rows", path, len(todo))
   _write_maps(plan, workdir, networks, test, steps, mesh)
   return results
+
+
+def _state_path(workdir: pathlib.Path, row: dict[str, Any]) -> pathlib.Path:
+  """Of a row's AutoAttack: a kill loses a minute of hours of work.
+
+  Another checkpoint, seed or epsilon makes another row, so another file.
+  """
+  mark = zlib.crc32(_identity(row).encode())
+  name = f"{row['model']}-{row['batch_norm']}-{row['attack']}-{mark:08x}.npz"
+  return workdir / "autoattack" / re.sub(r"[^\w=.-]", "_", name)
+
+
+def _measure(
+  plan: Plan,
+  workdir: pathlib.Path,
+  classifier: jax.tree_util.Partial,
+  data: Split,
+  row: dict[str, Any],
+  protocol: Protocol,
+  mesh: Mesh,
+  on_batch: Callable[[int], object],
+) -> dict[str, Any]:
+  """What is measured for a row."""
+  key = jax.random.key(plan.config.evaluation.seed)
+  if protocol.attack != "autoattack":
+    accuracy = evaluation.accuracy(
+      key,
+      classifier,
+      data,
+      protocol=protocol,
+      batch_size=row["batch_size"],
+      mesh=mesh,
+      on_batch=on_batch,
+    )
+    return {"accuracy": accuracy}
+  result = attacks.autoattack(
+    key,
+    classifier,
+    sharding.to_host(mesh, data.images).astype(np.float32) / 255.0,
+    sharding.to_host(mesh, data.labels),
+    batch_size=row["batch_size"],
+    mesh=mesh,
+    state_path=_state_path(workdir, row),
+    **protocol.arguments(),
+  )
+  on_batch(len(data.labels))
+  return {
+    "accuracy": result.accuracy,
+    "attacks": [
+      {
+        "attack": attack,
+        "numbers": result.protocol["attacks"].get(attack, ""),
+        "accuracy": accuracy,
+        "seconds": result.seconds.get(attack, 0.0),
+      }
+      for attack, accuracy in result.robust_accuracy.items()
+    ],
+    "diagnostics": result.diagnostics,
+  }
 
 
 def _read(path: pathlib.Path) -> dict[str, Any]:

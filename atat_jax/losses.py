@@ -5,6 +5,7 @@ from collections.abc import Callable
 import chex
 import jax.numpy as jnp
 import optax
+from jax import lax
 
 from atat_jax.typing import Array
 
@@ -23,6 +24,12 @@ def cross_entropy(logits: Array, labels: Array) -> Array:
   return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
 
 
+def _logit(logits: Array, classes: Array) -> Array:
+  # A sum over a mask: its gradient is a product, a gather's is a slow scatter.
+  mask = jnp.arange(logits.shape[-1]) == classes[:, None]
+  return jnp.where(mask, logits, 0.0).sum(-1)
+
+
 def margin(logits: Array, labels: Array) -> Array:
   """max_{i != y} z_i - z_y (Carlini and Wagner, 2017): positive where fooled.
 
@@ -35,16 +42,76 @@ def margin(logits: Array, labels: Array) -> Array:
   """
   chex.assert_equal_shape_prefix([logits, labels], 1)
   is_label = jnp.arange(logits.shape[-1]) == labels[:, None]
-  correct = jnp.where(is_label, logits, 0.0).sum(-1)
+  correct = _logit(logits, labels)
   wrong = jnp.where(is_label, -jnp.inf, logits).max(-1)
   return wrong - correct
+
+
+def dlr(logits: Array, labels: Array) -> Array:
+  """Difference of logits ratio (Croce and Hein, 2020, Eq. 6).
+
+  (max_{i != y} z_i - z_y) / (z_pi1 - z_pi3), pi sorting the logits from the
+  highest down: a margin that no rescaling of the logits changes.
+
+  Args:
+    logits: [B, K], K >= 3.
+    labels: int32 [B].
+
+  Returns:
+    [B].
+  """
+  top = lax.top_k(logits, 3)[0]
+  return margin(logits, labels) / (top[:, 0] - top[:, 2] + 1e-12)
+
+
+def targeted_dlr(logits: Array, labels: Array, targets: Array) -> Array:
+  """Targeted difference of logits ratio (Croce and Hein, 2020, Eq. 7).
+
+  (z_t - z_y) / (z_pi1 - (z_pi3 + z_pi4) / 2).
+
+  Args:
+    logits: [B, K], K >= 4.
+    labels: int32 [B].
+    targets: int32 [B].
+
+  Returns:
+    [B].
+  """
+  top = lax.top_k(logits, 4)[0]
+  scale = top[:, 0] - 0.5 * (top[:, 2] + top[:, 3]) + 1e-12
+  return targeted_margin(logits, labels, targets) / scale
+
+
+def targeted_margin(logits: Array, labels: Array, targets: Array) -> Array:
+  """z_t - z_y (multi-targeted attack; Gowal et al., 2019).
+
+  Args:
+    logits: [B, K].
+    labels: int32 [B].
+    targets: int32 [B].
+
+  Returns:
+    [B].
+  """
+  chex.assert_equal_shape_prefix([logits, labels, targets], 1)
+  return _logit(logits, targets) - _logit(logits, labels)
 
 
 ATTACK_LOSSES: dict[str, Callable[[Array, Array], Array]] = {
   "cross_entropy": cross_entropy,
   "margin": margin,
+  "dlr": dlr,
 }
 """What an untargeted attack increases, by name."""
+
+TARGETED_LOSSES: dict[str, Callable[[Array, Array, Array], Array]] = {
+  "targeted_dlr": targeted_dlr,
+  "targeted_margin": targeted_margin,
+}
+"""What an attack that aims at one class after the other increases, by name."""
+
+MIN_CLASSES = {"dlr": 3, "targeted_dlr": 4}
+"""Classes that a loss needs, where that is more than two."""
 
 
 def norm(x: Array, p: int = 2) -> Array:

@@ -63,3 +63,10 @@ def put_batch(mesh: Mesh, array: np.ndarray) -> jax.Array:
   return jax.make_array_from_callback(
     array.shape, sharding, lambda index: array[index]
   )
+
+
+def to_host(mesh: Mesh, tree: PyTree) -> PyTree:
+  """The whole of global arrays as numpy arrays, in every process."""
+  if jax.process_count() > 1:
+    tree = jax.jit(lambda x: x, out_shardings=replicated(mesh))(tree)
+  return jax.tree.map(np.asarray, tree)

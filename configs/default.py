@@ -20,7 +20,7 @@ METHODS = {
     "epsilon": 8 / 255,  # radius of the attack in training
     "step_size": 2 / 255,
     "num_steps": 7,
-    "norm": "linf",  # linf or l2
+    "norm": "linf",  # linf, l2 or l1
     "attack_loss": "cross_entropy",  # or margin
     "attack_batch_norm": "batch",  # statistics while attacking, or running
     "attack_moves_statistics": True,  # as the released code does
@@ -99,7 +99,9 @@ def get_config(method: str = "atat") -> ConfigDict:
       "evaluation": {
         # What checkpoints are chosen by, on the validation split.
         "validation_attack": "pgd10",
-        # nominal, fgsm, ifgsm<steps>, pgd<steps>, pgd<steps>-margin
+        # nominal, fgsm, ifgsm<steps>, pgd<steps>[-<loss>], apgd<steps>[-<loss>],
+        # fab<steps>, square<queries>, autoattack[-fast, -rand, -plus]; with
+        # other numbers as in square:norm=l2:epsilon=0.5
         "attacks": "nominal,fgsm,ifgsm20,pgd7,pgd20,pgd20-margin",
         "norm": "linf",
         "epsilon": 8 / 255,

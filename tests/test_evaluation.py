@@ -222,6 +222,20 @@ NUMBERS = {"epsilon": 0.2, "step_size": 0.05}
     ("ifgsm20", ("ifgsm", "linf", 0.2, 0.05, 20, 1, "cross_entropy")),
     ("pgd7", ("pgd", "linf", 0.2, 0.05, 7, 3, "cross_entropy")),
     ("pgd100-margin", ("pgd", "linf", 0.2, 0.05, 100, 3, "margin")),
+    ("pgd20-dlr", ("pgd", "linf", 0.2, 0.05, 20, 3, "dlr")),
+    ("apgd", ("apgd", "linf", 0.2, None, 100, 1, "cross_entropy")),
+    ("apgd50-dlr", ("apgd", "linf", 0.2, None, 50, 1, "dlr")),
+    ("fab", ("fab", "linf", 0.2, None, 100, 1, None)),
+    ("square700", ("square", "linf", 0.2, None, 700, 1, None)),
+    ("autoattack", ("autoattack", "linf", 0.2, None, None, None, None)),
+    (
+      "square:norm=l2:epsilon=128/255:num_queries=9",
+      ("square", "l2", 128 / 255, None, 9, 1, None),
+    ),
+    (
+      "pgd:num_steps=5:step_size=0.1:loss=margin:num_restarts=2",
+      ("pgd", "linf", 0.2, 0.1, 5, 2, "margin"),
+    ),
   ],
 )
 def test_names_of_protocols(name, expected):
@@ -239,7 +253,55 @@ def test_names_of_protocols(name, expected):
   described = found.describe()
   assert len(described.splitlines()) == 1
   for number in expected[2:6]:
-    assert number is None or f"{number:g}" in described
+    assert number is None or f"{number:.4g}" in described
+
+
+@pytest.mark.parametrize(
+  ("name", "options"),
+  [
+    ("pgd20", {}),
+    ("pgd20-targeted_margin", {"num_targets": 9}),
+    ("pgd20:num_targets=3:loss=targeted_dlr", {"num_targets": 3}),
+    (
+      "pgd20:momentum=1:random_start=false",
+      {"momentum": 1.0, "random_start": False},
+    ),
+    ("apgd100-targeted_dlr", {"num_targets": 9}),
+    ("apgd:norm=l1:enlarged=true", {"enlarged": True}),
+    ("fab:num_targets=4", {"num_targets": 4}),
+    ("autoattack", {"version": "standard"}),
+    ("autoattack-fast", {"version": "fast"}),
+    ("autoattack:version=rand", {"version": "rand"}),
+  ],
+)
+def test_what_is_special_about_a_protocol(name, options):
+  found = evaluation.parse(name, **NUMBERS)
+  assert dict(found.options) == options
+  for option, value in options.items():
+    assert f"{option} {value}" in found.describe()
+    assert found.arguments()[option] == value
+
+
+@pytest.mark.parametrize(
+  ("name", "named"),
+  [
+    ("pgd20:momentun=1", "'momentun'; allowed: eot_samples, epsilon"),
+    ("pgd20:momentum", "once, as :<parameter>=<value>"),
+    ("pgd20:norm=l2:norm=l1", "each parameter once"),
+    ("pgd20:momentum=fast", "momentum: 'fast'; allowed: a number"),
+    ("pgd20:momentum=-1", "momentum: -1.0; allowed"),
+    ("pgd20:num_restarts=1.5", "num_restarts: '1.5'; allowed: an integer"),
+    ("pgd20:num_restarts=0", "num_restarts: 0; allowed"),
+    ("pgd20:random_start=no", "random_start: 'no'; allowed: true or false"),
+    ("pgd20:epsilon=8/0", "epsilon: '8/0'; allowed: a number"),
+    ("apgd:loss=hinge", "loss: 'hinge'; allowed: cross_entropy"),
+    ("square:norm=l0", "norm: 'l0'; allowed: l1, l2, linf"),
+    ("autoattack:version=best", "version: 'best'; allowed: fast, plus"),
+  ],
+)
+def test_parameters_that_are_none(name, named):
+  with pytest.raises(UserError, match=named):
+    evaluation.parse(name, **NUMBERS)
 
 
 @pytest.mark.parametrize(
@@ -255,11 +317,16 @@ def test_names_of_protocols(name, expected):
     "ifgsm",
     "fgsm2",
     "nominal3",
-    "pgd20-dlr",
+    "pgd20-hinge",
+    "pgd20:num_steps=5",
+    "pgd20-dlr:loss=margin",
+    "square5-margin",
+    "autoattack100",
+    "autoattack-best",
+    "nominal:epsilon=1",
     "ifgsm20-margin",
     "fgsm-margin",
     "nominal-margin",
-    "autoattack",
     " pgd20",
   ],
 )
@@ -277,7 +344,7 @@ def test_names_that_are_none(name):
     ({"epsilon": float("nan")}, "epsilon: nan"),
     ({"step_size": -1.0}, "step_size: -1.0"),
     ({"num_restarts": 0}, "num_restarts: 0"),
-    ({"norm": "l1"}, "norm: 'l1'; allowed: l2, linf"),
+    ({"norm": "l0"}, "norm: 'l0'; allowed: l1, l2, linf"),
   ],
 )
 def test_numbers_out_of_range(options, named):
@@ -328,6 +395,20 @@ def test_a_protocol_runs_its_attack(linear, split):
     ),
   )
   assert not np.array_equal(run("pgd3"), run("ifgsm3"))  # a random start
+  np.testing.assert_array_equal(
+    run("square:num_queries=4:norm=l1:epsilon=0.7"),
+    attacks.square(*arguments, epsilon=0.7, num_queries=4, norm="l1"),
+  )
+  np.testing.assert_array_equal(
+    run("apgd3-targeted_margin:num_targets=2"),
+    attacks.apgd(
+      *arguments,
+      epsilon=0.2,
+      num_steps=3,
+      loss="targeted_margin",
+      num_targets=2,
+    ),
+  )
 
 
 # --- Diagnostics -------------------------------------------------------------

@@ -68,6 +68,136 @@ def test_margin_with_two_classes_is_finite():
   assert losses.margin(logits, labels).tolist() == [-3.0]
 
 
+# Difference of logits ratio: by the label's place among the logits, 0 the top.
+
+PLACES = pytest.mark.parametrize("place", [0, 1, 2, 3, CLASSES - 1])
+
+
+def _ranked(place: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Distinct logits, their classes from the top down, labels at a place."""
+  generator = np.random.default_rng(place)
+  logits = 3 * generator.normal(size=(BATCH, CLASSES))
+  order = np.argsort(logits, axis=-1)[:, ::-1]
+  return logits, order, order[:, place].astype(np.int32)
+
+
+def _unit(classes: np.ndarray) -> np.ndarray:
+  return np.eye(CLASSES)[classes]
+
+
+@PLACES
+def test_dlr_and_its_gradient(place, x64):
+  logits, order, labels = _ranked(place)
+  ordered = np.sort(logits, axis=-1)[:, ::-1]
+  top, third = ordered[:, 0], ordered[:, 2]
+  other = ordered[:, 1] if place == 0 else top
+  difference, scale = other - logits[np.arange(BATCH), labels], top - third
+  expected = difference / (scale + 1e-12)
+  np.testing.assert_allclose(losses.dlr(logits, labels), expected, rtol=1e-12)
+  gradient = jax.grad(lambda z: losses.dlr(z, labels).sum())(logits)
+  d_difference = _unit(order[:, 1 if place == 0 else 0]) - _unit(labels)
+  d_scale = _unit(order[:, 0]) - _unit(order[:, 2])
+  np.testing.assert_allclose(
+    gradient,
+    (d_difference - expected[:, None] * d_scale) / scale[:, None],
+    rtol=1e-9,
+    atol=1e-12,
+  )
+  # Right: negative, at least -1. Wrong: positive, 1 where it is third.
+  if place == 0:
+    assert ((expected < 0) & (expected >= -1)).all()
+  elif place == 2:
+    np.testing.assert_allclose(expected, 1)
+  else:
+    assert (expected > 0).all()
+
+
+@PLACES
+@pytest.mark.parametrize("target_place", [0, 1, 2, 3, CLASSES - 1])
+def test_targeted_dlr_and_its_gradient(place, target_place, x64):
+  logits, order, labels = _ranked(place)
+  targets = order[:, target_place].astype(np.int32)
+  ordered = np.sort(logits, axis=-1)[:, ::-1]
+  scale = ordered[:, 0] - (ordered[:, 2] + ordered[:, 3]) / 2
+  rows = np.arange(BATCH)
+  difference = logits[rows, targets] - logits[rows, labels]
+  expected = difference / (scale + 1e-12)
+  np.testing.assert_allclose(
+    losses.targeted_dlr(logits, labels, targets),
+    expected,
+    rtol=1e-12,
+    atol=1e-15,
+  )
+  gradient = jax.grad(lambda z: losses.targeted_dlr(z, labels, targets).sum())(
+    logits
+  )
+  d_scale = _unit(order[:, 0]) - (_unit(order[:, 2]) + _unit(order[:, 3])) / 2
+  d_difference = _unit(targets) - _unit(labels)
+  np.testing.assert_allclose(
+    gradient,
+    (d_difference - expected[:, None] * d_scale) / scale[:, None],
+    rtol=1e-9,
+    atol=1e-12,
+  )
+
+
+def test_targeted_margin_and_its_gradient(batch):
+  logits, labels = batch
+  targets = (labels + 1 + np.arange(BATCH) % (CLASSES - 1)) % CLASSES
+  rows = np.arange(BATCH)
+  expected = logits[rows, targets] - logits[rows, labels]
+  np.testing.assert_array_equal(
+    losses.targeted_margin(logits, labels, targets), expected
+  )
+  gradient = jax.grad(
+    lambda z: losses.targeted_margin(z, labels, targets).sum()
+  )(logits)
+  np.testing.assert_array_equal(gradient, _unit(targets) - _unit(labels))
+
+
+@pytest.mark.parametrize("name", ["dlr", "targeted_dlr"])
+def test_no_scale_or_shift_of_the_logits_changes_a_ratio(name, batch):
+  logits, labels = batch
+  targets = (labels + 1) % CLASSES
+
+  def loss(z):
+    if name == "dlr":
+      return losses.dlr(z, labels)
+    return losses.targeted_dlr(z, labels, targets)
+
+  expected = loss(logits)
+  for scale, shift in ((1e-3, 0.0), (50.0, 0.0), (1.0, 100.0), (7.0, -3.0)):
+    np.testing.assert_allclose(
+      loss(scale * logits + shift), expected, rtol=1e-8
+    )
+  # The margin is no ratio.
+  assert not np.allclose(losses.margin(2 * logits, labels), expected)
+
+
+def test_ratios_of_equal_logits_are_finite():
+  logits, zeros = jnp.zeros((2, 5)), jnp.zeros(2, jnp.int32)
+  for value, gradient in (
+    jax.value_and_grad(lambda z: losses.dlr(z, zeros).sum())(logits),
+    jax.value_and_grad(
+      lambda z: losses.targeted_dlr(z, zeros, zeros + 1).sum()
+    )(logits),
+  ):
+    assert value == 0 and np.isfinite(gradient).all()
+
+
+def test_ratios_of_as_few_classes_as_there_may_be():
+  """3 for dlr, 4 for the targeted one; fewer are refused by the attacks."""
+  assert losses.MIN_CLASSES == {"dlr": 3, "targeted_dlr": 4}
+  label = jnp.array([0])
+  assert losses.dlr(jnp.array([[4.0, 3.0, 2.0]]), label).tolist() == [-0.5]
+  value = losses.targeted_dlr(jnp.array([[4.0, 3, 2, 0]]), label, label + 3)
+  np.testing.assert_allclose(value, -4 / 3, rtol=1e-6)
+  assert set(losses.MIN_CLASSES) <= {
+    *losses.ATTACK_LOSSES,
+    *losses.TARGETED_LOSSES,
+  }
+
+
 @pytest.mark.parametrize("name", losses.ATTACK_LOSSES)
 def test_attack_losses_are_per_example(name, batch):
   """[B] out, examples apart, higher where the label's logit is lower."""
@@ -79,7 +209,29 @@ def test_attack_losses_are_per_example(name, batch):
   np.testing.assert_allclose(loss(logits[order], labels[order]), values[order])
   np.testing.assert_allclose(loss(logits[2:3], labels[2:3]), values[2:3])
   weaker = logits - np.eye(CLASSES)[labels]
-  assert (loss(weaker, labels) > values).all()
+  raised = loss(weaker, labels)
+  if name == "dlr":  # is 1 wherever the label is third
+    alike = np.isclose(values, 1) & np.isclose(raised, 1)
+    assert not alike.all()
+    raised = np.where(alike, np.inf, raised)
+  assert (raised > values).all()
+
+
+@pytest.mark.parametrize("name", losses.TARGETED_LOSSES)
+def test_targeted_losses_are_per_example(name, batch):
+  """[B] out, examples apart, higher where the target's logit is higher."""
+  loss = losses.TARGETED_LOSSES[name]
+  logits, labels = batch
+  targets = (labels + 2) % CLASSES
+  values = loss(logits, labels, targets)
+  assert values.shape == (BATCH,)
+  order = np.random.default_rng(1).permutation(BATCH)
+  np.testing.assert_allclose(
+    loss(logits[order], labels[order], targets[order]), values[order]
+  )
+  closer = logits + 1e-3 * np.eye(CLASSES)[targets]
+  if name == "targeted_margin":
+    assert (loss(closer, labels, targets) > values).all()
 
 
 @pytest.mark.parametrize("p", [1, 2])
@@ -126,9 +278,23 @@ def test_tiny_distances_do_not_underflow_into_nan():
   [
     lambda: losses.cross_entropy(jnp.zeros((3, 2)), jnp.zeros(2, jnp.int32)),
     lambda: losses.margin(jnp.zeros((3, 2)), jnp.zeros(2, jnp.int32)),
+    lambda: losses.dlr(jnp.zeros((3, 4)), jnp.zeros(1, jnp.int32)),
+    lambda: losses.targeted_dlr(
+      jnp.zeros((3, 4)), jnp.zeros(3, jnp.int32), jnp.zeros(1, jnp.int32)
+    ),
+    lambda: losses.targeted_margin(
+      jnp.zeros((3, 4)), jnp.zeros(1, jnp.int32), jnp.zeros(3, jnp.int32)
+    ),
     lambda: losses.distance(jnp.zeros((3, 2)), jnp.zeros((3, 1))),
   ],
-  ids=["cross_entropy", "margin", "distance"],
+  ids=[
+    "cross_entropy",
+    "margin",
+    "dlr",
+    "targeted_dlr",
+    "targeted_margin",
+    "distance",
+  ],
 )
 def test_shapes_that_would_broadcast_are_refused(call):
   with pytest.raises(AssertionError):

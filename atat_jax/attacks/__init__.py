@@ -1,18 +1,38 @@
 """Attacks on any classifier: (key, classifier, images, labels, ...) to images.
 
 An attack sees a callable from images to logits and nothing else. Adding one is
-one file and one line in `ATTACKS`.
+one file and one line in `ATTACKS`. `autoattack` runs an ensemble of them on any
+number of images and returns an `AutoAttackResult`.
 """
 
 from collections.abc import Callable
 
+from atat_jax.attacks.apgd import apgd
+from atat_jax.attacks.autoattack import AutoAttackResult, autoattack
+from atat_jax.attacks.base import Randomized
+from atat_jax.attacks.fab import fab
 from atat_jax.attacks.projected_gradient import fgsm, ifgsm, pgd
+from atat_jax.attacks.square import square
 from atat_jax.typing import Array
 
 ATTACKS: dict[str, Callable[..., Array]] = {
   "fgsm": fgsm,
   "ifgsm": ifgsm,
   "pgd": pgd,
+  "apgd": apgd,
+  "fab": fab,
+  "square": square,
 }
 
-__all__ = ["ATTACKS", "fgsm", "ifgsm", "pgd"]
+__all__ = [
+  "ATTACKS",
+  "AutoAttackResult",
+  "Randomized",
+  "apgd",
+  "autoattack",
+  "fab",
+  "fgsm",
+  "ifgsm",
+  "pgd",
+  "square",
+]

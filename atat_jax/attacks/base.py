@@ -1,12 +1,83 @@
 """What all attacks share: classifiers as pytrees, checks of their arguments."""
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
 
-from atat_jax import checks, compilation
+from atat_jax import checks, compilation, losses
 from atat_jax.errors import UserError
 from atat_jax.typing import Array, Classifier
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Randomized:
+  """A classifier that draws random numbers: `function(key, images)` to logits.
+
+  A pure function cannot be random by itself; this tells attacks to give it a
+  new key at every look. Called without a key it uses the one of `seed`.
+
+  Attributes:
+    function: A pytree callable, e.g. a `jax.tree_util.Partial`.
+  """
+
+  function: Any
+
+  def __call__(self, images: Array, key: Array | None = None) -> Array:
+    """Images [B, H, W, C] to logits [B, K]."""
+    return self.function(jax.random.key(0) if key is None else key, images)
+
+
+def apply(classifier: Classifier, key: Array, images: Array) -> Array:
+  """Logits [B, K], with fresh random numbers where the classifier draws any."""
+  if isinstance(classifier, Randomized):
+    return classifier(images, key)
+  return classifier(images)
+
+
+def evaluate(
+  classifier: Classifier,
+  key: Array,
+  images: Array,
+  loss_fn: Callable[[Array], Array],
+  *,
+  eot_samples: int = 1,
+) -> tuple[Array, Array, Array]:
+  """One look at the classifier: logits, loss and its gradient.
+
+  Args:
+    classifier: Callable from images to logits.
+    key: For a `Randomized` classifier.
+    images: [B, H, W, C].
+    loss_fn: Logits [B, K] to losses [B].
+    eot_samples: Gradients to average (expectation over transformation; Athalye
+      et al., 2018). Logits and losses are those of the last one.
+
+  Returns:
+    Logits [B, K], losses [B], gradient of their sum [B, H, W, C].
+  """
+
+  def objective(x: Array, key: Array) -> tuple[Array, tuple[Array, Array]]:
+    logits = apply(classifier, key, x)
+    loss = loss_fn(logits)
+    return loss.sum(), (logits, loss)
+
+  gradient_fn = jax.grad(objective, has_aux=True)
+  gradient, (logits, loss) = gradient_fn(images, key)
+  if eot_samples > 1:
+
+    def body(sample: Array, carry: Any) -> Any:
+      total, _ = carry
+      gradient, aux = gradient_fn(images, jax.random.fold_in(key, sample))
+      return total + gradient, aux
+
+    gradient, (logits, loss) = jax.lax.fori_loop(
+      1, eot_samples, body, (gradient, (logits, loss))
+    )
+    gradient = gradient / eot_samples
+  return logits, loss, gradient
 
 
 def as_pytree(classifier: Classifier) -> Classifier:
@@ -74,3 +145,27 @@ def check_arguments(
     )
   labels = checks.labels(labels, images.shape[0], shape[1])
   return classifier, images, labels, shape[1]
+
+
+def check_loss(loss: str, num_classes: int) -> bool:
+  """Checks the name of a loss and that there are enough classes for it.
+
+  Args:
+    loss: Of `losses.ATTACK_LOSSES` or `losses.TARGETED_LOSSES`.
+    num_classes: K.
+
+  Returns:
+    Whether it aims at one class after the other.
+
+  Raises:
+    UserError: Unknown, or too few classes.
+  """
+  allowed = {**losses.ATTACK_LOSSES, **losses.TARGETED_LOSSES}
+  checks.choice("loss", loss, allowed)
+  needed = losses.MIN_CLASSES.get(loss, 2)
+  if num_classes < needed:
+    raise UserError(
+      f"loss: {loss!r} with {num_classes} classes; allowed: at least {needed}"
+      " classes, or another loss"
+    )
+  return loss in losses.TARGETED_LOSSES

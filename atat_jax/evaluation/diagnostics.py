@@ -63,7 +63,12 @@ def diagnose(rows: Sequence[Row], model: str) -> dict[str, dict[str, Any]]:
   rows = _comparable(rows, model)
   if not rows:
     return {}
-  found: dict[str, dict[str, Any]] = {}
+  found: dict[str, dict[str, Any]] = {
+    f"{row['attack']}_{name}": dict(check)
+    for row in rows
+    if row["batch_norm"] == "running"
+    for name, check in row.get("diagnostics", {}).items()
+  }
   running = _accuracies(rows, "running")
   batch = _accuracies(rows, "batch")
   noise = _standard_error(rows)

@@ -34,6 +34,15 @@ _COLUMN_FIELDS = (
 )
 
 
+# How the numbers of a protocol are called, where an attack has them.
+_NUMBERS = {
+  "step_size": "step size",
+  "num_steps": "steps",
+  "num_restarts": "restarts",
+  "loss": "loss",
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Column:
   """One attack with one protocol.
@@ -107,10 +116,20 @@ def protocol(column: Column) -> str:
     parts = [
       f"norm {first.get('norm') or 'none'}",
       f"epsilon {size(first.get('epsilon'))}",
-      f"step size {size(first.get('step_size'))}",
-      f"steps {_text(first.get('num_steps'))}",
-      f"restarts {_text(first.get('num_restarts'))}",
-      f"loss {_text(first.get('loss'))}",
+    ]
+    parts += [
+      f"{label} {_number(field, first[field])}"
+      for field, label in _NUMBERS.items()
+      if first.get(field) is not None
+    ]
+    parts += [
+      f"{option} {_text(value)}"
+      for option, value in first.get("options", {}).items()
+    ]
+    parts += [
+      f"{attack['attack']} ({attack['numbers']})"
+      for attack in first.get("attacks", [])
+      if attack["numbers"]
     ]
   rows = column.rows.values()
   counts = " / ".join(
@@ -149,6 +168,10 @@ def _label(row: Row, firsts: list[Row]) -> str:
   ]
   marks = [f"{field}={_text(row.get(field))}" for field in differing]
   return f"{row['attack']} ({', '.join(marks)})" if marks else row["attack"]
+
+
+def _number(field: str, value: Any) -> str:
+  return size(value) if field == "step_size" else _text(value)
 
 
 def _text(value: object) -> str:

@@ -1,0 +1,1 @@
+"""Measurements against other implementations; not part of the package."""

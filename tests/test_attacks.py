@@ -66,7 +66,8 @@ def case() -> Case:
 
 def _length(delta: Any, norm: str) -> np.ndarray:
   flat = np.asarray(delta, np.float64).reshape(len(delta), -1)
-  return np.linalg.norm(flat, ord={"linf": np.inf, "l2": 2}[norm], axis=1)
+  order = {"linf": np.inf, "l2": 2, "l1": 1}[norm]
+  return np.linalg.norm(flat, ord=order, axis=1)
 
 
 # Closed forms.
@@ -128,47 +129,111 @@ def test_l2_pgd_of_a_linear_model_reaches_the_optimum(random_start, case):
 # An independent implementation.
 
 
-def _numpy_logits_and_gradient(params, x, labels, loss):
+def _numpy_logits_and_gradient(params, x, labels, loss, targets=None):
   """The loss's gradient with respect to the images, derived by hand."""
   hidden = np.tanh(3 * (x.reshape(len(x), -1) - 0.5) @ params["w1"])
   logits = hidden @ params["w2"]
-  one_hot = np.eye(CLASSES)[labels]
+  basis = np.eye(CLASSES)
+  one_hot = basis[labels]
+  best = np.where(one_hot > 0, -np.inf, logits).argmax(-1)
+  order = logits.argsort(-1)[:, ::-1].T
   if loss == "cross_entropy":
     softmax = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     d_logits = softmax - one_hot
-  else:
-    best = np.where(one_hot > 0, -np.inf, logits).argmax(-1)
-    d_logits = np.eye(CLASSES)[best] - one_hot
+  elif loss in ("margin", "targeted_margin"):
+    d_logits = basis[best if targets is None else targets] - one_hot
+  else:  # a ratio
+    d_margin = basis[best if targets is None else targets] - one_hot
+    d_scale = basis[order[0]] - basis[order[2]]
+    if targets is not None:
+      d_scale = basis[order[0]] - (basis[order[2]] + basis[order[3]]) / 2
+    scale = (d_scale * logits).sum(-1, keepdims=True)
+    value = (d_margin * logits).sum(-1, keepdims=True) / scale
+    d_logits = (d_margin - value * d_scale) / scale
   d_hidden = d_logits @ params["w2"].T * (1 - hidden**2)
   return (3 * d_hidden @ params["w1"].T).reshape(x.shape)
 
 
-def _numpy_pgd(gradient_fn, start, images, *, norm, sign, step, num_steps):
-  x = start
+def _numpy_l1_projection(delta, images, epsilon):
+  """Shrinks every pixel's change by as much as it takes, by bisection."""
+  room = np.where(delta > 0, 1 - images, images)
+
+  def shrunk(alpha):
+    return np.minimum(np.maximum(np.abs(delta) - alpha, 0), room)
+
+  low = np.zeros((len(delta), 1, 1, 1))
+  high = np.full_like(low, 2.0)
+  for _ in range(100):
+    middle = (low + high) / 2
+    outside = shrunk(middle).sum((1, 2, 3), keepdims=True) > epsilon
+    low, high = np.where(outside, middle, low), np.where(outside, high, middle)
+  inside = shrunk(0.0).sum((1, 2, 3), keepdims=True) <= epsilon
+  return np.sign(delta) * shrunk(np.where(inside, 0.0, high))
+
+
+def _numpy_pgd(
+  gradient_fn, start, images, *, norm, sign, step, num_steps, momentum=None
+):
+  x, total = start, np.zeros_like(start)
   for _ in range(num_steps):
     gradient = sign * gradient_fn(x)
+    if momentum is not None:
+      length = _length(gradient, "l1")[:, None, None, None]
+      total = gradient = momentum * total + gradient / length
     if norm == "linf":
       moved = x + step * np.sign(gradient)
       moved = np.minimum(np.maximum(moved, images - EPSILON), images + EPSILON)
-    else:
+    elif norm == "l2":
       length = _length(gradient, "l2")[:, None, None, None]
       delta = x + step * gradient / length - images
       length = _length(delta, "l2")[:, None, None, None]
       moved = images + delta * np.minimum(1, EPSILON / length)
+    else:  # the steepest hundredth of the pixels: one of 24
+      slope = np.abs(gradient)
+      steepest = slope == slope.max((1, 2, 3), keepdims=True)
+      delta = x + step * np.sign(gradient) * steepest - images
+      moved = images + _numpy_l1_projection(delta, images, EPSILON)
     x = np.minimum(np.maximum(moved, 0), 1)
   return x
 
 
-@pytest.mark.parametrize("norm", norms.NORMS)
-@pytest.mark.parametrize("loss", losses.ATTACK_LOSSES)
-@pytest.mark.parametrize("targeted", [False, True], ids=["away", "targeted"])
-def test_every_step_equals_an_independent_loop(norm, loss, targeted, case, x64):
+def _images_and_start(case, norm):
+  """Some at the border of the box; starts in the ball, some near its surface."""
   generator = np.random.default_rng(1)
   images = np.asarray(case.images, np.float64)
-  images[0], images[1] = 0.0, 1.0  # the box matters
-  start = images + generator.uniform(-0.02, 0.02, SHAPE)
-  start = np.clip(start, 0, 1)
+  images[0], images[1] = 0.0, 1.0
+  delta = generator.uniform(-0.02, 0.02, SHAPE)
+  if norm == "l1":
+    delta *= 0.3
+  return images, np.clip(images + delta, 0, 1)
+
+
+@pytest.mark.parametrize(
+  ("norm", "loss", "targeted"),
+  [
+    ("linf", "cross_entropy", False),
+    ("linf", "cross_entropy", True),
+    ("linf", "margin", False),
+    ("linf", "margin", True),
+    ("linf", "dlr", True),
+    ("linf", "targeted_dlr", False),
+    ("l2", "cross_entropy", False),
+    ("l2", "cross_entropy", True),
+    ("l2", "margin", False),
+    ("l2", "dlr", False),
+    ("l2", "targeted_margin", False),
+    ("l1", "cross_entropy", False),
+    ("l1", "margin", True),
+  ],
+)
+def test_every_step_equals_an_independent_loop(norm, loss, targeted, case, x64):
+  images, start = _images_and_start(case, norm)
   labels = np.asarray(case.labels)
+  if loss == "dlr":  # is 1, its gradient 0, where the label is third
+    labels = np.asarray(_mlp(case.params, images).argmax(-1))
+  targets = None
+  if loss in losses.TARGETED_LOSSES:
+    targets = (labels + 1 + np.arange(8) % (CLASSES - 1)) % CLASSES
 
   @jax.jit
   def ours(num_steps):
@@ -184,11 +249,14 @@ def test_every_step_equals_an_independent_loop(norm, loss, targeted, case, x64):
       norm=norm,
       loss=loss,
       targeted=targeted,
+      targets=targets,
     )
 
   for num_steps in range(7):
     expected = _numpy_pgd(
-      lambda x: _numpy_logits_and_gradient(case.params, x, labels, loss),
+      lambda x: _numpy_logits_and_gradient(
+        case.params, x, labels, loss, targets
+      ),
       start,
       images,
       norm=norm,
@@ -198,8 +266,67 @@ def test_every_step_equals_an_independent_loop(norm, loss, targeted, case, x64):
     )
     actual, passes = ours(num_steps)
     assert passes == num_steps  # one pass of the network a step
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-11)
   assert np.abs(expected - start).max() > 0.05
+
+
+@pytest.mark.parametrize("norm", norms.NORMS)
+def test_momentum_equals_an_independent_loop(norm, case, x64):
+  """Algorithm 1 of Dong et al. (2018) for linf, its sum in the other norms."""
+  images, start = _images_and_start(case, norm)
+  labels = np.asarray(case.labels)
+
+  @jax.jit
+  def ours(num_steps, momentum):
+    return projected_gradient.ascend(
+      lambda state, x: (_mlp(case.params, x), state),
+      (),
+      start,
+      images,
+      labels,
+      epsilon=EPSILON,
+      step_size=0.03,
+      num_steps=num_steps,
+      norm=norm,
+      momentum=momentum,
+    )[0]
+
+  expected = {}
+  for momentum in (0.0, 0.5, 1.0):
+    for num_steps in (0, 1, 2, 5, 10):
+      expected[momentum] = _numpy_pgd(
+        lambda x: _numpy_logits_and_gradient(
+          case.params, x, labels, "cross_entropy"
+        ),
+        start,
+        images,
+        norm=norm,
+        sign=1,
+        step=0.03,
+        num_steps=num_steps,
+        momentum=momentum,
+      )
+      np.testing.assert_allclose(
+        ours(num_steps, momentum), expected[momentum], rtol=0, atol=1e-11
+      )
+  assert np.abs(expected[1.0] - expected[0.0]).max() > 1e-3
+
+
+def test_momentum_survives_a_vanishing_gradient():
+  """A classifier that saturates: nothing to divide by."""
+  images = jnp.full((2, 2, 2, 1), 0.5)
+  adversarial = attacks.pgd(
+    KEY,
+    Partial(_linear, jnp.zeros((4, 2)), 0.0),
+    images,
+    [0, 1],
+    epsilon=0.1,
+    step_size=0.05,
+    num_steps=3,
+    momentum=1.0,
+    random_start=False,
+  )
+  np.testing.assert_array_equal(adversarial, images)
 
 
 def test_attack_of_the_wide_resnet_equals_pytorch(wrn, twin, x64):
@@ -305,9 +432,13 @@ def test_pgd_starts_uniformly_in_the_ball(norm):
       assert stats.kstest(column, "uniform", args=(-1, 2)).pvalue > 1e-3
     np.testing.assert_allclose(np.cov(delta.T), np.eye(4) / 3, atol=0.03)
   else:
-    radius = np.linalg.norm(delta, axis=1)
+    radius = _length(delta, norm)
     assert stats.kstest(radius**4, "uniform").pvalue > 1e-3
-    np.testing.assert_allclose(np.cov(delta.T), np.eye(4) / 6, atol=0.02)
+    # 1 / (n + 2) a coordinate, and 2 / ((n + 1) (n + 2)).
+    variance = {"l2": 1 / 6, "l1": 1 / 15}[norm]
+    np.testing.assert_allclose(
+      np.cov(delta.T), np.eye(4) * variance, atol=0.12 * variance
+    )
 
 
 def test_start_is_clipped_to_the_box():
@@ -437,6 +568,155 @@ def test_targeted_attack_reaches_the_targets(case):
   assert reached.mean() > 0.8
 
 
+@pytest.mark.parametrize("loss", losses.TARGETED_LOSSES)
+def test_several_targets_keep_the_strongest_of_each_example(loss, case):
+  """Runs made one by one: two from each of the three other classes."""
+  logits = np.asarray(case.mlp(case.images), np.float64)
+  targets = logits.argsort(-1)[:, ::-1][:, 1:]  # the nearest first
+
+  @jax.jit
+  def attempt(run, targets):
+    start = projected_gradient.random_start(
+      rng.stream(KEY, "start", run), case.images, epsilon=0.12
+    )
+    return projected_gradient.ascend(
+      lambda state, x: (case.mlp(x), state),
+      (),
+      start,
+      case.images,
+      case.predicted,
+      epsilon=0.12,
+      step_size=0.03,
+      num_steps=2,
+      loss=loss,
+      targets=targets,
+    )[0]
+
+  arguments = dict(loss=loss, step_size=0.03, num_steps=2)
+  attempts, ranks = [], []
+  for run in range(6):
+    images_adv = attempt(run, jnp.asarray(targets[:, run // 2], jnp.int32))
+    logits = np.asarray(case.mlp(images_adv), np.float64)
+    own = logits[np.arange(8), case.predicted]
+    others = np.where(np.eye(CLASSES)[case.predicted] > 0, -np.inf, logits)
+    attempts.append(np.asarray(images_adv))
+    ranks.append(others.max(-1) - own)  # positive where fooled
+  chosen = np.argmax(ranks, 0)
+  assert len(set((chosen // 2).tolist())) > 1
+  expected = np.stack(attempts)[chosen, np.arange(8)]
+  actual = _weak(case, num_restarts=2, num_targets=3, **arguments)
+  np.testing.assert_allclose(actual, expected, atol=1e-6)
+  # Nine are asked for by default; there are three.
+  np.testing.assert_array_equal(
+    _weak(case, num_restarts=2, **arguments), actual
+  )
+  # One target, one run: the last iterate, whatever it is worth.
+  first = attempt(0, jnp.asarray(targets[:, 0], jnp.int32))
+  np.testing.assert_allclose(
+    _weak(case, num_targets=1, **arguments), first, atol=1e-6
+  )
+
+
+def test_losses_for_two_classes(case):
+  """A targeted margin has one target; ratios need more classes."""
+  classifier = Partial(_linear, case.linear.args[0][:, :2], 0.0)
+  arguments = dict(epsilon=EPSILON, step_size=0.05, num_steps=3)
+
+  def attack(loss):
+    labels = classifier(case.images).argmax(-1)
+    return attacks.pgd(
+      KEY, classifier, case.images, labels, loss=loss, **arguments
+    )
+
+  np.testing.assert_allclose(
+    attack("targeted_margin"), attack("margin"), atol=1e-6
+  )
+  for loss in ("dlr", "targeted_dlr"):
+    with pytest.raises(UserError, match=f"^loss: '{loss}' with 2 classes; "):
+      attack(loss)
+
+
+# Classifiers that draw random numbers.
+
+
+def _spying() -> tuple[attacks.Randomized, list[bytes]]:
+  """Two classes; the slope between them is drawn at each look, and noted."""
+  seen: list[bytes] = []
+
+  def function(key, images):
+    jax.debug.callback(
+      lambda data: seen.append(np.array(data).tobytes()),
+      jax.random.key_data(key),
+    )
+    slope = jax.random.rademacher(key, (24, 1), images.dtype)
+    score = images.reshape(len(images), -1) @ slope
+    return jnp.concatenate([0 * score, score], -1)
+
+  return attacks.Randomized(Partial(function)), seen
+
+
+def test_a_randomised_classifier_is_drawn_anew_at_every_look():
+  classifier, seen = _spying()
+  samples = 2
+  labels = jnp.zeros(8, jnp.int32)
+  images = jnp.full(SHAPE, 0.5)
+
+  def attack(key=KEY, **changes):
+    arguments = dict(epsilon=0.2, step_size=0.001, num_steps=20)
+    arguments |= dict(random_start=False, eot_samples=samples) | changes
+    seen.clear()
+    adversarial = attacks.pgd(key, classifier, images, labels, **arguments)
+    jax.effects_barrier()
+    return np.asarray(adversarial)
+
+  first = attack()
+  keys = set(seen)
+  assert len(seen) == len(keys) == 20 * samples
+  # A walk of 20 random signs in each pixel, not 20 times the same one.
+  steps = np.round((first - 0.5) / 0.001)
+  assert 1 < steps[0].std() < 8 and np.abs(steps).max() < 20
+  np.testing.assert_array_equal(attack(), first)
+  assert set(seen) == keys
+  assert not np.array_equal(attack(jax.random.key(8)), first)
+  assert not keys & set(seen)
+  # Restarts look anew, and once more each to be compared.
+  attack(num_restarts=3)
+  assert len(seen) == len(set(seen)) == 3 * (20 * samples + 1)
+
+
+def test_samples_are_averaged():
+  """One step, with the slopes of the keys that were seen."""
+  classifier, seen = _spying()
+  images = jnp.full(SHAPE, 0.5)
+  adversarial = attacks.pgd(
+    KEY,
+    classifier,
+    images,
+    jnp.zeros(8, jnp.int32),
+    epsilon=1.0,
+    step_size=0.1,
+    num_steps=1,
+    norm="l2",
+    loss="margin",
+    random_start=False,
+    eot_samples=5,
+  )
+  jax.effects_barrier()
+  slope = np.mean(
+    [
+      jax.random.rademacher(
+        jax.random.wrap_key_data(np.frombuffer(data, np.uint32)), (24,)
+      )
+      for data in seen
+    ],
+    axis=0,
+  )
+  assert len(seen) == 5
+  expected = 0.1 * slope / np.linalg.norm(slope)
+  delta = np.asarray(adversarial - images).reshape(8, -1)
+  np.testing.assert_allclose(delta, np.tile(expected, (8, 1)), atol=1e-6)
+
+
 def test_margin_loss_fools_at_the_margin(case):
   """The margin attack leaves the label where cross-entropy does, too."""
   arguments = dict(epsilon=0.3, step_size=0.05, num_steps=30)
@@ -453,7 +733,9 @@ def test_margin_loss_fools_at_the_margin(case):
 
 def _arguments(name: str, epsilon: float = EPSILON) -> dict[str, Any]:
   """Few and large steps, for the attacks that have them."""
-  offered = dict(epsilon=epsilon, step_size=epsilon / 3, num_steps=5)
+  offered = dict(
+    epsilon=epsilon, step_size=epsilon / 3, num_steps=5, num_queries=30
+  )
   known = inspect.signature(attacks.ATTACKS[name]).parameters
   return {key: value for key, value in offered.items() if key in known}
 
@@ -508,16 +790,72 @@ def test_stays_in_ball_and_box(name, norm, case):
     assert (adversarial >= 0).all() and (adversarial <= 1).all()
     delta = np.asarray(adversarial, np.float64) - np.asarray(extremes)
     assert (_length(delta, norm) <= epsilon * (1 + 1e-6) + 1e-7).all()
-    assert _length(delta, norm).max() > 0.5 * min(epsilon, 0.5)
+    # FAB goes no further than it must, in l1 there is little room to go to.
+    most = 0 if name == "fab" or norm == "l1" else 0.5 * min(epsilon, 0.5)
+    assert _length(delta, norm).max() > most
 
 
 @every_attack
 def test_never_lowers_the_loss_of_a_linear_model(name, case):
   labels = case.linear(case.images).argmax(-1)
   adversarial = _attack(name, case, case.linear, labels=labels)
-  before = losses.cross_entropy(case.linear(case.images), labels)
-  after = losses.cross_entropy(case.linear(adversarial), labels)
+  loss = losses.margin if name == "square" else losses.cross_entropy
+  before = loss(case.linear(case.images), labels)
+  after = loss(case.linear(adversarial), labels)
   assert (after > before).all()
+
+
+@every_attack
+def test_dtype_is_kept(name, case):
+  for dtype in (jnp.bfloat16, jnp.float16):
+    adversarial = _attack(name, case, images=case.images.astype(dtype))
+    assert adversarial.dtype == dtype
+    assert (adversarial >= 0).all() and (adversarial <= 1).all()
+    assert (adversarial != case.images.astype(dtype)).any()
+
+
+@every_attack
+def test_float64_is_kept(name, case, x64):
+  images = np.asarray(case.images, np.float64)
+  classifier = Partial(_mlp, case.params)
+  adversarial = _attack(name, case, classifier, images=images)
+  assert adversarial.dtype == np.float64
+  assert _length(adversarial - images, "linf").max() <= EPSILON * (1 + 1e-12)
+
+
+@every_attack
+def test_not_worse_than_the_clean_image(name, case):
+  """In its own loss, for the attacks that keep the best point they have seen."""
+  if name not in ("apgd", "fab", "square"):
+    pytest.skip("promises nothing: its last iterate is what it returns")
+  for loss in ("cross_entropy", "margin"):
+    if name != "apgd" and loss == "cross_entropy":
+      continue  # these know the margin alone
+    changes = {"loss": loss} if name == "apgd" else {}
+    for epsilon in (1e-3, 0.03, 0.3):
+      adversarial = _attack(name, case, **_arguments(name, epsilon) | changes)
+      before, after = (
+        losses.ATTACK_LOSSES[loss](case.mlp(x), case.predicted)
+        for x in (case.images, adversarial)
+      )
+      fooled = case.mlp(adversarial).argmax(-1) != case.predicted
+      assert ((after >= before - 1e-6) | fooled).all()
+
+
+@every_attack
+def test_no_second_compilation(name, case, compilations):
+  _attack(name, case)
+  before = compilations()
+  results = [
+    _attack(name, case, key=jax.random.key(1)),
+    _attack(name, case, **_arguments(name, 0.2)),
+    _attack(name, case, jax.tree.map(lambda w: 0.9 * w, case.mlp)),
+  ]
+  known = inspect.signature(attacks.ATTACKS[name]).parameters
+  for number in {"num_steps", "num_queries"} & set(known):
+    results.append(_attack(name, case, **{number: 11}))
+  jax.block_until_ready(results)
+  assert compilations() - before <= 3  # 0.9 * w1, 0.9 * w2
 
 
 @every_attack
@@ -531,9 +869,7 @@ def test_same_key_same_result(name, case):
   first, second = _attack(name, case), _attack(name, case)
   assert np.array_equal(first, second)
   other = _attack(name, case, key=jax.random.key(8))
-  is_random = (
-    "random_start" in inspect.signature(attacks.ATTACKS[name]).parameters
-  )
+  is_random = name in ("pgd", "apgd", "square")
   if is_random:
     assert not np.array_equal(first, other)
 
@@ -709,6 +1045,10 @@ def test_what_is_swept_compiles_nothing(small, compilations):
     assert np.abs(np.asarray(first) - np.asarray(result)).max() > 1e-4
   attack(norm="l2")
   assert compilations() > before
+  attack(momentum=1.0)
+  before = compilations()
+  attack(momentum=0.5, num_steps=4)
+  assert compilations() == before
 
 
 def test_a_plain_function_compiles_once(case, compilations):
@@ -776,8 +1116,22 @@ _BAD_PGD = {
   "steps True": (dict(num_steps=True), "num_steps: True; "),
   "step -0.1": (dict(step_size=-0.1), "step_size: -0.1; "),
   "restarts 0": (dict(num_restarts=0), "num_restarts: 0; "),
-  "norm": (dict(norm="l1"), "norm: 'l1'; allowed: l2, linf"),
-  "loss": (dict(loss="dlr"), "loss: 'dlr'; allowed: cross_entropy, margin"),
+  "norm": (dict(norm="l0"), "norm: 'l0'; allowed: l1, l2, linf"),
+  "loss": (
+    dict(loss="hinge"),
+    "loss: 'hinge'; allowed: cross_entropy, dlr, margin, targeted_dlr,"
+    " targeted_margin",
+  ),
+  "momentum -1": (dict(momentum=-1), "momentum: -1; "),
+  "momentum nan": (dict(momentum=float("nan")), "momentum: nan; "),
+  "momentum text": (dict(momentum="1"), "momentum: '1'; "),
+  "samples 0": (dict(eot_samples=0), "eot_samples: 0; "),
+  "samples 1.5": (dict(eot_samples=1.5), "eot_samples: 1.5; "),
+  "number of targets 0": (dict(num_targets=0), "num_targets: 0; "),
+  "two kinds of targets": (
+    dict(targets=[0] * 8, loss="targeted_margin"),
+    "targets: given with loss 'targeted_margin'; ",
+  ),
   "target K": (dict(targets=[CLASSES] * 8), "targets: values in [4, 4]"),
   "targets": (dict(targets=[0]), "targets: shape (1,)"),
 }

@@ -283,6 +283,34 @@ def test_breaks_a_linear_model_at_its_distance(norm, targeted):
     assert (_length(norm, adversarial - images) <= limit).all()
 
 
+@pytest.mark.parametrize(
+  ("norm", "nearest"), [("linf", 1), ("l2", 2), ("l1", 3)]
+)
+def test_untargeted_goes_to_the_nearest_boundary(norm, nearest):
+  """Which boundary that is depends on the norm."""
+  weights = np.zeros((4, 4), np.float32)
+  weights[:, 1], weights[:2, 2], weights[0, 3] = 1.1, 2.1, 2.5
+  bias = -0.1 - 0.5 * weights.sum(0)
+  bias[0] = 0
+  classifier = Partial(_linear, jnp.asarray(weights), jnp.asarray(bias))
+  rows = jnp.zeros(1, jnp.int32)
+  problem = search.make_problem(
+    KEY,
+    jnp.full((1, 2, 2, 1), 0.5, jnp.float32),
+    rows,
+    rows,
+    examples=rows,
+    runs=rows,
+    restarts=rows,
+  )
+  settings, algorithm = _settings(0.5), FAB(norm, targeted=False)
+  state = algorithm.start(problem, settings)
+  state = jax.jit(algorithm.step)(
+    classifier, KEY, problem, settings, state, rows
+  )
+  assert classifier(state.closest).argmax(-1) == nearest
+
+
 @pytest.mark.parametrize("norm", NORMS)
 def test_fooled_means_within_epsilon_and_no_more(norm, case):
   """To the last bit of the distance."""
@@ -343,8 +371,15 @@ def test_contract(norm, targeted, case):
   assert broken[0].sum() < broken[1].sum()
 
 
-def test_targets_beyond_the_classes_are_left_out(case):
+def test_targets_beyond_the_classes_are_left_out(case, monkeypatch):
   """And each one tried can only help."""
+  run, tried = search.run, []
+
+  def spy(*args, num_targets, **kwargs):
+    tried.append(num_targets)
+    return run(*args, num_targets=num_targets, **kwargs)
+
+  monkeypatch.setattr(search, "run", spy)
   classifier = case.classifier()
   arguments = (
     KEY,
@@ -356,6 +391,7 @@ def test_targets_beyond_the_classes_are_left_out(case):
     np.asarray(fab(*arguments, epsilon=0.06, num_steps=8, num_targets=number))
     for number in (1, 3, 9, 1000)
   ]
+  assert tried == [1, CLASSES - 1, CLASSES - 1, CLASSES - 1]
   np.testing.assert_array_equal(results[1], results[2])
   np.testing.assert_array_equal(results[1], results[3])
   wrong = [np.asarray(classifier(x).argmax(-1) != case.labels) for x in results]

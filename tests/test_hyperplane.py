@@ -206,12 +206,12 @@ def _reference(norm, t, w, b):
     return fill.sum()
   units = np.ones_like(size) if norm == "linf" else size
   order = np.argsort(room / units)
-  gained = np.cumsum((size * room)[order])
-  slope = (size * units).sum() - np.cumsum((size * units)[order])
+  gained = np.append(0, np.cumsum((size * room)[order]))
+  # Summed from the end, the last slopes are exact.
+  slope = np.append(np.cumsum((size * units)[order][::-1])[::-1], 0)
   # The breakpoints passed before enough is gained.
-  k = np.searchsorted(gained + slope * (room / units)[order], left)
-  slope = (size * units)[order][k:].sum()
-  length = (left - np.append(0, gained)[k]) / slope
+  k = np.searchsorted(gained[1:] + slope[1:] * (room / units)[order], left)
+  length = (left - gained[k]) / slope[k]
   return np.linalg.norm(np.minimum(length * units, room), ORDER[norm])
 
 
@@ -238,6 +238,21 @@ def test_size_of_an_image(norm, dtype):
   for a, e, near in zip(actual, expected, rounding / residual, strict=True):
     limit = 1e-5 + 2 * near if dtype == np.float32 else 1e-10
     assert abs(a - e) <= limit * e
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_one_breakpoint_after_the_other(norm):
+  """Room halves as the weight doubles: Newton's method needs 20 steps."""
+  weights = np.repeat(2.0 ** -np.arange(40)[None], 3, axis=0)
+  points = 1 - weights[:, ::-1]
+  share = np.array([0.5, 0.9, 0.99])[:, None]
+  offsets = (weights * (points + share * (1 - points))).sum(-1)
+  rows = Rows(points, weights, offsets)
+  delta = _check_constraints(rows, _project(norm, *rows), np.float64)
+  expected = [_reference(norm, *row) for row in zip(*rows, strict=True)]
+  actual = np.linalg.norm(delta, ORDER[norm], axis=-1)
+  # Offsets of 1 and residuals of 1e-11.
+  np.testing.assert_allclose(actual, expected, rtol=1e-4)
 
 
 @pytest.mark.parametrize("norm", NORMS)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny
 
-from atat_jax import checkpoints, evaluation, report, steps
+from atat_jax import checkpoints, evaluate, evaluation, report, steps
 from atat_jax.errors import UserError
 from atat_jax.interrupts import Interrupted
 
@@ -318,6 +318,45 @@ def test_a_quick_look_changes_no_diagnostics(finished, quick_look):
   assert {name: rule["value"] for name, rule in found.items()} == {
     name: rule["value"] for name, rule in expected.items()
   }
+
+
+def test_autoattack_by_name(finished, tmp_path, monkeypatch):
+  """Alone and with others that have parameters; done once, shown everywhere."""
+  workdir = finished.copy(tmp_path / "run")
+  names = ["autoattack-fast", "square:norm=l2:epsilon=0.5:num_queries=3"]
+  made = tiny.config(
+    evaluation__attacks=",".join(names),
+    evaluation__num_examples=12,
+    evaluation__batch_norm=("running",),
+  )
+  tiny.run(workdir, "evaluate", made)
+  rows = read_rows(workdir)
+  for model in ("teacher", "student"):
+    fast, square = (rows[model, "running", name] for name in names)
+    parts = fast["attacks"]
+    # With nobody left standing the next attack has nothing to do.
+    ran = [p["attack"] for p in parts]
+    assert ran == ["clean", "apgd-ce", "apgd-t"][: len(ran)] and len(ran) > 1
+    falling = [p["accuracy"] for p in parts]
+    assert falling == sorted(falling, reverse=True)
+    assert fast["accuracy"] == falling[-1]
+    assert fast["options"] == {"version": "fast"}
+    assert (square["norm"], square["epsilon"]) == ("l2", 0.5)
+    assert square["num_steps"] == 3
+  assert len(list((workdir / "autoattack").glob("*.npz"))) == 2
+
+  judged = rows["student", "running", names[0]]
+  found = evaluation.diagnose([judged], "student")
+  assert found["autoattack-fast_rescored"]["flag"] is False
+  assert found["autoattack-fast_batch_dependence"]["flag"] is False
+
+  tiny.run(workdir, "figures")
+  text = Page(workdir / "report.html").text
+  for part in (names[0], names[1], "version fast", "apgd-ce (cross_entropy"):
+    assert part in text, part
+
+  forbid(monkeypatch, evaluate, "_measure")
+  tiny.run(workdir, "evaluate", made)
 
 
 def test_the_batch_size_matters_only_with_batch_statistics(

@@ -76,17 +76,13 @@ def _percent(share: int, steps: Array) -> Array:
   return jnp.maximum(share * steps // 100, 1)
 
 
-def _length(x: Array) -> Array:
-  return jnp.sqrt(jnp.square(x).sum((1, 2, 3), keepdims=True))
-
-
 def _unit(x: Array) -> Array:
-  return x / (_length(x) + 1e-12)
+  return x / (norms.l2_length(x) + 1e-12)
 
 
 def _into_l2(x: Array, images: Array, epsilon: Array) -> Array:
   delta = x - images
-  shorter = jnp.minimum(epsilon, _length(delta))
+  shorter = jnp.minimum(epsilon, norms.l2_length(delta))
   return jnp.clip(images + _unit(delta) * shorter, 0.0, 1.0)
 
 
@@ -176,7 +172,7 @@ class APGD:
       return begin(x, images, radius, steps)
     if self.norm == "linf":
       t = 2 * t - 1
-      t = t / (jnp.abs(t).max((1, 2, 3), keepdims=True) + 1e-12)
+      t = t / (norms.per_image(jnp.max, jnp.abs(t)) + 1e-12)
     else:
       t = _unit(t)
     x = jnp.clip(images + epsilon * t, 0.0, 1.0)

@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
@@ -150,8 +149,9 @@ def autoattack(
   checks.epsilon(epsilon, norm)
   checks.positive("batch_size", batch_size, integer=True)
   mesh = sharding.make_mesh() if mesh is None else mesh
-  classifier = base.as_pytree(classifier)
-  images, labels, num_classes = _on_host(classifier, images, labels)
+  classifier, images, labels, num_classes = base.on_host(
+    classifier, images, labels
+  )
   chosen = ensemble.make(
     version, norm=norm, num_classes=num_classes, options=options
   )
@@ -188,17 +188,21 @@ def autoattack(
   state = Progress.fresh(images, logits, labels, chosen.jobs)
   if store is not None:
     state = store.restore(state)
-  found = _before(
+  found = diagnostics.of_classifier(
     key,
     classifier,
     predict,
     images,
     labels,
     logits,
-    chosen,
     batch_size=batch_size,
     radius=epsilon if norm == "linf" else 8 / 255,
   )
+  found["num_classes"] = diagnostics.num_classes(
+    num_classes, chosen.needed, chosen.wanted
+  )
+  if chosen.version == "rand":
+    del found["randomized"]  # is what the version is for
   runner = _Runner(
     key,
     classifier,
@@ -239,60 +243,6 @@ def autoattack(
   )
 
 
-def _on_host(
-  classifier: Classifier, images: Any, labels: Any
-) -> tuple[np.ndarray, np.ndarray, int]:
-  """Checks the data, however many; only a batch at a time visits the devices."""
-  images, labels = np.asarray(images), np.asarray(labels)
-  checks.inspect_images(images)
-  # Shapes alone: nothing is computed.
-  *_, num_classes = base.check_arguments(
-    classifier, images[:1], jnp.zeros(1, jnp.int32)
-  )
-  checks.inspect_labels(labels, len(images), num_classes)
-  return images.astype(np.float32), labels.astype(np.int32), num_classes
-
-
-def _before(
-  key: Array,
-  classifier: Classifier,
-  predict: diagnostics.Scorer,
-  images: np.ndarray,
-  labels: np.ndarray,
-  logits: np.ndarray,
-  chosen: ensemble.Ensemble,
-  *,
-  batch_size: int,
-  radius: float,
-) -> dict[str, Finding]:
-  """What can be seen before the first attack."""
-  first, names = slice(0, batch_size), labels[:batch_size]
-  found = {
-    "probabilities": diagnostics.probabilities(logits[first]),
-    "num_classes": diagnostics.num_classes(
-      logits.shape[-1], chosen.needed, chosen.wanted
-    ),
-    "zero_gradients": diagnostics.zero_gradients(
-      rng.stream(key, "gradients"),
-      classifier,
-      images[first],
-      names,
-      radius=radius,
-    ),
-  }
-  if chosen.version != "rand":
-    looks = [
-      predict(images[first], batch_size, rng.stream(key, "looks", look))
-      for look in range(5)
-    ]
-    found["randomized"] = diagnostics.randomized(looks, names)
-  if not isinstance(classifier, base.Randomized):
-    found["batch_dependence"] = diagnostics.batch_dependence(
-      rng.stream(key, "others"), predict, images, logits, batch_size=batch_size
-    )
-  return found
-
-
 class _Runner:
   """Takes the ensemble's attacks one after the other to the examples left."""
 
@@ -331,8 +281,9 @@ class _Runner:
       for number, job in enumerate(jobs):
         if job.name not in state.accuracies and state.robust.any():
           self._run_one(job, bar, number)
-        bar.n = (number + 1) * len(self._labels)
-        bar.set_postfix_str(f"{job.name}, robust {state.robust.mean():.2%}")
+        robust = state.robust.mean()
+        bar.set_postfix_str(f"{job.name}, robust {robust:.2%}", refresh=False)
+        bar.update((number + 1) * len(self._labels) - bar.n)
 
   def _run_one(self, job: Any, bar: Any, number: int) -> None:
     state, count = self._state, len(self._labels)
@@ -353,10 +304,11 @@ class _Runner:
       standing[examples] = False
 
     def on_steps(snapshot: Any) -> None:
-      left = standing.sum() * job.num_runs
-      share = 1 - (~done[standing]).sum() / left if left else 1.0
-      bar.n = int((number + share) * count)
-      bar.set_postfix_str(f"{job.name}, robust {standing.mean():.2%}")
+      todo = (~done[standing]).sum() - slots.under_way
+      share = 1 - todo / max(standing.sum() * job.num_runs, 1)
+      robust = standing.mean()
+      bar.set_postfix_str(f"{job.name}, robust {robust:.2%}", refresh=False)
+      bar.update(int((number + share) * count) - bar.n)
       if self._store and time.perf_counter() - saved > self._save_every_s:
         save(snapshot())
 

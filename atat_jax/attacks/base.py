@@ -5,6 +5,8 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from atat_jax import checks, compilation, losses
 from atat_jax.errors import UserError
@@ -145,6 +147,32 @@ def check_arguments(
     )
   labels = checks.labels(labels, images.shape[0], shape[1])
   return classifier, images, labels, shape[1]
+
+
+def on_host(
+  classifier: Classifier, images: Any, labels: Any
+) -> tuple[Classifier, np.ndarray, np.ndarray, int]:
+  """Checks any number of images where they are: none visits the devices.
+
+  Args:
+    classifier: Callable from images to logits.
+    images: Float [N, H, W, C] in [0, 1].
+    labels: Integers [N] in [0, K).
+
+  Returns:
+    The classifier as a pytree, float32 images, int32 labels, and K.
+
+  Raises:
+    UserError: Naming the argument, its value and what is allowed.
+  """
+  images, labels = np.asarray(images), np.asarray(labels)
+  checks.inspect_images(images)
+  classifier, *_, num_classes = check_arguments(
+    classifier, jnp.asarray(images[:1]), jnp.zeros(1, jnp.int32)
+  )
+  checks.inspect_labels(labels, len(images), num_classes)
+  images, labels = images.astype(np.float32), labels.astype(np.int32)
+  return classifier, images, labels, num_classes
 
 
 def check_loss(loss: str, num_classes: int) -> bool:

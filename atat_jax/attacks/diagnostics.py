@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from atat_jax import compilation, losses, sharding
+from atat_jax import compilation, losses, rng, sharding
 from atat_jax.attacks import base
 from atat_jax.typing import Array, Classifier
 
@@ -326,3 +326,48 @@ def rescored(
       else "The returned images score the same in another order and batch size."
     ),
   )
+
+
+def of_classifier(
+  key: Array,
+  classifier: Classifier,
+  predict: Predict,
+  images: np.ndarray,
+  labels: np.ndarray,
+  logits: np.ndarray,
+  *,
+  batch_size: int,
+  radius: float,
+) -> dict[str, Finding]:
+  """What a classifier tells before any attack; mostly its first batch.
+
+  Args:
+    key: Random key.
+    classifier: Callable from images to logits.
+    predict: The same for many images.
+    images: [N, H, W, C] in [0, 1].
+    labels: int32 [N].
+    logits: [N, K] of the images in their own order.
+    batch_size: By which `logits` were computed.
+    radius: Half-width of the box in which gradients are looked at.
+
+  Returns:
+    Check to what it found.
+  """
+  first, names = images[:batch_size], labels[:batch_size]
+  looks = [
+    predict(first, batch_size, rng.stream(key, "looks", look))
+    for look in range(5)
+  ]
+  found = {
+    "probabilities": probabilities(logits[:batch_size]),
+    "zero_gradients": zero_gradients(
+      rng.stream(key, "gradients"), classifier, first, names, radius=radius
+    ),
+    "randomized": randomized(looks, names),
+  }
+  if not isinstance(classifier, base.Randomized):
+    found["batch_dependence"] = batch_dependence(
+      rng.stream(key, "others"), predict, images, logits, batch_size=batch_size
+    )
+  return found

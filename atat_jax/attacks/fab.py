@@ -15,7 +15,6 @@ from jax import lax
 from atat_jax import checks
 from atat_jax.attacks import base, hyperplane, search
 from atat_jax.attacks.search import Problem, Settings
-from atat_jax.attacks.simplex import project_l1
 from atat_jax.errors import UserError
 from atat_jax.typing import Array, Classifier
 
@@ -57,11 +56,10 @@ _DUAL = {"linf": "l1", "l2": "l2", "l1": "linf"}
 
 
 def _into_ball(norm: str, x: Array, images: Array, epsilon: Array) -> Array:
+  """Towards the image until it is in the ball; the box is convex."""
   delta = x - images
   if norm == "linf":
     delta = jnp.clip(delta, -epsilon, epsilon)
-  elif norm == "l1":
-    delta = project_l1(delta, images, epsilon)
   else:
     length = search.rows(_length(norm, delta), x)
     delta = delta * (epsilon / jnp.maximum(length, epsilon))

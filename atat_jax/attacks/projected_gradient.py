@@ -93,7 +93,7 @@ def ascend(
     images_adv, state, total = carry
     gradient, state = gradient_fn(images_adv, state)
     if momentum is not None:
-      size = jnp.abs(gradient).sum((1, 2, 3), keepdims=True)
+      size = norms.l1_length(gradient)
       total = momentum * total + gradient / jnp.maximum(size, 1e-12)
       gradient = total
     step = step_size * ball.direction(gradient)

@@ -171,6 +171,9 @@ class InFlight(NamedTuple):
 class Slots:
   """The rows of a batch at work on a job.
 
+  Attributes:
+    under_way: What has been done of unfinished runs, in runs.
+
   Args:
     key: Of the job.
     classifier: A pytree callable, on the devices of the mesh.
@@ -197,6 +200,7 @@ class Slots:
     mesh: Mesh,
     batch_size: int,
   ):
+    self.under_way = 0.0
     self._mesh, self._job = mesh, job
     self._key, settings = sharding.put_replicated(
       mesh,
@@ -403,3 +407,4 @@ class Slots:
     over = active & (fooled | (i >= self._limit))
     done[examples[over], runs[over]] = True
     examples[over] = -1
+    self.under_way = float((i[examples >= 0] / self._limit).sum())

@@ -101,7 +101,7 @@ def audit(
   ):
     checks.positive(name, value, integer=True)
   num_steps = _increasing(num_steps)
-  classifier, images, labels = _on_host(classifier, images, labels)
+  classifier, images, labels, _ = base.on_host(classifier, images, labels)
   adversarial = _as_images(adversarial, images.shape)
 
   mesh = sharding.make_mesh() if mesh is None else mesh
@@ -129,7 +129,7 @@ def audit(
     bar.set_postfix_str("images and classifier")
     found = {"in_ball": in_ball(images, adversarial, epsilon, norm)}
     adversarial = adversarial.astype(np.float32)
-    found |= _classifier(
+    found |= diagnostics.of_classifier(
       key,
       classifier,
       predict,
@@ -446,23 +446,6 @@ def _increasing(num_steps: Any) -> tuple[int, ...]:
   return numbers
 
 
-def _on_host(
-  classifier: Classifier, images: Any, labels: Any
-) -> tuple[Classifier, np.ndarray, np.ndarray]:
-  """Checks the data, however many; only a batch at a time visits the devices."""
-  images = np.asarray(images)
-  if images.ndim != 4 or not images.size:
-    checks.images(images)
-  for first in range(0, len(images), 4096):
-    checks.images(images[first : first + 4096])
-  images = images.astype(np.float32)
-  classifier, *_, num_classes = base.check_arguments(
-    classifier, jnp.asarray(images[:1]), jnp.zeros(1, jnp.int32)
-  )
-  labels = np.asarray(checks.labels(labels, len(images), num_classes))
-  return classifier, images, labels
-
-
 def _as_images(adversarial: Any, shape: tuple[int, ...]) -> np.ndarray:
   adversarial = np.asarray(adversarial)
   if adversarial.shape != shape:
@@ -476,37 +459,6 @@ def _as_images(adversarial: Any, shape: tuple[int, ...]) -> np.ndarray:
       " [0, 1] (uint8 pixels: divide by 255)"
     )
   return adversarial
-
-
-def _classifier(
-  key: Array,
-  classifier: Classifier,
-  predict: diagnostics.Predict,
-  images: np.ndarray,
-  labels: np.ndarray,
-  logits: np.ndarray,
-  *,
-  batch_size: int,
-  radius: float,
-) -> dict[str, Finding]:
-  """What the classifier alone tells; mostly its first batch."""
-  first, names = images[:batch_size], labels[:batch_size]
-  looks = [
-    predict(first, batch_size, rng.stream(key, "looks", look))
-    for look in range(5)
-  ]
-  found = {
-    "probabilities": diagnostics.probabilities(logits[:batch_size]),
-    "zero_gradients": diagnostics.zero_gradients(
-      rng.stream(key, "gradients"), classifier, first, names, radius=radius
-    ),
-    "randomized": diagnostics.randomized(looks, names),
-  }
-  if not isinstance(classifier, base.Randomized):
-    found["batch_dependence"] = diagnostics.batch_dependence(
-      rng.stream(key, "others"), predict, images, logits, batch_size=batch_size
-    )
-  return found
 
 
 def _noise(

@@ -39,12 +39,14 @@ def standardize_images(images: Array) -> Array:
   Returns:
     [B, H, W, C].
   """
-  axes = (1, 2, 3)
-  mean = images.mean(axes, keepdims=True)
-  variance = jnp.square(images - mean).mean(axes, keepdims=True)
+  # Over one long axis: on CPU a fifth of what three short ones take.
+  flat = images.reshape(images.shape[0], -1)
+  centred = flat - flat.mean(-1, keepdims=True)
+  variance = jnp.square(centred).mean(-1, keepdims=True)
   floor = 1.0 / (255.0**2 * images[0].size)
   # The floor goes under the root: its gradient at a constant image is finite.
-  return (images - mean) / jnp.sqrt(jnp.maximum(variance, floor))
+  standardized = centred / jnp.sqrt(jnp.maximum(variance, floor))
+  return standardized.reshape(images.shape)
 
 
 class WideResNet(nn.Module):

@@ -416,6 +416,15 @@ def test_sizes_of_batches():
   assert slots.sizes(4, 8) == [8]
 
 
+@pytest.mark.parametrize(
+  ("pending", "size"),
+  [(500, 125), (130, 125), (120, 125), (85, 63), (70, 63), (30, 32), (3, 16)],
+)
+def test_the_size_that_wastes_least(pending, size):
+  """85 are 63 and 22, which fit into 32; a batch of 125 would idle a third."""
+  assert slots._best_size([125, 63, 32, 16], pending) == size
+
+
 def test_nothing_compiles_for_other_numbers_of_examples(
   problem, mesh, compilations
 ):
@@ -426,11 +435,11 @@ def test_nothing_compiles_for_other_numbers_of_examples(
     made = classifier, images[-count:], labels[-count:]
     return _attack(made, mesh, batch_size=4, **short | changes)
 
-  for count in (4, 5, 30):  # one, two and four rows
+  for count in (1, 2, 4, 5, 6, 11, 30):  # all sizes: one, two and four rows
     attack(classifier, count)
   before = compilations()
   other = jax.tree.map(lambda w: 1.01 * w, classifier)
-  for count in (6, 11, 25, 29):
+  for count in (7, 13, 25, 29):
     attack(other, count, epsilon=0.01 * count, key=jax.random.key(count))
   assert compilations() == before
 

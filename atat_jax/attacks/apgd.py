@@ -87,7 +87,8 @@ def _into_l2(x: Array, images: Array, epsilon: Array) -> Array:
 
 
 def _support(x: Array, images: Array) -> Array:
-  return (x != images).sum((1, 2, 3), dtype=jnp.int32)
+  differs = (x != images).reshape(len(x), -1)
+  return differs.sum(-1, dtype=jnp.int32)
 
 
 def _kept(support: Array) -> Array:

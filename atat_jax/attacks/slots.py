@@ -22,11 +22,25 @@ from atat_jax.attacks import search as search_lib
 from atat_jax.attacks.search import Problem, Search, Settings
 from atat_jax.typing import Array, Classifier
 
-# A smaller batch is one more program; it has to save so many rows looked at.
-_WORTH_A_PROGRAM = 4096
 
-# A batch costs about as much as its rows and so many more.
-_OVERHEAD = 32
+class _Costs(NamedTuple):
+  """What batches cost, in rows looked at once.
+
+  Attributes:
+    batch: What a batch costs besides its rows.
+    program: What a smaller batch, one more program to compile, has to save.
+  """
+
+  batch: int
+  program: int
+
+
+_COSTS = {"cpu": _Costs(batch=4, program=4096)}
+_ACCELERATOR_COSTS = _Costs(batch=64, program=65536)
+
+
+def _costs() -> _Costs:
+  return _COSTS.get(jax.default_backend(), _ACCELERATOR_COSTS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,9 +159,13 @@ def sizes(batch_size: int, devices: int) -> list[int]:
 
 def _best_size(allowed: list[int], pending: int) -> int:
   """The one by which the work costs least; of several the largest."""
+  per_batch = _costs().batch
 
   def cost(size: int) -> tuple[int, int]:
-    return -(-pending // size) * (size + _OVERHEAD), -size
+    # Full batches, and a last one that shrinks to what it needs.
+    full, rest = divmod(max(pending, size), size)
+    last = min(s for s in allowed if s >= rest) + per_batch if rest else 0
+    return full * (size + per_batch) + last, -size
 
   return min(allowed, key=cost)
 
@@ -364,7 +382,7 @@ class Slots:
     i = sharding.to_host(self._mesh, device[2])
     remaining = self._limit - int(i[examples >= 0].min())
     saved = (size - smaller[-1]) * remaining
-    return smaller[-1] if saved >= _WORTH_A_PROGRAM else None
+    return smaller[-1] if saved >= _costs().program else None
 
   def _load(
     self,

@@ -14,7 +14,7 @@ from atat_jax.errors import UserError
 from atat_jax.typing import Array, Classifier
 
 _NAME = re.compile(
-  r"(?P<attack>nominal|fgsm|ifgsm|pgd|apgd|fab|square|autoattack)"
+  rf"(?P<attack>{'|'.join(['nominal', *attacks.ATTACKS, 'autoattack'])})"
   r"(?P<steps>[1-9]\d*)?(-(?P<variant>\w+))?"
 )
 ALLOWED = (
@@ -223,10 +223,15 @@ def parse(
   if variant:
     given[variant_name] = variant
   defaults: dict[str, Any] = {"epsilon": epsilon, "norm": norm}
-  if attack in ("ifgsm", "pgd"):
+  if "step_size" in known:
     defaults["step_size"] = step_size
-    if steps_name not in given:
-      raise UserError(f"attack: {name!r}; allowed: {ALLOWED}")
+  steps_parameter = known.get(steps_name)
+  if (
+    steps_parameter is not None
+    and steps_parameter.default is inspect.Parameter.empty
+    and steps_name not in given
+  ):
+    raise UserError(f"attack: {name!r}; allowed: {ALLOWED}")
   if attack == "pgd":
     defaults["num_restarts"] = num_restarts
   given = defaults | given

@@ -426,19 +426,22 @@ def test_the_size_that_wastes_least(pending, size):
 
 
 def test_nothing_compiles_for_other_numbers_of_examples(
-  problem, mesh, compilations
+  problem, mesh, compilations, monkeypatch
 ):
+  """One program for each size, however many examples there are."""
   classifier, images, labels = problem
+  # Which size hands over to which depends on who falls when.
+  monkeypatch.setattr(slots, "_costs", lambda: slots._Costs(4, 10**9))
   short = {"version": ["apgd-ce"], "options": {"apgd-ce": {"num_steps": 3}}}
 
   def attack(classifier, count, **changes):
     made = classifier, images[-count:], labels[-count:]
     return _attack(made, mesh, batch_size=4, **short | changes)
 
-  for count in (1, 2, 4, 5, 6, 11, 30):  # all sizes: one, two and four rows
+  for count in (1, 2, 3, 5, 30):  # all sizes: one, two and four rows
     attack(classifier, count)
-  before = compilations()
   other = jax.tree.map(lambda w: 1.01 * w, classifier)
+  before = compilations()
   for count in (7, 13, 25, 29):
     attack(other, count, epsilon=0.01 * count, key=jax.random.key(count))
   assert compilations() == before

@@ -410,19 +410,19 @@ def test_probabilities_are_noticed(problem, mesh):
 
 
 def test_sizes_of_batches():
-  assert slots.sizes(128, 1) == [128, 64, 32, 16]
-  assert slots.sizes(100, 8) == [104, 56, 32, 16]
+  assert slots.sizes(128, 1) == [128, 96, 64, 48, 32, 24, 16]
+  assert slots.sizes(100, 8) == [104, 80, 56, 40, 32, 24, 16]
   assert slots.sizes(3, 1) == [3, 2, 1]
   assert slots.sizes(4, 8) == [8]
 
 
 @pytest.mark.parametrize(
   ("pending", "size"),
-  [(500, 125), (130, 125), (120, 125), (85, 63), (70, 63), (30, 32), (3, 16)],
+  [(500, 128), (130, 128), (120, 96), (85, 64), (70, 48), (30, 32), (3, 16)],
 )
 def test_the_size_that_wastes_least(pending, size):
-  """85 are 63 and 22, which fit into 32; a batch of 125 would idle a third."""
-  assert slots._best_size([125, 63, 32, 16], pending) == size
+  """70 are 48 and 22, which fit into 24; a batch of 96 would idle a quarter."""
+  assert slots._best_size(slots.sizes(128, 1), pending) == size
 
 
 def test_nothing_compiles_for_other_numbers_of_examples(

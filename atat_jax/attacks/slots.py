@@ -9,6 +9,7 @@ of examples.
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -147,14 +148,11 @@ _jitted_take = compilation.jit(_take)
 
 
 def sizes(batch_size: int, devices: int) -> list[int]:
-  """The batch sizes used: the largest first, each half the one before."""
+  """The batch sizes used: the largest, and shares of it down to an eighth."""
   largest = -(-batch_size // devices) * devices
-  found = [largest]
-  for factor in (2, 4, 8):
-    size = -(-largest // (factor * devices)) * devices
-    if size < found[-1]:
-      found.append(size)
-  return found
+  eighths = (8, 6, 4, 3, 2, 1.5, 1)
+  shares = (math.ceil(largest * e / (8 * devices)) * devices for e in eighths)
+  return sorted(set(shares), reverse=True)
 
 
 def _best_size(allowed: list[int], pending: int) -> int:

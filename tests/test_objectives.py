@@ -479,10 +479,10 @@ def test_every_objective_keeps_the_contract(name, small):
     (dict(lambda2=float("inf")), "lambda2: inf; allowed: >= 0"),
     (dict(lambda2=float("nan")), "lambda2: nan; allowed: >= 0"),
     (dict(p=3), "p: 3; allowed: 1, 2"),
-    (dict(norm="l1"), "norm: 'l1'; allowed: l2, linf"),
+    (dict(norm="l0"), "norm: 'l0'; allowed: l1, l2, linf"),
     (
       dict(attack_loss="kl"),
-      "attack_loss: 'kl'; allowed: cross_entropy, margin",
+      "attack_loss: 'kl'; allowed: cross_entropy, dlr, margin",
     ),
     (
       dict(attack_batch_norm="train"),

@@ -127,6 +127,8 @@ class APGD:
   ) -> State:
     """The state of a part that begins at x."""
     rows = jnp.zeros(images.shape[0], images.dtype)
+    # Losses are compared: in 16 bits too many would be equal.
+    no_loss = rows.astype(jnp.promote_types(images.dtype, jnp.float32))
     integers = jnp.zeros(images.shape[0], jnp.int32)
     window = _percent(4 if self.norm == "l1" else 22, num_steps)
     largest_step = epsilon if self.norm == "l1" else 2 * epsilon
@@ -135,9 +137,9 @@ class APGD:
       previous=x,
       best=x,
       best_gradient=jnp.zeros_like(x),
-      best_loss=rows,
-      last_loss=rows,
-      checked_loss=rows,
+      best_loss=no_loss,
+      last_loss=no_loss,
+      checked_loss=no_loss,
       halved=jnp.ones_like(rows, bool),
       step_size=rows + largest_step.reshape(-1),
       rises=integers,
@@ -243,6 +245,7 @@ class APGD:
     self, state: State, loss: Array, gradient: Array, *, first: Array
   ) -> State:
     """Keeps the best point; counts steps that raised the loss."""
+    loss = loss.astype(state.best_loss.dtype)
     better = first | (loss > state.best_loss)
     # The reference compares the loss of the first step with an empty entry, 0.
     rises = state.rises + (~first & (loss > state.last_loss))

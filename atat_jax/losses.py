@@ -110,6 +110,27 @@ TARGETED_LOSSES: dict[str, Callable[[Array, Array, Array], Array]] = {
 }
 """What an attack that aims at one class after the other increases, by name."""
 
+
+def attack_loss(
+  name: str, logits: Array, labels: Array, targets: Array | None = None
+) -> Array:
+  """The loss of that name, targeted or not.
+
+  Args:
+    name: Of `ATTACK_LOSSES` or `TARGETED_LOSSES`.
+    logits: [B, K].
+    labels: int32 [B].
+    targets: int32 [B]; needed by the targeted ones.
+
+  Returns:
+    [B].
+  """
+  if name in TARGETED_LOSSES:
+    assert targets is not None
+    return TARGETED_LOSSES[name](logits, labels, targets)
+  return ATTACK_LOSSES[name](logits, labels)
+
+
 MIN_CLASSES = {"dlr": 3, "targeted_dlr": 4}
 """Classes that a loss needs, where that is more than two."""
 

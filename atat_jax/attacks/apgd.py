@@ -175,18 +175,11 @@ class APGD:
       return begin(x, images, radius, steps)
     if self.norm == "linf":
       t = 2 * t - 1
-      t = t / (norms.per_image(jnp.max, jnp.abs(t)) + 1e-12)
+      t = t / (search.rows(norms.length("linf", t), t) + 1e-12)
     else:
       t = _unit(t)
     x = jnp.clip(images + epsilon * t, 0.0, 1.0)
     return self._restart(x, images, radius, steps)
-
-  def _losses(self, logits: Array, problem: Problem) -> Array:
-    if self.loss in losses.TARGETED_LOSSES:
-      return losses.TARGETED_LOSSES[self.loss](
-        logits, problem.labels, problem.targets
-      )
-    return losses.ATTACK_LOSSES[self.loss](logits, problem.labels)
 
   def step(
     self,
@@ -202,7 +195,9 @@ class APGD:
       classifier,
       key,
       state.x,
-      lambda logits: self._losses(logits, problem),
+      lambda logits: losses.attack_loss(
+        self.loss, logits, problem.labels, problem.targets
+      ),
       eot_samples=self.eot_samples,
     )
     wrong = logits.argmax(-1) != problem.labels
@@ -399,7 +394,7 @@ def apgd(
     UserError: An argument of a wrong shape, dtype or range, or too few classes
       for the loss, by name.
   """
-  checks.choice("norm", norm, ("linf", "l2", "l1"))
+  checks.choice("norm", norm, norms.NORMS)
   checks.epsilon(epsilon, norm)
   if enlarged and norm != "l1":
     raise UserError(f"enlarged: True with norm {norm!r}; allowed: with l1 only")

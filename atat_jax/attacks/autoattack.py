@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from atat_jax import checks, rng, sharding
-from atat_jax.attacks import base, diagnostics, ensemble
+from atat_jax.attacks import base, diagnostics, ensemble, norms
 from atat_jax.attacks.diagnostics import Finding
 from atat_jax.attacks.slots import InFlight, Slots
 from atat_jax.attacks.stored import Progress, Store
@@ -145,7 +145,7 @@ def autoattack(
     UserError: An argument of a wrong shape, dtype or range, by name; a state
       file of another evaluation.
   """
-  checks.choice("norm", norm, ("linf", "l2", "l1"))
+  checks.choice("norm", norm, norms.NORMS)
   checks.epsilon(epsilon, norm)
   checks.positive("batch_size", batch_size, integer=True)
   mesh = sharding.make_mesh() if mesh is None else mesh

@@ -19,7 +19,7 @@ class Randomized:
   """A classifier that draws random numbers: `function(key, images)` to logits.
 
   A pure function cannot be random by itself; this tells attacks to give it a
-  new key at every look. Called without a key it uses the one of `seed`.
+  new key at every look. Called without a key it draws the same every time.
 
   Attributes:
     function: A pytree callable, e.g. a `jax.tree_util.Partial`.

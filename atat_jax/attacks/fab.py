@@ -13,12 +13,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from atat_jax import checks
-from atat_jax.attacks import base, hyperplane, search
+from atat_jax.attacks import base, hyperplane, norms, search
 from atat_jax.attacks.search import Problem, Settings
 from atat_jax.errors import UserError
 from atat_jax.typing import Array, Classifier
 
-NORMS = ("linf", "l2", "l1")
 ALPHA_MAX = 0.1
 ETA = 1.05
 BETA = 0.9
@@ -42,16 +41,6 @@ class State(NamedTuple):
   fooled: Array
 
 
-def _length(norm: str, x: Array) -> Array:
-  """[B, ...] to [B]."""
-  x = x.reshape(x.shape[0], -1)
-  if norm == "linf":
-    return jnp.abs(x).max(-1)
-  if norm == "l2":
-    return jnp.sqrt(jnp.square(x).sum(-1))
-  return jnp.abs(x).sum(-1)
-
-
 _DUAL = {"linf": "l1", "l2": "l2", "l1": "linf"}
 
 
@@ -61,7 +50,7 @@ def _into_ball(norm: str, x: Array, images: Array, epsilon: Array) -> Array:
   if norm == "linf":
     delta = jnp.clip(delta, -epsilon, epsilon)
   else:
-    length = search.rows(_length(norm, delta), x)
+    length = search.rows(norms.length(norm, delta), x)
     delta = delta * (epsilon / jnp.maximum(length, epsilon))
   return jnp.clip(images + delta, 0.0, 1.0)
 
@@ -91,7 +80,7 @@ class FAB:
       problem.keys
     )
     t = 2 * t - 1 if self.norm == "linf" else t
-    t = t / search.rows(_length(self.norm, t), t)
+    t = t / search.rows(norms.length(self.norm, t), t)
     random = jnp.clip(images + 0.5 * settings.epsilon * t, 0.0, 1.0)
     x = search.select(problem.restart > 0, random, images)
     rows = jnp.zeros(images.shape[0], images.dtype)
@@ -128,7 +117,7 @@ class FAB:
         jax.nn.one_hot(k, logits.shape[-1], dtype=logits.dtype) - own
       )
       value = values[:, k]
-      size = _length(_DUAL[self.norm], gradient) + 1e-12
+      size = norms.length(_DUAL[self.norm], gradient) + 1e-12
       distance = jnp.where(labels == k, jnp.inf, jnp.abs(value) / size)
       better = distance < nearest
       return (
@@ -166,7 +155,7 @@ class FAB:
       jnp.tile(gradient.reshape(count, -1), (2, 1)),
       jnp.tile(offset, 2),
     )
-    lengths = jnp.maximum(_length(self.norm, ways), 1e-8)
+    lengths = jnp.maximum(norms.length(self.norm, ways), 1e-8)
     from_x, from_image = ways.reshape(2, *images.shape)
     alpha = lengths[:count] / (lengths[:count] + lengths[count:])
     alpha = search.rows(jnp.clip(alpha, 0.0, ALPHA_MAX), images)
@@ -178,7 +167,7 @@ class FAB:
     )
     logits = base.apply(classifier, second_key, x)
     wrong = logits.argmax(-1) != problem.labels
-    distance = _length(self.norm, x - images)
+    distance = norms.length(self.norm, x - images)
     closer = wrong & (distance < state.distance)
     closest = search.select(closer, x, state.closest)
     distance = jnp.where(closer, distance, state.distance)
@@ -232,7 +221,7 @@ def fab(
   Raises:
     UserError: An argument of a wrong shape, dtype or range, by name.
   """
-  checks.choice("norm", norm, NORMS)
+  checks.choice("norm", norm, norms.NORMS)
   checks.epsilon(epsilon, norm)
   classifier, images, labels, num_classes = base.check_arguments(
     classifier,

@@ -26,22 +26,25 @@ class Norm(NamedTuple):
   """Gradient to the unit step that increases the loss most."""
 
 
-def per_image(reduce: Callable[..., Array], x: Array) -> Array:
-  """A reduction over the pixels, [B, H, W, C] to [B, 1, 1, 1].
-
-  Over one long axis it takes a fifth of what it takes over three on CPU.
-  """
-  return reduce(x.reshape(x.shape[0], -1), axis=-1).reshape(-1, 1, 1, 1)
+def length(norm: str, x: Array) -> Array:
+  """[B, ...] to [B]."""
+  # Over one long axis: on CPU a fifth of what several short ones take.
+  x = x.reshape(x.shape[0], -1)
+  if norm == "linf":
+    return jnp.abs(x).max(-1)
+  if norm == "l2":
+    return jnp.sqrt(jnp.square(x).sum(-1))
+  return jnp.abs(x).sum(-1)
 
 
 def l2_length(x: Array) -> Array:
   """[B, H, W, C] to [B, 1, 1, 1]."""
-  return jnp.sqrt(per_image(jnp.sum, jnp.square(x)))
+  return length("l2", x).reshape(-1, 1, 1, 1)
 
 
 def l1_length(x: Array) -> Array:
   """[B, H, W, C] to [B, 1, 1, 1]."""
-  return per_image(jnp.sum, jnp.abs(x))
+  return length("l1", x).reshape(-1, 1, 1, 1)
 
 
 def _linf_start(key: Array, images: Array, epsilon: Scalar) -> Array:

@@ -66,15 +66,10 @@ def ascend(
   ball = norms.NORMS[norm]
   sign = -1.0 if targeted else 1.0
 
-  def loss_fn(logits: Array) -> Array:
-    if loss in losses.TARGETED_LOSSES:
-      assert targets is not None
-      return losses.TARGETED_LOSSES[loss](logits, labels, targets)
-    return losses.ATTACK_LOSSES[loss](logits, labels)
-
   def objective(images_adv: Array, state: State) -> tuple[Array, State]:
     logits, state = logits_fn(state, images_adv)
-    return sign * loss_fn(logits).sum(), state
+    value = losses.attack_loss(loss, logits, labels, targets)
+    return sign * value.sum(), state
 
   def gradient_fn(images_adv: Array, state: State) -> tuple[Array, State]:
     one = jax.grad(objective, has_aux=True)

@@ -7,7 +7,6 @@ are, so `run` can stop when all are done, and AutoAttack can hand a finished
 row's place to another example (`slots.py`) without a new compilation.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
@@ -62,9 +61,6 @@ class State(Protocol):
 
 
 AnyState = TypeVar("AnyState", bound=Any)
-
-LogitsFn = Callable[[Array], Array]
-"""Images to logits; one evaluation of the classifier."""
 
 
 class Search(Protocol[AnyState]):

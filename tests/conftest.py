@@ -4,6 +4,7 @@ The tests run on the CPU backend (set JAX_PLATFORMS to choose another one).
 Compiled programs are kept in pytest's cache directory between sessions.
 """
 
+import gc
 import math
 import os
 import pathlib
@@ -34,13 +35,34 @@ def _record_compilation(event: str, seconds: float, **_: Any) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+  # A directory for each of pytest-xdist's workers: jax writes its entries in
+  # place, so that another worker could read half of one.
+  worker = os.environ.get("PYTEST_XDIST_WORKER", "main")
   # The environment variable is for the processes that tests start.
   path = os.environ.setdefault(
-    "JAX_COMPILATION_CACHE_DIR", str(config.cache.mkdir("compiled"))
+    "JAX_COMPILATION_CACHE_DIR", str(config.cache.mkdir(f"compiled-{worker}"))
   )
   jax.config.update("jax_compilation_cache_dir", path)
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
   jax.monitoring.register_event_duration_secs_listener(_record_compilation)
+
+
+def _num_mappings() -> int:
+  maps = pathlib.Path("/proc/self/maps")
+  return len(maps.read_bytes().splitlines()) if maps.exists() else 0
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_mappings() -> Iterator[None]:
+  """Forgets compiled programs before the kernel refuses memory for more.
+
+  Each takes a few mappings of memory, of which Linux gives a process 65,530 by
+  default; beyond them the compiler crashes.
+  """
+  yield
+  if _num_mappings() > 20_000:
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")

@@ -409,7 +409,10 @@ def test_probabilities_are_noticed(problem, mesh):
 # --- Work --------------------------------------------------------------------
 
 
-def test_sizes_of_batches():
+def test_sizes_of_batches(monkeypatch):
+  assert slots.sizes(128, 1) == [64, 48, 32, 24, 16, 12, 8]  # of CPU's caches
+  assert slots.sizes(1000, 8)[0] == 512
+  monkeypatch.setattr(slots, "_costs", lambda: slots._Costs(64, 1))
   assert slots.sizes(128, 1) == [128, 96, 64, 48, 32, 24, 16]
   assert slots.sizes(100, 8) == [104, 80, 56, 40, 32, 24, 16]
   assert slots.sizes(3, 1) == [3, 2, 1]
@@ -420,8 +423,9 @@ def test_sizes_of_batches():
   ("pending", "size"),
   [(500, 128), (130, 128), (120, 96), (85, 64), (70, 48), (30, 32), (3, 16)],
 )
-def test_the_size_that_wastes_least(pending, size):
+def test_the_size_that_wastes_least(pending, size, monkeypatch):
   """70 are 48 and 22, which fit into 24; a batch of 96 would idle a quarter."""
+  monkeypatch.setattr(slots, "_costs", lambda: slots._Costs(batch=4, program=1))
   assert slots._best_size(slots.sizes(128, 1), pending) == size
 
 

@@ -30,13 +30,16 @@ class _Costs(NamedTuple):
   Attributes:
     batch: What a batch costs besides its rows.
     program: What a smaller batch, one more program to compile, has to save.
+    rows: The largest batch of a device; None: as large as allowed. On CPU the
+      activations of more do not stay in the caches.
   """
 
   batch: int
   program: int
+  rows: int | None = None
 
 
-_COSTS = {"cpu": _Costs(batch=4, program=4096)}
+_COSTS = {"cpu": _Costs(batch=4, program=4096, rows=64)}
 _ACCELERATOR_COSTS = _Costs(batch=64, program=65536)
 
 
@@ -149,7 +152,8 @@ _jitted_take = compilation.jit(_take)
 
 def sizes(batch_size: int, devices: int) -> list[int]:
   """The batch sizes used: the largest, and shares of it down to an eighth."""
-  largest = -(-batch_size // devices) * devices
+  per_device = -(-batch_size // devices)
+  largest = min(per_device, _costs().rows or per_device) * devices
   eighths = (8, 6, 4, 3, 2, 1.5, 1)
   shares = (math.ceil(largest * e / (8 * devices)) * devices for e in eighths)
   return sorted(set(shares), reverse=True)

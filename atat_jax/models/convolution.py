@@ -95,6 +95,63 @@ def _thin_input_gradient(g: Array, kernel: Array, padding: Padding) -> Array:
   return functools.reduce(jnp.add, shifted)
 
 
+def _spread(
+  parts: list[Array], axis: int, size: int, stride: int, before: int
+) -> Array:
+  """Adds up parts[a][i] at stride * i + a - before, for every a and i.
+
+  Args:
+    parts: A part for each place of the kernel, of equal shapes.
+    axis: The axis that i counts and that is spread.
+    size: What becomes its length.
+    stride: Stride.
+    before: Padding before the first place.
+
+  Returns:
+    The sums, length `size` along the axis.
+  """
+  # Places of one remainder lie beside each other: plain shifts make their sums,
+  # and the remainders are interleaved at the end.
+  length = -(-size // stride)
+  remainders = []
+  for remainder in range(stride):
+    total = jnp.zeros((), parts[0].dtype)
+    for a, part in enumerate(parts):
+      shift, other = divmod(a - before - remainder, stride)
+      if other == 0:
+        pads = [(0, 0, 0)] * part.ndim
+        pads[axis] = (shift, length - part.shape[axis] - shift, 0)
+        total = total + lax.pad(part, jnp.zeros((), part.dtype), pads)
+    shape = list(parts[0].shape)
+    shape[axis] = length
+    remainders.append(jnp.broadcast_to(total, shape))
+  stacked = jnp.stack(remainders, axis + 1)
+  shape = list(stacked.shape)
+  shape[axis : axis + 2] = [length * stride]
+  return lax.slice_in_dim(stacked.reshape(shape), 0, size, axis=axis)
+
+
+def _strided_input_gradient(
+  g: Array, kernel: Array, stride: int, padding: Padding, size: tuple[int, ...]
+) -> Array:
+  """What each pixel of g gives to the pixels under the kernel, then the sums.
+
+  Spreading g by the stride and convolving it, as XLA does, multiplies stride**2
+  times as often, mostly by zero.
+  """
+  side, _, channels, features = kernel.shape
+  parts = g @ kernel.reshape(-1, features).T
+  parts = parts.reshape(*g.shape[:3], side, side, channels)
+  (top, _), (left, _) = padding
+  rows = [
+    _spread(
+      [parts[..., i, j, :] for j in range(side)], 2, size[1], stride, left
+    )
+    for i in range(side)
+  ]
+  return _spread(rows, 1, size[0], stride, top)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _canonical(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
   if _is_thin(x, stride):
@@ -112,26 +169,24 @@ def _canonical_bwd(
   stride: int, padding: Padding, saved: tuple[Array, Array], g: Array
 ) -> tuple[Array, Array]:
   x, kernel = saved
-  input_padding, kernel_padding = [], []
-  for axis in (0, 1):
-    n, k, before = x.shape[1 + axis], kernel.shape[axis], padding[axis][0]
-    dilated = (g.shape[1 + axis] - 1) * stride + 1
-    first = k - 1 - before
-    input_padding.append((first, n + k - 1 - first - dilated))
-    kernel_padding.append((before, dilated + k - 1 - n - before))
-  # Input gradient: the output gradient, spread by the stride, convolved with
-  # the kernel turned round and its channels exchanged.
+  last = kernel.shape[0] - 1
   if _is_thin(x, stride):
     x_gradient = _thin_input_gradient(g, kernel, padding)
-  else:
-    x_gradient = lax.conv_general_dilated(
-      g,
-      jnp.flip(kernel, (0, 1)).swapaxes(2, 3),
-      (1, 1),
-      input_padding,
-      lhs_dilation=(stride, stride),
-      dimension_numbers=_DIMENSIONS,
+  elif stride > 1:
+    x_gradient = _strided_input_gradient(
+      g, kernel, stride, padding, x.shape[1:3]
     )
+  else:
+    # Convolved with the kernel turned round and its channels exchanged.
+    turned = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
+    (top, bottom), (left, right) = padding
+    margins = (last - top, last - bottom), (last - left, last - right)
+    x_gradient = _xla(g, turned, 1, margins)
+  kernel_padding = []
+  for axis in (0, 1):
+    before = padding[axis][0]
+    dilated = (g.shape[1 + axis] - 1) * stride + 1
+    kernel_padding.append((before, dilated + last - x.shape[1 + axis] - before))
   # Kernel gradient: channels act as the batch, the batch as the channels.
   kernel_gradient = lax.conv_general_dilated(
     x.transpose(3, 1, 2, 0),

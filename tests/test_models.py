@@ -194,6 +194,17 @@ def test_standardization_has_a_finite_gradient_at_a_constant_image():
   np.testing.assert_allclose(gradient, expected, rtol=1e-4)
 
 
+@pytest.mark.parametrize("stride", [1, 2, 3])
+def test_average_pool_equals_flax(stride):
+  x = np.random.default_rng(0).normal(size=(2, 6, 12, 3)).astype(np.float32)
+  np.testing.assert_allclose(
+    wide_resnet.average_pool(jnp.asarray(x), stride),
+    nn.avg_pool(x, (stride, stride), (stride, stride)),
+    rtol=1e-5,
+    atol=1e-6,
+  )
+
+
 def test_initial_values_follow_the_released_code():
   model = models.create(
     "wide_resnet", depth=8, width=4, num_classes=50, shortcut="conv"

@@ -410,8 +410,8 @@ def test_probabilities_are_noticed(problem, mesh):
 
 
 def test_sizes_of_batches(monkeypatch):
-  assert slots.sizes(128, 1) == [64, 48, 32, 24, 16, 12, 8]  # of CPU's caches
-  assert slots.sizes(1000, 8)[0] == 512
+  assert slots.sizes(128, 1) == [48, 36, 24, 18, 12, 9, 6]  # of CPU's caches
+  assert slots.sizes(1000, 8)[0] == 384
   monkeypatch.setattr(slots, "_costs", lambda: slots._Costs(64, 1))
   assert slots.sizes(128, 1) == [128, 96, 64, 48, 32, 24, 16]
   assert slots.sizes(100, 8) == [104, 80, 56, 40, 32, 24, 16]

@@ -130,7 +130,7 @@ def autoattack(
       two), "rand" (apgd-ce and apgd-dlr over 20 samples of a randomised
       classifier), "plus" (all six, with more restarts), or a list of names.
     options: Attack to numbers other than the version's; see `ensemble.make`.
-    batch_size: Images at a time, over all devices; on CPU at most 64 on each,
+    batch_size: Images at a time, over all devices; on CPU at most 48 on each,
       of which the activations stay in the caches.
     mesh: The devices; None: all of them.
     state_path: File that keeps what is done. If it exists the evaluation goes

@@ -39,7 +39,7 @@ class _Costs(NamedTuple):
   rows: int | None = None
 
 
-_COSTS = {"cpu": _Costs(batch=4, program=4096, rows=64)}
+_COSTS = {"cpu": _Costs(batch=4, program=4096, rows=48)}
 _ACCELERATOR_COSTS = _Costs(batch=64, program=65536)
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from atat_jax.models import convolution
+from atat_jax.models import convolution, winograd
 
 # Compiling is most of the time that these tests take, running none of it.
 jit = functools.partial(
@@ -97,6 +97,73 @@ def test_canonical_form_equals_pytorch(size, stride, padding, channels, twin):
     np.testing.assert_allclose(
       actual, expected.detach(), rtol=1e-10, atol=1e-10, err_msg=name
     )
+
+
+def test_winograd_equals_xla_and_its_gradients_do(x64):
+  generator = np.random.default_rng(0)
+  x, kernel, g = (
+    generator.normal(size=shape)
+    for shape in [(2, 4, 6, 64), (3, 3, 64, 66), (2, 4, 6, 66)]
+  )
+  assert winograd.fits(x, kernel, 1, ((1, 1), (1, 1)))
+
+  def everything(form):
+    def value(x, kernel):
+      return convolution.convolve(x, kernel, convolution=form)
+
+    def first(x, kernel):
+      return jax.grad(lambda x, k: (g * value(x, k)).sum(), (0, 1))(x, kernel)
+
+    def second(x, kernel):
+      return sum((gradient**3).sum() for gradient in first(x, kernel))
+
+    return (
+      value(x, kernel),
+      first(x, kernel),
+      jax.grad(second, (0, 1))(x, kernel),
+    )
+
+  expected, actual = everything("xla"), everything("canonical")
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(
+      a, b, rtol=1e-9, atol=1e-10 * abs(b).max()
+    ),
+    actual,
+    expected,
+  )
+
+
+def test_winograd_is_about_as_exact_as_the_direct_sum():
+  """Both in float32, against float64."""
+  generator = np.random.default_rng(0)
+  x = generator.normal(size=(2, 8, 8, 128))
+  kernel = generator.normal(size=(3, 3, 128, 64))
+  with jax.enable_x64(True):
+    exact = convolution.convolve(x, kernel, convolution="xla")
+  x, kernel = x.astype(np.float32), kernel.astype(np.float32)
+  errors = {
+    form: abs(
+      convolution.convolve(x, kernel, convolution=form) - np.asarray(exact)
+    ).mean()
+    for form in ("canonical", "xla")
+  }
+  assert 0 < errors["canonical"] < 3 * errors["xla"], errors
+
+
+@pytest.mark.parametrize(
+  ("shape", "kernel", "stride", "padding", "dtype"),
+  [
+    ((2, 4, 5, 64), (3, 3, 64, 64), 1, ((1, 1), (1, 1)), np.float32),
+    ((2, 4, 6, 64), (3, 3, 64, 63), 1, ((1, 1), (1, 1)), np.float32),
+    ((2, 4, 6, 64), (3, 3, 64, 64), 2, ((1, 1), (1, 1)), np.float32),
+    ((2, 4, 6, 64), (3, 3, 64, 64), 1, ((0, 1), (1, 1)), np.float32),
+    ((2, 4, 6, 64), (1, 1, 64, 64), 1, ((0, 0), (0, 0)), np.float32),
+    ((2, 4, 6, 64), (3, 3, 64, 64), 1, ((1, 1), (1, 1)), jnp.bfloat16),
+  ],
+)
+def test_where_winograd_is_left_alone(shape, kernel, stride, padding, dtype):
+  x, weights = np.zeros(shape, dtype), np.zeros(kernel, dtype)
+  assert not winograd.fits(x, weights, stride, padding)
 
 
 @pytest.mark.parametrize(

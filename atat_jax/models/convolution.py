@@ -3,7 +3,9 @@
 On CPU, XLA runs the transposed convolutions that autodiff makes on a slow path
 (inside loops a single-threaded one). Written out as ordinary NHWC x HWIO
 convolutions, with operands transposed explicitly, they take the fast path in
-loops too. GPU and TPU need none of this and get plain XLA convolutions.
+loops too. What is faster still as products of matrices is written so: few
+channels, the input gradient of a stride, many channels (`winograd`). GPU and
+TPU need none of this and get plain XLA convolutions.
 """
 
 import functools
@@ -15,6 +17,7 @@ from flax import linen as nn
 from flax.linen import dtypes
 from jax import lax
 
+from atat_jax.models import winograd
 from atat_jax.typing import Array
 
 Padding: TypeAlias = tuple[tuple[int, int], tuple[int, int]]
@@ -156,6 +159,8 @@ def _strided_input_gradient(
 def _canonical(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
   if _is_thin(x, stride):
     return _thin(x, kernel, padding)
+  if winograd.fits(x, kernel, stride, padding):
+    return winograd.convolve(x, kernel)
   return _xla(x, kernel, stride, padding)
 
 
@@ -181,7 +186,7 @@ def _canonical_bwd(
     turned = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
     (top, bottom), (left, right) = padding
     margins = (last - top, last - bottom), (last - left, last - right)
-    x_gradient = _xla(g, turned, 1, margins)
+    x_gradient = _canonical(g, turned, 1, margins)
   kernel_padding = []
   for axis in (0, 1):
     before = padding[axis][0]

@@ -35,16 +35,18 @@ def _record_compilation(event: str, seconds: float, **_: Any) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+  jax.monitoring.register_event_duration_secs_listener(_record_compilation)
   # A directory for each of pytest-xdist's workers: jax writes its entries in
   # place, so that another worker could read half of one.
   worker = os.environ.get("PYTEST_XDIST_WORKER", "main")
+  if worker == "main" and config.getoption("numprocesses", None):
+    return  # it runs no test, and the workers would inherit its variable
   # The environment variable is for the processes that tests start.
   path = os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(config.cache.mkdir(f"compiled-{worker}"))
   )
   jax.config.update("jax_compilation_cache_dir", path)
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-  jax.monitoring.register_event_duration_secs_listener(_record_compilation)
 
 
 def _num_mappings() -> int:

@@ -802,7 +802,7 @@ def test_keys_decide_the_start_alone(case):
   )
 
 
-@pytest.mark.parametrize("loss", ["cross_entropy", "targeted_margin"])
+@pytest.mark.parametrize("loss", ["cross_entropy", "margin", "targeted_margin"])
 def test_two_classes(loss, case):
   """num_targets is lowered to the one class that there is."""
   weights = dict(case.single.args[0])
@@ -1013,6 +1013,15 @@ def test_evaluate_averages_gradients_of_different_draws(samples, x64):
   np.testing.assert_allclose(loss, draws[one.index(True)][1], rtol=1e-9)
 
 
+def test_a_fixed_classifier_needs_no_samples(case):
+  """The mean of equal gradients is the gradient."""
+  np.testing.assert_allclose(
+    _apgd(case, num_steps=3, eot_samples=4),
+    _apgd(case, num_steps=3),
+    atol=1e-6,
+  )
+
+
 def test_apgd_draws_anew_at_every_look():
   """Every step of every run with other random numbers, by the key alone."""
   weights = jnp.zeros((PIXELS, 2)).at[:, 0].set(0.5)
@@ -1041,3 +1050,31 @@ def test_apgd_draws_anew_at_every_look():
   np.testing.assert_array_equal(first, again)
   assert {key.tobytes() for key in seen} == keys
   assert not np.array_equal(first, attack(jax.random.key(8)))
+
+
+def test_averaging_finds_the_direction_that_noise_hides():
+  """A noisy slope; the mean of many draws has the sign of its mean."""
+  slope = np.random.default_rng(0).choice([-0.2, 0.2], PIXELS)
+  weights = jnp.stack([jnp.full(PIXELS, 0.5), jnp.asarray(slope + 0.5)], -1)
+  images = jnp.full((4, *SHAPE), 0.5, jnp.float32)
+  bias = base.Randomized(
+    Partial(
+      lambda w, key, x: _noisy(w, key, x) + jnp.array([100.0, 0.0]),
+      jnp.asarray(weights, jnp.float32),
+    )
+  )
+  found = []
+  for samples in (1, 60):
+    adversarial = apgd(
+      KEY,
+      bias,
+      images,
+      np.zeros(4, np.int32),
+      epsilon=0.1,
+      num_steps=1,
+      loss="margin",
+      eot_samples=samples,
+    )
+    delta = np.asarray(adversarial - images).reshape(4, -1)
+    found.append((delta @ slope).mean() / (0.1 * np.abs(slope).sum()))
+  assert found[1] > found[0] + 0.2 and found[1] > 0.8, found

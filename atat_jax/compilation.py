@@ -66,6 +66,8 @@ def jit(function: Callable[..., Any], **kwargs: Any) -> Callable[..., Any]:
       return outermost()(*args, **kw)
     return nested(*args, **kw)
 
+  # As jax.jit's, for those who look at the program or time its compilation.
+  call.lower = lambda *args, **kw: outermost().lower(*args, **kw)  # type: ignore[attr-defined]
   return call
 
 

@@ -9,7 +9,6 @@ accuracies and the times of both, and writes all of it as JSON.
 """
 
 import argparse
-import dataclasses
 import json
 import os
 import pathlib
@@ -34,27 +33,6 @@ from benchmarks import comparison, setting  # noqa: E402
 from benchmarks.setting import number, say, whole  # noqa: E402
 
 EPSILONS = {"linf": 8 / 255, "l2": 0.5, "l1": 12.0}
-
-
-@dataclasses.dataclass(frozen=True)
-class Network:
-  """A flax network with images to attack.
-
-  Attributes:
-    name: For the tables.
-    source: Where it comes from, for the JSON.
-    model: The module.
-    variables: Its parameters and running statistics.
-    images: float32 [N, H, W, C] in [0, 1].
-    labels: int32 [N].
-  """
-
-  name: str
-  source: str
-  model: Any
-  variables: Any
-  images: np.ndarray
-  labels: np.ndarray
 
 
 def named(text: str) -> tuple[str, str]:
@@ -121,34 +99,9 @@ def parser() -> argparse.ArgumentParser:
   return made
 
 
-def random_network(name: str, num_examples: int, seed: int) -> Network:
-  """A network that has learned nothing, on noise.
-
-  The labels are its own predictions but for every eighth example.
-
-  Args:
-    name: Such as "wrn-10-2".
-    num_examples: N.
-    seed: Of weights and images.
-
-  Returns:
-    The network.
-  """
-  import jax
-
-  model = setting.wide_resnet(name)
-  generator = np.random.default_rng(seed)
-  images = generator.uniform(size=(num_examples, 32, 32, 3)).astype(np.float32)
-  variables = jax.jit(model.init)(jax.random.key(seed), images[:1])
-  logits = jax.jit(model.apply)(variables, images)
-  labels = np.array(logits.argmax(-1), np.int32)
-  labels[7::8] = (labels[7::8] + 1) % logits.shape[-1]
-  return Network(name, "random weights", model, variables, images, labels)
-
-
 def trained_network(
   name: str, workdir: str, num_examples: int, data_dir: str | None
-) -> Network:
+) -> setting.Network:
   """A network from a run directory, on the test split of its data.
 
   Args:
@@ -178,7 +131,7 @@ def trained_network(
     source=config["source"],
   ).test
   images = split.images[:num_examples].astype(np.float32) / 255
-  return Network(
+  return setting.Network(
     name,
     f"{workdir}, step {step}; {config['name']}, test split",
     model,
@@ -198,7 +151,10 @@ class Ours:
   """
 
   def __init__(
-    self, network: Network, args: argparse.Namespace, attacks: Sequence[str]
+    self,
+    network: setting.Network,
+    args: argparse.Namespace,
+    attacks: Sequence[str],
   ):
     import jax
 
@@ -273,7 +229,7 @@ class Twin:
     freeze: Whether its weights ask for no gradients.
   """
 
-  def __init__(self, network: Network, device: str, *, freeze: bool):
+  def __init__(self, network: setting.Network, device: str, *, freeze: bool):
     from benchmarks.torch_wide_resnet import TorchWideResNet
 
     self.device = device
@@ -313,7 +269,7 @@ def _tell(name: str, side: comparison.Side) -> None:
 
 
 def compare(
-  network: Network,
+  network: setting.Network,
   args: argparse.Namespace,
   attacks: Sequence[str],
   module: Any,
@@ -427,7 +383,8 @@ def _run(args: argparse.Namespace) -> None:
     for name, path in args.workdir
   ]
   networks += [
-    random_network(name, args.num_examples, args.seed) for name in args.model
+    setting.random_network(name, args.num_examples, args.seed)
+    for name in args.model
   ]
   settings = {
     "version": None if args.attacks else args.version,

@@ -1,6 +1,7 @@
 """What every benchmark needs: flags, cores, networks, and what was measured where."""
 
 import argparse
+import dataclasses
 import datetime
 import importlib.metadata
 import os
@@ -14,11 +15,34 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from atat_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 COMPILATION = "/jax/core/compile/backend_compile_duration"
 _LIBRARIES = ("jax", "jaxlib", "flax", "numpy", "torch")
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+  """A flax network with images to attack.
+
+  Attributes:
+    name: For the tables.
+    source: Where it comes from, for the JSON.
+    model: The module.
+    variables: Its parameters and running statistics.
+    images: float32 [N, H, W, C] in [0, 1].
+    labels: int32 [N].
+  """
+
+  name: str
+  source: str
+  model: Any
+  variables: Any
+  images: np.ndarray
+  labels: np.ndarray
 
 
 def say(line: str) -> None:
@@ -133,6 +157,31 @@ def wide_resnet(name: str, **fields: Any) -> Any:
     raise UserError(f"model: {name!r}; allowed: wrn-DEPTH-WIDTH")
   depth, width = map(int, match.groups())
   return models.create("wide_resnet", depth=depth, width=width, **fields)
+
+
+def random_network(name: str, num_examples: int, seed: int) -> Network:
+  """A network that has learned nothing, on noise.
+
+  The labels are its own predictions but for every eighth example.
+
+  Args:
+    name: Such as "wrn-10-2".
+    num_examples: N.
+    seed: Of weights and images.
+
+  Returns:
+    The network.
+  """
+  import jax
+
+  model = wide_resnet(name)
+  generator = np.random.default_rng(seed)
+  images = generator.uniform(size=(num_examples, 32, 32, 3)).astype(np.float32)
+  variables = jax.jit(model.init)(jax.random.key(seed), images[:1])
+  logits = jax.jit(model.apply)(variables, images)
+  labels = np.array(logits.argmax(-1), np.int32)
+  labels[7::8] = (labels[7::8] + 1) % logits.shape[-1]
+  return Network(name, "random weights", model, variables, images, labels)
 
 
 def describe(cores: Sequence[int]) -> dict[str, Any]:

@@ -12,7 +12,6 @@ import argparse
 import dataclasses
 import itertools
 import pathlib
-import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -21,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from atat_jax.errors import UserError
-from benchmarks import setting
+from benchmarks import setting, timing
 from benchmarks.setting import say, whole
 
 ATTACK = {"epsilon": 8 / 255, "step_size": 2 / 255}
@@ -342,29 +341,6 @@ def gradient_difference(ours: Ours) -> float:
   return worst
 
 
-def _median_and_spread(values: Sequence[float]) -> tuple[float, float]:
-  """The median, and half the range of the middle half."""
-  if len(values) < 2:
-    return values[0], 0.0
-  low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-  return middle, (high - low) / 2
-
-
-def run_in_turn(
-  sides: Sequence[Callable[[], None]], *, repeats: int
-) -> list[list[float]]:
-  """Seconds of each side, `repeats` times one after the other."""
-  for side in sides:
-    side()
-  times: list[list[float]] = [[] for _ in sides]
-  for _ in range(repeats):
-    for side, seconds in zip(sides, times, strict=True):
-      began = time.perf_counter()
-      side()
-      seconds.append(time.perf_counter() - began)
-  return times
-
-
 def peak(dtype: str, num_devices: int) -> float | None:
   """The devices' peak in FLOP/s, None where it is not known."""
   import jax
@@ -401,9 +377,10 @@ def measure(case: Case, *, peer: str, repeats: int) -> dict[str, Any]:
       row["largest_gradient_difference"] = gradient_difference(ours)
     twin = Peer(ours, compiled=peer == "compile")
     sides.append(twin)
-    row["peer_seconds_first"] = twin.seconds_first
-  times = run_in_turn(sides, repeats=repeats)
-  row["seconds"], row["spread"] = _median_and_spread(times[0])
+    row["peer"] = peer
+    row["peer_first_seconds"] = twin.seconds_first
+  ours()
+  row |= timing.summary(timing.run_in_turn(sides, repeats=repeats))
   count = case.batch_size * case.steps_per_dispatch
   row["images_per_second"] = count / row["seconds"]
   row["flops"] = ours.flops()
@@ -411,11 +388,6 @@ def measure(case: Case, *, peer: str, repeats: int) -> dict[str, Any]:
   best = peak(case.dtype, case.num_devices)
   row["mfu"] = None if best is None else row["flops_per_second"] / best
   row["memory"] = ours.memory()
-  if peer != "none":
-    row["peer"] = peer
-    row["peer_seconds"], row["peer_spread"] = _median_and_spread(times[1])
-    pairs = [b / a for a, b in zip(*times, strict=True)]
-    row["ratio"], row["ratio_spread"] = _median_and_spread(pairs)
   return row
 
 
@@ -524,6 +496,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for case in cases(args):
       say(case.name)
       rows.append(measure(case, peer=args.peer, repeats=args.repeats))
+      say(timing.line(rows[-1]))
       if args.out is not None:
         setting.write(args.out, found, rows)
   except UserError as error:

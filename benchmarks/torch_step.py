@@ -20,10 +20,13 @@ def attack(
   epsilon: float,
   step_size: float,
   num_steps: int,
+  random_start: bool = True,
 ) -> torch.Tensor:
-  """PGD with a random start; the network is in the mode that it is in."""
-  start = images + torch.empty_like(images).uniform_(-epsilon, epsilon)
-  images_adv = start.clamp(0, 1)
+  """PGD; the network is in the mode that it is in."""
+  images_adv = images.clone()
+  if random_start:
+    images_adv += torch.empty_like(images).uniform_(-epsilon, epsilon)
+    images_adv.clamp_(0, 1)
   for _ in range(num_steps):
     images_adv.requires_grad_(True)
     loss = functional.cross_entropy(network(images_adv), labels)

@@ -48,7 +48,7 @@ def attention_maps(
       ((layer, maps),) = attention.grad_cam(
         model, variables, inputs, labels
       ).items()
-      probabilities = np.asarray(jax.nn.softmax(classifier(inputs)))
+      probabilities = np.asarray(_probabilities(classifier, inputs))
       found["layer"] = np.array(layer)
       found[f"{name}_{kind}_map"] = np.asarray(maps)
       found[f"{name}_{kind}_prediction"] = probabilities.argmax(-1)

@@ -24,6 +24,20 @@ def cross_entropy(logits: Array, labels: Array) -> Array:
   return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
 
 
+def soft_cross_entropy(logits: Array, targets: Array) -> Array:
+  """-sum_k target_k log softmax(logits)_k.
+
+  Args:
+    logits: [B, K].
+    targets: [B, K]: one-hot, smoothed or mixed labels.
+
+  Returns:
+    [B].
+  """
+  chex.assert_equal_shape([logits, targets])
+  return optax.softmax_cross_entropy(logits, targets)
+
+
 def _logit(logits: Array, classes: Array) -> Array:
   # A sum over a mask: its gradient is a product, a gather's is a slow scatter.
   mask = jnp.arange(logits.shape[-1]) == classes[:, None]

@@ -17,7 +17,7 @@ from flax import linen as nn
 from atat_jax import compilation, metrics, rng, sharding
 from atat_jax.data import augment
 from atat_jax.data.base import Split
-from atat_jax.objectives import Objective
+from atat_jax.objectives import Objective, make_batch
 from atat_jax.state import NEVER, TrainState, variables
 from atat_jax.typing import Array, Variables
 
@@ -47,6 +47,7 @@ def make_train_step(
   optimizer: optax.GradientTransformation,
   *,
   mesh: jax.sharding.Mesh,
+  num_classes: int,
   padding: int = 0,
   flip: bool = False,
 ) -> TrainStep:
@@ -57,6 +58,7 @@ def make_train_step(
     objective: What is minimised.
     optimizer: How.
     mesh: The devices.
+    num_classes: K.
     padding: Pixels of zero padding before the random crop; 0: no crop.
     flip: Whether to flip at random.
 
@@ -78,16 +80,16 @@ def make_train_step(
         padding=padding,
         flip=flip,
       )
-      images = augment.to_float(images)
-      labels = data.labels[indices]
+      batch = make_batch(
+        augment.to_float(images), data.labels[indices], num_classes
+      )
     with jax.named_scope("prepare"):
       prepared = objective.prepare(
         rng.stream(state.rng, "attack", state.step),
         model,
         variables(state),
         teacher,
-        images,
-        labels,
+        batch,
       )
 
     def mean_loss(params: Variables) -> tuple[Array, object]:
@@ -95,8 +97,7 @@ def make_train_step(
         model,
         {"params": params, "batch_stats": state.batch_stats},
         prepared,
-        images,
-        labels,
+        batch,
       )
       return outcome.total.mean(), outcome
 
@@ -112,22 +113,22 @@ def make_train_step(
     finite = {
       name: jnp.isfinite(term).all() for name, term in outcome.terms.items()
     } | {"gradient": jnp.isfinite(gradient_norm)}
-    batch = {
+    values = {
       "loss": outcome.total,
       **outcome.terms,
-      "accuracy_clean": outcome.logits_clean.argmax(-1) == labels,
+      "accuracy_clean": outcome.logits_clean.argmax(-1) == batch.labels,
       "gradient_norm": gradient_norm[None],
     }
     if outcome.logits_adversarial is not None:
-      batch["accuracy_adversarial"] = (
-        outcome.logits_adversarial.argmax(-1) == labels
+      values["accuracy_adversarial"] = (
+        outcome.logits_adversarial.argmax(-1) == batch.labels
       )
     return state.replace(
       step=state.step + 1,
       params=params,
       batch_stats=outcome.batch_stats,
       opt_state=opt_state,
-      sums=metrics.merge(state.sums, metrics.from_examples(batch)),
+      sums=metrics.merge(state.sums, metrics.from_examples(values)),
       nonfinite={
         name: jnp.minimum(first, jnp.where(finite[name], NEVER, state.step))
         for name, first in state.nonfinite.items()

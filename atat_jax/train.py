@@ -228,6 +228,7 @@ def _run(plan: Plan, stage: Stage, dataset: Dataset, mesh: Mesh) -> None:
       stage.objective,
       optimizer,
       mesh=mesh,
+      num_classes=plan.spec.num_classes,
       padding=plan.config.data.padding,
       flip=plan.config.data.flip,
     )

@@ -35,6 +35,22 @@ def test_cross_entropy_and_its_gradient(batch):
   )
 
 
+def test_soft_cross_entropy_and_its_gradient(batch):
+  logits, labels = batch
+  softmax = _softmax(logits)
+  one_hot = np.eye(CLASSES)[labels]
+  for targets in (one_hot, 0.7 * one_hot + 0.3 * one_hot[::-1]):
+    np.testing.assert_allclose(
+      losses.soft_cross_entropy(logits, targets),
+      -(targets * np.log(softmax)).sum(-1),
+      rtol=1e-12,
+    )
+    gradient = jax.grad(
+      lambda z, t=targets: losses.soft_cross_entropy(z, t).sum()
+    )(logits)
+    np.testing.assert_allclose(gradient, softmax - targets, atol=1e-12)
+
+
 def test_cross_entropy_of_extreme_logits():
   logits = jnp.array([[1e4, 0.0, -1e4], [1e4, 0.0, -1e4]])
   labels = jnp.array([0, 2])

@@ -29,6 +29,11 @@ def _atat(**fields: Any) -> objectives.Objective:
   return objectives.create("atat", **defaults | fields)
 
 
+def _batch(example: Any) -> objectives.Batch:
+  num_classes = example.variables["params"]["head"]["bias"].size
+  return objectives.make_batch(example.images, example.labels, num_classes)
+
+
 class Expected(NamedTuple):
   """Eq. (7) in PyTorch."""
 
@@ -121,6 +126,7 @@ def _check_against_pytorch(example, network, twin, make_variables, p, layers):
   noise = np.random.default_rng(2).uniform(-0.1, 0.1, images.shape)
   images_adv = jnp.asarray(np.clip(np.asarray(images) + noise, 0, 1))
   objective = _atat(p=p, layers=layers)
+  batch = _batch(example)
   names = layers or attention.layer_names(model, variables, images)[-1:]
 
   @jit
@@ -132,8 +138,7 @@ def _check_against_pytorch(example, network, twin, make_variables, p, layers):
         model,
         {**variables, "params": params},
         atat.Prepared(images_adv, variables["batch_stats"], maps),
-        images,
-        labels,
+        batch,
       )
       return outcome.total.mean(), outcome
 
@@ -187,14 +192,16 @@ def test_atat_of_the_wide_resnet_equals_pytorch(wrn, twin, make_variables, x64):
 
 
 def test_standard_equals_pytorch(small, twin, x64):
-  model, variables, images, labels = small.astype(np.float64)
+  example = small.astype(np.float64)
+  model, variables, images, labels = example
+  batch = _batch(example)
   objective = objectives.create("standard")
 
   @jit
   def ours(params):
     def mean_total(params):
       outcome = objective.loss(
-        model, {**variables, "params": params}, None, images, labels
+        model, {**variables, "params": params}, None, batch
       )
       return outcome.total.mean(), outcome
 
@@ -225,7 +232,7 @@ def test_standard_equals_pytorch(small, twin, x64):
   )
   _assert_trees_close(dict(outcome.batch_stats), result.stats, rtol=1e-10)
   assert outcome.logits_adversarial is None
-  prepared = objective.prepare(KEY, model, variables, None, images, labels)
+  prepared = objective.prepare(KEY, model, variables, None, batch)
   assert prepared is None
 
 
@@ -240,12 +247,13 @@ def test_standard_equals_pytorch(small, twin, x64):
 def test_attack_and_its_statistics_equal_a_pytorch_loop(
   mode, moves, small, twin, make_variables, x64
 ):
-  model, variables, images, labels = small.astype(np.float64)
+  example = small.astype(np.float64)
+  model, variables, images, labels = example
   teacher = make_variables(model, images, seed=9, dtype=np.float64)
   objective = _atat(attack_batch_norm=mode, attack_moves_statistics=moves)
   prepared = jit(
     lambda variables, teacher: objective.prepare(
-      KEY, model, variables, teacher, images, labels
+      KEY, model, variables, teacher, _batch(example)
     )
   )(variables, teacher)
 
@@ -294,15 +302,14 @@ def test_attack_and_its_statistics_equal_a_pytorch_loop(
 
 def test_moved_statistics_are_where_the_students_pass_starts(small):
   """The pass on 2B images moves what the attack left, not the old ones."""
-  model, variables, images, labels = small
+  model, variables, images, _ = small
+  batch = _batch(small)
   objective = _atat(attack_moves_statistics=True)
 
   @jit
   def run(variables):
-    prepared = objective.prepare(
-      KEY, model, variables, variables, images, labels
-    )
-    outcome = objective.loss(model, variables, prepared, images, labels)
+    prepared = objective.prepare(KEY, model, variables, variables, batch)
+    outcome = objective.loss(model, variables, prepared, batch)
     expected = model.apply(
       {**variables, "batch_stats": prepared.batch_stats},
       jnp.concatenate([images, prepared.images_adv]),
@@ -331,7 +338,7 @@ def test_attack_fields_reach_the_attack(fields, small):
     objective = _atat(**fields)
     return jit(
       lambda variables: objective.prepare(
-        KEY, model, variables, variables, images, labels
+        KEY, model, variables, variables, _batch(small)
       )
     )(variables)
 
@@ -393,8 +400,7 @@ def test_gradient_is_that_of_cross_entropy_where_nothing_differs(
         model,
         {"params": params},
         atat.Prepared(images, {}, teacher_maps),
-        images,
-        labels,
+        objectives.make_batch(images, labels, 3),
       )
       return outcome.total.mean(), outcome
 
@@ -432,17 +438,18 @@ def _create(name: str) -> objectives.Objective:
 def test_every_objective_keeps_the_contract(name, small):
   """Per example, terms as announced, statistics moved, gradient finite."""
   objective = _create(name)
-  model, variables, images, labels = small
+  model, variables, *_ = small
+  batch = _batch(small)
   teacher = variables if objective.needs_teacher else None
 
   @jit
   def run(params):
     student = {**variables, "params": params}
-    prepared = objective.prepare(KEY, model, student, teacher, images, labels)
+    prepared = objective.prepare(KEY, model, student, teacher, batch)
 
     def mean_total(params):
       outcome = objective.loss(
-        model, {**variables, "params": params}, prepared, images, labels
+        model, {**variables, "params": params}, prepared, batch
       )
       return outcome.total.mean(), outcome
 
@@ -508,22 +515,21 @@ def test_unknown_method_missing_teacher_and_missing_layer(small):
     UserError, match=r"method: 'at7'; allowed: .*atat.*standa"
   ):
     objectives.create("at7")
-  model, variables, images, labels = small
+  model, variables, *_ = small
+  batch = _batch(small)
   with pytest.raises(UserError, match="teacher: None; allowed: "):
-    _atat().prepare(KEY, model, variables, None, images, labels)
+    _atat().prepare(KEY, model, variables, None, batch)
   with pytest.raises(UserError, match="layers: 'top'; allowed: conv1, bn1"):
-    _atat(layers=("top",)).prepare(
-      KEY, model, variables, variables, images, labels
-    )
+    _atat(layers=("top",)).prepare(KEY, model, variables, variables, batch)
 
 
 def test_weights_of_zero_leave_cross_entropy_alone(small):
-  model, variables, images, labels = small
+  model, variables, images, _ = small
   objective = _atat(lambda1=0.0, lambda2=0.0)
   teacher_maps = {"bn2": jnp.ones((8, 3, 3))}
   prepared = atat.Prepared(images, variables["batch_stats"], teacher_maps)
   outcome = jit(
-    lambda variables: objective.loss(model, variables, prepared, images, labels)
+    lambda variables: objective.loss(model, variables, prepared, _batch(small))
   )(variables)
   assert (outcome.terms["attention"] > 0).all()
   np.testing.assert_array_equal(outcome.total, outcome.terms["cross_entropy"])

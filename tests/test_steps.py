@@ -117,7 +117,14 @@ def _make_run(
   if teacher is None and objective.needs_teacher:
     teacher = jax.tree.map(lambda x: 0.9 * x, variables)
   return Run(
-    steps.make_train_step(model, objective, optimizer, mesh=mesh, **options),
+    steps.make_train_step(
+      model,
+      objective,
+      optimizer,
+      mesh=mesh,
+      num_classes=num_classes,
+      **options,
+    ),
     start,
     sharding.put_replicated(mesh, teacher),
     sharding.put_replicated(mesh, data),
@@ -164,18 +171,18 @@ def test_fused_step_equals_its_parts_one_after_another(run, small):
 
   @jit
   def gradient_and_outcome(variables, images, labels, step):
+    batch = objectives.make_batch(images, labels, 3)
     prepared = objective.prepare(
       rng.stream(key, "attack", step),
       model,
       variables,
       run.teacher,
-      images,
-      labels,
+      batch,
     )
 
     def mean_total(params):
       outcome = objective.loss(
-        model, {**variables, "params": params}, prepared, images, labels
+        model, {**variables, "params": params}, prepared, batch
       )
       return outcome.total.mean(), outcome
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from atat_jax import checks
 from atat_jax.objectives.atat import ATAT
-from atat_jax.objectives.base import Objective, Outcome
+from atat_jax.objectives.base import Batch, Objective, Outcome, make_batch
 from atat_jax.objectives.standard import Standard
 
 OBJECTIVES: dict[str, Callable[..., Objective]] = {
@@ -38,4 +38,11 @@ def create(name: str, **fields: Any) -> Objective:
   return OBJECTIVES[name](**fields)
 
 
-__all__ = ["OBJECTIVES", "Objective", "Outcome", "create"]
+__all__ = [
+  "OBJECTIVES",
+  "Batch",
+  "Objective",
+  "Outcome",
+  "create",
+  "make_batch",
+]

@@ -20,7 +20,7 @@ from flax import linen as nn
 from atat_jax import attention, batch_norm, checks, losses
 from atat_jax.attacks import norms, projected_gradient
 from atat_jax.errors import UserError
-from atat_jax.objectives.base import Outcome
+from atat_jax.objectives.base import Batch, Outcome
 from atat_jax.typing import Array, BatchNormMode, PyTree, Variables
 
 
@@ -101,8 +101,7 @@ class ATAT:
     model: nn.Module,
     variables: Variables,
     teacher: Variables | None,
-    images: Array,
-    labels: Array,
+    batch: Batch,
   ) -> Prepared:
     """Attacks the student and asks the teacher for its maps."""
     if teacher is None:
@@ -117,22 +116,27 @@ class ATAT:
       )
       return logits, moved if self.attack_moves_statistics else stats
 
+    epsilon = batch.epsilon_scale * self.epsilon
     images_adv, stats = projected_gradient.ascend(
       logits_fn,
       variables["batch_stats"],
       projected_gradient.random_start(
-        key, images, epsilon=self.epsilon, norm=self.norm
+        key, batch.images, epsilon=epsilon, norm=self.norm
       ),
-      images,
-      labels,
-      epsilon=self.epsilon,
-      step_size=self.step_size,
+      batch.images,
+      batch.labels,
+      epsilon=epsilon,
+      step_size=batch.epsilon_scale * self.step_size,
       num_steps=self.num_steps,
       norm=self.norm,
       loss=self.attack_loss,
     )
     _, teacher_maps, _ = attention.forward(
-      model, teacher, images, labels, layers=self.layers or None
+      model,
+      teacher,
+      batch.images,
+      batch.labels,
+      layers=self.layers or None,
     )
     return Prepared(images_adv, stats, teacher_maps)
 
@@ -141,23 +145,22 @@ class ATAT:
     model: nn.Module,
     variables: Variables,
     prepared: Prepared,
-    images: Array,
-    labels: Array,
+    batch: Batch,
   ) -> Outcome:
     """Eq. (7); one student pass on [clean; adversarial]."""
     logits, maps, stats = attention.forward(
       model,
       {"params": variables["params"], "batch_stats": prepared.batch_stats},
-      jnp.concatenate([images, prepared.images_adv]),
-      jnp.concatenate([labels, labels]),
+      jnp.concatenate([batch.images, prepared.images_adv]),
+      jnp.concatenate([batch.labels, batch.labels]),
       layers=self.layers or None,
       batch_norm="batch",
     )
     clean, adversarial = jnp.split(logits, 2)
     # The mean over the mixture of 2B images, as a value for each of B.
     cross_entropy = 0.5 * (
-      losses.cross_entropy(clean, labels)
-      + losses.cross_entropy(adversarial, labels)
+      losses.soft_cross_entropy(clean, batch.targets)
+      + losses.soft_cross_entropy(adversarial, batch.targets)
     )
     attention_transfer = jnp.zeros_like(cross_entropy)
     for layer, teacher_map in prepared.teacher_maps.items():  # Eq. (5)

@@ -7,9 +7,45 @@ ask the teacher), `loss` what is.
 
 from typing import Any, NamedTuple, Protocol
 
+import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
-from atat_jax.typing import Array, PyTree, Variables
+from atat_jax.typing import Array, PyTree, Scalar, Variables
+
+
+class Batch(NamedTuple):
+  """What an objective is given.
+
+  `labels` say what class an image is of: attacks leave it, Grad-CAM explains
+  it. `targets` are what cross-entropies aim at, and only they.
+
+  Attributes:
+    images: Float [B, H, W, C] in [0, 1].
+    labels: int32 [B].
+    targets: [B, K], rows that sum to 1: one-hot, smoothed or mixed labels.
+    epsilon_scale: Factor on the attack's epsilon and step size, in (0, 1].
+  """
+
+  images: Array
+  labels: Array
+  targets: Array
+  epsilon_scale: Scalar
+
+
+def make_batch(images: Array, labels: Array, num_classes: int) -> Batch:
+  """A batch with hard labels and an attack of full strength.
+
+  Args:
+    images: Float [B, H, W, C].
+    labels: int32 [B].
+    num_classes: K.
+
+  Returns:
+    The batch.
+  """
+  targets = jax.nn.one_hot(labels, num_classes, dtype=images.dtype)
+  return Batch(images, labels, targets, jnp.ones((), images.dtype))
 
 
 class Outcome(NamedTuple):
@@ -51,8 +87,7 @@ class Objective(Protocol):
     model: nn.Module,
     variables: Variables,
     teacher: Variables | None,
-    images: Array,
-    labels: Array,
+    batch: Batch,
   ) -> Any:
     """Constants of the loss: adversarial images, teacher maps. A pytree."""
 
@@ -61,7 +96,6 @@ class Objective(Protocol):
     model: nn.Module,
     variables: Variables,
     prepared: Any,
-    images: Array,
-    labels: Array,
+    batch: Batch,
   ) -> Outcome:
     """The loss of each example; differentiated with respect to variables."""

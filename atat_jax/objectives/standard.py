@@ -5,7 +5,7 @@ import dataclasses
 from flax import linen as nn
 
 from atat_jax import batch_norm, losses
-from atat_jax.objectives.base import Outcome
+from atat_jax.objectives.base import Batch, Outcome
 from atat_jax.typing import Array, Variables
 
 
@@ -23,8 +23,7 @@ class Standard:
     model: nn.Module,
     variables: Variables,
     teacher: Variables | None,
-    images: Array,
-    labels: Array,
+    batch: Batch,
   ) -> None:
     """Nothing: no attack, no teacher."""
 
@@ -33,14 +32,13 @@ class Standard:
     model: nn.Module,
     variables: Variables,
     prepared: None,
-    images: Array,
-    labels: Array,
+    batch: Batch,
   ) -> Outcome:
     """Cross-entropy of the clean images."""
     logits, stats = batch_norm.apply(
-      model, variables, images, batch_norm="batch"
+      model, variables, batch.images, batch_norm="batch"
     )
-    cross_entropy = losses.cross_entropy(logits, labels)
+    cross_entropy = losses.soft_cross_entropy(logits, batch.targets)
     return Outcome(
       total=cross_entropy,
       terms={"cross_entropy": cross_entropy},

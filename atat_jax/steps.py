@@ -26,11 +26,12 @@ TrainStep = Callable[[TrainState, Variables | None, Split, Array], TrainState]
 
 def metric_names(objective: Objective) -> tuple[str, ...]:
   """What a step with this objective accumulates."""
+  clean = ("accuracy_clean",) if objective.sees_clean else ()
   adversarial = ("accuracy_adversarial",) if objective.attacks else ()
   return (
     "loss",
     *objective.term_names,
-    "accuracy_clean",
+    *clean,
     *adversarial,
     "gradient_norm",
   )
@@ -116,9 +117,10 @@ def make_train_step(
     values = {
       "loss": outcome.total,
       **outcome.terms,
-      "accuracy_clean": outcome.logits_clean.argmax(-1) == batch.labels,
       "gradient_norm": gradient_norm[None],
     }
+    if outcome.logits_clean is not None:
+      values["accuracy_clean"] = outcome.logits_clean.argmax(-1) == batch.labels
     if outcome.logits_adversarial is not None:
       values["accuracy_adversarial"] = (
         outcome.logits_adversarial.argmax(-1) == batch.labels

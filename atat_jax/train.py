@@ -219,7 +219,7 @@ def _run(plan: Plan, stage: Stage, dataset: Dataset, mesh: Mesh) -> None:
         jnp.zeros((1, *plan.spec.image_shape)),
         metric_names=steps.metric_names(stage.objective),
         term_names=steps.term_names(stage.objective),
-        initial=stage.teacher,  # Section 3.2: the student starts as the teacher
+        initial=stage.teacher if stage.objective.starts_from_teacher else None,
       ),
     )
     teacher = sharding.put_replicated(mesh, stage.teacher)

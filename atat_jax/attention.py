@@ -71,6 +71,10 @@ def _tensors(
   return {path: s for path, s in found.items() if path not in repeated}
 
 
+MAPS = ("grad_cam", "channel_sum")
+"""Ways from an activation to a map."""
+
+
 def check_layers(layers: Iterable[str], names: Iterable[str]) -> None:
   """Checks that a network has these layers.
 
@@ -94,6 +98,88 @@ def layer_names(
   return tuple(_tensors(model, variables, images, "running"))
 
 
+def _chosen(
+  model: nn.Module,
+  variables: Variables,
+  images: Array,
+  layers: Sequence[str] | None,
+  batch_norm: BatchNormMode,
+) -> dict[str, jax.ShapeDtypeStruct]:
+  """The outputs of these layers; of the last tensor's where None is named."""
+  tensors = _tensors(model, variables, images, batch_norm)
+  if not tensors:
+    raise UserError(
+      "model: no submodule returns a tensor [B, h, w, C]; Grad-CAM needs one"
+    )
+  if layers is None:
+    layers = (list(tensors)[-1],)
+  check_layers(layers, tensors)
+  return {layer: tensors[layer] for layer in layers}
+
+
+def _tapped(
+  model: nn.Module,
+  variables: Variables,
+  images: Array,
+  taps: dict[str, Array],
+  batch_norm: BatchNormMode,
+) -> tuple[Array, tuple[dict[str, Array], PyTree]]:
+  """Logits, and {layer: output + tap} and `batch_stats` of one pass."""
+  found = {}
+
+  def visit(path: str, output: Any) -> Any:
+    if path in taps:
+      output = found[path] = output + taps[path]
+    return output
+
+  with _outputs(visit):
+    logits, stats = bn.apply(model, variables, images, batch_norm=batch_norm)
+  return logits, ({layer: found[layer] for layer in taps}, stats)
+
+
+def activations(
+  model: nn.Module,
+  variables: Variables,
+  images: Array,
+  *,
+  layers: Sequence[str] | None = None,
+  batch_norm: BatchNormMode = "running",
+) -> tuple[Array, dict[str, Array], PyTree]:
+  """Logits and activations from one forward pass. For use inside jit.
+
+  Args:
+    model: A linen module.
+    variables: Its collections.
+    images: [B, H, W, C] in [0, 1].
+    layers: By name; None: the last tensor [B, h, w, C].
+    batch_norm: "running" or "batch".
+
+  Returns:
+    Logits [B, K]; {layer: [B, h, w, C]}; the collection `batch_stats` after the
+    pass.
+
+  Raises:
+    UserError: A layer that the model does not have.
+  """
+  chosen = _chosen(model, variables, images, layers, batch_norm)
+  taps = {layer: jnp.zeros((), of.dtype) for layer, of in chosen.items()}
+  logits, (found, stats) = _tapped(model, variables, images, taps, batch_norm)
+  return logits, found, stats
+
+
+def channel_sum(tensor: Array) -> Array:
+  """sum_c |A_c| (Zagoruyko and Komodakis, 2017, F_sum).
+
+  Args:
+    tensor: [B, h, w, C].
+
+  Returns:
+    [B, h, w] >= 0, float32 or wider.
+  """
+  wide = tensor.astype(jnp.promote_types(tensor.dtype, jnp.float32))
+  return (wide * jnp.sign(wide)).sum(-1)  # the gradient of jnp.abs at 0 is 1
+
+
 def forward(
   model: nn.Module,
   variables: Variables,
@@ -102,6 +188,7 @@ def forward(
   *,
   layers: Sequence[str] | None = None,
   batch_norm: BatchNormMode = "running",
+  maps: str = "grad_cam",
 ) -> tuple[Array, dict[str, Array], PyTree]:
   """Logits and attention maps from one forward pass. For use inside jit.
 
@@ -112,6 +199,7 @@ def forward(
     labels: int32 [B]: the class whose logit is explained.
     layers: The set J of Eq. (4) by name; None: the last tensor [B, h, w, C].
     batch_norm: "running" or "batch".
+    maps: One of `MAPS`; "channel_sum" knows no class.
 
   Returns:
     Logits [B, K]; maps {layer: [B, h, w] >= 0}, float32 or wider; the collection
@@ -120,42 +208,33 @@ def forward(
   Raises:
     UserError: A layer that the model does not have.
   """
-  tensors = _tensors(model, variables, images, batch_norm)
-  if not tensors:
-    raise UserError(
-      "model: no submodule returns a tensor [B, h, w, C]; Grad-CAM needs one"
+  checks.choice("maps", maps, MAPS)
+  if maps == "channel_sum":
+    logits, found, stats = activations(
+      model, variables, images, layers=layers, batch_norm=batch_norm
     )
-  if layers is None:
-    layers = (list(tensors)[-1],)
-  check_layers(layers, tensors)
-  taps = {layer: jnp.zeros_like(tensors[layer]) for layer in layers}
-
-  def run(taps: dict[str, Array]) -> tuple[Array, tuple[PyTree, PyTree]]:
-    activations = {}
-
-    def visit(path: str, output: Any) -> Any:
-      if path in taps:
-        output = output + taps[path]
-        activations[path] = output
-      return output
-
-    with _outputs(visit):
-      logits, stats = bn.apply(model, variables, images, batch_norm=batch_norm)
-    return logits, (activations, stats)
-
-  logits, pullback, (activations, stats) = jax.vjp(run, taps, has_aux=True)
+    return (
+      logits,
+      {name: channel_sum(one) for name, one in found.items()},
+      stats,
+    )
+  chosen = _chosen(model, variables, images, layers, batch_norm)
+  taps = {layer: jnp.zeros_like(of) for layer, of in chosen.items()}
+  logits, pullback, (found, stats) = jax.vjp(
+    lambda taps: _tapped(model, variables, images, taps, batch_norm),
+    taps,
+    has_aux=True,
+  )
   (gradients,) = pullback(
     jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
   )
-  maps = {}
-  for layer in layers:
-    wide = jnp.promote_types(activations[layer].dtype, jnp.float32)
+  explained = {}
+  for layer, tensor in found.items():
+    wide = jnp.promote_types(tensor.dtype, jnp.float32)
     weights = gradients[layer].astype(wide).mean((1, 2))  # Eq. (2)
-    weighted = jnp.einsum(
-      "bhwc,bc->bhw", activations[layer].astype(wide), weights
-    )
-    maps[layer] = jax.nn.relu(weighted)  # Eq. (3)
-  return logits, maps, stats
+    weighted = jnp.einsum("bhwc,bc->bhw", tensor.astype(wide), weights)
+    explained[layer] = jax.nn.relu(weighted)  # Eq. (3)
+  return logits, explained, stats
 
 
 def _maps(

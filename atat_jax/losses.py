@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import chex
+import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
@@ -36,6 +37,55 @@ def soft_cross_entropy(logits: Array, targets: Array) -> Array:
   """
   chex.assert_equal_shape([logits, targets])
   return optax.softmax_cross_entropy(logits, targets)
+
+
+def mixture_cross_entropy(
+  clean: Array, adversarial: Array, targets: Array
+) -> Array:
+  """The mean over 2B clean and adversarial images, as a value for each of B.
+
+  Args:
+    clean: Logits [B, K].
+    adversarial: Logits [B, K].
+    targets: [B, K], of both.
+
+  Returns:
+    [B].
+  """
+  return 0.5 * (
+    soft_cross_entropy(clean, targets)
+    + soft_cross_entropy(adversarial, targets)
+  )
+
+
+def kl_divergence(p_logits: Array, q_logits: Array) -> Array:
+  """KL(p || q) of two softmaxes: sum_k p_k (log p_k - log q_k).
+
+  Args:
+    p_logits: [B, K].
+    q_logits: [B, K].
+
+  Returns:
+    [B].
+  """
+  chex.assert_equal_shape([p_logits, q_logits])
+  return optax.losses.kl_divergence_with_log_targets(
+    jax.nn.log_softmax(q_logits), jax.nn.log_softmax(p_logits)
+  )
+
+
+def mean_square(a: Array, b: Array) -> Array:
+  """The mean of (a - b)^2 over all but the first axis.
+
+  Args:
+    a: [B, ...].
+    b: The same shape.
+
+  Returns:
+    [B].
+  """
+  chex.assert_equal_shape([a, b])
+  return jnp.square(a - b).reshape(a.shape[0], -1).mean(-1)
 
 
 def _logit(logits: Array, classes: Array) -> Array:

@@ -33,7 +33,7 @@ def ascend(
   step_size: Scalar,
   num_steps: Array | int,
   norm: str = "linf",
-  loss: str = "cross_entropy",
+  loss: str | Callable[[Array], Array] = "cross_entropy",
   targeted: bool = False,
   targets: Array | None = None,
   momentum: Scalar | None = None,
@@ -53,7 +53,8 @@ def ascend(
     num_steps: Number of gradient steps.
     norm: One of `norms.NORMS`.
     loss: One of `losses.ATTACK_LOSSES`, descended where `targeted`, or of
-      `losses.TARGETED_LOSSES`, which need `targets`.
+      `losses.TARGETED_LOSSES`, which need `targets`; or logits [B, K] to
+      losses [B], which need no labels.
     targeted: Whether labels are to be reached rather than left.
     targets: int32 [B]: classes that a targeted loss aims at.
     momentum: Decay of the sum of gradients, each scaled to an l1 norm of 1,
@@ -68,7 +69,10 @@ def ascend(
 
   def objective(images_adv: Array, state: State) -> tuple[Array, State]:
     logits, state = logits_fn(state, images_adv)
-    value = losses.attack_loss(loss, logits, labels, targets)
+    if isinstance(loss, str):
+      value = losses.attack_loss(loss, logits, labels, targets)
+    else:
+      value = loss(logits)
     return sign * value.sum(), state
 
   def gradient_fn(images_adv: Array, state: State) -> tuple[Array, State]:

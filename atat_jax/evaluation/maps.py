@@ -6,9 +6,16 @@ import jax
 import numpy as np
 from flax import linen as nn
 
-from atat_jax import attention, models
+from atat_jax import attention, compilation, models
 from atat_jax.evaluation.protocols import Protocol
-from atat_jax.typing import Array, Variables
+from atat_jax.typing import Array, Classifier, Variables
+
+
+def _softmax(classifier: Classifier, images: Array) -> Array:
+  return jax.nn.softmax(classifier(images))
+
+
+_probabilities = compilation.jit(_softmax)
 
 
 def attention_maps(

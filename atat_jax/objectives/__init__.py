@@ -8,13 +8,25 @@ from collections.abc import Callable
 from typing import Any
 
 from atat_jax import checks
+from atat_jax.objectives.alp import ALP
+from atat_jax.objectives.at import AT
 from atat_jax.objectives.atat import ATAT
+from atat_jax.objectives.atat_released import ATATReleased
 from atat_jax.objectives.base import Batch, Objective, Outcome, make_batch
+from atat_jax.objectives.mart import MART
 from atat_jax.objectives.standard import Standard
+from atat_jax.objectives.tla import TLA
+from atat_jax.objectives.trades import TRADES
 
 OBJECTIVES: dict[str, Callable[..., Objective]] = {
   "standard": Standard,
+  "at": AT,
+  "alp": ALP,
+  "tla": TLA,
+  "trades": TRADES,
+  "mart": MART,
   "atat": ATAT,
+  "atat_released": ATATReleased,
 }
 
 

@@ -9,6 +9,11 @@ L_ce is the cross-entropy of the mixture of clean and adversarial images. The
 teacher T is a standardly trained network of the same architecture, frozen,
 with running statistics; the student S starts from its parameters. The paper
 gives no values of lambda1 and lambda2.
+
+The paper's ablation (Section 4.3) sets the weights to 0: lambda1 = lambda2 = 0
+leaves adversarial training on the mixture, lambda1 = 0 logit pairing, lambda2 =
+0 attention transfer. Terms of weight 0 are still measured, and the student
+still starts from the teacher, so that nothing else differs.
 """
 
 import dataclasses
@@ -17,83 +22,88 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from flax import linen as nn
 
-from atat_jax import attention, batch_norm, checks, losses
-from atat_jax.attacks import norms, projected_gradient
+from atat_jax import attention, checks, losses
 from atat_jax.errors import UserError
+from atat_jax.objectives.adversarial import (
+  Attacked,
+  PairedPasses,
+  check_weights,
+)
 from atat_jax.objectives.base import Batch, Outcome
-from atat_jax.typing import Array, BatchNormMode, PyTree, Variables
+from atat_jax.typing import Array, PyTree, Variables
+
+PAIRS = ("teacher_adversarial", "teacher_clean", "clean_adversarial")
+NORMALIZATIONS = ("raw", "l2", "min_max")
+DISTANCES = ("norm", "mean_square")
 
 
 class Prepared(NamedTuple):
   """Constants of the loss.
 
   Attributes:
-    images_adv: [B, H, W, C].
-    batch_stats: The student's running statistics after the attack.
-    teacher_maps: {layer: [B, h, w]} of the clean images.
+    attacked: Adversarial images, and the statistics after the attack.
+    teacher_maps: {layer: [B, h, w]} of the clean images, normalised; empty
+      where no pair has the teacher.
   """
 
-  images_adv: Array
-  batch_stats: PyTree
+  attacked: Attacked
   teacher_maps: dict[str, Array]
 
 
-@dataclasses.dataclass(frozen=True)
-class ATAT:
-  """The method and its attack.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ATAT(PairedPasses):
+  """The method, and what can be varied in it.
 
   Attributes:
     lambda1: Weight of L_at.
     lambda2: Weight of L_lp.
-    p: Of the norm in Eq. (5), 1 or 2. The norm itself, not its square.
     layers: The set J by name; empty: the topmost convolutional tensor.
-    epsilon: Radius of the attack in training, pixels in [0, 1].
-    step_size: Its step.
-    num_steps: Its steps.
-    norm: "linf" or "l2".
-    attack_loss: "cross_entropy" or "margin".
-    attack_batch_norm: Statistics that the student uses while it is attacked:
-      "batch" as in the released code, or "running".
-    attack_moves_statistics: Whether the attack's passes move the running
-      statistics, as in the released code; needs attack_batch_norm="batch".
+    pairs: Which maps Eq. (5) compares: "teacher_adversarial" and
+      "teacher_clean" are its two terms; "clean_adversarial" pairs the student
+      with itself and alone needs no teacher.
+    maps: "grad_cam", Eq. (3), or "channel_sum", which knows no class.
+    normalization: Of each map: "raw", "l2" (its length becomes 1) or "min_max"
+      (its values fill [0, 1]); a map without contrast becomes 0.
+    distance: Between two maps: "norm" as in Eq. (5), or "mean_square" over
+      their pixels.
+    p: Of the norm, 1 or 2. The norm itself, not its square.
+    starts_from_teacher: Whether the student starts from the teacher's
+      parameters, where there is one.
   """
 
   lambda1: float
   lambda2: float
-  epsilon: float
-  step_size: float
-  num_steps: int
-  p: int = 2
   layers: tuple[str, ...] = ()
-  norm: str = "linf"
-  attack_loss: str = "cross_entropy"
-  attack_batch_norm: BatchNormMode = "batch"
-  attack_moves_statistics: bool = False
+  pairs: tuple[str, ...] = ("teacher_adversarial", "teacher_clean")
+  maps: str = "grad_cam"
+  normalization: str = "raw"
+  distance: str = "norm"
+  p: int = 2
+  starts_from_teacher: bool = True
 
-  needs_teacher = True
-  attacks = True
   term_names = ("cross_entropy", "attention", "logit_pairing")
 
   def __post_init__(self) -> None:
     """Refuses values that make no objective."""
-    checks.epsilon(self.epsilon, self.norm)
-    checks.positive("step_size", self.step_size)
-    checks.positive("num_steps", self.num_steps, integer=True)
-    for name in ("lambda1", "lambda2"):
-      if not 0 <= getattr(self, name) < float("inf"):
-        raise UserError(f"{name}: {getattr(self, name)}; allowed: >= 0")
+    super().__post_init__()
+    check_weights(self, "lambda1", "lambda2")
     if self.p not in (1, 2):
       raise UserError(f"p: {self.p}; allowed: 1, 2")
-    checks.choice("norm", self.norm, norms.NORMS)
-    checks.choice("attack_loss", self.attack_loss, losses.ATTACK_LOSSES)
-    checks.choice(
-      "attack_batch_norm", self.attack_batch_norm, ("running", "batch")
-    )
-    if self.attack_moves_statistics and self.attack_batch_norm == "running":
+    for pair in self.pairs:
+      checks.choice("pairs", pair, PAIRS)
+    if not self.pairs or len(set(self.pairs)) < len(self.pairs):
       raise UserError(
-        "attack_moves_statistics: True; allowed: False where"
-        " attack_batch_norm='running', which has no batch statistics"
+        f"pairs: {self.pairs}; allowed: one or more of {', '.join(PAIRS)}, each"
+        " once"
       )
+    checks.choice("maps", self.maps, attention.MAPS)
+    checks.choice("normalization", self.normalization, NORMALIZATIONS)
+    checks.choice("distance", self.distance, DISTANCES)
+
+  @property
+  def needs_teacher(self) -> bool:
+    """Whether a pair has the teacher."""
+    return any(pair.startswith("teacher") for pair in self.pairs)
 
   def prepare(
     self,
@@ -104,41 +114,21 @@ class ATAT:
     batch: Batch,
   ) -> Prepared:
     """Attacks the student and asks the teacher for its maps."""
+    if not self.needs_teacher:
+      return Prepared(self.attack(key, model, variables, batch), {})
     if teacher is None:
       raise UserError("teacher: None; allowed: a teacher's variables")
-
-    def logits_fn(stats: PyTree, x: Array) -> tuple[Array, PyTree]:
-      logits, moved = batch_norm.apply(
-        model,
-        {"params": variables["params"], "batch_stats": stats},
-        x,
-        batch_norm=self.attack_batch_norm,
-      )
-      return logits, moved if self.attack_moves_statistics else stats
-
-    epsilon = batch.epsilon_scale * self.epsilon
-    images_adv, stats = projected_gradient.ascend(
-      logits_fn,
-      variables["batch_stats"],
-      projected_gradient.random_start(
-        key, batch.images, epsilon=epsilon, norm=self.norm
-      ),
-      batch.images,
-      batch.labels,
-      epsilon=epsilon,
-      step_size=batch.epsilon_scale * self.step_size,
-      num_steps=self.num_steps,
-      norm=self.norm,
-      loss=self.attack_loss,
-    )
     _, teacher_maps, _ = attention.forward(
       model,
       teacher,
       batch.images,
       batch.labels,
       layers=self.layers or None,
+      maps=self.maps,
     )
-    return Prepared(images_adv, stats, teacher_maps)
+    return Prepared(
+      self.attack(key, model, variables, batch), self._normalized(teacher_maps)
+    )
 
   def loss(
     self,
@@ -147,25 +137,45 @@ class ATAT:
     prepared: Prepared,
     batch: Batch,
   ) -> Outcome:
-    """Eq. (7); one student pass on [clean; adversarial]."""
-    logits, maps, stats = attention.forward(
-      model,
-      {"params": variables["params"], "batch_stats": prepared.batch_stats},
-      jnp.concatenate([batch.images, prepared.images_adv]),
-      jnp.concatenate([batch.labels, batch.labels]),
-      layers=self.layers or None,
-      batch_norm="batch",
+    """Eq. (7)."""
+
+    def forward(
+      stats: PyTree, images: Array, labels: Array
+    ) -> tuple[tuple[Array, dict[str, Array]], PyTree]:
+      logits, maps, stats = attention.forward(
+        model,
+        {"params": variables["params"], "batch_stats": stats},
+        images,
+        labels,
+        layers=self.layers or None,
+        batch_norm="batch",
+        maps=self.maps,
+      )
+      return (logits, self._normalized(maps)), stats
+
+    (clean, maps_clean), (adversarial, maps_adversarial), stats = (
+      self.forward_pair(
+        forward,
+        prepared.attacked.batch_stats,
+        batch,
+        prepared.attacked.images_adv,
+      )
     )
-    clean, adversarial = jnp.split(logits, 2)
-    # The mean over the mixture of 2B images, as a value for each of B.
-    cross_entropy = 0.5 * (
-      losses.soft_cross_entropy(clean, batch.targets)
-      + losses.soft_cross_entropy(adversarial, batch.targets)
+    cross_entropy = losses.mixture_cross_entropy(
+      clean, adversarial, batch.targets
     )
+    maps = {
+      "teacher": prepared.teacher_maps,
+      "clean": maps_clean,
+      "adversarial": maps_adversarial,
+    }
     attention_transfer = jnp.zeros_like(cross_entropy)
-    for layer, teacher_map in prepared.teacher_maps.items():  # Eq. (5)
-      for student_map in jnp.split(maps[layer], 2):
-        attention_transfer += losses.distance(teacher_map, student_map, self.p)
+    for pair in self.pairs:  # Eq. (5)
+      first, second = pair.split("_")
+      for layer in maps_clean:
+        attention_transfer += self._distance(
+          maps[first][layer], maps[second][layer]
+        )
     logit_pairing = losses.distance(clean, adversarial)  # Eq. (6)
     return Outcome(
       total=cross_entropy
@@ -180,3 +190,22 @@ class ATAT:
       logits_clean=clean,
       logits_adversarial=adversarial,
     )
+
+  def _distance(self, a: Array, b: Array) -> Array:
+    if self.distance == "mean_square":
+      return losses.mean_square(a, b)
+    return losses.distance(a, b, self.p)
+
+  def _normalized(self, maps: dict[str, Array]) -> dict[str, Array]:
+    return {name: self._normalize(one) for name, one in maps.items()}
+
+  def _normalize(self, maps: Array) -> Array:
+    """[B, h, w] to the same."""
+    if self.normalization == "raw":
+      return maps
+    if self.normalization == "l2":
+      size = losses.norm(maps)[:, None, None]
+    else:
+      maps -= maps.min((1, 2), keepdims=True)
+      size = maps.max((1, 2), keepdims=True)
+    return maps / jnp.where(size == 0, 1.0, size)

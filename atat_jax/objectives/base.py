@@ -55,14 +55,14 @@ class Outcome(NamedTuple):
     total: [B], what is minimised, weights applied.
     terms: Name to [B]: each term before its weight.
     batch_stats: Running statistics after the pass.
-    logits_clean: [B, K].
+    logits_clean: [B, K], or None where no clean image was seen.
     logits_adversarial: [B, K], or None where nothing was attacked.
   """
 
   total: Array
   terms: dict[str, Array]
   batch_stats: PyTree
-  logits_clean: Array
+  logits_clean: Array | None
   logits_adversarial: Array | None
 
 
@@ -74,8 +74,16 @@ class Objective(Protocol):
     """Whether `prepare` is given a teacher's variables."""
 
   @property
+  def starts_from_teacher(self) -> bool:
+    """Whether the student starts from the teacher's variables, if any."""
+
+  @property
   def term_names(self) -> tuple[str, ...]:
     """The keys of `Outcome.terms`."""
+
+  @property
+  def sees_clean(self) -> bool:
+    """Whether there are clean logits."""
 
   @property
   def attacks(self) -> bool:

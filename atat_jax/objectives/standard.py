@@ -14,6 +14,8 @@ class Standard:
   """min E[CE(f(x), y)]."""
 
   needs_teacher = False
+  starts_from_teacher = False
+  sees_clean = True
   attacks = False
   term_names = ("cross_entropy",)
 

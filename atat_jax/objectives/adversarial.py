@@ -1,0 +1,231 @@
+"""What methods that attack share: the attack of training, the student's passes.
+
+A method inherits the fields, so that its hyperparameters stay in one flat
+list.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from atat_jax import batch_norm, checks, losses
+from atat_jax.attacks import norms, projected_gradient
+from atat_jax.errors import UserError
+from atat_jax.objectives.base import Batch
+from atat_jax.typing import Array, BatchNormMode, PyTree, Variables
+
+STARTS = ("uniform", "gaussian")
+PASSES = ("mixture", "in_turn", "separate")
+
+GAUSSIAN_START = 0.001
+"""Standard deviation of the start of TRADES and MART, in pixels."""
+
+Forward = Callable[[PyTree, Array, Array], tuple[Any, PyTree]]
+"""(batch_stats, images, labels) to a tree of [B, ...] and moved batch_stats."""
+
+
+class Attacked(NamedTuple):
+  """What an attack leaves.
+
+  Attributes:
+    images_adv: [B, H, W, C].
+    batch_stats: The student's running statistics after the attack.
+  """
+
+  images_adv: Array
+  batch_stats: PyTree
+
+
+def check_weights(objective: object, *names: str) -> None:
+  """Checks that weights of terms are finite and >= 0.
+
+  Raises:
+    UserError: One is not.
+  """
+  for name in names:
+    if not 0 <= getattr(objective, name) < float("inf"):
+      raise UserError(f"{name}: {getattr(objective, name)}; allowed: >= 0")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InnerAttack:
+  """The inner maximisation: projected gradient ascent on the student.
+
+  Only the gradient with respect to the images is taken.
+
+  Attributes:
+    epsilon: Radius, pixels in [0, 1].
+    step_size: Length of a step.
+    num_steps: Their number.
+    norm: "linf", "l2" or "l1".
+    attack_loss: What the attack increases: "cross_entropy", "margin" or "dlr"
+      of the label, or "kl", KL(p(x) || p(x_adv)) as TRADES does.
+    attack_start: "uniform" in the ball, or "gaussian": the clean image with a
+      little noise, not clipped before the first step (TRADES, MART).
+    attack_batch_norm: Statistics that the student uses while it is attacked:
+      "batch" as in Madry et al.'s code and the paper's, or "running".
+    attack_moves_statistics: Whether the attack's passes move the running
+      statistics, as in the same codes; needs attack_batch_norm="batch".
+  """
+
+  epsilon: float
+  step_size: float
+  num_steps: int
+  norm: str = "linf"
+  attack_loss: str = "cross_entropy"
+  attack_start: str = "uniform"
+  attack_batch_norm: BatchNormMode = "batch"
+  attack_moves_statistics: bool = False
+
+  attacks = True
+  sees_clean = True
+  starts_from_teacher = False
+
+  def __post_init__(self) -> None:
+    """Refuses values that make no attack."""
+    checks.epsilon(self.epsilon, self.norm)
+    checks.positive("step_size", self.step_size)
+    checks.positive("num_steps", self.num_steps, integer=True)
+    checks.choice("norm", self.norm, norms.NORMS)
+    checks.choice(
+      "attack_loss", self.attack_loss, (*losses.ATTACK_LOSSES, "kl")
+    )
+    checks.choice("attack_start", self.attack_start, STARTS)
+    checks.choice(
+      "attack_batch_norm", self.attack_batch_norm, ("running", "batch")
+    )
+    if self.attack_moves_statistics and self.attack_batch_norm == "running":
+      raise UserError(
+        "attack_moves_statistics: True; allowed: False where"
+        " attack_batch_norm='running', which has no batch statistics"
+      )
+
+  def attack(
+    self, key: Array, model: nn.Module, variables: Variables, batch: Batch
+  ) -> Attacked:
+    """Attacks the student.
+
+    Args:
+      key: Of the start.
+      model: The network.
+      variables: The student's.
+      batch: Its labels are what the attack leaves.
+
+    Returns:
+      Adversarial images, and the running statistics after the attack.
+    """
+    epsilon = batch.epsilon_scale * self.epsilon
+
+    def logits_fn(stats: PyTree, x: Array) -> tuple[Array, PyTree]:
+      logits, moved = batch_norm.apply(
+        model,
+        {"params": variables["params"], "batch_stats": stats},
+        x,
+        batch_norm=self.attack_batch_norm,
+      )
+      return logits, moved if self.attack_moves_statistics else stats
+
+    stats = variables.get("batch_stats", {})
+    loss: str | Callable[[Array], Array] = self.attack_loss
+    if loss == "kl":
+      clean, _ = logits_fn(stats, batch.images)
+      loss = functools.partial(losses.kl_divergence, clean)
+    if self.attack_start == "gaussian":
+      noise = jax.random.normal(key, batch.images.shape, batch.images.dtype)
+      start = batch.images + GAUSSIAN_START * noise
+    else:
+      start = projected_gradient.random_start(
+        key, batch.images, epsilon=epsilon, norm=self.norm
+      )
+    return Attacked(
+      *projected_gradient.ascend(
+        logits_fn,
+        stats,
+        start,
+        batch.images,
+        batch.labels,
+        epsilon=epsilon,
+        step_size=batch.epsilon_scale * self.step_size,
+        num_steps=self.num_steps,
+        norm=self.norm,
+        loss=loss,
+      )
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PairedPasses(InnerAttack):
+  """A method whose student sees clean and adversarial images.
+
+  Attributes:
+    student_batch_norm: Which batches BatchNorm normalises by in the student's
+      passes.
+      "mixture": [clean; adversarial] together (the paper's code, ALP).
+      "in_turn": each by itself; the clean one moves the running statistics
+        first, the adversarial one after it (TRADES, MART, TLA).
+      "separate": each by itself; only the adversarial one moves the running
+        statistics, so that evaluation follows it. Scale and bias are shared,
+        unlike in AdvProp (Xie et al., 2020).
+  """
+
+  student_batch_norm: str = "mixture"
+
+  def __post_init__(self) -> None:
+    """Refuses values that make no objective."""
+    super().__post_init__()
+    checks.choice("student_batch_norm", self.student_batch_norm, PASSES)
+
+  def forward_pair(
+    self, forward: Forward, stats: PyTree, batch: Batch, images_adv: Array
+  ) -> tuple[Any, Any, PyTree]:
+    """The student's passes on clean and adversarial images.
+
+    Args:
+      forward: One pass.
+      stats: Running statistics before the first.
+      batch: The clean images.
+      images_adv: [B, H, W, C].
+
+    Returns:
+      What `forward` makes of the clean images, the same of the adversarial
+      ones, and the running statistics after both.
+    """
+    if self.student_batch_norm == "mixture":
+      both, stats = forward(
+        stats,
+        jnp.concatenate([batch.images, images_adv]),
+        jnp.concatenate([batch.labels, batch.labels]),
+      )
+      size = len(batch.images)
+      clean, adversarial = (
+        jax.tree.map(lambda x: x[:size], both),
+        jax.tree.map(lambda x: x[size:], both),
+      )
+      return clean, adversarial, stats
+    clean, moved = forward(stats, batch.images, batch.labels)
+    if self.student_batch_norm == "in_turn":
+      stats = moved
+    adversarial, stats = forward(stats, images_adv, batch.labels)
+    return clean, adversarial, stats
+
+  def logits_pair(
+    self,
+    model: nn.Module,
+    variables: Variables,
+    attacked: Attacked,
+    batch: Batch,
+  ) -> tuple[Array, Array, PyTree]:
+    """Clean logits [B, K], adversarial ones, running statistics after both."""
+
+    def forward(stats: PyTree, x: Array, _: Array) -> tuple[Array, PyTree]:
+      student = {"params": variables["params"], "batch_stats": stats}
+      return batch_norm.apply(model, student, x, batch_norm="batch")
+
+    return self.forward_pair(
+      forward, attacked.batch_stats, batch, attacked.images_adv
+    )

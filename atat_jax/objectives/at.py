@@ -1,0 +1,58 @@
+"""AT-PGD: adversarial training (Madry et al., 2018, Eq. 2.1).
+
+  min E[max_{||d|| <= epsilon} CE(f(x + d), y)]
+
+The student sees adversarial images only.
+"""
+
+import dataclasses
+
+from flax import linen as nn
+
+from atat_jax import batch_norm, losses
+from atat_jax.objectives.adversarial import Attacked, InnerAttack
+from atat_jax.objectives.base import Batch, Outcome
+from atat_jax.typing import Array, Variables
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AT(InnerAttack):
+  """The method; its fields are the attack's."""
+
+  needs_teacher = False
+  sees_clean = False
+  term_names = ("cross_entropy",)
+
+  def prepare(
+    self,
+    key: Array,
+    model: nn.Module,
+    variables: Variables,
+    teacher: Variables | None,
+    batch: Batch,
+  ) -> Attacked:
+    """Attacks the student."""
+    return self.attack(key, model, variables, batch)
+
+  def loss(
+    self,
+    model: nn.Module,
+    variables: Variables,
+    prepared: Attacked,
+    batch: Batch,
+  ) -> Outcome:
+    """Cross-entropy of the adversarial images."""
+    logits, stats = batch_norm.apply(
+      model,
+      {"params": variables["params"], "batch_stats": prepared.batch_stats},
+      prepared.images_adv,
+      batch_norm="batch",
+    )
+    cross_entropy = losses.soft_cross_entropy(logits, batch.targets)
+    return Outcome(
+      total=cross_entropy,
+      terms={"cross_entropy": cross_entropy},
+      batch_stats=stats,
+      logits_clean=None,
+      logits_adversarial=logits,
+    )

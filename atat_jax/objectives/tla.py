@@ -1,0 +1,162 @@
+"""TLA: triplet loss adversarial training (Mao et al., 2019, Eq. 4 to 6).
+
+  L = CE(f(x_adv), y)
+      + lambda1 * sum_p [d(h(x_adv), h(p)) - d(h(x_adv), h(n)) + margin]_+
+      + lambda2 * sum_p mean_j (h_j(x_adv)^2 + h_j(p)^2 + h_j(n)^2)
+
+d(a, b) = 1 - |cos(a, b)|; h is the last convolutional tensor, pooled. The
+anchor is the adversarial image. There are two triplets, of the positives p: the
+clean image, and another clean image of its class. Both have the negative n: of
+a dictionary, the clean image of another class whose embedding has the highest
+cosine to the anchor's.
+
+The method's own code embeds 500 random clean images in evaluation mode for a
+dictionary and draws a second positive from the whole data set. Here both are of
+the batch, so that the step stays a function of its batch and embeds nothing
+twice: the dictionary has B - 1 images at most and batch statistics. An image
+that is the only one of its class in the batch is its own second positive; in a
+batch of one class there is no triplet. That code also adds uniform noise to the
+first positive; here it is the clean image.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from atat_jax import attention, checks, losses
+from atat_jax.objectives.adversarial import (
+  Attacked,
+  PairedPasses,
+  check_weights,
+)
+from atat_jax.objectives.base import Batch, Outcome
+from atat_jax.rng import stream
+from atat_jax.typing import Array, BatchNormMode, PyTree, Variables
+
+
+class Prepared(NamedTuple):
+  """Constants of the loss.
+
+  Attributes:
+    attacked: Adversarial images, and the statistics after the attack.
+    relatives: int32 [B]: place in the batch of another image of the class.
+  """
+
+  attacked: Attacked
+  relatives: Array
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TLA(PairedPasses):
+  """The method.
+
+  Attributes:
+    lambda1: Weight of the two triplets.
+    lambda2: Weight of the embeddings' squares; in the method's code 0.001
+      inside of each triplet.
+    margin: By how much the negative is to be further away than the positive.
+    layer: The tensor that is pooled to the embedding; "": the last
+      [B, h, w, C].
+  """
+
+  lambda1: float = 2.0
+  lambda2: float = 0.002
+  margin: float = 0.03
+  layer: str = ""
+  attack_batch_norm: BatchNormMode = "running"
+  student_batch_norm: str = "in_turn"
+
+  needs_teacher = False
+  term_names = ("cross_entropy", "triplet", "embedding_square")
+
+  def __post_init__(self) -> None:
+    """Refuses values that make no objective."""
+    super().__post_init__()
+    check_weights(self, "lambda1", "lambda2")
+    checks.not_negative("margin", self.margin)
+
+  def prepare(
+    self,
+    key: Array,
+    model: nn.Module,
+    variables: Variables,
+    teacher: Variables | None,
+    batch: Batch,
+  ) -> Prepared:
+    """Attacks the student and draws the second positives."""
+    labels = batch.labels
+    scores = jax.random.uniform(
+      stream(key, "relatives"), (len(labels), len(labels))
+    )
+    # Another image of the class, or if there is none the image itself.
+    scores -= jnp.eye(len(labels))
+    scores = jnp.where(labels == labels[:, None], scores, -jnp.inf)
+    return Prepared(
+      self.attack(key, model, variables, batch), scores.argmax(-1)
+    )
+
+  def loss(
+    self,
+    model: nn.Module,
+    variables: Variables,
+    prepared: Prepared,
+    batch: Batch,
+  ) -> Outcome:
+    """Eq. (6) of the method's paper."""
+
+    def forward(
+      stats: PyTree, images: Array, _: Array
+    ) -> tuple[tuple[Array, Array], PyTree]:
+      logits, activations, stats = attention.activations(
+        model,
+        {"params": variables["params"], "batch_stats": stats},
+        images,
+        layers=(self.layer,) if self.layer else None,
+        batch_norm="batch",
+      )
+      (tensor,) = activations.values()
+      wide = jnp.promote_types(tensor.dtype, jnp.float32)
+      return (logits, tensor.astype(wide).mean((1, 2))), stats
+
+    (clean, embedded), (adversarial, anchor), stats = self.forward_pair(
+      forward,
+      prepared.attacked.batch_stats,
+      batch,
+      prepared.attacked.images_adv,
+    )
+    cosines = _directions(anchor) @ _directions(embedded).T
+    other = batch.labels != batch.labels[:, None]
+    hardest = jnp.where(other, cosines, -jnp.inf).argmax(-1)
+    exists = other.any(-1)
+    negative = embedded[hardest]
+    triplet = embedding_square = jnp.zeros_like(adversarial[:, 0])
+    for positive in (embedded, embedded[prepared.relatives]):
+      gap = _distance(anchor, positive) - _distance(anchor, negative)
+      triplet += jnp.where(exists, jax.nn.relu(gap + self.margin), 0.0)
+      squares = jnp.square(anchor) + jnp.square(positive) + jnp.square(negative)
+      embedding_square += squares.mean(-1)
+    cross_entropy = losses.soft_cross_entropy(adversarial, batch.targets)
+    return Outcome(
+      total=cross_entropy
+      + self.lambda1 * triplet
+      + self.lambda2 * embedding_square,
+      terms={
+        "cross_entropy": cross_entropy,
+        "triplet": triplet,
+        "embedding_square": embedding_square,
+      },
+      batch_stats=stats,
+      logits_clean=clean,
+      logits_adversarial=adversarial,
+    )
+
+
+def _directions(x: Array) -> Array:
+  return x / jnp.maximum(losses.norm(x), 1e-12)[:, None]
+
+
+def _distance(a: Array, b: Array) -> Array:
+  return 1.0 - jnp.abs((_directions(a) * _directions(b)).sum(-1))

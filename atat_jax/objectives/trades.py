@@ -1,0 +1,78 @@
+"""TRADES (Zhang et al., 2019, Eq. 5).
+
+  L = CE(f(x), y) + beta * KL(p(x) || p(x_adv))
+
+The attack increases the same KL from 0.001 * N(0, 1) beside the clean image,
+where its gradient would be zero. As in the method's own code, the attack uses
+running statistics, each batch is normalised by itself, and gradients flow to
+both sides of the KL. (That code passes the clean batch twice, so that it moves
+the running statistics twice; here it does once.)
+"""
+
+import dataclasses
+
+from flax import linen as nn
+
+from atat_jax import losses
+from atat_jax.objectives.adversarial import (
+  Attacked,
+  PairedPasses,
+  check_weights,
+)
+from atat_jax.objectives.base import Batch, Outcome
+from atat_jax.typing import Array, BatchNormMode, Variables
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TRADES(PairedPasses):
+  """The method.
+
+  Attributes:
+    beta: Weight of the KL; 1 / lambda of the method's paper.
+  """
+
+  beta: float = 6.0
+  attack_loss: str = "kl"
+  attack_start: str = "gaussian"
+  attack_batch_norm: BatchNormMode = "running"
+  student_batch_norm: str = "in_turn"
+
+  needs_teacher = False
+  term_names = ("cross_entropy", "kl")
+
+  def __post_init__(self) -> None:
+    """Refuses values that make no objective."""
+    super().__post_init__()
+    check_weights(self, "beta")
+
+  def prepare(
+    self,
+    key: Array,
+    model: nn.Module,
+    variables: Variables,
+    teacher: Variables | None,
+    batch: Batch,
+  ) -> Attacked:
+    """Attacks the student."""
+    return self.attack(key, model, variables, batch)
+
+  def loss(
+    self,
+    model: nn.Module,
+    variables: Variables,
+    prepared: Attacked,
+    batch: Batch,
+  ) -> Outcome:
+    """Eq. (5) of the method's paper."""
+    clean, adversarial, stats = self.logits_pair(
+      model, variables, prepared, batch
+    )
+    cross_entropy = losses.soft_cross_entropy(clean, batch.targets)
+    kl = losses.kl_divergence(clean, adversarial)
+    return Outcome(
+      total=cross_entropy + self.beta * kl,
+      terms={"cross_entropy": cross_entropy, "kl": kl},
+      batch_stats=stats,
+      logits_clean=clean,
+      logits_adversarial=adversarial,
+    )

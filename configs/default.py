@@ -46,6 +46,7 @@ def training() -> ConfigDict:
       # Options for every method (docs/training.md); 0, or 1 part: off.
       "clip_norm": 0.0,  # longest gradient
       "accumulate_steps": 1,  # parts of a batch, one after another, for memory
+      "remat": False,  # compute what is cheap twice rather than keep it
       "label_smoothing": 0.0,
       "epsilon_warmup": 0.0,  # share of the run in which the attack grows
       "awp_gamma": 0.0,  # weight perturbation: 0.01 AT, 0.005 TRADES
@@ -56,6 +57,7 @@ def training() -> ConfigDict:
       # validation; 0: averaged like the weights (ema), refused with swa.
       "statistics_batches": 0,
       "log_every_steps": 50,
+      "steps_per_dispatch": 1,  # in one program; more where steps are short
       "validate_every_epochs": 1.0,  # ... and save a checkpoint
     }
   )
@@ -79,6 +81,7 @@ def get_config(method: str = "atat") -> ConfigDict:
     {
       "seed": 0,
       "method": method,
+      "profile_steps": (),  # first and last of what is recorded, e.g. 10,12
       "data": {
         "name": "cifar10",  # digits, cifar10, cifar100
         "dir": placeholder(str),  # tfds directory, archive or .npz; None: usual

@@ -21,6 +21,7 @@ from atat_jax import (
 )
 from atat_jax.data import augment
 from atat_jax.data.base import Split
+from atat_jax.options import Options
 from atat_jax.state import NEVER
 
 # Compiling is most of the time that these tests take, running none of it.
@@ -40,7 +41,7 @@ def quick_compilation():
     patch.setattr(
       compilation,
       "compiler_options",
-      lambda: options | {"xla_backend_optimization_level": 0},
+      lambda **_: options | {"xla_backend_optimization_level": 0},
     )
     yield
 
@@ -241,6 +242,50 @@ def test_fused_step_equals_its_parts_one_after_another(run, small):
     assert count == len(values), name
     np.testing.assert_allclose(total, values.sum(), rtol=1e-4, err_msg=name)
   assert all(first == NEVER for first in actual.nonfinite.values())
+
+
+def test_several_steps_of_one_program_equal_steps_one_by_one(run, compilations):
+  rows = np.stack(INDICES).astype(np.int32)
+  rows = sharding.put_batch(run.mesh, rows, axis=1)
+  before = None
+  for count in (3, 2):
+    arguments = run.start(), run.teacher, run.data, rows, None, np.int32(count)
+    if before is None:
+      expected = _train(run, count)
+    else:
+      expected, before = _train(run, count), compilations()
+    actual = run.step(*arguments)
+    if before is not None:
+      assert compilations() == before  # the count is no part of the program
+    before = compilations()
+    assert int(actual.step) == count
+    _assert_close(actual.params, expected.params, rtol=1e-4, atol=1e-5)
+    _assert_close(actual.batch_stats, expected.batch_stats, rtol=1e-4)
+    _assert_close(actual.sums, expected.sums, rtol=1e-4)
+
+
+def test_rematerialisation_changes_no_result(run, small):
+  remat = _make_run(
+    small,
+    jax.devices()[:1],
+    padding=1,
+    flip=True,
+    options=Options(remat=True),
+  )
+  arguments = remat.start(), remat.teacher, remat.data, remat.put(INDICES[0])
+  barrier = "optimization_barrier"  # how jax keeps XLA from merging the two
+  assert barrier in remat.step.lower(*arguments).as_text()
+  assert barrier not in run.step.lower(*arguments).as_text()
+  actual, expected = _train(remat, 2), _train(run, 2)
+  _assert_close(actual.params, expected.params, rtol=1e-4, atol=1e-5)
+
+
+def test_a_profile_tells_the_parts_of_a_step(run):
+  text = run.step.lower(
+    run.start(), run.teacher, run.data, run.put(INDICES[0])
+  ).as_text(debug_info=True)
+  for scope in ("augmentation", "attack", "teacher", "student", "update"):
+    assert f"/{scope}/" in text or f"({scope})/" in text, scope
 
 
 def test_metric_and_term_names(run):

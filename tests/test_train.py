@@ -1,5 +1,8 @@
 """Training end to end: resumed runs are bit-equal, and divergence is told."""
 
+import collections
+import contextlib
+import gzip
 import json
 import re
 import shutil
@@ -11,7 +14,7 @@ import orbax.checkpoint as ocp
 import pytest
 import tiny
 
-from atat_jax import checkpoints
+from atat_jax import checkpoints, tracing, train
 from atat_jax.errors import TrainingDivergedError, UserError
 from atat_jax.interrupts import Interrupted
 
@@ -194,6 +197,79 @@ def test_it_compiles_while_it_warms_up_and_never_again(finished):
   for name, size, before, after in teacher:
     if name == "pgd2":  # fgsm before it was the same program
       assert after == before, size
+
+
+def test_no_function_compiles_twice(finished):
+  """But for single operations: they differ in what jax does not print."""
+  counted = collections.Counter(finished.compilations.programs)
+  names = collections.Counter(name for name, _ in counted)
+  assert names["dispatch"] == names["build"] == 2  # teacher and student
+  assert names["_pgd"] == 3  # validation, running and batch statistics
+  repeated = {name for (name, _), count in counted.items() if count > 1}
+  assert not {
+    name for name in repeated if not hasattr(jax.lax, name.lstrip("_"))
+  }
+
+
+@pytest.mark.slow
+def test_a_second_start_compiles_nothing(tmp_path, monkeypatch):
+  """All that is compiled is kept, and there is nothing new to keep."""
+  cache = tmp_path / "cache"
+  monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(cache))
+  with contextlib.closing(tiny.CommandLine(tmp_path)) as command_line:
+    entries = []
+    for name in ("first", "second"):
+      outcome = command_line(*tiny.flags(tmp_path / name))
+      assert not outcome.status, outcome.stderr
+      entries.append({path.name for path in cache.glob("*-cache")})
+  assert len(entries[0]) > 20
+  assert entries[0] == entries[1]
+
+
+def test_which_steps_go_together():
+  def sizes(*arguments, **keywords):
+    found = list(train.dispatches(*arguments, **keywords))
+    assert [before for before, _ in found] == [
+      arguments[0] + sum(count for _, count in found[:i])
+      for i in range(len(found))
+    ]
+    return [count for _, count in found]
+
+  assert sizes(0, 5, size=1, multiples=(2,)) == [1] * 5
+  assert sizes(0, 20, size=8, multiples=(100,)) == [8, 8, 4]
+  # Log lines every 5 steps, validations every 7, a trace of steps 10 to 11.
+  assert sizes(3, 16, size=4, multiples=(5, 7), others=(9, 11)) == [
+    2,
+    2,
+    2,
+    1,
+    1,
+    3,
+    1,
+    1,
+  ]
+  assert sizes(20, 20, size=4, multiples=(5,)) == []
+
+
+def test_a_profile_of_two_steps(tmp_path):
+  """With steps that only count: what they trace is not what is tested."""
+  made = tiny.config("standard", profile_steps=(3, 4))
+  with tiny.instant_steps():
+    tiny.run(tmp_path / "run", "train", made)
+  (trace,) = (tmp_path / "run/profile").rglob("perfetto_trace.json.gz")
+  with gzip.open(trace) as file:
+    assert json.load(file)["traceEvents"]
+  assert list(trace.parent.glob("*.xplane.pb"))  # for TensorBoard
+
+
+def test_a_profile_ends_with_the_run(tmp_path):
+  """An interrupted run leaves no recording behind that blocks the next one."""
+  trace = tracing.Trace(tmp_path, (1, 9))
+  with pytest.raises(KeyError), trace:
+    trace.before(1, ())
+    raise KeyError
+  jax.profiler.start_trace(str(tmp_path / "again"))
+  jax.profiler.stop_trace()
 
 
 def test_divergence_keeps_the_last_good_checkpoint(command_line, tmp_path):

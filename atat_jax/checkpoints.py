@@ -1,9 +1,11 @@
 """Checkpoints by Orbax, the only module that knows it.
 
 A checkpoint has separate items: `params`, `batch_stats`, `opt_state`, `run`
-(step, key, metrics under way) and `model`, the network's name and fields as
-JSON. So a model is rebuilt from disk alone, and evaluation reads only what it
-needs. Kept are the best by validation accuracy and the last.
+(step, key, metrics under way), where weights are averaged `ema`, and `model`,
+the network's name and fields as JSON. So a model is rebuilt from disk alone,
+and evaluation reads only what it needs: the averaged weights where there are
+any. Training goes on from the others. Kept are the best by validation accuracy
+and the last.
 """
 
 import contextlib
@@ -26,6 +28,7 @@ METRIC = "accuracy"
 """In the metrics of a checkpoint: what "best" means."""
 
 _RUN_FIELDS = ("step", "rng", "sums", "nonfinite")
+_AVERAGE = "ema"
 
 
 def model_spec(
@@ -136,6 +139,7 @@ class Checkpointer(contextlib.AbstractContextManager[Any]):
       details: Further metrics, kept with the checkpoint.
     """
     save = ocp.args.StandardSave
+    average = {} if state.ema is None else {_AVERAGE: save(state.ema)}
     self._manager.save(
       step,
       args=ocp.args.Composite(
@@ -144,6 +148,7 @@ class Checkpointer(contextlib.AbstractContextManager[Any]):
         opt_state=save(state.opt_state),
         run=save({name: getattr(state, name) for name in _RUN_FIELDS}),
         model=ocp.args.JsonSave(self._spec),
+        **average,
       ),
       metrics=None
       if accuracy is None
@@ -163,14 +168,23 @@ class Checkpointer(contextlib.AbstractContextManager[Any]):
       The restored state.
 
     Raises:
-      UserError: The checkpoint is of another network.
+      UserError: The checkpoint is of another network, or only one of it and
+        `state` has averaged weights.
     """
     found = self._manager.restore(
       step, args=ocp.args.Composite(model=ocp.args.JsonRestore())
     )["model"]
     _check_same_model(found, self._spec, self._manager.directory)
+    if _has_average(self._manager, step) != (state.ema is not None):
+      has, wants = ("no ", "") if state.ema is not None else ("", "no ")
+      raise UserError(
+        f"ema_decay, swa_start: the run keeps {wants}averaged weights, but the"
+        f" checkpoint in {self._manager.directory} has {has}such; use its"
+        " configuration or another --workdir"
+      )
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
     restore = ocp.args.StandardRestore
+    average = {} if state.ema is None else {_AVERAGE: restore(abstract.ema)}
     items = self._manager.restore(
       step,
       args=ocp.args.Composite(
@@ -178,14 +192,20 @@ class Checkpointer(contextlib.AbstractContextManager[Any]):
         batch_stats=restore(abstract.batch_stats),
         opt_state=restore(abstract.opt_state),
         run=restore({name: getattr(abstract, name) for name in _RUN_FIELDS}),
+        **average,
       ),
     )
     return state.replace(
       params=items["params"],
       batch_stats=items["batch_stats"],
       opt_state=items["opt_state"],
+      ema=items[_AVERAGE] if average else None,
       **items["run"],
     )
+
+
+def _has_average(manager: ocp.CheckpointManager, step: int) -> bool:
+  return (pathlib.Path(manager.directory) / str(step) / _AVERAGE).is_dir()
 
 
 def _check_same_model(
@@ -251,6 +271,7 @@ def restore_model(
   step: int | None = None,
   which: str = "best",
   expected: dict[str, Any] | None = None,
+  averaged: bool = True,
 ) -> tuple[nn.Module, Variables]:
   """Rebuilds a network and its variables from disk alone.
 
@@ -260,6 +281,8 @@ def restore_model(
     step: A step that was kept; None: by `which`.
     which: "best" by (robust) validation accuracy, or "last".
     expected: A `model_spec` that the network must have; None: any.
+    averaged: Averaged weights (EMA, SWA) where the run keeps any; they are what
+      it has validated. False: those that the optimizer has made.
 
   Returns:
     The module, and {"params", "batch_stats"} on the default device.
@@ -284,13 +307,16 @@ def restore_model(
       ),
       jax.eval_shape(model.init, jax.random.key(0), image),
     )
+    wanted = {name: abstract[name] for name in ("params", "batch_stats")}
+    average = averaged and _has_average(manager, step)
     items = manager.restore(
       step,
       args=ocp.args.Composite(
         **{
-          name: ocp.args.StandardRestore(abstract[name])
-          for name in ("params", "batch_stats")
+          name: ocp.args.StandardRestore(tree)
+          for name, tree in ({_AVERAGE: wanted} if average else wanted).items()
         }
       ),
     )
-  return model, {name: items[name] for name in ("params", "batch_stats")}
+  found = items[_AVERAGE] if average else items
+  return model, {name: found[name] for name in wanted}

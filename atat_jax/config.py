@@ -26,9 +26,11 @@ from atat_jax import (
   optim,
   writers,
 )
+from atat_jax.data import mixing
 from atat_jax.data.base import DatasetSpec
 from atat_jax.errors import UserError
 from atat_jax.evaluation import Protocol
+from atat_jax.options import Options
 
 # Fields that a workdir's training does not depend on.
 _FREE = ("evaluation", "figures", "data.dir", "data.cache_dir", "data.source")
@@ -101,13 +103,20 @@ def make_plan(config: ConfigDict) -> Plan:
   with _section("objective"):
     objective = objectives.create(config.method, **_tuples(config.objective))
   _check_layers(config.objective.get("layers", ()), model, spec)
-  for section in ("train", "teacher"):
-    _check_training(config, section)
   checks.positive(
     "data.validation_size", config.data.validation_size, integer=True
   )
   if config.data.padding < 0:
     raise UserError(f"data.padding: {config.data.padding}; allowed: >= 0")
+  with _section("data"):
+    mixing.check(config.data.mix, config.data.mix_alpha)
+  if not 0 < config.data.extra_fraction < 1:
+    raise UserError(
+      f"data.extra_fraction: {config.data.extra_fraction}; allowed: between 0"
+      " and 1"
+    )
+  for section in ("train", "teacher"):
+    _check_training(config, section)
   settings = config.evaluation
   for field in ("batch_size", "batch_statistics_size"):
     checks.positive(f"evaluation.{field}", settings[field], integer=True)
@@ -174,6 +183,52 @@ def _check_training(config: ConfigDict, section: str) -> None:
   )
   with _section(section):
     make_optimizer(settings, total_steps=1000)
+    make_options(config, section, total_steps=1000)
+    num_extra(config, section)
+    if settings.batch_size % settings.accumulate_steps:
+      raise UserError(
+        f"accumulate_steps: {settings.accumulate_steps}; allowed: what divides"
+        f" batch_size, {settings.batch_size}"
+      )
+
+
+def make_options(config: ConfigDict, section: str, total_steps: int) -> Options:
+  """The options of `config.train` or `config.teacher`, times in steps."""
+  settings = config[section]
+
+  def steps(field: str) -> int:
+    share = settings[field]
+    if not 0 <= share < 1:
+      raise UserError(f"{field}: {share}; allowed: a share of the run, [0, 1)")
+    # At least one, as 0 steps mean that there is no such thing.
+    return max(1, round(share * total_steps)) if share else 0
+
+  return Options(
+    awp_gamma=settings.awp_gamma,
+    awp_start=steps("awp_start"),
+    ema_decay=settings.ema_decay,
+    swa_start=steps("swa_start"),
+    statistics_batches=settings.statistics_batches,
+    label_smoothing=settings.label_smoothing,
+    epsilon_warmup=steps("epsilon_warmup"),
+    accumulate_steps=settings.accumulate_steps,
+    mix=config.data.mix,
+    mix_alpha=config.data.mix_alpha,
+  )
+
+
+def num_extra(config: ConfigDict, section: str) -> int:
+  """Extra images in a batch of `config.train` or `config.teacher`."""
+  if not config.data.extra:
+    return 0
+  size = config[section].batch_size
+  number = round(config.data.extra_fraction * size)
+  if not 0 < number < size:
+    raise UserError(
+      f"batch_size: {size}; allowed: with data.extra_fraction ="
+      f" {config.data.extra_fraction} what leaves room for both kinds of images"
+    )
+  return number
 
 
 def make_optimizer(
@@ -203,6 +258,7 @@ def make_optimizer(
     momentum=settings.momentum,
     nesterov=settings.nesterov,
     weight_decay=settings.weight_decay,
+    clip_norm=settings.clip_norm,
   )
 
 

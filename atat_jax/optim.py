@@ -88,6 +88,7 @@ def make_optimizer(
   momentum: float = 0.9,
   nesterov: bool = False,
   weight_decay: float = 2e-4,
+  clip_norm: float = 0.0,
 ) -> optax.GradientTransformation:
   """SGD with momentum and an L2 penalty on kernels.
 
@@ -99,6 +100,8 @@ def make_optimizer(
     momentum: In [0, 1).
     nesterov: Whether to look ahead.
     weight_decay: >= 0.
+    clip_norm: The gradient of the loss, before the penalty's joins it, is
+      scaled down to this global norm where it is longer; 0: never.
 
   Returns:
     An optax transformation.
@@ -110,7 +113,9 @@ def make_optimizer(
     raise UserError(f"momentum: {momentum}; allowed: [0, 1)")
   if not 0 <= weight_decay < float("inf"):
     raise UserError(f"weight_decay: {weight_decay}; allowed: >= 0")
+  checks.not_negative("clip_norm", clip_norm)
   return optax.chain(
+    *([optax.clip_by_global_norm(clip_norm)] if clip_norm else []),
     optax.add_decayed_weights(weight_decay, mask=decay_mask),
     optax.sgd(schedule, momentum=momentum or None, nesterov=nesterov),
   )

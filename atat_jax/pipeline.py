@@ -45,11 +45,14 @@ def run(mode: str, config: ConfigDict, workdir: pathlib.Path) -> None:
     validation_size=config.data.validation_size,
     source=config.data.source,
   )
+  extra = None
   if mode in ("run", "train"):
-    train.check_sizes(plan, dataset)
+    if config.data.extra:
+      extra = data.extra.read(config.data.extra, plan.spec)
+    train.check_sizes(plan, dataset, extra)
   write_config(config, workdir)
   if mode in ("run", "train"):
-    train.train(plan, workdir, dataset, mesh)
+    train.train(plan, workdir, dataset, mesh, extra)
     _log.info("checkpoints: %s", workdir / "checkpoints")
   if mode in ("run", "evaluate"):
     _evaluate(plan, workdir, dataset, mesh)

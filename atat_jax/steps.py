@@ -14,14 +14,24 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
-from atat_jax import compilation, metrics, rng, sharding
-from atat_jax.data import augment
+from atat_jax import (
+  accumulation,
+  averaging,
+  awp,
+  compilation,
+  inputs,
+  metrics,
+  rng,
+  sharding,
+)
 from atat_jax.data.base import Split
-from atat_jax.objectives import Objective, make_batch
-from atat_jax.state import NEVER, TrainState, variables
-from atat_jax.typing import Array, Variables
+from atat_jax.objectives import Batch, Objective, Outcome
+from atat_jax.options import OFF, Options
+from atat_jax.state import NEVER, TrainState
+from atat_jax.typing import Array, PyTree, Variables
 
-TrainStep = Callable[[TrainState, Variables | None, Split, Array], TrainState]
+TrainStep = Callable[..., TrainState]
+"""(state, teacher or None, data, indices, extra=None) to the next state."""
 
 
 def metric_names(objective: Objective) -> tuple[str, ...]:
@@ -51,6 +61,7 @@ def make_train_step(
   num_classes: int,
   padding: int = 0,
   flip: bool = False,
+  options: Options = OFF,
 ) -> TrainStep:
   """Builds the fused step.
 
@@ -62,10 +73,12 @@ def make_train_step(
     num_classes: K.
     padding: Pixels of zero padding before the random crop; 0: no crop.
     flip: Whether to flip at random.
+    options: What the objective is combined with.
 
   Returns:
-    (state, teacher variables or None, resident split, indices int32 [B]) to the
-    next state. The state passed in is donated: it cannot be used again.
+    (state, teacher variables or None, resident split, indices int32 [M], extra
+    images [E] or None) to the next state; M + E = B. The state passed in is
+    donated: it cannot be used again.
   """
 
   def step_fn(
@@ -73,37 +86,64 @@ def make_train_step(
     teacher: Variables | None,
     data: Split,
     indices: Array,
+    extra: Split | None = None,
   ) -> TrainState:
     with jax.named_scope("augmentation"):
-      images = augment.pad_crop_flip(
-        rng.stream(state.rng, "augmentation", state.step),
-        data.images[indices],
+      whole = inputs.assemble(
+        state.rng,
+        state.step,
+        *inputs.gather(data, indices, extra),
+        num_classes=num_classes,
         padding=padding,
         flip=flip,
-      )
-      batch = make_batch(
-        augment.to_float(images), data.labels[indices], num_classes
-      )
-    with jax.named_scope("prepare"):
-      prepared = objective.prepare(
-        rng.stream(state.rng, "attack", state.step),
-        model,
-        variables(state),
-        teacher,
-        batch,
+        options=options,
       )
 
-    def mean_loss(params: Variables) -> tuple[Array, object]:
-      outcome = objective.loss(
-        model,
-        {"params": params, "batch_stats": state.batch_stats},
-        prepared,
-        batch,
-      )
-      return outcome.total.mean(), outcome
+    def differentiate(
+      batch_stats: PyTree, key: Array, batch: Batch
+    ) -> tuple[PyTree, Outcome]:
+      with jax.named_scope("prepare"):
+        prepared = objective.prepare(
+          key,
+          model,
+          {"params": state.params, "batch_stats": batch_stats},
+          teacher,
+          batch,
+        )
 
-    with jax.named_scope("student"):
-      gradient, outcome = jax.grad(mean_loss, has_aux=True)(state.params)
+      def mean_loss(params: PyTree) -> tuple[Array, Outcome]:
+        outcome = objective.loss(
+          model, {"params": params, "batch_stats": batch_stats}, prepared, batch
+        )
+        return outcome.total.mean(), outcome
+
+      gradient_and_outcome = jax.grad(mean_loss, has_aux=True)
+
+      def perturbed(params: PyTree) -> PyTree:
+        gradient, _ = gradient_and_outcome(params)
+        return awp.perturb(params, gradient, options.awp_gamma)
+
+      params = state.params
+      if options.awp_gamma:
+        with jax.named_scope("awp"):
+          params = (
+            jax.lax.cond(
+              state.step >= options.awp_start, perturbed, lambda w: w, params
+            )
+            if options.awp_start
+            else perturbed(params)
+          )
+      with jax.named_scope("student"):
+        return gradient_and_outcome(params)
+
+    gradient, outcome = accumulation.accumulate(
+      differentiate,
+      state.batch_stats,
+      rng.stream(state.rng, "attack", state.step),
+      whole,
+      parts=options.accumulate_steps,
+      params=state.params,
+    )
     with jax.named_scope("update"):
       updates, opt_state = optimizer.update(
         gradient, state.opt_state, state.params
@@ -120,10 +160,10 @@ def make_train_step(
       "gradient_norm": gradient_norm[None],
     }
     if outcome.logits_clean is not None:
-      values["accuracy_clean"] = outcome.logits_clean.argmax(-1) == batch.labels
+      values["accuracy_clean"] = outcome.logits_clean.argmax(-1) == whole.labels
     if outcome.logits_adversarial is not None:
       values["accuracy_adversarial"] = (
-        outcome.logits_adversarial.argmax(-1) == batch.labels
+        outcome.logits_adversarial.argmax(-1) == whole.labels
       )
     return state.replace(
       step=state.step + 1,
@@ -135,6 +175,12 @@ def make_train_step(
         name: jnp.minimum(first, jnp.where(finite[name], NEVER, state.step))
         for name, first in state.nonfinite.items()
       },
+      ema=averaging.update(
+        state.ema,
+        {"params": params, "batch_stats": outcome.batch_stats},
+        state.step,
+        options,
+      ),
     )
 
   return compilation.jit(

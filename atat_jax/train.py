@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from atat_jax import (
+  averaging,
   checkpoints,
   evaluation,
   metrics,
@@ -23,9 +24,10 @@ from atat_jax import (
   steps,
   writers,
 )
-from atat_jax.config import Plan, make_optimizer
-from atat_jax.data import batches
+from atat_jax.config import Plan, make_optimizer, make_options, num_extra
+from atat_jax.data import Extra, batches
 from atat_jax.data.base import Dataset, Split
+from atat_jax.data.prefetch import Prefetcher
 from atat_jax.errors import TrainingDivergedError, UserError
 from atat_jax.interrupts import Interrupt, Interrupted
 from atat_jax.typing import Variables
@@ -38,6 +40,7 @@ class Stage(NamedTuple):
 
   Attributes:
     name: "teacher" or "student".
+    section: "teacher" or "train": whose settings these are.
     directory: Where its files go.
     settings: `config.train` or `config.teacher`.
     objective: What it minimises.
@@ -46,6 +49,7 @@ class Stage(NamedTuple):
   """
 
   name: str
+  section: str
   directory: pathlib.Path
   settings: ConfigDict
   objective: objectives.Objective
@@ -62,11 +66,14 @@ def teacher_directory(
   return workdir / "teacher"
 
 
-def check_sizes(plan: Plan, dataset: Dataset) -> None:
+def check_sizes(
+  plan: Plan, dataset: Dataset, extra: Extra | None = None
+) -> None:
   """Checks what only the data can tell, before anything is trained.
 
   Raises:
-    UserError: A batch is larger than the training split.
+    UserError: A batch is larger than the training split, or its extra part than
+      the extra images.
   """
   for section in ("train", "teacher"):
     batch_size = plan.config[section].batch_size
@@ -75,10 +82,20 @@ def check_sizes(plan: Plan, dataset: Dataset) -> None:
         f"{section}.batch_size: {batch_size}; allowed: at most the"
         f" {len(dataset.train.labels)} training images"
       )
+    number = num_extra(plan.config, section)
+    if extra is not None and number > len(extra):
+      raise UserError(
+        f"data.extra_fraction: {number} images in a batch of {section}; allowed:"
+        f" at most the {len(extra)} in {plan.config.data.extra}"
+      )
 
 
 def train(
-  plan: Plan, workdir: pathlib.Path, dataset: Dataset, mesh: Mesh
+  plan: Plan,
+  workdir: pathlib.Path,
+  dataset: Dataset,
+  mesh: Mesh,
+  extra: Extra | None = None,
 ) -> None:
   """Trains what is not trained yet.
 
@@ -87,6 +104,7 @@ def train(
     workdir: The run's directory.
     dataset: The data.
     mesh: The devices.
+    extra: Images beyond the training split.
 
   Raises:
     UserError: A teacher that does not fit, a loss that is not finite.
@@ -101,6 +119,7 @@ def train(
         plan,
         Stage(
           name="teacher",
+          section="teacher",
           directory=directory,
           settings=config.teacher,
           objective=objectives.create("standard"),
@@ -110,6 +129,7 @@ def train(
         ),
         dataset,
         mesh,
+        extra,
       )
     # Teacher and student have the same architecture (Section 3.2).
     _, teacher = checkpoints.restore_model(directory, expected=plan.model_spec)
@@ -117,6 +137,7 @@ def train(
     plan,
     Stage(
       name="student" if teacher else plan.config.method,
+      section="train",
       directory=workdir,
       settings=config.train,
       objective=plan.objective,
@@ -125,6 +146,7 @@ def train(
     ),
     dataset,
     mesh,
+    extra,
   )
 
 
@@ -195,7 +217,61 @@ class _Progress(contextlib.AbstractContextManager[Any]):
       )
 
 
-def _run(plan: Plan, stage: Stage, dataset: Dataset, mesh: Mesh) -> None:
+class _Draw:
+  """The batches of a stage, as pure functions of their number, from 0.
+
+  With extra images fewer of a batch are from the training split, which then
+  takes more steps to be gone through; an epoch remains as many steps as
+  without.
+  """
+
+  def __init__(
+    self,
+    plan: Plan,
+    stage: Stage,
+    num_examples: int,
+    mesh: Mesh,
+    extra: Extra | None,
+  ):
+    self._stage, self._mesh, self._extra = stage, mesh, extra
+    self._num_examples = num_examples
+    self._num_extra = num_extra(plan.config, stage.section)
+
+  def indices(self, number: int) -> jax.Array:
+    """Of the training split."""
+    return sharding.put_batch(
+      self._mesh,
+      batches.train_indices(
+        self._stage.seed,
+        number,
+        num_examples=self._num_examples,
+        batch_size=self._stage.settings.batch_size - self._num_extra,
+      ),
+    )
+
+  def extra(self, number: int) -> Split | None:
+    """The extra images, gone through in epochs of their own."""
+    if self._extra is None:
+      return None
+    rows = batches.train_indices(
+      self._stage.seed + (1 << 32),  # seeds are below 2**32
+      number,
+      num_examples=len(self._extra),
+      batch_size=self._num_extra,
+    )
+    return jax.tree.map(
+      lambda array: sharding.put_batch(self._mesh, array),
+      self._extra.take(rows),
+    )
+
+
+def _run(
+  plan: Plan,
+  stage: Stage,
+  dataset: Dataset,
+  mesh: Mesh,
+  extra: Extra | None,
+) -> None:
   """Trains one network from where it stands to its last step."""
   settings, num_examples = stage.settings, len(dataset.train.labels)
   per_epoch = num_examples // settings.batch_size
@@ -210,6 +286,14 @@ def _run(plan: Plan, stage: Stage, dataset: Dataset, mesh: Mesh) -> None:
       _log.info("%s: %s has all %d steps", stage.name, stage.directory, total)
       return
     schedule, optimizer = make_optimizer(settings, total)
+    options = make_options(plan.config, stage.section, total)
+    common: dict[str, Any] = {
+      "mesh": mesh,
+      "num_classes": plan.spec.num_classes,
+      "padding": plan.config.data.padding,
+      "flip": plan.config.data.flip,
+      "options": options,
+    }
     current = sharding.put_replicated(
       mesh,
       state.create(
@@ -220,18 +304,17 @@ def _run(plan: Plan, stage: Stage, dataset: Dataset, mesh: Mesh) -> None:
         metric_names=steps.metric_names(stage.objective),
         term_names=steps.term_names(stage.objective),
         initial=stage.teacher if stage.objective.starts_from_teacher else None,
+        averages=options.averages,
       ),
     )
     teacher = sharding.put_replicated(mesh, stage.teacher)
     step_fn = steps.make_train_step(
-      plan.model,
-      stage.objective,
-      optimizer,
-      mesh=mesh,
-      num_classes=plan.spec.num_classes,
-      padding=plan.config.data.padding,
-      flip=plan.config.data.flip,
+      plan.model, stage.objective, optimizer, **common
     )
+    statistics_pass = averaging.make_statistics_pass(
+      plan.model, stage.objective, **common
+    )
+    draw = _Draw(plan, stage, num_examples, mesh, extra)
     train_data = sharding.put_replicated(mesh, dataset.train)
     validation_data = sharding.put_replicated(mesh, dataset.validation)
     interrupt = stack.enter_context(Interrupt())
@@ -241,15 +324,28 @@ def _run(plan: Plan, stage: Stage, dataset: Dataset, mesh: Mesh) -> None:
     start = start or 0
     writer = stack.enter_context(writers.MetricsWriter(stage.directory, start))
     progress = stack.enter_context(_Progress(stage, total, start))
-    for step in range(start + 1, total + 1):
-      indices = batches.train_indices(
-        stage.seed,
-        step - 1,
-        num_examples=num_examples,
-        batch_size=settings.batch_size,
+    ahead = None
+    if extra is not None:
+      ahead = stack.enter_context(Prefetcher(draw.extra, range(start, total)))
+
+    def settle(current: state.TrainState) -> state.TrainState:
+      """With the statistics that belong to the averaged weights."""
+      return averaging.estimate_statistics(
+        current,
+        statistics_pass,
+        teacher,
+        train_data,
+        lambda number: (draw.indices(number), draw.extra(number)),
+        options,
       )
+
+    for step in range(start + 1, total + 1):
       current = step_fn(
-        current, teacher, train_data, sharding.put_batch(mesh, indices)
+        current,
+        teacher,
+        train_data,
+        draw.indices(step - 1),
+        ahead.get() if ahead else None,
       )
       progress.step()
       if step == start + 1:
@@ -271,6 +367,7 @@ def _run(plan: Plan, stage: Stage, dataset: Dataset, mesh: Mesh) -> None:
         writer.write("train", step, values)
         progress.show(values)
       if validate:
+        current = settle(current)
         scores = _validate(plan, stage, current, validation_data, mesh)
         details = {"epoch": step / per_epoch, **scores}
         attack = plan.validation.describe()
@@ -283,7 +380,7 @@ def _run(plan: Plan, stage: Stage, dataset: Dataset, mesh: Mesh) -> None:
       if checkpointer.should_stop(step, interrupt.signum):
         _check_finite(current.nonfinite, stage, saved)
         if not validate:
-          checkpointer.save(current, step, None)
+          checkpointer.save(settle(current), step, None)
         raise Interrupted(
           f"{stage.name}: stopped at step {step} of {total}, saved in"
           f" {stage.directory / 'checkpoints'}; the same command resumes there",
@@ -301,7 +398,7 @@ def _validate(
   mesh: Mesh,
 ) -> dict[str, float]:
   """Clean and, where the method attacks, robust validation accuracy."""
-  classifier = models.classifier(plan.model, state.variables(current))
+  classifier = models.classifier(plan.model, state.evaluated(current))
   protocols = {
     "accuracy_clean": evaluation.parse("nominal", epsilon=0, step_size=0)
   }

@@ -135,6 +135,18 @@ def training() -> ConfigDict:
       "momentum": 0.9,
       "nesterov": False,
       "weight_decay": 2e-4,  # on kernels only
+      # Options for every method (docs/training.md); 0, or 1 part: off.
+      "clip_norm": 0.0,  # longest gradient
+      "accumulate_steps": 1,  # parts of a batch, one after another, for memory
+      "label_smoothing": 0.0,
+      "epsilon_warmup": 0.0,  # share of the run in which the attack grows
+      "awp_gamma": 0.0,  # weight perturbation: 0.01 AT, 0.005 TRADES
+      "awp_start": 0.0,  # share of the run without it
+      "ema_decay": 0.0,  # averaged weights: 0.999, 0.9999 in long runs
+      "swa_start": 0.0,  # equal average from this share of the run on
+      # Batches that estimate the averaged weights' statistics before each
+      # validation; 0: averaged like the weights (ema), refused with swa.
+      "statistics_batches": 0,
       "log_every_steps": 50,
       "validate_every_epochs": 1.0,  # ... and save a checkpoint
     }
@@ -220,6 +232,10 @@ def get_config(
         "validation_size": 1024,  # held out of the training split
         "padding": 4,  # pixels before the random crop; 0: no crop
         "flip": True,  # mirror at random
+        "mix": "none",  # mixup, cutmix
+        "mix_alpha": 1.0,  # share of an image: Beta(alpha, alpha)
+        "extra": placeholder(str),  # .npz or directory of further images
+        "extra_fraction": 0.7,  # of every batch, where there are any
       },
       "model": {
         "name": "wide_resnet",

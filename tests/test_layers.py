@@ -17,7 +17,10 @@ LAYERS = (
   "batch_norm",
   "losses attention optim data models interop",  # 1
   "attacks",  # 2
+  "options",
   "state objectives",  # 3
+  "inputs accumulation awp",
+  "averaging",
   "steps checkpoints evaluation",  # 4
   "figures config runtime",  # 5
   "train report",

@@ -4,11 +4,21 @@
 and reads its official training and test splits, and one line here.
 """
 
-from atat_jax.data import base, cifar, digits
+from atat_jax.data import base, cifar, digits, extra
 from atat_jax.data.base import Dataset, DatasetSpec, Split
+from atat_jax.data.extra import Extra
 from atat_jax.errors import UserError
 
-__all__ = ["DATASETS", "Dataset", "DatasetSpec", "Split", "load", "spec"]
+__all__ = [
+  "DATASETS",
+  "Dataset",
+  "DatasetSpec",
+  "Extra",
+  "Split",
+  "extra",
+  "load",
+  "spec",
+]
 
 DATASETS: dict[str, base.Source] = {
   "digits": base.Source(digits.SPEC, digits.read),

@@ -1,0 +1,98 @@
+"""Mixup and CutMix on the device, inside the jitted step.
+
+Each image is mixed with one partner, given by a random permutation of the
+batch, in a ratio of its own. An attack needs one class to leave, so that the
+label becomes that of the larger part, while the targets hold both.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from atat_jax import checks
+from atat_jax.typing import Array
+
+MIXES = ("none", "mixup", "cutmix")
+
+
+def check(name: str, alpha: float) -> None:
+  """Refuses an unknown name, or an alpha that is not positive."""
+  checks.choice("mix", name, MIXES)
+  checks.positive("mix_alpha", alpha)
+
+
+def boxes(
+  share: Array, centers: Array, height: int, width: int
+) -> tuple[Array, Array]:
+  """CutMix's boxes (Yun et al., 2019): what is taken from the partner.
+
+  A box has sqrt(1 - share) of each side and is cut off at the borders.
+
+  Args:
+    share: [B] in [0, 1]: what is to remain of an image.
+    centers: int32 [B, 2], rows and columns.
+    height: H.
+    width: W.
+
+  Returns:
+    bool [B, H, W], True in the box, and the share that does remain, [B].
+  """
+  side = jnp.sqrt(1 - share)
+
+  def inside(size: int, center: Array) -> Array:
+    half = jnp.floor(size * side).astype(jnp.int32) // 2
+    position = jnp.arange(size)
+    return (position >= (center - half)[:, None]) & (
+      position < (center + half)[:, None]
+    )
+
+  rows = inside(height, centers[:, 0])
+  columns = inside(width, centers[:, 1])
+  box = rows[:, :, None] & columns[:, None, :]
+  return box, 1 - box.mean((1, 2), dtype=share.dtype)
+
+
+def mix(
+  key: Array,
+  images: Array,
+  labels: Array,
+  targets: Array,
+  *,
+  name: str,
+  alpha: float,
+) -> tuple[Array, Array, Array]:
+  """Mixes a batch with itself.
+
+  Args:
+    key: Random key.
+    images: Float [B, H, W, C] in [0, 1].
+    labels: int32 [B].
+    targets: [B, K].
+    name: "mixup" (Zhang et al., 2018): a x + (1 - a) x'; "cutmix": a box of
+      x', whose share of the pixels is 1 - a; "none": nothing is done.
+    alpha: a is drawn from Beta(alpha, alpha), for each image.
+
+  Returns:
+    Images, labels (of the larger part, the image's own where both are equal)
+    and targets a t + (1 - a) t'.
+  """
+  if name == "none":
+    return images, labels, targets
+  batch, height, width = images.shape[:3]
+  share_key, order_key, center_key = jax.random.split(key, 3)
+  share = jax.random.beta(share_key, alpha, alpha, (batch,), images.dtype)
+  partner = jax.random.permutation(order_key, batch)
+  if name == "mixup":
+    a = share[:, None, None, None]
+    # Rounding must not leave [0, 1].
+    mixed = jnp.clip(a * images + (1 - a) * images[partner], 0.0, 1.0)
+  else:
+    centers = jax.random.randint(
+      center_key, (batch, 2), 0, jnp.array([height, width])
+    )
+    box, share = boxes(share, centers, height, width)
+    mixed = jnp.where(box[..., None], images[partner], images)
+  return (
+    mixed,
+    jnp.where(share >= 0.5, labels, labels[partner]),
+    share[:, None] * targets + (1 - share[:, None]) * targets[partner],
+  )

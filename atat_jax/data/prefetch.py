@@ -1,0 +1,48 @@
+"""The next batches are read while the device computes."""
+
+import collections
+import contextlib
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class Prefetcher(contextlib.AbstractContextManager[Any], Generic[T]):
+  """Calls a function on a thread, a few calls ahead of who wants the results.
+
+  Args:
+    function: What to call.
+    arguments: With what, in order.
+    depth: Results that may wait.
+  """
+
+  def __init__(
+    self,
+    function: Callable[[int], T],
+    arguments: Iterable[int],
+    *,
+    depth: int = 3,
+  ):
+    self._function = function
+    self._arguments = iter(arguments)
+    self._pool = ThreadPoolExecutor(1, "prefetch")
+    self._waiting: collections.deque[Future[T]] = collections.deque()
+    for _ in range(depth):
+      self._submit()
+
+  def _submit(self) -> None:
+    for argument in self._arguments:
+      self._waiting.append(self._pool.submit(self._function, argument))
+      return
+
+  def get(self) -> T:
+    """The next result, or the exception that there was instead."""
+    result = self._waiting.popleft().result()
+    self._submit()
+    return result
+
+  def __exit__(self, *error: object) -> None:
+    """Ends the thread."""
+    self._pool.shutdown(cancel_futures=True)

@@ -115,6 +115,7 @@ MODERN = {
   "warmup_fraction": 0.25,
   "nesterov": True,
   "weight_decay": 5e-4,
+  "ema_decay": 0.999,
 }
 """Training that is the same for all methods, to compare them."""
 

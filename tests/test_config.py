@@ -175,6 +175,7 @@ def test_one_recipe_trains_all_methods_alike(name, recipe):
       assert made.objective[field] == atat.objective[field], (method, field)
   assert atat.train.weight_decay == 5e-4
   assert atat.train.schedule == "one_cycle"
+  assert (atat.train.ema_decay > 0) == (name != "digits")
   standard = load("standard")
   assert standard.train == atat.teacher
 

@@ -265,7 +265,7 @@ def test_where_the_student_starts(method, tmp_path, monkeypatch):
   split = Split(np.zeros((200, 8, 8, 1), np.uint8), np.zeros(200, np.int32))
   teacher = {"params": {}}
   stage = train.Stage(
-    "student", tmp_path, plan.config.train, plan.objective, teacher, 0
+    "student", "train", tmp_path, plan.config.train, plan.objective, teacher, 0
   )
   with pytest.raises(KeyboardInterrupt):
     train._run(
@@ -273,6 +273,7 @@ def test_where_the_student_starts(method, tmp_path, monkeypatch):
       stage,
       Dataset(plan.spec, split, split, split),
       sharding.make_mesh(jax.devices()[:1]),
+      None,
     )
   assert started == [teacher if method == "atat" else None]
 

@@ -14,7 +14,16 @@ import orbax.checkpoint as ocp
 import pytest
 import tiny
 
-from atat_jax import checkpoints, tracing, train
+from atat_jax import (
+  checkpoints,
+  config,
+  objectives,
+  sharding,
+  state,
+  tracing,
+  train,
+)
+from atat_jax.data.base import Dataset, Split
 from atat_jax.errors import TrainingDivergedError, UserError
 from atat_jax.interrupts import Interrupted
 
@@ -321,3 +330,54 @@ def test_divergence_counts_steps_as_log_lines_do(tmp_path):
   # The lines before it were written, its own was not.
   assert step == (lines[-1]["step"] if lines else 0) + 1
   assert not list((workdir / "checkpoints").glob("[0-9]*"))
+
+
+# Methods.
+
+
+@pytest.mark.parametrize("method", ["atat", "atat_released"])
+def test_where_the_student_starts(method, tmp_path, monkeypatch):
+  """In the paper as the teacher, in the released code afresh."""
+  started = []
+
+  def create(*_, initial, **__):
+    started.append(initial)
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(state, "create", create)
+  plan = config.make_plan(tiny.config(method))
+  split = Split(np.zeros((200, 8, 8, 1), np.uint8), np.zeros(200, np.int32))
+  teacher = {"params": {}}
+  stage = train.Stage(
+    "student", "train", tmp_path, plan.config.train, plan.objective, teacher, 0
+  )
+  with pytest.raises(KeyboardInterrupt):
+    train._run(
+      plan,
+      stage,
+      Dataset(plan.spec, split, split, split),
+      sharding.make_mesh(jax.devices()[:1]),
+      None,
+    )
+  assert started == [teacher if method == "atat" else None]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "method", sorted({*objectives.OBJECTIVES} - {"atat", "standard"})
+)
+def test_every_method_trains_and_is_evaluated(method, tmp_path):
+  """From its configuration to the page; only those with a teacher train one."""
+  made = tiny.config(method)
+  tiny.run(tmp_path, made=made)
+  needs_teacher = objectives.create(method, **made.objective).needs_teacher
+  assert (tmp_path / "teacher").exists() == needs_teacher
+  lines = tiny.metrics(tmp_path / "metrics.jsonl")
+  for line in lines:
+    numbers = [v for v in line.values() if isinstance(v, int | float)]
+    assert np.isfinite(numbers).all()
+  train_lines = [line for line in lines if line["split"] == "train"]
+  assert train_lines[-1]["step"] == tiny.STUDENT_STEPS
+  assert train_lines[-1]["loss"] < train_lines[0]["loss"]
+  assert ("accuracy_clean" in train_lines[0]) == (method != "at")
+  assert (tmp_path / "report.html").exists()

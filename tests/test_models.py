@@ -358,7 +358,7 @@ def test_bad_fields_are_named(fields, parts):
 
 
 def test_unknown_names_are_refused(wrn):
-  with pytest.raises(UserError, match="model: 'resnet'; allowed: .*resnet18"):
+  with pytest.raises(UserError, match=r"model: 'resnet'; allowed: .*resnet18"):
     models.create("resnet")
   with pytest.raises(UserError, match="batch_norm: 'eval'; allowed: batch, r"):
     models.classifier(wrn.model, wrn.variables, batch_norm="eval")

@@ -40,15 +40,14 @@ def read(path: pathlib.Path) -> dict[str, np.ndarray]:
       raise ValueError(f"a header of {start - 8} bytes")
     header = json.loads(content[8:start])
     header.pop("__metadata__", None)
-    return {
-      name: _tensor(content[start:], **entry) for name, entry in header.items()
-    }
+    data = memoryview(content)[start:]
+    return {name: _tensor(data, **entry) for name, entry in header.items()}
   except (ValueError, KeyError, TypeError, AttributeError) as error:
     raise UserError(f"{path}: no safetensors file ({error})") from None
 
 
 def _tensor(
-  data: bytes, dtype: str, shape: list[int], data_offsets: list[int]
+  data: memoryview, dtype: str, shape: list[int], data_offsets: list[int]
 ) -> np.ndarray:
   start, end = data_offsets
   kind = np.dtype(_DTYPES[dtype])

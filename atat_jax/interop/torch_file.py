@@ -63,13 +63,9 @@ class _Tensor(NamedTuple):
   strides: tuple[int, ...]
 
 
-class _Rebuild:
-  """Stands for a function of `torch._utils`. Immutable: pickles set attributes."""
-
-  __slots__ = ()
-
-
-class _RebuildTensor(_Rebuild):
+# Instances without attributes stand for functions: a pickle may set attributes
+# of whatever it can name.
+class _RebuildTensor:
   __slots__ = ()
 
   def __call__(
@@ -78,7 +74,7 @@ class _RebuildTensor(_Rebuild):
     return _Tensor(storage, offset, shape, strides)
 
 
-class _RebuildParameter(_Rebuild):
+class _RebuildParameter:
   __slots__ = ()
 
   def __call__(self, tensor: Any, *_: Any) -> Any:
@@ -122,11 +118,13 @@ def _array(
   last = tensor.offset + sum((n - 1) * stride for n, stride in steps)
   if math.prod(tensor.shape) and last >= storage.size:
     raise ValueError(f"element {last} of {storage.size}")
-  strides = [stride * storage.itemsize for stride in tensor.strides]
-  view = np.lib.stride_tricks.as_strided(
-    storage[tensor.offset :], tensor.shape, strides
+  # A view: a file can make a tensor of any size from one number.
+  return np.lib.stride_tricks.as_strided(
+    storage[tensor.offset :],
+    tensor.shape,
+    [stride * storage.itemsize for stride in tensor.strides],
+    writeable=False,
   )
-  return view.copy()
 
 
 def _arrays(tree: Any, read: Callable[[_Storage], np.ndarray]) -> Any:

@@ -75,10 +75,10 @@ def read_state_dict(path: pathlib.Path | str) -> dict[str, np.ndarray]:
 
 
 def _to_flax(x: np.ndarray, leaf: str) -> np.ndarray:
-  """[F, C, k, k] to [k, k, C, F], [F, C] to [C, F], float32."""
+  """[F, C, k, k] to [k, k, C, F], [F, C] to [C, F]."""
   if leaf == "kernel" and x.ndim in (2, 4):
-    x = x.T if x.ndim == 2 else x.transpose(2, 3, 1, 0)
-  return x.astype(np.float32)
+    return x.T if x.ndim == 2 else x.transpose(2, 3, 1, 0)
+  return x
 
 
 def load_torch(
@@ -123,7 +123,7 @@ def load_torch(
     if x.shape != leaf.shape:
       misshapen.append(f"{name} {x.shape}, not {leaf.shape}")
       return leaf
-    return jnp.asarray(x)
+    return jnp.asarray(x, jnp.float32)
 
   variables = jax.tree_util.tree_map_with_path(take, expected)
   left = [name for name in tensors if not _UNUSED.fullmatch(name)]

@@ -50,6 +50,18 @@ def _create(spec: dict[str, Any]) -> nn.Module:
   return models.create(spec["name"], **fields)
 
 
+def _items(state: TrainState) -> dict[str, Any]:
+  """What Orbax stores by itself, by name."""
+  items = {
+    "params": state.params,
+    "batch_stats": state.batch_stats,
+    "opt_state": state.opt_state,
+    "run": {name: getattr(state, name) for name in _RUN_FIELDS},
+  }
+  # Orbax stores no empty item: a network without BatchNorm has no statistics.
+  return {name: tree for name, tree in items.items() if tree}
+
+
 def _directory(workdir: pathlib.Path | str) -> pathlib.Path:
   return pathlib.Path(workdir).absolute() / "checkpoints"
 
@@ -135,16 +147,12 @@ class Checkpointer(contextlib.AbstractContextManager[Any]):
       accuracy: On the validation split; None: not measured, never the best.
       details: Further metrics, kept with the checkpoint.
     """
-    save = ocp.args.StandardSave
+    items = {
+      name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()
+    }
     self._manager.save(
       step,
-      args=ocp.args.Composite(
-        params=save(state.params),
-        batch_stats=save(state.batch_stats),
-        opt_state=save(state.opt_state),
-        run=save({name: getattr(state, name) for name in _RUN_FIELDS}),
-        model=ocp.args.JsonSave(self._spec),
-      ),
+      args=ocp.args.Composite(**items, model=ocp.args.JsonSave(self._spec)),
       metrics=None
       if accuracy is None
       else {METRIC: accuracy, **(details or {})},
@@ -170,22 +178,17 @@ class Checkpointer(contextlib.AbstractContextManager[Any]):
     )["model"]
     _check_same_model(found, self._spec, self._manager.directory)
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-    restore = ocp.args.StandardRestore
     items = self._manager.restore(
       step,
       args=ocp.args.Composite(
-        params=restore(abstract.params),
-        batch_stats=restore(abstract.batch_stats),
-        opt_state=restore(abstract.opt_state),
-        run=restore({name: getattr(abstract, name) for name in _RUN_FIELDS}),
+        **{
+          name: ocp.args.StandardRestore(tree)
+          for name, tree in _items(abstract).items()
+        }
       ),
     )
-    return state.replace(
-      params=items["params"],
-      batch_stats=items["batch_stats"],
-      opt_state=items["opt_state"],
-      **items["run"],
-    )
+    fields = {name: items[name] for name in _items(abstract)}
+    return state.replace(**fields.pop("run"), **fields)
 
 
 def _check_same_model(
@@ -262,7 +265,8 @@ def restore_model(
     expected: A `model_spec` that the network must have; None: any.
 
   Returns:
-    The module, and {"params", "batch_stats"} on the default device.
+    The module, and {"params", "batch_stats"} on the default device; the latter
+    only where the network has BatchNorm.
 
   Raises:
     UserError: No such checkpoint, or of another network than `expected`.
@@ -288,9 +292,9 @@ def restore_model(
       step,
       args=ocp.args.Composite(
         **{
-          name: ocp.args.StandardRestore(abstract[name])
-          for name in ("params", "batch_stats")
+          name: ocp.args.StandardRestore(tree)
+          for name, tree in abstract.items()
         }
       ),
     )
-  return model, {name: items[name] for name in ("params", "batch_stats")}
+  return model, {name: items[name] for name in abstract}

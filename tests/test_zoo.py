@@ -35,14 +35,14 @@ USUAL = dict(
 )
 # Every kind of unit and of transition, sizes that cannot be confused.
 SMALL = {
-  "vgg16": dict(stage_sizes=(1, 2, 1), stage_channels=(4, 6, 5), hidden=9),
+  "vgg16": dict(stage_sizes=(1, 2), stage_channels=(4, 6), hidden=9),
   "vgg16_bn": dict(stage_sizes=(2, 1), stage_channels=(4, 6), hidden=9),
-  "resnet18": dict(stage_sizes=(2, 1, 2), base_channels=6),
+  "resnet18": dict(stage_sizes=(2, 1), base_channels=6),
   "resnet50": dict(stage_sizes=(2, 1), base_channels=4),
   "densenet121": dict(
-    stage_sizes=(2, 1, 2), growth=5, bottleneck=3, base_channels=6
+    stage_sizes=(2, 1), growth=5, bottleneck=3, base_channels=6
   ),
-  "preact_resnet18": dict(stage_sizes=(2, 1, 2), base_channels=6),
+  "preact_resnet18": dict(stage_sizes=(2, 1), base_channels=6),
   "wide_resnet": dict(depth=16, width=2, stem_channels=4, **USUAL),
 }
 # The published numbers of parameters, with 1000 classes (torchvision).

@@ -86,7 +86,7 @@ def get_config(method: str = "atat") -> ConfigDict:
         "batch_norm_momentum": 0.9,
         "batch_norm_epsilon": 1e-3,
         "dtype": "float32",  # bfloat16 on accelerators
-        # Of wide_resnet; the other networks do not have these fields.
+        # Of wide_resnet alone; another network ignores them.
         "depth": 32,  # 6n + 2 or 6n + 4
         "width": 10,
         "activation": "leaky_relu",  # relu, silu

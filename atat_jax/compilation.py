@@ -22,8 +22,11 @@ _ONCE = {"xla_backend_optimization_level": 0}
 
 
 def _known(options: dict[str, Any]) -> bool:
+  def probe(x: jax.Array) -> jax.Array:
+    return x + 1
+
   try:
-    jax.jit(lambda x: x + 1, compiler_options=options).lower(0).compile()
+    jax.jit(probe, compiler_options=options).lower(0).compile()
   except jax.errors.JaxRuntimeError:  # "No such compile option"
     return False
   return True

@@ -54,7 +54,8 @@ class Case:
     num_devices: Devices that share the batch.
     steps_per_dispatch: Train steps in one call.
     size: Height and width of the images.
-    options: Other fields of the objective, of the model (`model.<field>`).
+    options: Other fields of the objective, of the model (`model.<field>`), of
+      `Options` (`train.<field>`).
   """
 
   model: str
@@ -92,17 +93,21 @@ class Ours:
 
     from atat_jax import objectives, optim, sharding, state, steps
     from atat_jax.data.base import Split
+    from atat_jax.options import Options
 
     if case.num_devices > jax.device_count():
       raise UserError(
         f"devices: {case.num_devices}; allowed: up to {jax.device_count()}"
       )
     fields = dict(case.options)
-    of_model = {
-      key.removeprefix("model."): fields.pop(key)
-      for key in list(fields)
-      if key.startswith("model.")
-    }
+    of_model, of_train = (
+      {
+        key.removeprefix(section): fields.pop(key)
+        for key in list(fields)
+        if key.startswith(section)
+      }
+      for section in ("model.", "train.")
+    )
     self.case = case
     self.model = setting.wide_resnet(
       case.model, dtype=jnp.dtype(case.dtype), **of_model
@@ -137,14 +142,24 @@ class Ours:
       ),
     )
     step = steps.make_train_step(
-      self.model, self.objective, optimizer, mesh=mesh
+      self.model,
+      self.objective,
+      optimizer,
+      mesh=mesh,
+      num_classes=10,
+      options=Options(**of_train),
     )
     indices = np.arange(count, dtype=np.int32)
-    self._rest = (
+    self._rest: tuple[Any, ...] = (
       sharding.put_replicated(mesh, self.teacher),
       sharding.put_replicated(mesh, Split(self.pixels, self.labels)),
-      sharding.put_batch(mesh, indices),
     )
+    if case.steps_per_dispatch == 1:
+      self._rest += (sharding.put_batch(mesh, indices),)
+    else:
+      rows = indices.reshape(case.steps_per_dispatch, -1)
+      rows = sharding.put_batch(mesh, rows, axis=1)
+      self._rest += (rows, None, np.int32(case.steps_per_dispatch))
     began = time.perf_counter()
     lowered = step.lower(self._state, *self._rest)
     self.seconds_lowering = time.perf_counter() - began
@@ -288,7 +303,7 @@ def gradient_difference(ours: Ours) -> float:
   import jax
   import torch
 
-  from atat_jax import compilation
+  from atat_jax import compilation, objectives
   from benchmarks import torch_step
   from benchmarks.torch_wide_resnet import TorchWideResNet
 
@@ -299,16 +314,18 @@ def gradient_difference(ours: Ours) -> float:
   def run(
     variables: Any, teacher: Any, images: Any, labels: Any
   ) -> tuple[Any, Any]:
+    batch = objectives.make_batch(images, labels, 10)
     prepared = ours.objective.prepare(
-      jax.random.key(3), ours.model, variables, teacher, images, labels
+      jax.random.key(3), ours.model, variables, teacher, batch
     )
 
     def mean(params: Any) -> Any:
       return ours.objective.loss(
-        ours.model, {**variables, "params": params}, prepared, images, labels
+        ours.model, {**variables, "params": params}, prepared, batch
       ).total.mean()
 
-    return jax.grad(mean)(variables["params"]), prepared.images_adv
+    gradient = jax.grad(mean)(variables["params"])
+    return gradient, prepared.attacked.images_adv
 
   gradient, images_adv = compilation.jit(run)(
     ours.variables, ours.teacher, images, labels
@@ -353,13 +370,16 @@ def peak(dtype: str, num_devices: int) -> float | None:
   return None
 
 
-def measure(case: Case, *, peer: str, repeats: int) -> dict[str, Any]:
+def measure(
+  case: Case, *, peer: str, repeats: int, compile_only: bool = False
+) -> dict[str, Any]:
   """Measures a case.
 
   Args:
     case: What.
     peer: Of `PEERS`.
     repeats: Timed runs of each side.
+    compile_only: Whether to run nothing.
 
   Returns:
     Plain values.
@@ -371,6 +391,9 @@ def measure(case: Case, *, peer: str, repeats: int) -> dict[str, Any]:
     "seconds_lowering": ours.seconds_lowering,
     "seconds_compiling": ours.seconds_compiling,
   }
+  row["flops"], row["memory"] = ours.flops(), ours.memory()
+  if compile_only:
+    return row
   sides: list[Callable[[], None]] = [ours]
   if peer != "none":
     if case.method == "atat" and case.dtype == "float32":
@@ -383,11 +406,10 @@ def measure(case: Case, *, peer: str, repeats: int) -> dict[str, Any]:
   row |= timing.summary(timing.run_in_turn(sides, repeats=repeats))
   count = case.batch_size * case.steps_per_dispatch
   row["images_per_second"] = count / row["seconds"]
-  row["flops"] = ours.flops()
   row["flops_per_second"] = row["flops"]["step"] / row["seconds"]
   best = peak(case.dtype, case.num_devices)
   row["mfu"] = None if best is None else row["flops_per_second"] / best
-  row["memory"] = ours.memory()
+  row["memory"] = ours.memory()  # now with the peak
   return row
 
 
@@ -417,7 +439,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
   ]
   lines = []
   for row in rows:
-    mfu = "-" if row["mfu"] is None else f"{100 * row['mfu']:.1f}"
+    best = row.get("mfu")
+    mfu = "-" if best is None else f"{100 * best:.1f}"
     compiling = row["seconds_lowering"] + row["seconds_compiling"]
     beside = ["-"] * 4
     if "ratio" in row:
@@ -427,14 +450,21 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         f"{row['ratio']:.2f}",
         f"{row['ratio_spread']:.2f}",
       ]
-    lines.append(
-      [
-        row["name"],
+    ran = ["-"] * 3
+    rate = "-"
+    if "seconds" in row:
+      ran = [
         f"{1e3 * row['seconds']:.0f}",
         f"{1e3 * row['spread']:.0f}",
         f"{row['images_per_second']:.0f}",
+      ]
+      rate = f"{row['flops_per_second'] / 1e12:.3f}"
+    lines.append(
+      [
+        row["name"],
+        *ran,
         f"{row['flops']['step'] / 1e12:.3f}",
-        f"{row['flops_per_second'] / 1e12:.3f}",
+        rate,
         mfu,
         _gigabytes(row["memory"]),
         f"{compiling:.1f}",
@@ -463,6 +493,7 @@ def parser() -> argparse.ArgumentParser:
   add("--size", type=whole, default=32, help="height and width of the images")
   add("--peer", default="none", choices=PEERS, help="PyTorch beside it")
   add("--repeats", type=whole, default=7)
+  add("--compile_only", action="store_true", help="compile, run nothing")
   add("--threads", type=whole, help="cores of both; default: all allowed")
   add("--out", type=pathlib.Path, help="JSON file for all of it")
   return made
@@ -495,7 +526,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows: list[dict[str, Any]] = []
     for case in cases(args):
       say(case.name)
-      rows.append(measure(case, peer=args.peer, repeats=args.repeats))
+      rows.append(
+        measure(
+          case,
+          peer=args.peer,
+          repeats=args.repeats,
+          compile_only=args.compile_only,
+        )
+      )
       say(timing.line(rows[-1]))
       if args.out is not None:
         setting.write(args.out, found, rows)

@@ -57,6 +57,8 @@ def summary(times: Sequence[Sequence[float]]) -> dict[str, Any]:
 
 def line(row: dict[str, Any]) -> str:
   """One measurement, in a few words."""
+  if "seconds" not in row:
+    return f"{row['name']}: compiled in {row['seconds_compiling']:.1f} s"
   text = f"{row['name']}: {1e3 * row['seconds']:.1f} ms"
   if "ratio" in row:
     text += (

@@ -1,0 +1,187 @@
+"""How the train step's time grows: with attack steps, batch, depth, width, devices.
+
+  python -m benchmarks.scaling --out=benchmarks/results/scaling_cpu.json
+
+One axis at a time from a base case; for each a line fitted by least squares,
+time = constant + slope * work, with the share of the constant at the base and
+how far the worst point is from the line.
+"""
+
+import argparse
+import dataclasses
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from atat_jax.errors import UserError
+from benchmarks import setting, step
+from benchmarks.setting import say, whole
+
+BASE = step.Case("wrn-10-1")
+SMOKE = step.Case("wrn-8-1", batch_size=4, num_steps=1, size=8)
+VALUES: dict[str, tuple[int, ...]] = {
+  "num_steps": (1, 2, 4, 7, 14, 28),
+  "batch_size": (8, 16, 32, 64, 128),
+  "depth": (10, 16, 22, 28),
+  "width": (1, 2, 3, 4),
+  "num_devices": (1, 2),
+}
+
+
+def case(base: step.Case, axis: str, value: int) -> step.Case:
+  """The base case with one number changed."""
+  if axis in ("depth", "width"):
+    _, depth, width = base.model.split("-")
+    numbers = {"depth": depth, "width": width, axis: value}
+    return dataclasses.replace(
+      base, model=f"wrn-{numbers['depth']}-{numbers['width']}"
+    )
+  return dataclasses.replace(base, **{axis: value})
+
+
+def fit(work: Sequence[float], seconds: Sequence[float]) -> dict[str, float]:
+  """Fits seconds = constant + slope * work.
+
+  Args:
+    work: Of each point, at least two different ones.
+    seconds: Its time.
+
+  Returns:
+    "constant", "slope", and "worst": the largest |fit - seconds| / seconds.
+  """
+  # Weighted by 1 / time: the short ones count as much as the long ones.
+  times = np.asarray(seconds, np.float64)
+  columns = np.stack([np.ones(len(work)), np.asarray(work, np.float64)], 1)
+  (constant, slope), *_ = np.linalg.lstsq(
+    columns / times[:, None], np.ones(len(times))
+  )
+  errors = np.abs(columns @ [constant, slope] - times) / times
+  return {
+    "constant": float(constant),
+    "slope": float(slope),
+    "worst": float(errors.max()),
+  }
+
+
+def measure(
+  base: step.Case, axis: str, values: Sequence[int], repeats: int
+) -> dict[str, Any]:
+  """A curve along one axis."""
+  rows = []
+  for value in values:
+    rows.append(
+      step.measure(case(base, axis, value), peer="none", repeats=repeats)
+    )
+    say(f"{axis} {value}: {1e3 * rows[-1]['seconds']:.1f} ms")
+  found: dict[str, Any] = {
+    "name": axis,
+    "values": list(values),
+    "seconds": [row["seconds"] for row in rows],
+    "flops": [row["flops"]["step"] for row in rows],
+    "compiling": [
+      row["seconds_lowering"] + row["seconds_compiling"] for row in rows
+    ],
+  }
+  if axis != "num_devices":
+    found["fit"] = fit(found["flops"], found["seconds"])
+    here = found["seconds"][list(values).index(_value(base, axis))]
+    found["constant_share"] = found["fit"]["constant"] / here
+  return found
+
+
+def _value(base: step.Case, axis: str) -> int:
+  _, depth, width = base.model.split("-")
+  numbers = dataclasses.asdict(base) | {"depth": depth, "width": width}
+  return int(numbers[axis])
+
+
+def table(curves: Sequence[dict[str, Any]]) -> str:
+  """A Markdown table, a row a point."""
+  from benchmarks.comparison import markdown
+
+  rows = []
+  for curve in curves:
+    for value, seconds, flops, compiling in zip(
+      curve["values"],
+      curve["seconds"],
+      curve["flops"],
+      curve["compiling"],
+      strict=True,
+    ):
+      line = curve.get("fit")
+      fitted = line and line["constant"] + line["slope"] * flops
+      rows.append(
+        [
+          curve["name"],
+          str(value),
+          f"{1e3 * seconds:.1f}",
+          "-" if line is None else f"{1e3 * fitted:.1f}",
+          f"{flops / 1e9:.2f}",
+          f"{flops / seconds / 1e9:.0f}",
+          f"{compiling:.1f}",
+        ]
+      )
+  header = [
+    "axis",
+    "value",
+    "ms",
+    "line (ms)",
+    "GFLOP",
+    "GFLOP/s",
+    "compile (s)",
+  ]
+  return markdown(header, rows)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+  """Runs the command."""
+  made = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  add = made.add_argument
+  add("--axis", nargs="+", choices=VALUES, default=list(VALUES))
+  add("--values", nargs="+", type=whole, help="of the one axis; default: ours")
+  add("--repeats", type=whole, default=5)
+  add("--smoke", action="store_true", help="a tiny base case")
+  add("--threads", type=whole, help="cores; default: all allowed")
+  add("--out", type=pathlib.Path, help="JSON file for all of it")
+  args = made.parse_args(argv)
+  try:
+    if args.values and len(args.axis) > 1:
+      raise UserError("values: given for several axes; allowed: with one")
+    import jax
+
+    if "num_devices" in args.axis:  # CPU devices share the cores
+      jax.config.update("jax_num_cpu_devices", max(VALUES["num_devices"]))
+    cores = setting.start(args.threads, cache=False, torch=False)
+    found = setting.describe(cores)
+    base = SMOKE if args.smoke else BASE
+    curves: list[dict[str, Any]] = []
+    for axis in args.axis:
+      values = args.values or VALUES[axis]
+      values = sorted({*values, _value(base, axis)})
+      if axis == "num_devices":
+        values = [v for v in values if v <= jax.device_count()]
+      curves.append(measure(base, axis, values, args.repeats))
+      if args.out is not None:
+        setting.write(args.out, found, curves)
+  except UserError as error:
+    sys.exit(f"error: {error}")
+  print(f"\n{table(curves)}\n")
+  for curve in curves:
+    if "fit" in curve:
+      print(
+        f"{curve['name']}: constant part {1e3 * curve['fit']['constant']:.1f} ms"
+        f" ({100 * curve['constant_share']:.0f} % of the base case), slope"
+        f" {1e12 * curve['fit']['slope']:.1f} ms / GFLOP, furthest from the line"
+        f" {100 * curve['fit']['worst']:.0f} %"
+      )
+  if args.out is not None:
+    print(f"\nresults: {args.out}")
+
+
+if __name__ == "__main__":
+  main()

@@ -111,7 +111,7 @@ def make_statistics_pass(
     batch = inputs.assemble(
       key,
       state.step,
-      *inputs.gather(data, indices, extra),
+      *inputs.gather(data, indices, extra, mesh),
       num_classes=num_classes,
       padding=padding,
       flip=flip,

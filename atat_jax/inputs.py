@@ -1,9 +1,10 @@
 """From pixels at rest to the batch that an objective is given."""
 
+import jax
 import jax.numpy as jnp
 import optax
 
-from atat_jax import rng
+from atat_jax import rng, sharding
 from atat_jax.data import augment, mixing
 from atat_jax.data.base import Split
 from atat_jax.objectives import Batch, make_batch
@@ -12,7 +13,7 @@ from atat_jax.typing import Array
 
 
 def gather(
-  data: Split, indices: Array, extra: Split | None
+  data: Split, indices: Array, extra: Split | None, mesh: jax.sharding.Mesh
 ) -> tuple[Array, Array]:
   """The images of a batch: those of the resident data, then extra ones.
 
@@ -20,6 +21,7 @@ def gather(
     data: The training split, on the device.
     indices: int32 [M].
     extra: E further images, or None.
+    mesh: The devices.
 
   Returns:
     uint8 [M + E, H, W, C] and int32 [M + E].
@@ -27,9 +29,14 @@ def gather(
   images, labels = (jnp.asarray(x)[indices] for x in data)
   if extra is None:
     return images, labels
-  return (
-    jnp.concatenate([images, extra.images]),
-    jnp.concatenate([labels, extra.labels]),
+  # Neither part need divide by the devices, and what all of them hold whole
+  # they would also all compute.
+  return jax.lax.with_sharding_constraint(
+    (
+      jnp.concatenate([images, extra.images]),
+      jnp.concatenate([labels, extra.labels]),
+    ),
+    sharding.batch_sharding(mesh, len(labels) + len(extra.labels)),
   )
 
 

@@ -100,7 +100,7 @@ def make_train_step(
       whole = inputs.assemble(
         state.rng,
         state.step,
-        *inputs.gather(data, indices, extra),
+        *inputs.gather(data, indices, extra, mesh),
         num_classes=num_classes,
         padding=padding,
         flip=flip,

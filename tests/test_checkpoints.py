@@ -39,7 +39,7 @@ def spec(model):
 def make_state(model, make_variables):
   """A seed to a train state with nothing at its initial value."""
 
-  def make(seed, mesh=None):
+  def make(seed, mesh=None, averages=False):
     images = jnp.zeros((1, *IMAGE_SHAPE))
     made = state.create(
       model,
@@ -49,6 +49,7 @@ def make_state(model, make_variables):
       metric_names=("loss", "accuracy_clean"),
       term_names=("cross_entropy", "gradient"),
       initial=make_variables(model, images, seed),
+      averages=averages,
     )
     generator = np.random.default_rng(seed)
 
@@ -61,6 +62,7 @@ def make_state(model, make_variables):
       step=jnp.int32(seed),
       opt_state=jax.tree.map(fill, made.opt_state),
       sums=jax.tree.map(fill, made.sums),
+      ema=jax.tree.map(fill, made.ema),
       nonfinite={"cross_entropy": jnp.int32(7), "gradient": jnp.int32(9)},
     )
     return made if mesh is None else sharding.put_replicated(mesh, made)
@@ -178,6 +180,34 @@ def test_a_state_comes_back_whole(tmp_path, spec, make_state):
   save(tmp_path, spec, [(4, saved, 0.5)])
   with checkpoints.Checkpointer(tmp_path, spec) as checkpointer:
     assert_equal(checkpointer.restore(make_state(1), 4), saved)
+
+
+def test_averaged_weights_are_what_is_evaluated(tmp_path, spec, make_state):
+  """Beside the others, from which training goes on."""
+  saved = make_state(4, averages=True)
+  save(tmp_path, spec, [(4, saved, 0.5)])
+  with checkpoints.Checkpointer(tmp_path, spec) as checkpointer:
+    assert_equal(checkpointer.restore(make_state(1, averages=True), 4), saved)
+  _, variables = checkpoints.restore_model(tmp_path)
+  assert_equal(variables, saved.ema)
+  assert_equal(variables, state.evaluated(saved))
+  _, variables = checkpoints.restore_model(tmp_path, averaged=False)
+  assert_equal(variables, state.variables(saved))
+
+
+@pytest.mark.parametrize("averages", [False, True])
+def test_an_average_is_neither_invented_nor_dropped(
+  tmp_path, spec, make_state, averages
+):
+  saved = make_state(4, averages=averages)
+  save(tmp_path, spec, [(4, saved, 0.5)])
+  wanted = make_state(1, averages=not averages)
+  with checkpoints.Checkpointer(tmp_path, spec) as checkpointer:
+    with pytest.raises(UserError, match="ema_decay, swa_start") as error:
+      checkpointer.restore(wanted, 4)
+  message = str(error.value)
+  assert len(message.splitlines()) == 1 and str(tmp_path) in message
+  assert ("has no such" in message) == (not averages)
 
 
 def test_items_lie_apart(tmp_path, spec, make_state):

@@ -8,7 +8,7 @@ import pytest
 import tiny
 from ml_collections import ConfigDict
 
-from atat_jax import config, models, objectives
+from atat_jax import config, models, objectives, options
 from atat_jax.errors import UserError
 
 NAMES = sorted(
@@ -259,6 +259,18 @@ BAD = [
   ("train__momentum", 1.0, ["train.momentum"]),
   ("train__weight_decay", -1.0, ["train.weight_decay"]),
   ("train__log_every_steps", 0, ["train.log_every_steps"]),
+  ("train__clip_norm", -1.0, ["train.clip_norm"]),
+  ("train__accumulate_steps", 3, ["train.accumulate_steps", "128"]),
+  ("teacher__label_smoothing", 1.0, ["teacher.label_smoothing"]),
+  ("train__epsilon_warmup", 1.0, ["train.epsilon_warmup", "share"]),
+  ("train__awp_gamma", math.nan, ["train.awp_gamma"]),
+  ("train__awp_start", -0.5, ["train.awp_start", "share"]),
+  ("train__ema_decay", 1.0, ["train.ema_decay"]),
+  ("teacher__swa_start", 2.0, ["teacher.swa_start", "share"]),
+  ("train__statistics_batches", -1, ["train.statistics_batches"]),
+  ("data__mix", "cutout", ["data.mix", "mixup", "cutmix"]),
+  ("data__mix_alpha", 0.0, ["data.mix_alpha"]),
+  ("data__extra_fraction", 1.0, ["data.extra_fraction"]),
   ("train__validate_every_epochs", 0.0, ["train.validate_every_epochs"]),
   ("evaluation__validation_attack", "cw", ["attack", "pgd<steps>"]),
   ("evaluation__attacks", "pgd", ["attack", "pgd<steps>"]),
@@ -310,11 +322,45 @@ def test_a_bad_value_is_named(field, value, named):
     ({"seed": 2**64}, "seed"),
     ({"evaluation__seed": 2**64}, "seed"),
     ({"evaluation__batch_norm": ()}, "batch_norm"),
+    ({"train__swa_start": 0.5}, r"train\.statistics_batches"),
+    ({"train__swa_start": 0.5, "train__ema_decay": 0.9}, r"train\.ema_decay"),
+    ({"data__extra": "x.npz", "data__extra_fraction": 0.001}, "batch_size"),
   ],
 )
 def test_a_bad_value_is_refused_before_any_work(fields, named):
   with pytest.raises(UserError, match=named):
     config.make_plan(tiny.config(**fields))
+
+
+def test_shares_of_the_run_become_steps():
+  shares = {
+    "train__awp_start": 0.1,
+    "train__swa_start": 0.75,
+    "train__statistics_batches": 7,
+    "teacher__epsilon_warmup": 0.25,
+    "teacher__ema_decay": 0.99,
+    "data__mix": "mixup",
+  }
+  made = tiny.config(**shares)
+  student = config.make_options(made, "train", 40)
+  assert (student.awp_start, student.swa_start) == (4, 30)
+  assert (student.statistics_batches, student.epsilon_warmup) == (7, 0)
+  teacher = config.make_options(made, "teacher", 40)
+  assert (teacher.epsilon_warmup, teacher.ema_decay) == (10, 0.99)
+  assert student.mix == teacher.mix == "mixup"
+  # A start in a run too short for it is not "never".
+  assert config.make_options(made, "train", 1).swa_start == 1
+
+
+def test_options_are_off_by_default():
+  for section in ("train", "teacher"):
+    assert config.make_options(tiny.config(), section, 100) == options.OFF
+    assert config.num_extra(tiny.config(), section) == 0
+
+
+def test_extra_images_in_a_batch():
+  made = tiny.config(data__extra="x.npz", data__extra_fraction=0.7)
+  assert config.num_extra(made, "train") == round(0.7 * 128)
 
 
 def test_a_running_attack_cannot_move_statistics():

@@ -226,3 +226,38 @@ def test_bad_optimizers_are_named():
     optim.make_optimizer(lambda step: 0.1, momentum=1.0)
   with pytest.raises(UserError, match="weight_decay: -1; allowed: >= 0"):
     optim.make_optimizer(lambda step: 0.1, weight_decay=-1)
+
+
+@pytest.mark.parametrize("length", [0.5, 2.0, 40.0])
+def test_the_losss_gradient_is_clipped_before_the_penalty_joins(length):
+  """By hand; at a norm of 2 nothing happens below it, all above."""
+  generator = np.random.default_rng(0)
+  params = {
+    name: {"kernel": jnp.asarray(generator.normal(size=(3, 2)), jnp.float32)}
+    for name in "ab"
+  }
+  direction = generator.normal(size=(2, 3, 2))
+  direction *= length / np.linalg.norm(direction.ravel())
+  gradient = {
+    name: {"kernel": jnp.asarray(g, jnp.float32)}
+    for name, g in zip("ab", direction, strict=True)
+  }
+  optimizer = optim.make_optimizer(
+    lambda step: 0.1, weight_decay=0.5, clip_norm=2.0
+  )
+  updates, _ = optimizer.update(gradient, optimizer.init(params), params)
+  for name, g in zip("ab", direction, strict=True):
+    clipped = g * min(1, 2.0 / length)
+    expected = -0.1 * (clipped + 0.5 * np.asarray(params[name]["kernel"]))
+    np.testing.assert_allclose(updates[name]["kernel"], expected, rtol=1e-5)
+
+
+def test_without_clipping_the_optimizers_state_is_what_it_was():
+  params = {"kernel": jnp.ones(3)}
+  states = [
+    jax.tree.structure(
+      optim.make_optimizer(lambda step: 0.1, **options).init(params)
+    )
+    for options in ({}, {"clip_norm": 0.0}, {"clip_norm": 1.0})
+  ]
+  assert states[0] == states[1] != states[2]

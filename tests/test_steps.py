@@ -7,6 +7,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from atat_jax import (
@@ -286,6 +287,71 @@ def test_a_profile_tells_the_parts_of_a_step(run):
   ).as_text(debug_info=True)
   for scope in ("augmentation", "attack", "teacher", "student", "update"):
     assert f"/{scope}/" in text or f"({scope})/" in text, scope
+
+
+def test_what_is_off_leaves_the_step_as_it_was(run, small):
+  """The step before there were options, bit for bit."""
+  model, _, _, _ = small
+  objective = objectives.create(
+    "atat", lambda1=0.7, lambda2=0.3, epsilon=0.1, step_size=0.04, num_steps=3
+  )
+  optimizer = optim.make_optimizer(
+    optim.make_schedule(
+      "piecewise", learning_rate=RATE, total_steps=9, boundaries=(1,)
+    ),
+    weight_decay=0.01,
+  )
+
+  @functools.partial(jit, out_shardings=sharding.replicated(run.mesh))
+  def plain(current, teacher, data, indices):
+    images = augment.pad_crop_flip(
+      rng.stream(current.rng, "augmentation", current.step),
+      data.images[indices],
+      padding=1,
+      flip=True,
+    )
+    batch = objectives.make_batch(
+      augment.to_float(images), data.labels[indices], 3
+    )
+    prepared = objective.prepare(
+      rng.stream(current.rng, "attack", current.step),
+      model,
+      state.variables(current),
+      teacher,
+      batch,
+    )
+
+    def mean_loss(params):
+      outcome = objective.loss(
+        model,
+        {"params": params, "batch_stats": current.batch_stats},
+        prepared,
+        batch,
+      )
+      return outcome.total.mean(), outcome
+
+    gradient, outcome = jax.grad(mean_loss, has_aux=True)(current.params)
+    updates, opt_state = optimizer.update(
+      gradient, current.opt_state, current.params
+    )
+    return current.replace(
+      step=current.step + 1,
+      params=optax.apply_updates(current.params, updates),
+      batch_stats=outcome.batch_stats,
+      opt_state=opt_state,
+    )
+
+  expected = run.start()
+  for indices in INDICES:
+    expected = plain(expected, run.teacher, run.data, run.put(indices))
+  found = _train(run)
+  assert found.ema is None
+  for name in ("params", "batch_stats", "opt_state"):
+    jax.tree.map(
+      np.testing.assert_array_equal,
+      getattr(found, name),
+      getattr(expected, name),
+    )
 
 
 def test_metric_and_term_names(run):

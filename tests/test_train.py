@@ -17,9 +17,11 @@ import tiny
 from atat_jax import (
   checkpoints,
   config,
+  evaluation,
   objectives,
   sharding,
   state,
+  steps,
   tracing,
   train,
 )
@@ -32,11 +34,11 @@ pytest_plugins = ("tiny",)
 ITEMS = ("params", "batch_stats", "opt_state", "run")
 
 
-def stored(directory, step):
+def stored(directory, step, items=ITEMS):
   """A checkpoint as Orbax alone reads it, by item and path."""
   found = {}
   with ocp.StandardCheckpointer() as checkpointer:
-    for item in ITEMS:
+    for item in items:
       path = directory.absolute() / "checkpoints" / str(step) / item
       leaves = jax.tree_util.tree_leaves_with_path(checkpointer.restore(path))
       for where, leaf in leaves:
@@ -46,12 +48,12 @@ def stored(directory, step):
   return found
 
 
-def assert_same_run(directory, expected, step):
+def assert_same_run(directory, expected, step, items=ITEMS):
   """Bit-equal checkpoints and, but for the clock, equal metrics."""
-  a, b = stored(directory, step), stored(expected, step)
+  a, b = stored(directory, step, items), stored(expected, step, items)
   assert set(a) == set(b)
-  assert {item for item in ITEMS if any(k.startswith(item) for k in a)} == {
-    *ITEMS
+  assert {item for item in items if any(k.startswith(item) for k in a)} == {
+    *items
   }
   for name in a:
     assert a[name].dtype == b[name].dtype, name
@@ -384,3 +386,99 @@ def test_every_method_trains_and_is_evaluated(method, tmp_path):
   assert train_lines[-1]["loss"] < train_lines[0]["loss"]
   assert ("accuracy_clean" in train_lines[0]) == (method != "at")
   assert (tmp_path / "report.html").exists()
+
+
+OPTIONS = {
+  "train__num_epochs": 1,
+  "train__schedule": "constant",
+  "train__accumulate_steps": 2,
+  "train__label_smoothing": 0.1,
+  "data__mix": "cutmix",
+  "data__extra_fraction": 0.25,
+}
+
+
+@pytest.fixture
+def validations(monkeypatch):
+  """Variables of each network that was validated, instead of accuracies."""
+  found = []
+
+  def accuracy(key, classifier, data, **kwargs):
+    found.append(jax.tree.map(np.array, jax.tree.leaves(classifier)))
+    return float(np.abs(found[-1][0].sum())) % 1  # a function of the weights
+
+  monkeypatch.setattr(evaluation, "accuracy", accuracy)
+  return found
+
+
+def of_item(found, item):
+  return {
+    name.removeprefix(f"{item}['params']").removeprefix(item): leaf
+    for name, leaf in found.items()
+    if name.startswith(item) and "batch_stats" not in name
+  }
+
+
+@pytest.mark.parametrize(
+  "average",
+  [
+    {"train__ema_decay": 0.9},
+    {"train__swa_start": 0.4, "train__statistics_batches": 3},
+  ],
+  ids=["ema", "swa"],
+)
+def test_resumed_with_averages_and_extra_images_it_ends_the_same(
+  tmp_path, validations, average
+):
+  generator = np.random.default_rng(0)
+  np.savez(
+    tmp_path / "extra.npz",
+    image=generator.integers(0, 256, (50, 8, 8, 1), np.uint8),
+    label=generator.integers(0, 10, 50),
+  )
+  made = tiny.config(
+    "standard", **OPTIONS, **average, data__extra=str(tmp_path / "extra.npz")
+  )
+  whole, parts = tmp_path / "whole", tmp_path / "parts"
+  tiny.run(whole, "train", made)
+  first = list(validations)
+  with (
+    tiny.signal_before(8, made.seed),
+    pytest.raises(Interrupted),
+  ):
+    tiny.run(parts, "train", made)
+  # What was saved in between is not the trained weights either.
+  _, averaged = checkpoints.restore_model(parts, which="last")
+  _, trained = checkpoints.restore_model(parts, which="last", averaged=False)
+  for item in ("params", "batch_stats"):
+    assert not np.array_equal(
+      *(jax.tree.leaves(v[item])[-1] for v in (averaged, trained))
+    )
+  tiny.run(parts, "train", made)
+  assert_same_run(parts, whole, tiny.STEPS_PER_EPOCH, (*ITEMS, "ema"))
+
+  # Validated, selected and restored are the averaged weights.
+  items = stored(whole, tiny.STEPS_PER_EPOCH, (*ITEMS, "ema"))
+  raw, kept = of_item(items, "params"), of_item(items, "ema")
+  assert set(raw) == set(kept)
+  assert all(not np.array_equal(raw[name], kept[name]) for name in raw)
+  _, restored = checkpoints.restore_model(whole, which="last")
+  validated = {leaf.tobytes() for leaf in first[-1]}
+  for leaf in jax.tree.leaves(restored):
+    assert np.asarray(leaf).tobytes() in validated
+  for name, leaf in kept.items():
+    assert leaf.tobytes() in validated, name
+    assert raw[name].tobytes() not in validated, name
+
+
+def test_too_few_extra_images_are_told_before_training(tmp_path, monkeypatch):
+  np.savez(
+    tmp_path / "x.npz",
+    image=np.zeros((9, 8, 8, 1), np.uint8),
+    label=np.zeros(9, np.int32),
+  )
+  made = tiny.config("standard", data__extra=str(tmp_path / "x.npz"))
+  monkeypatch.delattr(steps, "make_train_step")
+  with pytest.raises(UserError, match=r"extra_fraction: 90 .* 9 in .*x\.npz"):
+    tiny.run(tmp_path / "run", "train", made)
+  assert not (tmp_path / "run").exists()

@@ -89,7 +89,7 @@ def _read_shard(path: pathlib.Path, spec: DatasetSpec) -> Split:
       images = np.load(path, mmap_mode="r", allow_pickle=False)
       labels = np.load(other, allow_pickle=False)
     else:
-      with np.load(path, allow_pickle=False) as arrays:
+      with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
         missing = {"image", "label"} - set(arrays.files)
         if missing:
           raise UserError(

@@ -107,6 +107,9 @@ def make_plan(config: ConfigDict) -> Plan:
   if fields.get("normalization") == "dataset":
     fields |= {"mean": spec.mean, "std": spec.std}
   checks.choice("model.dtype", fields["dtype"], ("float32", "bfloat16"))
+  # Fields that only another network has say nothing of this one.
+  known = models.field_names(name)
+  fields = {key: value for key, value in fields.items() if key in known}
   model = models.create(name, num_classes=spec.num_classes, **fields)
   checks.choice("method", config.method, objectives.OBJECTIVES)
   with _section("objective"):

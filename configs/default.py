@@ -242,19 +242,24 @@ def get_config(
         "extra_fraction": 0.7,  # of every batch, where there are any
       },
       "model": {
+        # wide_resnet, preact_resnet18, vgg16, vgg16_bn, resnet18, resnet50,
+        # densenet121
         "name": "wide_resnet",
+        # Of every network. (PreActResNets are usually trained with `dataset`
+        # and 1e-5.)
+        "normalization": "per_image",  # dataset (mean and std), none
+        "batch_norm_momentum": 0.9,
+        "batch_norm_epsilon": 1e-3,
+        "dtype": "float32",  # bfloat16 on accelerators
+        # Of wide_resnet alone; another network ignores them.
         "depth": 32,  # 6n + 2 or 6n + 4
         "width": 10,
         "activation": "leaky_relu",  # relu, silu
         "negative_slope": 0.1,  # of the leaky ReLU
         "shortcut": "pad",  # the paper's; conv: the usual WRN-28-10, 34-10
-        "normalization": "per_image",  # dataset (mean and std), none
         "strides": (1, 2, 2),  # of the stages
         "stem_channels": 16,
         "padding": "same",  # TensorFlow's; symmetric: PyTorch's
-        "batch_norm_momentum": 0.9,
-        "batch_norm_epsilon": 1e-3,
-        "dtype": "float32",  # bfloat16 on accelerators
       },
       "objective": dict(METHODS[method]),
       "train": training(),

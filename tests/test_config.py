@@ -196,6 +196,22 @@ def test_unknown_choices_are_refused(name, choice, message):
   assert str(error.value).startswith(message)
 
 
+@pytest.mark.parametrize("name", models.MODELS)
+def test_a_network_takes_the_fields_that_it_has(name):
+  made = tiny.load_config("cifar100", "standard")
+  made.model.update(name=name, normalization="dataset", batch_norm_epsilon=1e-5)
+  plan = config.make_plan(made)
+  assert type(plan.model) is models.MODELS[name]
+  assert plan.model.num_classes == 100
+  assert plan.model.mean == plan.spec.mean
+  assert plan.model.batch_norm_epsilon == 1e-5
+  # The others keep what the network says: a ResNet is not made 32 deep.
+  others = models.create(name)
+  for field in set(models.field_names(name)) - set(made.model):
+    if field not in ("num_classes", "mean", "std"):
+      assert getattr(plan.model, field) == getattr(others, field), field
+
+
 def test_dataset_normalization_takes_the_data_sets_numbers():
   made = tiny.load_config("cifar10", "standard")
   made.model.normalization = "dataset"

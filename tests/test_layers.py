@@ -15,7 +15,8 @@ LAYERS = (
   "errors typing interrupts writers",  # 0
   "rng checks compilation sharding metrics tracing",
   "batch_norm",
-  "losses attention optim data models interop",  # 1
+  "losses attention optim data models",  # 1
+  "interop",
   "attacks",  # 2
   "options",
   "state objectives",  # 3

@@ -13,7 +13,15 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from atat_jax import attention, objectives, optim, sharding, state, steps
+from atat_jax import (
+  attention,
+  objectives,
+  optim,
+  options,
+  sharding,
+  state,
+  steps,
+)
 from atat_jax.attacks import projected_gradient
 from atat_jax.data.base import Split
 from atat_jax.errors import UserError
@@ -526,3 +534,67 @@ def test_an_objective_is_one_class_and_one_line(small, monkeypatch):
   }
   total, term = np.asarray(sums["loss"]), np.asarray(sums["cross_entropy"])
   np.testing.assert_allclose(total, term * [2, 1], rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", objectives.OBJECTIVES)
+def test_every_objective_goes_with_every_option_and_on_eight_devices(
+  name, small, eight_devices
+):
+  objective = _create(name)
+  model, variables, images, _ = small
+  optimizer = optim.make_optimizer(lambda step: 0.1)
+  generator = np.random.default_rng(6)
+  data = Split(
+    generator.integers(0, 256, (32, *images.shape[1:]), dtype=np.uint8),
+    generator.integers(0, 3, 32).astype(np.int32),
+  )
+
+  def train(devices, **fields):
+    mesh = sharding.make_mesh(devices)
+    chosen = options.Options(**fields)
+    current = state.create(
+      model,
+      optimizer,
+      KEY,
+      images[:1],
+      metric_names=steps.metric_names(objective),
+      term_names=steps.term_names(objective),
+      initial=variables,
+      averages=chosen.averages,
+    )
+    step = steps.make_train_step(
+      model,
+      objective,
+      optimizer,
+      mesh=mesh,
+      num_classes=3,
+      options=chosen,
+    )
+    current, teacher, split = sharding.put_replicated(
+      mesh, (current, variables if objective.needs_teacher else None, data)
+    )
+    for indices in np.arange(32, dtype=np.int32).reshape(2, 16):
+      batch = sharding.put_batch(mesh, indices)
+      current = step(current, teacher, split, batch)
+    assert all(first == state.NEVER for first in current.nonfinite.values())
+    return current
+
+  one, eight = train(eight_devices[:1]), train(eight_devices)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4),
+    (eight.params, eight.batch_stats),
+    (one.params, one.batch_stats),
+  )
+  everything = train(
+    eight_devices[:1],
+    awp_gamma=0.01,
+    ema_decay=0.9,
+    label_smoothing=0.1,
+    epsilon_warmup=3,
+    accumulate_steps=2,
+    mix="cutmix",
+  )
+  for leaf in jax.tree.leaves((everything.params, everything.ema)):
+    assert np.isfinite(leaf).all()
+  assert everything.sums["loss"][1] == 32

@@ -15,7 +15,8 @@ dictionary and draws a second positive from the whole data set. Here both are of
 the batch, so that the step stays a function of its batch and embeds nothing
 twice: the dictionary has B - 1 images at most and batch statistics. An image
 that is the only one of its class in the batch is its own second positive; in a
-batch of one class there is no triplet. That code also adds uniform noise to the
+batch of one class there is no triplet. (Where gradients are accumulated, the
+batch is its part.) That code also adds uniform noise to the
 first positive; here it is the clean image.
 """
 

@@ -31,7 +31,9 @@ def read(path: pathlib.Path) -> dict[str, Any]:
   return found
 
 
-def draw(path: pathlib.Path) -> list[pathlib.Path]:
+def draw(
+  path: pathlib.Path, directory: pathlib.Path | None = None
+) -> list[pathlib.Path]:
   """Draws a panel for each protocol, with a line for each method.
 
   Filled circles are running statistics, hollow squares batch statistics,
@@ -39,41 +41,45 @@ def draw(path: pathlib.Path) -> list[pathlib.Path]:
 
   Args:
     path: A `comparison.json`.
+    directory: Where to; None: beside the file.
 
   Returns:
-    Paths of `<its stem>_<data set>.png` beside it.
+    Paths of `<stem of the file>_<data set>.png`.
   """
+  directory = path.parent if directory is None else directory
   rows = read(path)["rows"]
   return [
     _draw(
       [row for row in rows if row["dataset"] == dataset],
       f"{dataset}: accuracy by method",
-      path.with_name(f"{path.stem}_{dataset}.png"),
+      directory / f"{path.stem}_{dataset}.png",
     )
     for dataset in dict.fromkeys(row["dataset"] for row in rows)
   ]
 
 
 def draw_batch_statistics(
-  path: pathlib.Path, attack: str, target: pathlib.Path
-) -> pathlib.Path:
-  """Draws what batch statistics change under one attack.
+  path: pathlib.Path, attack: str, directory: pathlib.Path
+) -> list[pathlib.Path]:
+  """Draws what batch statistics change under one attack, as `draw` does.
 
   Args:
-    path: A `comparison.json` of one data set.
+    path: A `comparison.json`.
     attack: Name of the attack.
-    target: The PNG to write.
+    directory: Where to.
 
   Returns:
-    `target`.
-
-  Raises:
-    UserError: The comparison has no such attack.
+    Paths of `batch_statistics_<data set>.png`.
   """
   rows = [row for row in read(path)["rows"] if row["attack"] == attack]
-  if not rows:
-    raise UserError(f"attack: {attack!r} is not in {path}")
-  return _draw(rows, "what batch statistics change", target)
+  return [
+    _draw(
+      [row for row in rows if row["dataset"] == dataset],
+      f"{dataset}: what batch statistics change",
+      directory / f"batch_statistics_{dataset}.png",
+    )
+    for dataset in dict.fromkeys(row["dataset"] for row in rows)
+  ]
 
 
 def _draw(

@@ -61,22 +61,35 @@ def methods_in_order() -> list[str]:
   return list(dict.fromkeys([*known, *objectives.OBJECTIVES]))
 
 
-def parser() -> argparse.ArgumentParser:
-  """The flags."""
-  flags = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
-  flags.add_argument("--workdir", type=pathlib.Path, required=True)
+def add_config_flags(flags: argparse.ArgumentParser) -> None:
+  """The flags that say what is trained."""
   flags.add_argument(
     "--config", type=pathlib.Path, default=ROOT / "configs/digits.py"
   )
-  flags.add_argument("--seeds", type=_integers, default=[0, 1, 2])
   flags.add_argument(
     "--methods",
     type=lambda text: text.split(","),
     default=methods_in_order(),
     help="standard is always among them; default: all",
   )
+  flags.add_argument(
+    "--set",
+    action="append",
+    default=[],
+    metavar="FIELD=VALUE",
+    help="another value of a field of the configuration, for all methods that"
+    " have it, e.g. train.num_epochs=1",
+  )
+
+
+def parser() -> argparse.ArgumentParser:
+  """The flags."""
+  flags = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  flags.add_argument("--workdir", type=pathlib.Path, required=True)
+  flags.add_argument("--seeds", type=_integers, default=[0, 1, 2])
+  add_config_flags(flags)
   flags.add_argument(
     "--attacks",
     default="nominal,fgsm,ifgsm20,pgd20",
@@ -92,14 +105,6 @@ def parser() -> argparse.ArgumentParser:
     type=int,
     default=0,
     help="first so many test images for those; 0: all",
-  )
-  flags.add_argument(
-    "--set",
-    action="append",
-    default=[],
-    metavar="FIELD=VALUE",
-    help="another value of a field of the configuration, for all methods that"
-    " have it, e.g. train.num_epochs=1",
   )
   return flags
 

@@ -1,10 +1,11 @@
 """Writes the measured parts of docs/reproduction.md from a comparison.
 
-  python benchmarks/reproduction.py docs/results/methods.json
+  python benchmarks/reproduction.py runs/methods/comparison.json
 
-replaces what stands between the markers `<!-- generated: NAME -->` and
-`<!-- end -->`, and draws the figures into docs/figures. All else on the page is
-written by hand. Without the file the parts say that nothing was measured.
+copies the comparison to docs/results/methods.json, replaces what stands on the
+page between the markers `<!-- generated: NAME -->` and `<!-- end -->`, and draws
+the figures into docs/figures. Without an argument the copy is read again. All
+else on the page is written by hand. What was not measured is said to be so.
 """
 
 import argparse
@@ -18,11 +19,13 @@ from atat_jax import comparison
 from atat_jax.comparison import layout
 from atat_jax.errors import UserError
 from atat_jax.figures import comparison as pictures
+from atat_jax.figures import files
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "reproduction.md"
 RESULTS = ROOT / "docs" / "results" / "methods.json"
 FIGURES = ROOT / "docs" / "figures"
+COSTS = "costs.json"
 ATTACK = "pgd20"  # the paper's headline
 
 _PART = re.compile(
@@ -36,7 +39,8 @@ def generate(page: str, results: pathlib.Path) -> str:
 
   Args:
     page: Markdown with markers.
-    results: A `comparison.json`; it need not exist.
+    results: A `comparison.json`; it need not exist. Nor need `costs.json`
+      beside it, which `benchmarks/costs.py` writes.
 
   Returns:
     The new text.
@@ -45,12 +49,14 @@ def generate(page: str, results: pathlib.Path) -> str:
     UserError: A marker with an unknown name, results that cannot be read.
   """
   found = pictures.read(results) if results.exists() else None
+  costs = files.read_json(results.with_name(COSTS))
 
   def part(match: re.Match[str]) -> str:
     name = match["name"]
     if name not in PARTS:
       raise UserError(f"generated: {name!r}; allowed: {', '.join(PARTS)}")
-    text = _NOT_MEASURED if found is None else PARTS[name](found)
+    measured = costs if name == "costs" else found
+    text = None if measured is None else PARTS[name](measured)
     return f"{match[1]}{text or _NOT_MEASURED}\n{match[3]}"
 
   return _PART.sub(part, page)
@@ -130,10 +136,13 @@ def _percent(row: dict[str, Any]) -> str:
 
 
 def _costs(found: dict[str, Any]) -> str:
-  shown = layout.costs(found)
-  if shown is None:
-    return ""
-  return "\n\n".join([layout.table_as_markdown(shown), *shown.notes])
+  from benchmarks import costs as step_costs
+
+  return (
+    f"Batches of {found['batch_size']} images; commit `{found['commit']}`,"
+    f" {found['date']}, devices: {', '.join(found['devices'])}.\n\n"
+    + step_costs.as_markdown(found["rows"])
+  )
 
 
 def _training(found: dict[str, Any]) -> str:
@@ -170,18 +179,22 @@ def main(argv: Sequence[str] | None = None) -> None:
   flags = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  flags.add_argument("results", nargs="?", type=pathlib.Path, default=RESULTS)
+  flags.add_argument("comparison", nargs="?", type=pathlib.Path)
   args = flags.parse_args(argv)
-  text = generate(PAGE.read_text(encoding="utf-8"), args.results)
-  PAGE.write_text(text, encoding="utf-8")
+  if args.comparison is not None:
+    pictures.read(args.comparison)  # refuses what is none
+    files.write_atomically(RESULTS, args.comparison.read_bytes())
+  text = generate(PAGE.read_text(encoding="utf-8"), RESULTS)
+  files.write_atomically(PAGE, text.encode())
   sys.stdout.write(f"page: {PAGE}\n")
-  if args.results.exists():
-    drawn = pictures.draw_batch_statistics(args.results, ATTACK, FIGURES)
-    for path in [*pictures.draw(args.results, FIGURES), *drawn]:
+  if RESULTS.exists():
+    drawn = pictures.draw_batch_statistics(RESULTS, ATTACK, FIGURES)
+    for path in [*pictures.draw(RESULTS, FIGURES), *drawn]:
       sys.stdout.write(f"figure: {path}\n")
 
 
 if __name__ == "__main__":
+  sys.path.insert(0, str(ROOT))  # for the other scripts
   try:
     main()
   except UserError as error:

@@ -510,8 +510,9 @@ def test_the_page_says_what_was_measured(reproduction):
   assert reproduction.generate(text, reproduction.RESULTS) == text
   markers = re.findall(r"<!-- generated: (\w+) -->", text)
   assert sorted(markers) == sorted(reproduction.PARTS)
-  measured = reproduction.RESULTS.exists()
-  assert text.count("Not measured yet.") == (0 if measured else len(markers))
+  missing = 0 if reproduction.RESULTS.exists() else len(markers) - 1
+  missing += not reproduction.RESULTS.with_name("costs.json").exists()
+  assert text.count("Not measured yet.") == missing
   for name in re.findall(r"\(figures/(\w+\.png)\)", text):
     assert (reproduction.FIGURES / name).exists()
 
@@ -533,6 +534,26 @@ def test_measured_parts_come_from_the_comparison(reproduction, made, tmp_path):
   assert nothing.count("Not measured yet.") == 2 and "40.50" not in nothing
   with pytest.raises(UserError, match="generated: 'x'; allowed: accuracies"):
     reproduction.generate("<!-- generated: x -->\n<!-- end -->", made[2])
+
+
+def test_costs_are_relative_to_at(monkeypatch):
+  monkeypatch.syspath_prepend(ROOT)
+  costs = importlib.import_module("benchmarks.costs")
+  rows = [
+    {
+      "method": method,
+      "seconds_per_step": seconds,
+      "memory_bytes": mib * 2**20,
+      "compile_seconds": 3.0,
+    }
+    for method, seconds, mib in (("standard", 0.02, 10), ("at", 0.08, 40))
+  ]
+  line, last = costs.as_markdown(rows).splitlines()[2:]
+  assert (
+    line.split() == "| standard | 20.0 | 0.25 | 10.0 | 0.25 | 3.0 |".split()
+  )
+  assert last.split() == "| at | 80.0 | 1.00 | 40.0 | 1.00 | 3.0 |".split()
+  assert costs.as_markdown(rows[:1]).count(" – |") == 2
 
 
 # --- The command that makes all runs -----------------------------------------
@@ -662,3 +683,26 @@ def test_all_runs_then_nothing_is_left_to_do(methods, tmp_path, monkeypatch):
   methods.main(flags)
   with pytest.raises(AssertionError, match="run again"):
     methods.main([*flags, "--attacks=nominal,fgsm,ifgsm2"])
+
+
+@pytest.mark.slow
+def test_costs_of_a_step_are_measured(monkeypatch, tmp_path, capsys):
+  monkeypatch.syspath_prepend(ROOT)
+  costs = importlib.import_module("benchmarks.costs")
+  original = costs.steps.make_train_step
+  out = tmp_path / "costs.json"
+  costs.main(
+    [
+      "--methods=standard",
+      "--set=train.batch_size=256",
+      "--set=model.width=1",
+      f"--out={out}",
+    ]
+  )
+  (found,) = json.loads(out.read_text())["rows"]
+  assert found["method"] == "standard" and found["num_steps"] == 2 * 4 - 1
+  assert 0 < found["seconds_per_step"] < found["compile_seconds"]
+  # At least the activations of the first stage: 16 channels of 8 x 8.
+  assert found["memory_bytes"] > 256 * 8 * 8 * 16 * 4
+  assert "| standard |" in capsys.readouterr().out
+  assert costs.steps.make_train_step is original

@@ -19,7 +19,6 @@ the whole.
 import argparse
 import ast
 import importlib.util
-import json
 import pathlib
 import sys
 import time
@@ -32,6 +31,7 @@ from atat_jax import objectives, pipeline, report, runtime
 from atat_jax.comparison import METHODS
 from atat_jax.config import as_json, make_plan
 from atat_jax.errors import UserError
+from atat_jax.figures import files
 from atat_jax.interrupts import Interrupted
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -191,11 +191,8 @@ def make_runs(args: argparse.Namespace) -> list[Run]:
 
 def is_finished(run: Run) -> bool:
   """Whether `results.json` has every row of the very same configuration."""
-  path = run.workdir / "results.json"
-  if not path.exists():
-    return False
-  results = json.loads(path.read_text(encoding="utf-8"))
-  if results["run"]["config"] != as_json(run.configs[-1]):
+  results = files.read_results(run.workdir)
+  if results is None or results["run"]["config"] != as_json(run.configs[-1]):
     return False
   model = "student" if run.configs[-1].teacher_workdir else run.method
   found = {

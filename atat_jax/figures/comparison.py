@@ -93,7 +93,9 @@ def _draw(
   down = math.ceil(len(panels) / across)
   with style.context():
     fig = style.new_figure(
-      1.4 + 2.6 * across, 0.9 + down * (0.75 + 0.27 * len(methods)), pad=0.06
+      max(5.2, 1.4 + 2.6 * across),
+      0.9 + down * (0.75 + 0.27 * len(methods)),
+      pad=0.06,
     )
     grid = fig.subplots(down, across, sharex=True, sharey=True, squeeze=False)
     for ax in grid.flat[len(panels) :]:

@@ -681,8 +681,9 @@ def test_all_runs_then_nothing_is_left_to_do(methods, tmp_path, monkeypatch):
 
   monkeypatch.setattr(methods.pipeline, "run", fail)
   methods.main(flags)
-  with pytest.raises(AssertionError, match="run again"):
-    methods.main([*flags, "--attacks=nominal,fgsm,ifgsm2"])
+  for more in ("--attacks=nominal,fgsm,ifgsm2", "--running_examples=30"):
+    with pytest.raises(AssertionError, match="run again"):
+      methods.main([*flags, more])
 
 
 @pytest.mark.slow

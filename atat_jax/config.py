@@ -24,6 +24,7 @@ from atat_jax import (
   models,
   objectives,
   optim,
+  training_fields,
   writers,
 )
 from atat_jax.data import mixing
@@ -31,25 +32,6 @@ from atat_jax.data.base import DatasetSpec
 from atat_jax.errors import UserError
 from atat_jax.evaluation import Protocol
 from atat_jax.options import Options
-
-# Fields that a workdir's training does not depend on.
-_FREE = (
-  "evaluation",
-  "figures",
-  "data.dir",
-  "data.cache_dir",
-  "data.source",
-  "profile_steps",
-  "train.steps_per_dispatch",
-  "teacher.steps_per_dispatch",
-)
-# ... but checkpoints are chosen by these.
-_BOUND = (
-  "evaluation.validation_attack",
-  "evaluation.norm",
-  "evaluation.epsilon",
-  "evaluation.step_size",
-)
 
 
 class Plan(NamedTuple):
@@ -290,23 +272,6 @@ def as_json(config: ConfigDict) -> dict[str, Any]:
   return json.loads(json.dumps(config.to_dict()))
 
 
-def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-  if isinstance(tree, dict):
-    for key, value in tree.items():
-      yield from _leaves(value, f"{path}.{key}" if path else key)
-  else:
-    yield path, tree
-
-
-def _bound(tree: dict[str, Any]) -> dict[str, Any]:
-  return {
-    path: value
-    for path, value in _leaves(tree)
-    if path in _BOUND
-    or not any(path == f or path.startswith(f + ".") for f in _FREE)
-  }
-
-
 def check_workdir(config: ConfigDict, workdir: pathlib.Path) -> None:
   """Checks that a run in `workdir` is of the same training. Writes nothing.
 
@@ -321,10 +286,10 @@ def check_workdir(config: ConfigDict, workdir: pathlib.Path) -> None:
   if not path.exists():
     return
   try:
-    found = _bound(json.loads(path.read_text(encoding="utf-8")))
+    found = training_fields.of(json.loads(path.read_text(encoding="utf-8")))
   except json.JSONDecodeError as error:
     raise UserError(f"{path}: not JSON ({error})") from None
-  for field, value in _bound(as_json(config)).items():
+  for field, value in training_fields.of(as_json(config)).items():
     if found.get(field) != value:
       raise UserError(
         f"config.{field}: {value!r}, but {workdir} holds a run with"

@@ -39,7 +39,7 @@ _log = logging.getLogger(__name__)
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
   """The commit of this source tree, None outside a git checkout."""
   try:
     return subprocess.run(
@@ -57,7 +57,7 @@ def _run_record(plan: Plan, steps: dict[str, int]) -> dict[str, Any]:
   return {
     "config": as_json(plan.config),
     "command": " ".join(["python", *sys.argv]),
-    "commit": _commit(),
+    "commit": commit(),
     "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     "devices": [device.device_kind for device in jax.devices()],
     "cpus": os.cpu_count(),

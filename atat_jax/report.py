@@ -1,119 +1,23 @@
 """The report: one page that says what a run is worth, and how that is known.
 
-Reads the files of a working directory; needs no model and no JAX.
+  python -m atat_jax.report runs/at runs/atat --out comparison
+
+makes one page of several finished runs. Reads the files of working
+directories; needs no model and no JAX.
 """
 
-import base64
-import html
+import argparse
 import json
 import math
 import os
 import pathlib
+import sys
+from collections.abc import Sequence
 from typing import Any
 
-from atat_jax import figures
+from atat_jax import comparison, figures, page
 from atat_jax.errors import UserError
 from atat_jax.figures import files, table
-
-# Nothing may be fetched: the page must read the same in ten years.
-_CONTENT_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-
-_STYLE = """
-:root {
-  color-scheme: light dark;
-  --text: #1d2329; --soft: #57606a; --page: #ffffff; --panel: #f5f7f9;
-  --line: #d5dbe1; --accent: #0072b2; --warn: #a84300; --warn-panel: #fff3e8;
-}
-@media (prefers-color-scheme: dark) {
-  :root {
-    --text: #e4e8ec; --soft: #a3adb8; --page: #14181c; --panel: #1e242a;
-    --line: #39424b; --accent: #6cb8e6; --warn: #ffa263; --warn-panel: #33241a;
-  }
-}
-* { box-sizing: border-box; }
-body {
-  margin: 0 auto; max-width: 62rem; padding: 1.5rem 1rem 4rem;
-  color: var(--text); background: var(--page);
-  font: 1rem/1.55 system-ui, sans-serif; overflow-wrap: break-word;
-}
-h1 { font-size: 1.7rem; line-height: 1.2; margin: 0.5rem 0 0.25rem; }
-h2 {
-  font-size: 1.2rem; margin: 2.5rem 0 0.75rem; padding-bottom: 0.25rem;
-  border-bottom: 1px solid var(--line); break-after: avoid;
-}
-.soft, figcaption, .delta { color: var(--soft); }
-.soft, figcaption { font-size: 0.9rem; }
-.verdict {
-  margin: 1.25rem 0; padding: 1rem 1.25rem; font-size: 1.08rem;
-  background: var(--panel); border-left: 0.3rem solid var(--accent);
-}
-.scroll { overflow-x: auto; }
-table { border-collapse: separate; border-spacing: 0; width: 100%; }
-th, td { padding: 0.4rem 0.6rem; text-align: right; vertical-align: top; }
-td { font-variant-numeric: tabular-nums; white-space: nowrap; }
-thead th { border-bottom: 2px solid var(--line); }
-tbody tr + tr > * { border-top: 1px solid var(--line); }
-th:first-child {
-  text-align: left; position: sticky; left: 0; background: var(--page);
-}
-tbody th { font-weight: normal; }
-tbody th.group { padding-top: 1rem; font-weight: 600; }
-.group span {
-  display: inline-block; position: sticky; left: 0.6rem;
-  max-width: calc(100vw - 3.5rem); white-space: normal;
-}
-tbody.running td { font-weight: 600; }
-tbody.batch, tbody.batch th { background: var(--warn-panel); }
-tbody.batch td, tbody.batch th { font-style: italic; }
-tbody.batch th.group, .flag strong { color: var(--warn); }
-.delta { display: block; font-size: 0.8rem; }
-dl { margin: 0; }
-dt { font-weight: 600; margin-top: 0.75rem; }
-dd { margin: 0; }
-.checks { list-style: none; padding: 0; margin: 0; }
-.checks li {
-  padding: 0.6rem 0.9rem; margin-bottom: 0.5rem; break-inside: avoid;
-  background: var(--panel); border-left: 0.3rem solid var(--line);
-}
-.checks .flag {
-  background: var(--warn-panel); border-left-color: var(--warn);
-}
-figure { margin: 1rem 0; }
-.pictures {
-  display: grid; gap: 0.75rem; justify-content: center;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr));
-}
-img {
-  display: block; width: 100%; max-width: 40rem; margin: 0 auto;
-  padding: 0.4rem; background: #fff; border: 1px solid var(--line);
-  border-radius: 0.3rem; break-inside: avoid;
-}
-figcaption { margin-top: 0.6rem; }
-pre {
-  padding: 0.75rem 1rem; background: var(--panel); overflow-x: auto;
-  white-space: pre-wrap; overflow-wrap: anywhere; font-size: 0.85rem;
-}
-summary { cursor: pointer; }
-@media (max-width: 32rem) {
-  th, td { padding: 0.35rem 0.35rem; font-size: 0.88rem; }
-  .group span { left: 0.35rem; }
-  .verdict { font-size: 1rem; padding: 0.75rem 1rem; }
-}
-@media print {
-  :root {
-    color-scheme: light;
-    --text: #000; --soft: #444; --page: #fff; --panel: #f5f7f9;
-    --line: #c5cbd1; --accent: #0072b2; --warn: #a84300;
-    --warn-panel: #fff3e8;
-  }
-  body { max-width: none; padding: 0; font-size: 10pt; }
-  .verdict, tbody.batch, .checks li, pre { print-color-adjust: exact; }
-  .pictures { grid-template-columns: 1fr 1fr; }
-  figure > img { max-width: 26rem; }
-  details::details-content { content-visibility: visible; }
-  .verdict, tr, dd { break-inside: avoid; }
-}
-"""
 
 
 def write_report(workdir: str | os.PathLike[str]) -> pathlib.Path:
@@ -148,9 +52,9 @@ def write_report(workdir: str | os.PathLike[str]) -> pathlib.Path:
   title = _title(config, rows)
   date = run.get("date")
   body = [
-    f"<h1>{_escape(title)}</h1>",
-    f"<p class='soft'>Evaluated {_escape(date)}</p>" if date else "",
-    f"<p class='verdict'>{_escape(verdict(results))}</p>",
+    f"<h1>{page.escape(title)}</h1>",
+    f"<p class='soft'>Evaluated {page.escape(date)}</p>" if date else "",
+    f"<p class='verdict'>{page.escape(verdict(results))}</p>",
     _results_section(rows, _named(pictures, "robustness")),
     _protocol_section(rows),
     _diagnostics_section(results.get("diagnostics", {})),
@@ -158,39 +62,59 @@ def write_report(workdir: str | os.PathLike[str]) -> pathlib.Path:
     _attention_section(workdir, _named(pictures, "attention")),
     _run_section(run, config),
   ]
-  page = "\n".join(
-    [
-      "<!DOCTYPE html>",
-      "<html lang='en'>",
-      "<head>",
-      "<meta charset='utf-8'>",
-      "<meta name='viewport' content='width=device-width, initial-scale=1'>",
-      "<meta http-equiv='Content-Security-Policy' "
-      f'content="{_CONTENT_POLICY}">',
-      f"<title>{_escape(title)}</title>",
-      f"<style>{_STYLE}</style>",
-      "</head>",
-      "<body>",
-      *filter(None, body),
-      "</body>",
-      "</html>",
-      "",
-    ]
+  text = page.document(title, body)
+  return files.write_atomically(workdir / "report.html", text.encode())
+
+
+def write_comparison(
+  workdirs: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]
+) -> list[pathlib.Path]:
+  """Merges finished runs into one page, one Markdown text, one JSON file.
+
+  Args:
+    workdirs: Directories of finished runs.
+    out: Where to, without a suffix, e.g. "runs/comparison".
+
+  Returns:
+    Paths of `<out>.html`, `<out>.md` and `<out>.json`; the pictures of the page
+    are `<out>_<data set>.png`.
+
+  Raises:
+    UserError: A directory without results, by name; a run given twice.
+  """
+  found = comparison.compare(workdirs)
+  out = pathlib.Path(out)
+  path = out.with_name(f"{out.name}.json")
+  text = json.dumps(found, indent=1, allow_nan=False) + "\n"
+  files.write_atomically(path, text.encode())
+  pictures = figures.draw_comparison(path)
+  caption = (
+    "Mean over training seeds; a bar is one standard error to either side."
   )
-  return files.write_atomically(workdir / "report.html", page.encode())
+  pages = {
+    ".html": comparison.as_html(found, page.figure(pictures, caption)),
+    ".md": comparison.as_markdown(found),
+  }
+  return [
+    *(
+      files.write_atomically(out.with_name(out.name + suffix), text.encode())
+      for suffix, text in pages.items()
+    ),
+    path,
+  ]
 
 
 def is_old(workdir: pathlib.Path) -> bool:
   """Whether there is no page yet, or something that it shows is newer."""
-  page = workdir / "report.html"
+  report = workdir / "report.html"
   shown = (
     "results.json",
     "attention.npz",
     "metrics.jsonl",
     "teacher/metrics.jsonl",
   )
-  return not page.exists() or any(
-    path.stat().st_mtime > page.stat().st_mtime
+  return not report.exists() or any(
+    path.stat().st_mtime > report.stat().st_mtime
     for path in (workdir / name for name in shown)
     if path.exists()
   )
@@ -214,18 +138,7 @@ def results_table(results: dict[str, Any]) -> str:
       _percent(column.accuracy(model, batch_norm)) for column in columns
     ]
     lines.append([f"{model}, {table.BATCH_NORM_NAMES[batch_norm]}", *numbers])
-  widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
-  rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-  text = [
-    "| "
-    + " | ".join(
-      [cells[0].ljust(widths[0])]
-      + [c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True)]
-    )
-    + " |"
-    for cells in [lines[0], rule, *lines[1:]]
-  ]
-  text.append("")
+  text = [table.markdown(lines), ""]
   text += [f"{c.label}: {table.protocol(c)}" for c in columns]
   if any(batch_norm == "batch" for _, batch_norm in table.series(rows)):
     text.append(f"batch statistics: {table.BATCH_WARNING}")
@@ -357,10 +270,6 @@ def _confidence(accuracy: float, count: int) -> tuple[float, float]:
   return max(0.0, center - half), min(1.0, center + half)
 
 
-def _escape(value: object) -> str:
-  return html.escape(str(value))
-
-
 def _percent(accuracy: float | None) -> str:
   return "–" if accuracy is None else f"{100 * accuracy:.2f}"
 
@@ -382,19 +291,6 @@ def _named(paths: list[pathlib.Path], prefix: str) -> list[pathlib.Path]:
   return [path for path in paths if path.stem.split("_")[0] == prefix]
 
 
-def _figure(paths: list[pathlib.Path], caption: str) -> str:
-  """Pictures, inside the page, with one caption (plain text)."""
-  images = "\n".join(
-    f"<img alt='{_escape(path.stem.replace('_', ' '))}' "
-    "src='data:image/png;base64,"
-    f"{base64.b64encode(path.read_bytes()).decode()}'>"
-    for path in paths
-  )
-  if len(paths) > 1:
-    images = f"<div class='pictures'>\n{images}\n</div>"
-  return f"<figure>\n{images}\n<figcaption>{_escape(caption)}</figcaption>\n</figure>"
-
-
 def _results_section(
   rows: list[table.Row], pictures: list[pathlib.Path]
 ) -> str:
@@ -402,7 +298,9 @@ def _results_section(
     return ""
   columns = table.columns(rows)
   series = table.series(rows)
-  head = "".join(f"<th scope='col'>{_escape(c.label)}</th>" for c in columns)
+  head = "".join(
+    f"<th scope='col'>{page.escape(c.label)}</th>" for c in columns
+  )
   parts = [
     "<h2>Results</h2>",
     "<div class='scroll'>",
@@ -419,11 +317,11 @@ def _results_section(
     parts += [
       f"<tbody class='{batch_norm}'>",
       f"<tr><th class='group' colspan='{len(columns) + 1}'>"
-      f"<span>{_escape(heading)}</span></th></tr>",
+      f"<span>{page.escape(heading)}</span></th></tr>",
     ]
     for model in models:
       cells = "".join(_cell(column, model, batch_norm) for column in columns)
-      parts.append(f"<tr><th scope='row'>{_escape(model)}</th>{cells}</tr>")
+      parts.append(f"<tr><th scope='row'>{page.escape(model)}</th>{cells}</tr>")
     parts.append("</tbody>")
   parts += ["</table>", "</div>"]
   caption = "Accuracy under each attack."
@@ -437,7 +335,7 @@ def _results_section(
       "comparable with the solid ones."
     )
   if pictures:
-    parts.append(_figure(pictures, caption))
+    parts.append(page.figure(pictures, caption))
   return "\n".join(parts)
 
 
@@ -456,8 +354,8 @@ def _protocol_section(rows: list[table.Row]) -> str:
   if not columns:
     return ""
   items = "\n".join(
-    f"<dt>{_escape(column.label)}</dt>"
-    f"<dd>{_escape(table.protocol(column))}</dd>"
+    f"<dt>{page.escape(column.label)}</dt>"
+    f"<dd>{page.escape(table.protocol(column))}</dd>"
     for column in columns
   )
   return (
@@ -487,9 +385,9 @@ def _diagnostic(name: str, check: dict[str, Any]) -> str:
     mark = "– not measured"
   return (
     f"<li class='{'flag' if check['flag'] else 'pass'}'>"
-    f"<strong>{mark}: {_escape(name.replace('_', ' '))}.</strong> "
-    f"{_escape(check['message'])} "
-    f"<span class='soft'>Rule: {_escape(check['rule'])}; {measured}.</span></li>"
+    f"<strong>{mark}: {page.escape(name.replace('_', ' '))}.</strong> "
+    f"{page.escape(check['message'])} "
+    f"<span class='soft'>Rule: {page.escape(check['rule'])}; {measured}.</span></li>"
   )
 
 
@@ -500,7 +398,7 @@ def _curves_section(pictures: list[pathlib.Path]) -> str:
     "Training of teacher and student. Validation images are held out of the "
     "training set; they choose the checkpoint, the test set never does."
   )
-  return f"<h2>Training</h2>\n{_figure(pictures, caption)}"
+  return f"<h2>Training</h2>\n{page.figure(pictures, caption)}"
 
 
 def _attention_section(
@@ -515,7 +413,7 @@ def _attention_section(
     "strongly. ✓: predicted correctly, ✗ and a dashed frame: wrongly; the "
     f"percentage is the probability of the predicted class. {data.protocol}."
   )
-  return f"<h2>Attention</h2>\n{_figure(pictures, caption)}"
+  return f"<h2>Attention</h2>\n{page.figure(pictures, caption)}"
 
 
 def _run_section(run: dict[str, Any], config: dict[str, Any]) -> str:
@@ -532,7 +430,7 @@ def _run_section(run: dict[str, Any], config: dict[str, Any]) -> str:
     "Commit": commit or "not recorded",
   }
   items = "\n".join(
-    f"<dt>{name}</dt><dd>{_escape(fact)}</dd>"
+    f"<dt>{name}</dt><dd>{page.escape(fact)}</dd>"
     for name, fact in facts.items()
     if fact
   )
@@ -541,12 +439,34 @@ def _run_section(run: dict[str, Any], config: dict[str, Any]) -> str:
     steps = [f"git checkout {commit}"] if commit else []
     steps.append(run["command"])
     parts.append(
-      f"<p>To reproduce it:</p>\n<pre>{_escape(chr(10).join(steps))}</pre>"
+      f"<p>To reproduce it:</p>\n<pre>{page.escape(chr(10).join(steps))}</pre>"
     )
   if config:
     text = json.dumps(config, indent=2)
     parts.append(
       "<details><summary>Configuration</summary>\n"
-      f"<pre>{_escape(text)}</pre></details>"
+      f"<pre>{page.escape(text)}</pre></details>"
     )
   return "\n".join(parts)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+  """Compares the runs named on the command line."""
+  flags = argparse.ArgumentParser(
+    prog="python -m atat_jax.report",
+    description="Compares finished runs: one page, one Markdown table.",
+  )
+  flags.add_argument("workdirs", nargs="+", help="directories of finished runs")
+  flags.add_argument(
+    "--out", default="comparison", help="path of the files, without a suffix"
+  )
+  args = flags.parse_args(argv)
+  for path in write_comparison(args.workdirs, args.out):
+    sys.stdout.write(f"comparison: {path}\n")
+
+
+if __name__ == "__main__":
+  try:
+    main()
+  except UserError as error:
+    sys.exit(f"error: {error}")

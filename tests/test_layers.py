@@ -12,7 +12,7 @@ PACKAGE = ROOT / "atat_jax"
 # From the bottom up; the numbers are the layers of the design. A module imports
 # from rows above its own only. A new module or package must be given its place.
 LAYERS = (
-  "errors typing interrupts writers",  # 0
+  "errors typing interrupts page training_fields writers",  # 0
   "rng checks compilation sharding metrics tracing",
   "batch_norm",
   "losses attention optim data models",  # 1
@@ -24,6 +24,7 @@ LAYERS = (
   "averaging",
   "steps checkpoints evaluation",  # 4
   "figures config runtime",  # 5
+  "comparison",
   "train report",
   "evaluate",
   "pipeline",

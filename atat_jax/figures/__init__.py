@@ -31,3 +31,20 @@ def draw_all(workdir: str | os.PathLike[str]) -> list[pathlib.Path]:
     *curves.draw(workdir),
     *attention.draw(workdir),
   ]
+
+
+def draw_comparison(path: pathlib.Path) -> list[pathlib.Path]:
+  """Draws the methods of a comparison side by side.
+
+  Args:
+    path: A `comparison.json`.
+
+  Returns:
+    Paths of the PNG files, beside it, one for each data set.
+
+  Raises:
+    UserError: The file cannot be read.
+  """
+  from atat_jax.figures import comparison
+
+  return comparison.draw(path)

@@ -19,7 +19,7 @@ BATCH_NORM_NAMES = {
 BATCH_WARNING = "paper's released protocol, can overstate robustness"
 
 # Rows that agree on these stand in one column.
-_COLUMN_FIELDS = (
+COLUMN_FIELDS = (
   "attack",
   "dataset",
   "split",
@@ -33,6 +33,8 @@ _COLUMN_FIELDS = (
   "seed",
 )
 
+# The columns of the paper's Tables 1 and 2.
+_PAPER_ORDER = ("nominal", "fgsm", "ifgsm20", "pgd7", "pgd10", "pgd20")
 
 # How the numbers of a protocol are called, where an attack has them.
 _NUMBERS = {
@@ -68,21 +70,65 @@ class Column:
     return None if row is None else row["accuracy"]
 
 
-def columns(rows: list[Row]) -> list[Column]:
-  """Groups rows of `results.json` by attack and protocol, in their order."""
+def columns(
+  rows: list[Row], fields: tuple[str, ...] = COLUMN_FIELDS
+) -> list[Column]:
+  """Groups rows of `results.json` by attack and protocol, in their order.
+
+  Args:
+    rows: The rows.
+    fields: What the rows of a column agree on.
+
+  Returns:
+    The columns.
+  """
   groups: dict[tuple[Any, ...], list[Row]] = {}
   for row in rows:
-    key = tuple(row.get(field) for field in _COLUMN_FIELDS)
+    key = tuple(row.get(field) for field in fields)
     groups.setdefault(key, []).append(row)
   firsts = [group[0] for group in groups.values()]
   return [
     Column(
-      label=_label(group[0], firsts),
+      label=_label(group[0], firsts, fields),
       protocol=group[0],
       rows={(row["model"], row["batch_norm"]): row for row in group},
     )
     for group in groups.values()
   ]
+
+
+def in_paper_order(found: list[Column]) -> list[Column]:
+  """The paper's columns first, as it has them; ensembles of attacks last."""
+
+  def place(column: Column) -> int:
+    attack = column.protocol["attack"]
+    if attack in _PAPER_ORDER:
+      return _PAPER_ORDER.index(attack)
+    return len(_PAPER_ORDER) + attack.startswith("autoattack")
+
+  return sorted(found, key=place)
+
+
+def markdown(lines: list[list[str]]) -> str:
+  """An aligned Markdown table: names to the left, numbers to the right.
+
+  Args:
+    lines: The head and the rows, all of one length.
+
+  Returns:
+    The table, without a line break at its end.
+  """
+  widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
+  rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+  return "\n".join(
+    "| "
+    + " | ".join(
+      [cells[0].ljust(widths[0])]
+      + [c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True)]
+    )
+    + " |"
+    for cells in [lines[0], rule, *lines[1:]]
+  )
 
 
 def series(rows: list[Row]) -> list[tuple[str, str]]:
@@ -158,12 +204,12 @@ def _batch_norms(column: Column) -> str:
   return " and ".join(names)
 
 
-def _label(row: Row, firsts: list[Row]) -> str:
+def _label(row: Row, firsts: list[Row], fields: tuple[str, ...]) -> str:
   """The attack's name, with the fields that tell it from its namesakes."""
   namesakes = [other for other in firsts if other["attack"] == row["attack"]]
   differing = [
     field
-    for field in _COLUMN_FIELDS
+    for field in fields
     if len({other.get(field) for other in namesakes}) > 1
   ]
   marks = [f"{field}={_text(row.get(field))}" for field in differing]

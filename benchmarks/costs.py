@@ -1,0 +1,197 @@
+"""Memory and time of a training step, method by method, relative to `at`.
+
+  python benchmarks/costs.py --out=docs/results/costs.json
+
+Each method is trained for a few steps by the code that trains it always, in a
+temporary directory; its compiled step says how much memory it needs (XLA's own
+count: arguments, results and scratch space, less what is shared), and every
+step after the first is timed on its own. The methods run one after the other,
+so the machine must have nothing else to do.
+"""
+
+import argparse
+import contextlib
+import datetime
+import pathlib
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+
+from atat_jax import (
+  compilation,
+  data,
+  evaluate,
+  runtime,
+  sharding,
+  steps,
+  train,
+)
+from atat_jax.config import make_plan
+from atat_jax.errors import UserError
+from atat_jax.figures import table
+from atat_jax.writers import write_json
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+REFERENCE = "at"
+
+
+class MeasuredStep:
+  """A train step that notes what it needs.
+
+  Attributes:
+    compile_seconds: Of tracing and compiling.
+    memory_bytes: Of the compiled step, on one device.
+    seconds: Of every step after the first.
+  """
+
+  def __init__(self, step: Callable[..., Any]):
+    self._function = step.__wrapped__  # type: ignore[attr-defined]
+    self._compiled: Any = None
+    self.compile_seconds, self.memory_bytes = 0.0, 0
+    self.seconds: list[float] = []
+
+  def __call__(self, *args: Any) -> Any:
+    """Makes a step, compiling at the first."""
+    first = self._compiled is None
+    if first:
+      began = time.perf_counter()
+      self._compiled = (
+        jax.jit(
+          self._function,
+          donate_argnums=0,
+          compiler_options=compilation.compiler_options(),
+        )
+        .lower(*args)
+        .compile()
+      )
+      self.compile_seconds = time.perf_counter() - began
+      found = self._compiled.memory_analysis()
+      self.memory_bytes = (
+        found.argument_size_in_bytes
+        + found.output_size_in_bytes
+        + found.temp_size_in_bytes
+        - found.alias_size_in_bytes
+      )
+    began = time.perf_counter()
+    result = jax.block_until_ready(self._compiled(*args))
+    if not first:
+      self.seconds.append(time.perf_counter() - began)
+    return result
+
+
+@contextlib.contextmanager
+def measured() -> Iterator[list[MeasuredStep]]:
+  """Within it every train step that is made is a measured one."""
+  made: list[MeasuredStep] = []
+  original = steps.make_train_step
+
+  def make(*args: Any, **kwargs: Any) -> MeasuredStep:
+    made.append(MeasuredStep(original(*args, **kwargs)))
+    return made[-1]
+
+  steps.make_train_step = make
+  try:
+    yield made
+  finally:
+    steps.make_train_step = original
+
+
+def measure(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
+  """Trains as configured, `workdir` being empty, and says what a step took."""
+  plan = make_plan(config)
+  dataset = data.load(
+    config.data.name,
+    data_dir=config.data.dir,
+    cache_dir=config.data.cache_dir,
+    validation_size=config.data.validation_size,
+    source=config.data.source,
+  )
+  with measured() as made:
+    train.train(plan, workdir, dataset, sharding.make_mesh())
+  step = made[-1]
+  return {
+    "method": config.method,
+    "num_steps": len(step.seconds),
+    "compile_seconds": step.compile_seconds,
+    "memory_bytes": step.memory_bytes,
+    "seconds_per_step": statistics.median(step.seconds),
+  }
+
+
+def as_markdown(rows: list[dict[str, Any]]) -> str:
+  """The table; relative columns where the reference is among the rows."""
+  reference = next((r for r in rows if r["method"] == REFERENCE), None)
+
+  def relative(row: dict[str, Any], field: str) -> str:
+    return "–" if reference is None else f"{row[field] / reference[field]:.2f}"
+
+  head = [
+    "method",
+    "ms a step",
+    f"time relative to {REFERENCE}",
+    "memory (MiB)",
+    f"memory relative to {REFERENCE}",
+    "compiling (s)",
+  ]
+  return table.markdown(
+    [
+      head,
+      *(
+        [
+          row["method"],
+          f"{1000 * row['seconds_per_step']:.1f}",
+          relative(row, "seconds_per_step"),
+          f"{row['memory_bytes'] / 2**20:.1f}",
+          relative(row, "memory_bytes"),
+          f"{row['compile_seconds']:.1f}",
+        ]
+        for row in rows
+      ),
+    ]
+  )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+  """Measures the methods and writes what was found."""
+  from benchmarks import methods
+
+  flags = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  methods.add_config_flags(flags)
+  flags.add_argument("--epochs", type=int, default=2)
+  flags.add_argument("--out", type=pathlib.Path, required=True)
+  args = flags.parse_args(argv)
+  rows: list[dict[str, Any]] = []
+  with tempfile.TemporaryDirectory() as directory:
+    args.workdir, args.seeds = pathlib.Path(directory), [0]
+    args.attacks, args.running_attacks = "nominal", ""
+    for run in methods.make_runs(args):
+      config = run.configs[0]
+      config.train.num_epochs = args.epochs
+      config.train.validate_every_epochs = float(args.epochs)
+      rows.append(measure(config, run.workdir))
+  found = {
+    "command": " ".join(["python", *sys.argv]),
+    "commit": evaluate.commit(),
+    "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+    "devices": [device.device_kind for device in jax.devices()],
+    "batch_size": config.train.batch_size,
+    "rows": rows,
+  }
+  write_json(args.out, found)
+  sys.stdout.write(f"{as_markdown(rows)}\nresults: {args.out}\n")
+
+
+if __name__ == "__main__":
+  sys.path.insert(0, str(ROOT))  # for the other scripts
+  runtime.set_up(distributed=False)
+  try:
+    main()
+  except UserError as error:
+    sys.exit(f"error: {error}")

@@ -306,3 +306,121 @@ def test_the_command_runs_both_sides(reference, tmp_path):
   assert "| wrn-10-1 | linf |" in done.stdout
   assert "reference / ours, warm" in done.stdout
   assert f"results: {out}" in done.stdout
+
+
+# --- The step, and what is measured of it ------------------------------------
+
+
+def test_flops_of_a_forward_pass():
+  """WRN-28-10 takes 10.5 GFLOP an image (Zagoruyko and Komodakis: 5.2 GMAC)."""
+  from benchmarks import flops, setting
+
+  model = setting.wide_resnet("wrn-28-10")
+  images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+  variables = jax.eval_shape(model.init, jax.random.key(0), images)
+  found = flops.forward(model, variables, (32, 32, 3))
+  # By hand: the stem, three stages of four units, the head; in each stage the
+  # first convolution comes from fewer channels.
+  expected = 32 * 32 * 9 * 3 * 16
+  before = 16
+  for side, channels in ((32, 160), (16, 320), (8, 640)):
+    expected += side**2 * 9 * channels * (before + 7 * channels)
+    before = channels
+  assert found == 2 * (expected + 640 * 10)
+  assert found == pytest.approx(10.5e9, rel=0.01)
+
+
+def test_flops_of_a_step():
+  from benchmarks import flops
+
+  assert flops.passes("standard", 0) == 3
+  assert flops.passes("at", 7) == 14 + 3
+  assert flops.passes("atat", 7) == 14 + 6 + 1
+
+
+def test_pairs_are_compared_run_by_run():
+  from benchmarks import timing
+
+  # The machine was slow in the second pair: that falls on both sides.
+  found = timing.summary([[1.0, 4.0, 1.0], [2.0, 8.0, 2.0]])
+  assert (found["ratio"], found["ratio_spread"]) == (2.0, 0.0)
+  assert (found["seconds"], found["peer_seconds"]) == (1.0, 2.0)
+  calls = []
+  sides = [lambda: calls.append("a"), lambda: calls.append("b")]
+  times = timing.run_in_turn(sides, repeats=2)
+  assert calls == ["a", "b", "a", "b"]
+  assert [len(seconds) for seconds in times] == [2, 2]
+
+
+def test_a_line_is_fitted_to_a_curve():
+  from benchmarks import scaling
+
+  work = np.array([1.0, 2.0, 5.0, 10.0])
+  found = scaling.fit(work, 3 + 0.5 * work)
+  assert found["constant"] == pytest.approx(3)
+  assert found["slope"] == pytest.approx(0.5)
+  assert found["worst"] == pytest.approx(0, abs=1e-9)
+  bent = scaling.fit(work, work**2)
+  assert bent["worst"] > 0.2
+
+
+def test_a_worse_ratio_is_flagged(tmp_path, capsys):
+  from benchmarks import compare
+
+  def write(name, ratios):
+    path = tmp_path / name
+    path.write_text(json.dumps({"ratios": ratios}))
+    return str(path)
+
+  stored = write("stored.json", {"a": 2.0, "b": 1.0})
+  compare.main([stored, write("same.json", {"a": 1.81, "b": 1.5, "c": 1.0})])
+  assert "worse" not in capsys.readouterr().out
+  for name, ratios in (
+    ("slow.json", {"a": 1.79, "b": 1.0}),
+    ("missing.json", {"a": 2.0}),
+  ):
+    with pytest.raises(SystemExit, match="1 of 2 ratios are worse"):
+      compare.main([stored, write(name, ratios)])
+    assert "| worse |" in capsys.readouterr().out
+  for name in (str(tmp_path / "none.json"), write("empty.json", {})):
+    with pytest.raises(SystemExit, match=r"error: .*allowed"):
+      compare.main([stored, name])
+
+
+def test_all_benchmarks_run(tmp_path):
+  """Small, in a process of its own: they restrict cores and caches."""
+  pytest.importorskip("torch")
+  done = subprocess.run(
+    [
+      sys.executable,
+      "-m",
+      "benchmarks.run",
+      "--smoke",
+      f"--out={tmp_path}",
+    ],
+    capture_output=True,
+    text=True,
+    env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    cwd=ROOT,
+    check=False,
+  )
+  assert not done.returncode, done.stderr
+  found = {
+    path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")
+  }
+  assert set(found) == {"step", "attacks", "scaling", "savings"}
+  for name, result in found.items():
+    assert {"command", "commit", "machine"} <= set(result), name
+    assert str(tmp_path.parent) not in result["command"]
+    assert all(ratio > 0 for ratio in result["ratios"].values())
+  (row,) = found["step"]["rows"]
+  # Weights and images are the same, so are the gradients.
+  assert row["largest_gradient_difference"] < 1e-4
+  assert row["flops"]["forward_per_image_by_compiler"] == pytest.approx(
+    row["flops"]["forward_per_image"], rel=0.1
+  )
+  assert row["seconds_compiling"] > 0 and row["memory"]["planned_temporary"] > 0
+  (curve,) = found["scaling"]["rows"]
+  assert (
+    curve["values"] == [2, 4] and curve["flops"][1] == 2 * curve["flops"][0]
+  )

@@ -53,6 +53,20 @@ def _create(spec: dict[str, Any]) -> nn.Module:
   return models.create(spec["name"], **fields)
 
 
+def _items(state: TrainState) -> dict[str, Any]:
+  """What Orbax stores by itself, by name."""
+  items = {
+    "params": state.params,
+    "batch_stats": state.batch_stats,
+    "opt_state": state.opt_state,
+    "run": {name: getattr(state, name) for name in _RUN_FIELDS},
+    _AVERAGE: state.ema,
+  }
+  # Orbax stores no empty item: a network without BatchNorm has no statistics,
+  # most runs no average.
+  return {name: tree for name, tree in items.items() if tree}
+
+
 def _directory(workdir: pathlib.Path | str) -> pathlib.Path:
   return pathlib.Path(workdir).absolute() / "checkpoints"
 
@@ -138,18 +152,12 @@ class Checkpointer(contextlib.AbstractContextManager[Any]):
       accuracy: On the validation split; None: not measured, never the best.
       details: Further metrics, kept with the checkpoint.
     """
-    save = ocp.args.StandardSave
-    average = {} if state.ema is None else {_AVERAGE: save(state.ema)}
+    items = {
+      name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()
+    }
     self._manager.save(
       step,
-      args=ocp.args.Composite(
-        params=save(state.params),
-        batch_stats=save(state.batch_stats),
-        opt_state=save(state.opt_state),
-        run=save({name: getattr(state, name) for name in _RUN_FIELDS}),
-        model=ocp.args.JsonSave(self._spec),
-        **average,
-      ),
+      args=ocp.args.Composite(**items, model=ocp.args.JsonSave(self._spec)),
       metrics=None
       if accuracy is None
       else {METRIC: accuracy, **(details or {})},
@@ -183,25 +191,17 @@ class Checkpointer(contextlib.AbstractContextManager[Any]):
         " configuration or another --workdir"
       )
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-    restore = ocp.args.StandardRestore
-    average = {} if state.ema is None else {_AVERAGE: restore(abstract.ema)}
     items = self._manager.restore(
       step,
       args=ocp.args.Composite(
-        params=restore(abstract.params),
-        batch_stats=restore(abstract.batch_stats),
-        opt_state=restore(abstract.opt_state),
-        run=restore({name: getattr(abstract, name) for name in _RUN_FIELDS}),
-        **average,
+        **{
+          name: ocp.args.StandardRestore(tree)
+          for name, tree in _items(abstract).items()
+        }
       ),
     )
-    return state.replace(
-      params=items["params"],
-      batch_stats=items["batch_stats"],
-      opt_state=items["opt_state"],
-      ema=items[_AVERAGE] if average else None,
-      **items["run"],
-    )
+    fields = {name: items[name] for name in _items(abstract)}
+    return state.replace(**fields.pop("run"), **fields)
 
 
 def _has_average(manager: ocp.CheckpointManager, step: int) -> bool:
@@ -285,7 +285,8 @@ def restore_model(
       it has validated. False: those that the optimizer has made.
 
   Returns:
-    The module, and {"params", "batch_stats"} on the default device.
+    The module, and {"params", "batch_stats"} on the default device; the latter
+    only where the network has BatchNorm.
 
   Raises:
     UserError: No such checkpoint, or of another network than `expected`.
@@ -307,16 +308,17 @@ def restore_model(
       ),
       jax.eval_shape(model.init, jax.random.key(0), image),
     )
-    wanted = {name: abstract[name] for name in ("params", "batch_stats")}
     average = averaged and _has_average(manager, step)
+    wanted = abstract
+    if average:  # one item, with an empty part where there is no BatchNorm
+      wanted = {_AVERAGE: {"batch_stats": {}, **abstract}}
     items = manager.restore(
       step,
       args=ocp.args.Composite(
         **{
-          name: ocp.args.StandardRestore(tree)
-          for name, tree in ({_AVERAGE: wanted} if average else wanted).items()
+          name: ocp.args.StandardRestore(tree) for name, tree in wanted.items()
         }
       ),
     )
   found = items[_AVERAGE] if average else items
-  return model, {name: found[name] for name in wanted}
+  return model, {name: found[name] for name in abstract}

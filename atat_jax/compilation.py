@@ -17,21 +17,32 @@ from typing import Any
 import jax
 from jax.extend.core import get_opaque_trace_state
 
-_CPU_OPTIONS = {
-  "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"
-}
+_FAST = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
+_ONCE = {"xla_backend_optimization_level": 0}
+
+
+def _known(options: dict[str, Any]) -> bool:
+  try:
+    jax.jit(lambda x: x + 1, compiler_options=options).lower(0).compile()
+  except jax.errors.JaxRuntimeError:  # "No such compile option"
+    return False
+  return True
 
 
 @functools.cache
-def compiler_options() -> dict[str, Any]:
-  """The compiler options for the default backend, {} where none apply."""
-  if jax.default_backend() != "cpu":
-    return {}
-  try:
-    jax.jit(lambda x: x + 1, compiler_options=_CPU_OPTIONS).lower(0).compile()
-  except jax.errors.JaxRuntimeError:  # "No such compile option"
-    return {}
-  return dict(_CPU_OPTIONS)
+def compiler_options(*, once: bool = False) -> dict[str, Any]:
+  """The compiler options for the default backend, {} where none apply.
+
+  Args:
+    once: For a program that runs once, which should compile fast rather than
+      run fast.
+
+  Returns:
+    Options of `jax.jit`.
+  """
+  options = _ONCE if once else _FAST
+  applies = jax.default_backend() == "cpu" and _known(options)
+  return dict(options) if applies else {}
 
 
 # What jax is doing right now: nothing, at import; tracing, inside jit, grad or
@@ -39,7 +50,9 @@ def compiler_options() -> dict[str, Any]:
 _TOP_LEVEL = get_opaque_trace_state(convention="flax")
 
 
-def jit(function: Callable[..., Any], **kwargs: Any) -> Callable[..., Any]:
+def jit(
+  function: Callable[..., Any], *, once: bool = False, **kwargs: Any
+) -> Callable[..., Any]:
   """`jax.jit` with `compiler_options()`, usable inside other transformations.
 
   jax accepts compiler options on the outermost jit only, so a call from inside
@@ -48,6 +61,7 @@ def jit(function: Callable[..., Any], **kwargs: Any) -> Callable[..., Any]:
 
   Args:
     function: A pure function.
+    once: See `compiler_options`.
     **kwargs: Passed to `jax.jit`.
 
   Returns:
@@ -58,7 +72,8 @@ def jit(function: Callable[..., Any], **kwargs: Any) -> Callable[..., Any]:
   @functools.cache
   def outermost() -> Callable[..., Any]:
     # Made at the first call: asking for the backend starts it.
-    return jax.jit(function, compiler_options=compiler_options(), **kwargs)
+    options = compiler_options(once=once)
+    return jax.jit(function, compiler_options=options, **kwargs)
 
   @functools.wraps(function)
   def call(*args: Any, **kw: Any) -> Any:
@@ -66,6 +81,8 @@ def jit(function: Callable[..., Any], **kwargs: Any) -> Callable[..., Any]:
       return outermost()(*args, **kw)
     return nested(*args, **kw)
 
+  # As jax.jit's, for those who look at the program or time its compilation.
+  call.lower = lambda *args, **kw: outermost().lower(*args, **kw)  # type: ignore[attr-defined]
   return call
 
 
@@ -105,8 +122,11 @@ def unwrap(value: Any) -> Any:
 def enable_persistent_cache() -> None:
   """Keeps compiled programs in the user's cache directory between runs.
 
+  All of them, also those that take less than the second from which on JAX keeps
+  them by default: the second start of a command compiles nothing.
   `JAX_COMPILATION_CACHE_DIR` is respected where it is set.
   """
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
   if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
     root = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
     path = pathlib.Path(root) / "atat_jax" / "compiled"

@@ -33,7 +33,16 @@ from atat_jax.evaluation import Protocol
 from atat_jax.options import Options
 
 # Fields that a workdir's training does not depend on.
-_FREE = ("evaluation", "figures", "data.dir", "data.cache_dir", "data.source")
+_FREE = (
+  "evaluation",
+  "figures",
+  "data.dir",
+  "data.cache_dir",
+  "data.source",
+  "profile_steps",
+  "train.steps_per_dispatch",
+  "teacher.steps_per_dispatch",
+)
 # ... but checkpoints are chosen by these.
 _BOUND = (
   "evaluation.validation_attack",
@@ -98,6 +107,9 @@ def make_plan(config: ConfigDict) -> Plan:
   if fields.get("normalization") == "dataset":
     fields |= {"mean": spec.mean, "std": spec.std}
   checks.choice("model.dtype", fields["dtype"], ("float32", "bfloat16"))
+  # Fields that only another network has say nothing of this one.
+  known = models.field_names(name)
+  fields = {key: value for key, value in fields.items() if key in known}
   model = models.create(name, num_classes=spec.num_classes, **fields)
   checks.choice("method", config.method, objectives.OBJECTIVES)
   with _section("objective"):
@@ -117,6 +129,11 @@ def make_plan(config: ConfigDict) -> Plan:
     )
   for section in ("train", "teacher"):
     _check_training(config, section)
+  steps = tuple(config.profile_steps)
+  if steps and not (len(steps) == 2 and 1 <= steps[0] <= steps[1]):
+    raise UserError(
+      f"profile_steps: {steps}; allowed: (), or a first and a last step, from 1"
+    )
   settings = config.evaluation
   for field in ("batch_size", "batch_statistics_size"):
     checks.positive(f"evaluation.{field}", settings[field], integer=True)
@@ -176,7 +193,12 @@ def _section(name: str) -> Iterator[None]:
 
 def _check_training(config: ConfigDict, section: str) -> None:
   settings = config[section]
-  for field in ("num_epochs", "batch_size", "log_every_steps"):
+  for field in (
+    "num_epochs",
+    "batch_size",
+    "log_every_steps",
+    "steps_per_dispatch",
+  ):
     checks.positive(f"{section}.{field}", settings[field], integer=True)
   checks.positive(
     f"{section}.validate_every_epochs", settings.validate_every_epochs
@@ -212,6 +234,7 @@ def make_options(config: ConfigDict, section: str, total_steps: int) -> Options:
     label_smoothing=settings.label_smoothing,
     epsilon_warmup=steps("epsilon_warmup"),
     accumulate_steps=settings.accumulate_steps,
+    remat=settings.remat,
     mix=config.data.mix,
     mix_alpha=config.data.mix_alpha,
   )

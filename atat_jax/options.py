@@ -27,6 +27,8 @@ class Options:
     label_smoothing: Share of every target spread over all classes.
     epsilon_warmup: Steps in which the attack's epsilon rises from 0.
     accumulate_steps: Parts of a batch that are computed one after another.
+    remat: Whether the student's backward pass keeps the results of convolutions
+      and matrix products only and computes the rest again, for memory.
     mix: One of `mixing.MIXES`.
     mix_alpha: Of its Beta distribution.
   """
@@ -39,6 +41,7 @@ class Options:
   label_smoothing: float = 0.0
   epsilon_warmup: int = 0
   accumulate_steps: int = 1
+  remat: bool = False
   mix: str = "none"
   mix_alpha: float = 1.0
 

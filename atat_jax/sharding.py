@@ -30,15 +30,17 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 
 
-def batch_sharding(mesh: Mesh, batch_size: int) -> NamedSharding:
-  """Leading axis split over the devices, or replicated where it does not divide.
+def batch_sharding(
+  mesh: Mesh, batch_size: int, *, axis: int = 0
+) -> NamedSharding:
+  """One axis split over the devices, or replicated where it does not divide.
 
   Evaluation by batch statistics needs a batch of exactly 100 images, whatever
   the number of devices.
   """
   if batch_size % mesh.size:
     return replicated(mesh)
-  return NamedSharding(mesh, PartitionSpec("data"))
+  return NamedSharding(mesh, PartitionSpec(*[None] * axis, "data"))
 
 
 def put_replicated(mesh: Mesh, tree: PyTree) -> PyTree:
@@ -57,9 +59,18 @@ def put_replicated(mesh: Mesh, tree: PyTree) -> PyTree:
   return jax.tree.map(put, tree)
 
 
-def put_batch(mesh: Mesh, array: np.ndarray) -> jax.Array:
-  """A global [B, ...] array; every process passes the whole and keeps its part."""
-  sharding = batch_sharding(mesh, array.shape[0])
+def put_batch(mesh: Mesh, array: np.ndarray, *, axis: int = 0) -> jax.Array:
+  """A global array; every process passes the whole and keeps its part.
+
+  Args:
+    mesh: The devices.
+    array: [B, ...], or [S, B, ...] with axis=1.
+    axis: The axis of the batch.
+
+  Returns:
+    The array, split along that axis.
+  """
+  sharding = batch_sharding(mesh, array.shape[axis], axis=axis)
   return jax.make_array_from_callback(
     array.shape, sharding, lambda index: array[index]
   )

@@ -6,7 +6,7 @@ import optax
 from flax import linen as nn
 from flax import struct
 
-from atat_jax import metrics
+from atat_jax import compilation, metrics
 from atat_jax.typing import Array, PyTree, Variables
 
 NEVER = jnp.iinfo(jnp.int32).max
@@ -73,20 +73,25 @@ def create(
   Returns:
     A state.
   """
-  if initial is None:
-    initial = model.init(jax.random.fold_in(rng, 0), images)
-  # The step donates the state: what belongs to the caller is copied.
-  initial, rng = jax.tree.map(jnp.copy, (initial, rng))
-  found = {
-    "params": initial["params"],
-    "batch_stats": initial.get("batch_stats", {}),
-  }
-  return TrainState(
-    step=jnp.zeros((), jnp.int32),
-    **found,
-    opt_state=optimizer.init(initial["params"]),
-    rng=rng,
-    sums=metrics.zeros(metric_names),
-    nonfinite={name: jnp.asarray(NEVER, jnp.int32) for name in term_names},
-    ema=jax.tree.map(jnp.copy, found) if averages else None,
-  )
+
+  def build(rng: Array, images: Array, initial: Variables | None) -> TrainState:
+    if initial is None:
+      initial = model.init(jax.random.fold_in(rng, 0), images)
+    # The step donates the state: what belongs to the caller is copied.
+    initial, rng = jax.tree.map(jnp.copy, (initial, rng))
+    found = {
+      "params": initial["params"],
+      "batch_stats": initial.get("batch_stats", {}),
+    }
+    return TrainState(
+      step=jnp.zeros((), jnp.int32),
+      **found,
+      opt_state=optimizer.init(initial["params"]),
+      rng=rng,
+      sums=metrics.zeros(metric_names),
+      nonfinite={name: jnp.asarray(NEVER, jnp.int32) for name in term_names},
+      ema=jax.tree.map(jnp.copy, found) if averages else None,
+    )
+
+  # One program: operation by operation, a network's layers are hundreds.
+  return compilation.jit(build, once=True)(rng, images, initial)

@@ -8,6 +8,7 @@ state and are fetched at log points.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +32,8 @@ from atat_jax.state import NEVER, TrainState
 from atat_jax.typing import Array, PyTree, Variables
 
 TrainStep = Callable[..., TrainState]
-"""(state, teacher or None, data, indices, extra=None) to the next state."""
+"""(state, teacher or None, data, indices, extra=None, count=None) to the state
+after the step, or the steps."""
 
 
 def metric_names(objective: Objective) -> tuple[str, ...]:
@@ -50,6 +52,11 @@ def metric_names(objective: Objective) -> tuple[str, ...]:
 def term_names(objective: Objective) -> tuple[str, ...]:
   """What must stay finite."""
   return (*objective.term_names, "gradient")
+
+
+def _is_product(primitive: Any, *_: Any, **__: Any) -> bool:
+  """What is kept for the backward pass: the costly part, not the large one."""
+  return primitive.name in ("conv_general_dilated", "dot_general")
 
 
 def make_train_step(
@@ -77,8 +84,9 @@ def make_train_step(
 
   Returns:
     (state, teacher variables or None, resident split, indices int32 [M], extra
-    images [E] or None) to the next state; M + E = B. The state passed in is
-    donated: it cannot be used again.
+    images [E] or None) to the next state; M + E = B. With indices [S, M], extra
+    images [S, E] and a count, int32, as many steps as the count says, at most S,
+    in one program. The state passed in is donated: it cannot be used again.
   """
 
   def step_fn(
@@ -117,6 +125,8 @@ def make_train_step(
         )
         return outcome.total.mean(), outcome
 
+      if options.remat:
+        mean_loss = jax.checkpoint(mean_loss, policy=_is_product)
       gradient_and_outcome = jax.grad(mean_loss, has_aux=True)
 
       def perturbed(params: PyTree) -> PyTree:
@@ -183,8 +193,27 @@ def make_train_step(
       ),
     )
 
+  def dispatch(
+    state: TrainState,
+    teacher: Variables | None,
+    data: Split,
+    indices: Array,
+    extra: Split | None = None,
+    count: Array | int | None = None,
+  ) -> TrainState:
+    if indices.ndim == 1:
+      return step_fn(state, teacher, data, indices, extra)
+
+    def body(i: Array, state: TrainState) -> TrainState:
+      rows = jax.tree.map(lambda rows: rows[i], (indices, extra))
+      return step_fn(state, teacher, data, *rows)
+
+    # How many is no part of the program: the last ones before a log line or a
+    # checkpoint compile nothing.
+    return jax.lax.fori_loop(0, count, body, state)
+
   return compilation.jit(
-    step_fn,
+    dispatch,
     donate_argnums=0,
     out_shardings=sharding.replicated(mesh),
   )

@@ -4,10 +4,12 @@ import contextlib
 import logging
 import pathlib
 import time
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tqdm import tqdm
@@ -15,6 +17,7 @@ from tqdm import tqdm
 from atat_jax import (
   averaging,
   checkpoints,
+  compilation,
   evaluation,
   metrics,
   models,
@@ -30,6 +33,7 @@ from atat_jax.data.base import Dataset, Split
 from atat_jax.data.prefetch import Prefetcher
 from atat_jax.errors import TrainingDivergedError, UserError
 from atat_jax.interrupts import Interrupt, Interrupted
+from atat_jax.tracing import Trace
 from atat_jax.typing import Variables
 
 _log = logging.getLogger(__name__)
@@ -188,9 +192,9 @@ class _Progress(contextlib.AbstractContextManager[Any]):
     """Leaves out what was not training: compiling, validating, saving."""
     self._since, self._steps = time.perf_counter(), 0
 
-  def step(self) -> None:
-    self._steps += 1
-    self.bar.update()
+  def advance(self, count: int) -> None:
+    self._steps += count
+    self.bar.update(count)
 
   def images_per_second(self) -> float:
     seconds = time.perf_counter() - self._since
@@ -237,19 +241,16 @@ class _Draw:
     self._num_examples = num_examples
     self._num_extra = num_extra(plan.config, stage.section)
 
-  def indices(self, number: int) -> jax.Array:
+  def _indices(self, number: int) -> np.ndarray:
     """Of the training split."""
-    return sharding.put_batch(
-      self._mesh,
-      batches.train_indices(
-        self._stage.seed,
-        number,
-        num_examples=self._num_examples,
-        batch_size=self._stage.settings.batch_size - self._num_extra,
-      ),
+    return batches.train_indices(
+      self._stage.seed,
+      number,
+      num_examples=self._num_examples,
+      batch_size=self._stage.settings.batch_size - self._num_extra,
     )
 
-  def extra(self, number: int) -> Split | None:
+  def _images(self, number: int) -> Split | None:
     """The extra images, gone through in epochs of their own."""
     if self._extra is None:
       return None
@@ -259,10 +260,53 @@ class _Draw:
       num_examples=len(self._extra),
       batch_size=self._num_extra,
     )
+    return self._extra.take(rows)
+
+  def one(self, number: int) -> tuple[jax.Array, Split | None]:
+    """Indices [M] and extra images [E] of a batch, on the devices."""
     return jax.tree.map(
       lambda array: sharding.put_batch(self._mesh, array),
-      self._extra.take(rows),
+      (self._indices(number), self._images(number)),
     )
+
+  def several(
+    self, numbers: Sequence[int], size: int
+  ) -> tuple[jax.Array, Split | None]:
+    """Of several batches, [size, M] and [size, E]; the last is repeated."""
+    found = [(self._indices(n), self._images(n)) for n in numbers]
+    found += [found[-1]] * (size - len(numbers))
+    return jax.tree.map(
+      lambda *rows: sharding.put_batch(self._mesh, np.stack(rows), axis=1),
+      *found,
+    )
+
+
+def dispatches(
+  start: int,
+  total: int,
+  *,
+  size: int,
+  multiples: Sequence[int],
+  others: Sequence[int] = (),
+) -> Iterator[tuple[int, int]]:
+  """Which steps are run by one program each.
+
+  Args:
+    start: Steps that have been made.
+    total: Steps of the run.
+    size: At most so many at a time.
+    multiples: Their multiples are ends, for log lines and validations.
+    others: Further ends.
+
+  Yields:
+    The number of steps before, and of steps.
+  """
+  while start < total:
+    ends = [start + size, total]
+    ends += [start - start % multiple + multiple for multiple in multiples]
+    end = min(ends + [other for other in others if other > start])
+    yield start, end - start
+    start = end
 
 
 def _run(
@@ -324,9 +368,33 @@ def _run(
     start = start or 0
     writer = stack.enter_context(writers.MetricsWriter(stage.directory, start))
     progress = stack.enter_context(_Progress(stage, total, start))
+    trace = stack.enter_context(
+      Trace(stage.directory / "profile", plan.config.profile_steps)
+    )
+    size = settings.steps_per_dispatch
+
+    def fetch(steps: tuple[int, int]) -> tuple[Any, ...]:
+      """The arguments of the steps after the data."""
+      before, count = steps
+      if size == 1:
+        return draw.one(before)
+      numbers = range(before, before + count)
+      return (*draw.several(numbers, size), np.int32(count))
+
+    plan_of_steps = list(
+      dispatches(
+        start,
+        total,
+        size=size,
+        multiples=(settings.log_every_steps, every),
+        others=trace.edges,
+      )
+    )
+    # Indices are made in no time, extra images are read.
     ahead = None
     if extra is not None:
-      ahead = stack.enter_context(Prefetcher(draw.extra, range(start, total)))
+      ahead = stack.enter_context(Prefetcher(fetch, plan_of_steps))
+    learning_rate = compilation.jit(schedule, once=True)
 
     def settle(current: state.TrainState) -> state.TrainState:
       """With the statistics that belong to the averaged weights."""
@@ -335,20 +403,18 @@ def _run(
         statistics_pass,
         teacher,
         train_data,
-        lambda number: (draw.indices(number), draw.extra(number)),
+        draw.one,
         options,
       )
 
-    for step in range(start + 1, total + 1):
-      current = step_fn(
-        current,
-        teacher,
-        train_data,
-        draw.indices(step - 1),
-        ahead.get() if ahead else None,
-      )
-      progress.step()
-      if step == start + 1:
+    for before, count in plan_of_steps:
+      step = before + count
+      trace.before(before + 1, current)
+      arguments = ahead.get() if ahead else fetch((before, count))
+      current = step_fn(current, teacher, train_data, *arguments)
+      trace.after(step, current)
+      progress.advance(count)
+      if before == start:
         jax.block_until_ready(current)
         progress.restart()  # the first step compiles
       log = step % settings.log_every_steps == 0 or step == total
@@ -359,7 +425,7 @@ def _run(
         values = {
           "epoch": step / per_epoch,
           **metrics.compute(current.sums),
-          "learning_rate": float(schedule(step - 1)),
+          "learning_rate": float(learning_rate(step - 1)),
           "images_per_second": progress.images_per_second(),
         }
         zeros = metrics.zeros(tuple(current.sums))

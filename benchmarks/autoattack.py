@@ -9,16 +9,9 @@ accuracies and the times of both, and writes all of it as JSON.
 """
 
 import argparse
-import dataclasses
-import datetime
-import importlib.metadata
 import json
 import os
 import pathlib
-import platform
-import re
-import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -36,58 +29,10 @@ if __name__ == "__main__":
   sys.path[:] = [str(ROOT), *kept]
 
 from atat_jax.errors import UserError  # noqa: E402
-from benchmarks import comparison  # noqa: E402
+from benchmarks import comparison, setting  # noqa: E402
+from benchmarks.setting import number, say, whole  # noqa: E402
 
 EPSILONS = {"linf": 8 / 255, "l2": 0.5, "l1": 12.0}
-_COMPILATION = "/jax/core/compile/backend_compile_duration"
-_LIBRARIES = ("jax", "jaxlib", "flax", "numpy", "torch")
-
-
-@dataclasses.dataclass(frozen=True)
-class Network:
-  """A flax network with images to attack.
-
-  Attributes:
-    name: For the tables.
-    source: Where it comes from, for the JSON.
-    model: The module.
-    variables: Its parameters and running statistics.
-    images: float32 [N, H, W, C] in [0, 1].
-    labels: int32 [N].
-  """
-
-  name: str
-  source: str
-  model: Any
-  variables: Any
-  images: np.ndarray
-  labels: np.ndarray
-
-
-def say(line: str) -> None:
-  """Prints a line with the time of day, at once."""
-  print(f"[{time.strftime('%H:%M:%S')}] {line}", flush=True)
-
-
-def number(text: str) -> float:
-  """A positive number, also as a fraction: "8/255"."""
-  top, _, bottom = text.partition("/")
-  try:
-    value = float(top) / float(bottom or 1)
-  except (ValueError, ZeroDivisionError) as error:
-    raise argparse.ArgumentTypeError(
-      f"{text!r}; allowed: a number such as 0.5 or 8/255"
-    ) from error
-  if not 0 < value < float("inf"):
-    raise argparse.ArgumentTypeError(f"{text!r}; allowed: > 0")
-  return value
-
-
-def whole(text: str) -> int:
-  """A whole number > 0."""
-  if not text.isdigit() or not int(text):
-    raise argparse.ArgumentTypeError(f"{text!r}; allowed: a whole number > 0")
-  return int(text)
 
 
 def named(text: str) -> tuple[str, str]:
@@ -154,64 +99,9 @@ def parser() -> argparse.ArgumentParser:
   return made
 
 
-def restrict(threads: int | None) -> list[int]:
-  """Leaves the process so many of its cores: before JAX and PyTorch start.
-
-  XLA's pool on CPU has a thread for each core that the process may use, so this
-  holds for both.
-
-  Args:
-    threads: How many; None: all.
-
-  Returns:
-    The cores.
-  """
-  if not hasattr(os, "sched_setaffinity"):
-    if threads is not None:
-      raise UserError(f"threads: {threads}; allowed: on Linux only")
-    return list(range(os.cpu_count() or 1))
-  allowed = sorted(os.sched_getaffinity(0))
-  threads = len(allowed) if threads is None else threads
-  if threads > len(allowed):
-    raise UserError(f"threads: {threads}; allowed: up to {len(allowed)}")
-  os.sched_setaffinity(0, allowed[:threads])
-  return allowed[:threads]
-
-
-def random_network(name: str, num_examples: int, seed: int) -> Network:
-  """A network that has learned nothing, on noise.
-
-  The labels are its own predictions but for every eighth example.
-
-  Args:
-    name: Such as "wrn-10-2".
-    num_examples: N.
-    seed: Of weights and images.
-
-  Returns:
-    The network.
-  """
-  import jax
-
-  from atat_jax import models
-
-  match = re.fullmatch(r"wrn-(\d+)-(\d+)", name)
-  if match is None:
-    raise UserError(f"model: {name!r}; allowed: wrn-DEPTH-WIDTH")
-  depth, width = map(int, match.groups())
-  model = models.create("wide_resnet", depth=depth, width=width)
-  generator = np.random.default_rng(seed)
-  images = generator.uniform(size=(num_examples, 32, 32, 3)).astype(np.float32)
-  variables = jax.jit(model.init)(jax.random.key(seed), images[:1])
-  logits = jax.jit(model.apply)(variables, images)
-  labels = np.array(logits.argmax(-1), np.int32)
-  labels[7::8] = (labels[7::8] + 1) % logits.shape[-1]
-  return Network(name, "random weights", model, variables, images, labels)
-
-
 def trained_network(
   name: str, workdir: str, num_examples: int, data_dir: str | None
-) -> Network:
+) -> setting.Network:
   """A network from a run directory, on the test split of its data.
 
   Args:
@@ -241,7 +131,7 @@ def trained_network(
     source=config["source"],
   ).test
   images = split.images[:num_examples].astype(np.float32) / 255
-  return Network(
+  return setting.Network(
     name,
     f"{workdir}, step {step}; {config['name']}, test split",
     model,
@@ -261,7 +151,10 @@ class Ours:
   """
 
   def __init__(
-    self, network: Network, args: argparse.Namespace, attacks: Sequence[str]
+    self,
+    network: setting.Network,
+    args: argparse.Namespace,
+    attacks: Sequence[str],
   ):
     import jax
 
@@ -283,7 +176,7 @@ class Ours:
     jax.monitoring.register_event_duration_secs_listener(self._on_event)
 
   def _on_event(self, event: str, seconds: float, **_: Any) -> None:
-    if event == _COMPILATION:
+    if event == setting.COMPILATION:
       self._compiled.append(seconds)
 
   def logits(self, images: np.ndarray) -> np.ndarray:
@@ -336,7 +229,7 @@ class Twin:
     freeze: Whether its weights ask for no gradients.
   """
 
-  def __init__(self, network: Network, device: str, *, freeze: bool):
+  def __init__(self, network: setting.Network, device: str, *, freeze: bool):
     from benchmarks.torch_wide_resnet import TorchWideResNet
 
     self.device = device
@@ -376,7 +269,7 @@ def _tell(name: str, side: comparison.Side) -> None:
 
 
 def compare(
-  network: Network,
+  network: setting.Network,
   args: argparse.Namespace,
   attacks: Sequence[str],
   module: Any,
@@ -469,69 +362,12 @@ def compare(
   )
 
 
-def machine(cores: Sequence[int]) -> dict[str, Any]:
-  """What the times depend on."""
-  import jax
-  import torch
-
-  info = pathlib.Path("/proc/cpuinfo")
-  text = info.read_text(encoding="utf-8") if info.is_file() else ""
-  cpu = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-  return {
-    "cpu": cpu[1] if cpu else platform.processor(),
-    "cores": os.cpu_count(),
-    "cores_used": list(cores),
-    "torch_threads": torch.get_num_threads(),
-    "backend": jax.default_backend(),
-    "device": jax.devices()[0].device_kind,
-    "python": platform.python_version(),
-    **{name: importlib.metadata.version(name) for name in _LIBRARIES},
-  }
-
-
-def _commit() -> str:
-  command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-  try:
-    found = subprocess.run(command, capture_output=True, text=True, check=True)
-  except (OSError, subprocess.CalledProcessError):
-    return "unknown"
-  return found.stdout.strip()
-
-
-def _start(args: argparse.Namespace) -> list[int]:
-  """Everything that has to come before JAX and PyTorch begin their work."""
-  cores = restrict(args.threads)
-  # Both have to fit into the memory of a GPU.
-  os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-  import jax
-  import torch
-
-  torch.set_num_threads(len(cores))
-  if not args.compilation_cache:
-    jax.config.update("jax_enable_compilation_cache", False)
-  backend = jax.default_backend()
-  if backend not in ("cpu", "gpu"):
-    raise UserError(f"backend: {backend}; allowed: cpu, gpu")
-  if backend == "gpu" and not torch.cuda.is_available():
-    raise UserError(
-      "backend: JAX has a GPU and PyTorch has not; set JAX_PLATFORMS=cpu or"
-      " install PyTorch with CUDA"
-    )
-  return cores
-
-
 def _run(args: argparse.Namespace) -> None:
   if not args.workdir and not args.model:
     raise UserError("workdir: missing; name a run with --workdir")
   if args.epsilon is None:
     args.epsilon = EPSILONS[args.norm]
-  cores = _start(args)
-  load = os.getloadavg()[0]
-  if load > len(cores) / 4:
-    say(
-      f"WARNING: the machine is busy (load {load:.1f}); the times will say"
-      " little, above all those of several PyTorch threads"
-    )
+  cores = setting.start(args.threads, cache=args.compilation_cache)
   from atat_jax import checks, writers
   from atat_jax.attacks import ensemble
   from benchmarks import original
@@ -547,7 +383,8 @@ def _run(args: argparse.Namespace) -> None:
     for name, path in args.workdir
   ]
   networks += [
-    random_network(name, args.num_examples, args.seed) for name in args.model
+    setting.random_network(name, args.num_examples, args.seed)
+    for name in args.model
   ]
   settings = {
     "version": None if args.attacks else args.version,
@@ -565,11 +402,8 @@ def _run(args: argparse.Namespace) -> None:
     },
   }
   results = {
-    "command": shlex.join(sys.orig_argv),
-    "commit": _commit(),
-    "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    "machine": machine(cores),
-    "reference": {"file": module.__file__, "sha256": original.digest(module)},
+    **setting.describe(cores),
+    "reference": {"sha256": original.digest(module)},
     "settings": settings,
     "networks": [],
   }

@@ -150,8 +150,8 @@ def _percent(value: float | None) -> str:
   return _number(None if value is None else 100 * value, ".2f")
 
 
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-  """Columns of equal width; those of numbers to the right."""
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+  """A table; columns of equal width, those of numbers to the right."""
   widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
   left = [
     any(cell[:1].isalpha() for cell in column)
@@ -212,7 +212,7 @@ def parity_table(comparisons: Sequence[Comparison]) -> str:
     "robust by ours only",
     "by the reference only",
   ]
-  return _markdown(header, rows)
+  return markdown(header, rows)
 
 
 def attack_table(comparisons: Sequence[Comparison]) -> str:
@@ -240,7 +240,7 @@ def attack_table(comparisons: Sequence[Comparison]) -> str:
         ]
       )
   header = ["network", "after", "ours (%)", "reference (%)", "difference"]
-  return _markdown(header, rows)
+  return markdown(header, rows)
 
 
 def speed_table(comparisons: Sequence[Comparison]) -> str:
@@ -275,4 +275,4 @@ def speed_table(comparisons: Sequence[Comparison]) -> str:
     "reference / ours, compiling",
     "reference / ours, warm",
   ]
-  return _markdown(header, rows)
+  return markdown(header, rows)

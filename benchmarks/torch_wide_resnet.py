@@ -1,7 +1,7 @@
 """The Wide ResNet in PyTorch, with the weights of a flax one.
 
 The peer of the benchmarks: written as a PyTorch user would write it, channels
-first, running statistics.
+first.
 """
 
 from typing import Any
@@ -134,8 +134,8 @@ class TorchWideResNet(nn.Module):
         shortcut = functional.pad(shortcut, (0, 0, 0, 0, *sides))
     return shortcut + h
 
-  def forward(self, x: torch.Tensor) -> torch.Tensor:
-    """One forward pass."""
+  def features(self, x: torch.Tensor) -> torch.Tensor:
+    """Images to the tensor before the pooling, [B, C, h, w]."""
     model = self.model
     x = self._convolve("stem", self._normalize(x))
     for stage, stride in enumerate(model.strides, start=1):
@@ -143,5 +143,12 @@ class TorchWideResNet(nn.Module):
       for unit in range(1, (model.depth - 2) // 6 + 1):
         name = f"stage{stage}_unit{unit}"
         x = self._unit(x, name, features, stride if unit == 1 else 1)
-    x = self._activate("final_bn", x).mean((2, 3))
-    return self.head(x)
+    return self._activate("final_bn", x)
+
+  def classify(self, features: torch.Tensor) -> torch.Tensor:
+    """That tensor to logits [B, K]."""
+    return self.head(features.mean((2, 3)))
+
+  def forward(self, x: torch.Tensor) -> torch.Tensor:
+    """One forward pass."""
+    return self.classify(self.features(x))

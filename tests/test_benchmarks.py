@@ -220,7 +220,7 @@ def test_a_comparison_is_plain_json(made_up):
 
 
 def test_flags():
-  from benchmarks import autoattack
+  from benchmarks import autoattack, setting
 
   args = autoattack.parser().parse_args(
     ["--workdir=a=runs/x", "--workdir=runs/y=1/teacher", "--epsilon=8/255"]
@@ -229,10 +229,10 @@ def test_flags():
   assert args.epsilon == 8 / 255
   for text in ("0", "-1", "a", "1/0", "inf", "nan", "1/2/3"):
     with pytest.raises(argparse.ArgumentTypeError, match="allowed"):
-      autoattack.number(text)
+      setting.number(text)
   for text in ("0", "-1", "1.5", "a"):
     with pytest.raises(argparse.ArgumentTypeError, match="allowed"):
-      autoattack.whole(text)
+      setting.whole(text)
 
 
 def test_a_missing_reference_is_told_with_how_to_get_it(tmp_path):

@@ -380,3 +380,26 @@ def test_the_best_is_the_most_robust_of_all_validations(finished):
     best = checkpoints.checkpoint_step(directory)
     assert scores[best] == max(scores.values())
     assert checkpoints.checkpoint_step(directory, which="last") == max(scores)
+
+
+def test_a_network_without_batch_norm_is_saved_too(tmp_path):
+  fields = dict(stage_sizes=(1,), stage_channels=(2,), hidden=3, num_classes=2)
+  model = models.create("vgg16", **fields)
+  saved = state.create(
+    model,
+    make_optimizer(lambda count: 0.1),
+    jax.random.key(0),
+    jnp.zeros((1, 4, 4, 3)),
+    metric_names=("loss",),
+    term_names=("gradient",),
+  )
+  spec = checkpoints.model_spec("vgg16", model, (4, 4, 3))
+  save(tmp_path, spec, [(1, saved, 0.5)])
+  with checkpoints.Checkpointer(tmp_path, spec) as checkpointer:
+    restored = checkpointer.restore(saved, 1)
+  assert_equal(restored.params, saved.params)
+  assert restored.batch_stats == {}
+  again, variables = checkpoints.restore_model(tmp_path)
+  assert checkpoints.model_spec("vgg16", again, (4, 4, 3)) == spec
+  assert set(variables) == {"params"}
+  assert_equal(variables["params"], saved.params)

@@ -31,14 +31,15 @@ def _options_of_jit(monkeypatch) -> list[dict]:
   return given
 
 
-def test_options_are_what_xla_takes():
-  options = compilation.compiler_options()
+@pytest.mark.parametrize("once", [False, True])
+def test_options_are_what_xla_takes(once):
+  options = compilation.compiler_options(once=once)
   compiled = jax.jit(lambda x: x * 2, compiler_options=options)
   assert compiled(21) == 42
 
 
 def test_top_level_call_has_the_options(monkeypatch):
-  monkeypatch.setattr(compilation, "compiler_options", lambda: {"a": "b"})
+  monkeypatch.setattr(compilation, "compiler_options", lambda **_: {"a": "b"})
   given = _options_of_jit(monkeypatch)
   function = compilation.jit(lambda x: x + 1)
   with pytest.raises(jax.errors.JaxRuntimeError, match="No such compile opti"):
@@ -48,7 +49,7 @@ def test_top_level_call_has_the_options(monkeypatch):
 
 def test_nested_calls_do_without(monkeypatch):
   """With options that no compiler knows: any use of them would raise."""
-  monkeypatch.setattr(compilation, "compiler_options", lambda: {"a": "b"})
+  monkeypatch.setattr(compilation, "compiler_options", lambda **_: {"a": "b"})
   function = compilation.jit(lambda x: jnp.sin(x).sum())
   x = jnp.arange(4.0)
   np.testing.assert_allclose(jax.jit(function)(x), np.sin(x).sum(), rtol=1e-6)
@@ -80,9 +81,11 @@ def test_closed_over_tracers():
 
 
 def test_unknown_option_is_left_out(monkeypatch, probe_again):
-  monkeypatch.setattr(compilation, "_CPU_OPTIONS", {"xla_no_such_flag": "1"})
-  assert compilation.compiler_options() == {}
-  assert compilation.jit(lambda x: x + 1)(1) == 2
+  for name in ("_FAST", "_ONCE"):
+    monkeypatch.setattr(compilation, name, {"xla_no_such_flag": "1"})
+  for once in (False, True):
+    assert compilation.compiler_options(once=once) == {}
+    assert compilation.jit(lambda x: x + 1, once=once)(1) == 2
 
 
 @pytest.mark.parametrize("backend", ["gpu", "tpu"])
@@ -93,8 +96,8 @@ def test_other_backends_get_no_options(backend, monkeypatch, probe_again):
 
 def test_callers_cannot_change_the_options():
   compilation.compiler_options()
-  assert isinstance(compilation._CPU_OPTIONS, dict)
-  assert compilation.compiler_options() is not compilation._CPU_OPTIONS
+  assert isinstance(compilation._FAST, dict)
+  assert compilation.compiler_options() is not compilation._FAST
 
 
 def test_keywords_of_jit_pass_through():

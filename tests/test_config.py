@@ -16,7 +16,16 @@ NAMES = sorted(
   for path in (tiny.ROOT / "configs").glob("*.py")
   if path.stem != "__init__"
 )
-METHODS = ("standard", "atat")
+METHODS = (
+  "standard",
+  "at",
+  "alp",
+  "tla",
+  "trades",
+  "mart",
+  "atat",
+  "atat_released",
+)
 
 
 def leaves(tree, path=""):
@@ -107,6 +116,100 @@ def test_cifar100_is_the_papers():
   assert (plan.model.depth, plan.model.width) == (32, 10)
   names = [protocol.name for protocol in plan.protocols]
   assert {"nominal", "fgsm", "ifgsm20", "pgd10", "pgd20"} <= set(names)
+
+
+def test_peers_are_their_authors():
+  trades, mart, at, tla, alp = (
+    tiny.load_config("cifar10", method)
+    for method in ("trades", "mart", "at", "tla", "alp")
+  )
+  for made in (trades, mart):
+    attack = made.objective
+    assert (attack.epsilon, attack.step_size) == (0.031, 0.007)
+    assert (attack.num_steps, attack.attack_start) == (10, "gaussian")
+    assert attack.attack_batch_norm == "running" and attack.beta == 6
+    assert attack.student_batch_norm == "in_turn"
+    assert (made.data.padding, made.train.batch_size) == (4, 128)
+  assert trades.objective.attack_loss == "kl"
+  assert mart.objective.attack_loss == "cross_entropy"
+  assert (trades.train.num_epochs, trades.train.weight_decay) == (76, 2e-4)
+  assert (mart.train.num_epochs, mart.train.weight_decay) == (90, 7e-4)
+  schedule, _ = config.make_optimizer(mart.train, total_steps=90)
+  rates = {0: 0.1, 73: 0.1, 74: 0.01, 88: 0.01, 89: 0.001}
+  for epoch, rate in rates.items():  # from 0: the 75th and the 90th
+    assert float(schedule(epoch)) == pytest.approx(rate, rel=1e-5), epoch
+  for made, steps in ((at, 80_000), (tla, 80_000)):
+    per_epoch = (50_000 - made.data.validation_size) // made.train.batch_size
+    assert made.train.num_epochs * per_epoch == pytest.approx(steps, rel=0.01)
+    assert made.objective.num_steps == 7 and made.data.padding == 2
+  assert at.objective.attack_batch_norm == "batch"
+  assert (tla.objective.margin, tla.objective.lambda1) == (0.03, 2)
+  assert tla.objective.attack_batch_norm == "running"
+  assert alp.objective.weight == 0.5
+  assert tiny.load_config("cifar10", "atat_released").objective.variant == (
+    "logits"
+  )
+  released = tiny.load_config("cifar100", "atat_released")
+  assert released.objective.variant == "maps"
+  assert released.train == tiny.load_config("cifar100", "atat").train
+
+
+@pytest.mark.parametrize(
+  ("name", "recipe"),
+  [("cifar10", "modern"), ("cifar100", "modern"), ("digits", None)],
+)
+def test_one_recipe_trains_all_methods_alike(name, recipe):
+  def load(method):
+    made = tiny.load_config(name, f"{method},{recipe}" if recipe else method)
+    assert (made.method, made.recipe) == (method, "modern")
+    config.make_plan(made)
+    return made
+
+  atat = load("atat")
+  attack = ("epsilon", "step_size", "num_steps", "norm", "attack_batch_norm")
+  for method in set(METHODS) - {"standard"}:
+    made = load(method)
+    assert (made.train, made.data) == (atat.train, atat.data)
+    assert (made.model, made.teacher) == (atat.model, atat.teacher)
+    for field in (*attack, "attack_moves_statistics"):
+      assert made.objective[field] == atat.objective[field], (method, field)
+  assert atat.train.weight_decay == 5e-4
+  assert atat.train.schedule == "one_cycle"
+  assert (atat.train.ema_decay > 0) == (name != "digits")
+  standard = load("standard")
+  assert standard.train == atat.teacher
+
+
+@pytest.mark.parametrize(
+  ("name", "choice", "message"),
+  [
+    ("cifar10", "at,new", "recipe: 'new'; allowed: paper, modern"),
+    ("cifar100", "at,", "recipe: ''; allowed: paper, modern"),
+    ("cifar10", "at,modern,paper", "recipe: 'modern,paper'; allowed: paper"),
+    ("digits", "at,paper", "recipe: 'paper'; allowed: modern"),
+    ("cifar10", "paper", "method: 'paper'; allowed: standard, at, alp"),
+  ],
+)
+def test_unknown_choices_are_refused(name, choice, message):
+  with pytest.raises(ValueError) as error:
+    tiny.load_config(name, choice)
+  assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+def test_a_network_takes_the_fields_that_it_has(name):
+  made = tiny.load_config("cifar100", "standard")
+  made.model.update(name=name, normalization="dataset", batch_norm_epsilon=1e-5)
+  plan = config.make_plan(made)
+  assert type(plan.model) is models.MODELS[name]
+  assert plan.model.num_classes == 100
+  assert plan.model.mean == plan.spec.mean
+  assert plan.model.batch_norm_epsilon == 1e-5
+  # The others keep what the network says: a ResNet is not made 32 deep.
+  others = models.create(name)
+  for field in set(models.field_names(name)) - set(made.model):
+    if field not in ("num_classes", "mean", "std"):
+      assert getattr(plan.model, field) == getattr(others, field), field
 
 
 def test_dataset_normalization_takes_the_data_sets_numbers():

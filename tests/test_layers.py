@@ -13,9 +13,10 @@ PACKAGE = ROOT / "atat_jax"
 # from rows above its own only. A new module or package must be given its place.
 LAYERS = (
   "errors typing interrupts writers",  # 0
-  "rng checks compilation sharding metrics",
+  "rng checks compilation sharding metrics tracing",
   "batch_norm",
-  "losses attention optim data models interop",  # 1
+  "losses attention optim data models",  # 1
+  "interop",
   "attacks",  # 2
   "options",
   "state objectives",  # 3

@@ -438,6 +438,31 @@ def test_tla_equals_pytorch(layer, mode, small, twin, make_variables, x64):
   )
 
 
+def test_hardest_negatives_are_the_most_similar_of_other_classes():
+  generator = np.random.default_rng(4)
+  anchor, embedded = generator.normal(size=(2, 12, 2))  # of either sign
+  embedded *= generator.uniform(0.1, 9, (12, 1))  # lengths do not matter
+  labels = generator.integers(0, 3, 12)
+  labels[0] = 3
+  embedded[1:] = np.abs(embedded[1:])
+  anchor[0] = [-1, -1]  # all of other classes are on its other side
+  hardest, exists = tla.hardest_negatives(anchor, embedded, labels)
+  assert exists.all() and hardest[0] != 0
+  different = 0
+  for i in range(12):
+    cosines = {
+      j: anchor[i] @ embedded[j] / np.linalg.norm(embedded[j])
+      for j in range(12)
+      if labels[j] != labels[i]
+    }
+    expected = max(cosines, key=cosines.get)
+    assert hardest[i] == expected
+    strongest = max(np.abs(list(cosines.values())))
+    different += cosines[expected] != strongest
+  assert different  # a sign matters
+  assert not tla.hardest_negatives(anchor, embedded, labels * 0)[1].any()
+
+
 def test_relatives_are_others_of_the_class_where_there_are(small):
   model, variables, images, _ = small
   labels = jnp.asarray([0, 1, 0, 2, 0, 1, 0, 0], jnp.int32)

@@ -1,7 +1,11 @@
-"""Eq. (5) to (7) and their gradients against PyTorch, in float64."""
+"""The attack in training, the contract of every objective, errors.
 
+Values and gradients are in `test_objective_values.py`.
+"""
+
+import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +13,11 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from atat_jax import attention, objectives
+from atat_jax import attention, objectives, optim, sharding, state, steps
 from atat_jax.attacks import projected_gradient
+from atat_jax.data.base import Split
 from atat_jax.errors import UserError
-from atat_jax.objectives import atat, base
+from atat_jax.objectives import adversarial, atat, base
 
 # Compiling is most of the time that these tests take, running none of it.
 jit = functools.partial(
@@ -20,28 +25,17 @@ jit = functools.partial(
 )
 
 KEY = jax.random.key(5)
-LAMBDA1, LAMBDA2 = 0.7, 0.3
 ATTACK = dict(epsilon=0.1, step_size=0.03, num_steps=3)
 
 
 def _atat(**fields: Any) -> objectives.Objective:
-  defaults = dict(lambda1=LAMBDA1, lambda2=LAMBDA2, **ATTACK)
+  defaults = dict(lambda1=0.7, lambda2=0.3, **ATTACK)
   return objectives.create("atat", **defaults | fields)
 
 
 def _batch(example: Any) -> objectives.Batch:
   num_classes = example.variables["params"]["head"]["bias"].size
   return objectives.make_batch(example.images, example.labels, num_classes)
-
-
-class Expected(NamedTuple):
-  """Eq. (7) in PyTorch."""
-
-  terms: dict[str, Any]
-  total: Any
-  gradient: Any
-  stats: Any
-  logits: Any
 
 
 def _assert_trees_close(actual: Any, expected: Any, **tolerance: Any) -> None:
@@ -58,245 +52,93 @@ def _assert_trees_close(actual: Any, expected: Any, **tolerance: Any) -> None:
     )
 
 
-def _pytorch_atat(
-  torch, network, student, teacher, images, images_adv, labels, *, p, layers
-):
-  """The method from the paper's equations; `network` is a twin."""
-  x, x_adv = (torch.tensor(np.array(v)) for v in (images, images_adv))
-  y = torch.tensor(np.array(labels)).long()
-
-  def attention_maps(result, y):
-    chosen = result.logits[torch.arange(len(y)), y].sum()
-    maps = {}
-    for layer in layers:
-      tensor = result.activations[layer]
-      (slope,) = torch.autograd.grad(chosen, tensor, create_graph=True)
-      weights = slope.mean((2, 3))
-      maps[layer] = torch.einsum("bchw,bc->bhw", tensor, weights).relu()
-    return maps
-
-  for leaf in jax.tree.leaves(teacher["params"]):
-    leaf.requires_grad_(True)  # only so that its maps can be asked for
-  teacher_maps = attention_maps(
-    network(teacher["params"], teacher["batch_stats"], x, train=False), y
-  )
-  for leaf in jax.tree.leaves(student["params"]):
-    leaf.requires_grad_(True)
-  both = network(
-    student["params"],
-    student["batch_stats"],
-    torch.cat([x, x_adv]),
-    train=True,
-  )
-  maps = attention_maps(both, torch.cat([y, y]))
-  clean, adversarial = both.logits.chunk(2)
-
-  def length(difference, p):
-    return torch.linalg.vector_norm(difference.flatten(1), ord=p, dim=1)
-
-  mixture = torch.nn.functional.cross_entropy(
-    both.logits, torch.cat([y, y]), reduction="none"
-  )
-  cross_entropy = mixture.reshape(2, -1).mean(0)
-  transfer = 0
-  for layer in layers:
-    map_clean, map_adversarial = maps[layer].chunk(2)
-    target = teacher_maps[layer].detach()
-    transfer = transfer + length(target - map_adversarial, p)
-    transfer = transfer + length(target - map_clean, p)
-  pairing = length(clean - adversarial, 2)
-  total = cross_entropy + LAMBDA1 * transfer + LAMBDA2 * pairing
-  total.mean().backward()
-  return Expected(
-    {
-      "cross_entropy": cross_entropy,
-      "attention": transfer,
-      "logit_pairing": pairing,
-    },
-    total,
-    jax.tree.map(lambda leaf: leaf.grad, student["params"]),
-    both.stats,
-    both.logits,
-  )
-
-
-def _check_against_pytorch(example, network, twin, make_variables, p, layers):
-  model, variables, images, labels = example
-  teacher = make_variables(model, images, seed=9, dtype=np.float64)
-  noise = np.random.default_rng(2).uniform(-0.1, 0.1, images.shape)
-  images_adv = jnp.asarray(np.clip(np.asarray(images) + noise, 0, 1))
-  objective = _atat(p=p, layers=layers)
-  batch = _batch(example)
-  names = layers or attention.layer_names(model, variables, images)[-1:]
-
-  @jit
-  def ours(params):
-    maps = attention.forward(model, teacher, images, labels, layers=names)[1]
-
-    def mean_total(params):
-      outcome = objective.loss(
-        model,
-        {**variables, "params": params},
-        atat.Prepared(images_adv, variables["batch_stats"], maps),
-        batch,
-      )
-      return outcome.total.mean(), outcome
-
-    return jax.grad(mean_total, has_aux=True)(params)
-
-  gradient, outcome = ours(variables["params"])
-  expected = _pytorch_atat(
-    twin.torch,
-    lambda params, stats, x, train: network(
-      model, params, stats, x, train=train
-    ),
-    twin.tree(variables),
-    twin.tree(teacher),
-    images,
-    images_adv,
-    labels,
-    p=p,
-    layers=names,
-  )
-  tolerance = dict(rtol=1e-8, atol=1e-10)
-  assert set(outcome.terms) == set(objective.term_names)
-  for name, term in expected.terms.items():
-    assert outcome.terms[name].shape == (len(labels),)
-    assert term.abs().min() > 1e-4  # the term is there
-    np.testing.assert_allclose(
-      outcome.terms[name], term.detach(), err_msg=name, **tolerance
-    )
-  np.testing.assert_allclose(
-    outcome.total, expected.total.detach(), **tolerance
-  )
-  _assert_trees_close(gradient, expected.gradient, **tolerance)
-  _assert_trees_close(dict(outcome.batch_stats), expected.stats, **tolerance)
-  np.testing.assert_allclose(
-    np.concatenate([outcome.logits_clean, outcome.logits_adversarial]),
-    expected.logits.detach(),
-    **tolerance,
-  )
-
-
-@pytest.mark.parametrize("layers", [(), ("conv1", "bn2")], ids=["top", "two"])
-@pytest.mark.parametrize("p", [1, 2])
-def test_atat_equals_pytorch(p, layers, small, twin, make_variables, x64):
-  example = small.astype(np.float64)
-  _check_against_pytorch(example, twin.small, twin, make_variables, p, layers)
-
-
-def test_atat_of_the_wide_resnet_equals_pytorch(wrn, twin, make_variables, x64):
-  _check_against_pytorch(
-    wrn.astype(np.float64), twin.wide_resnet, twin, make_variables, 2, ()
-  )
-
-
-def test_standard_equals_pytorch(small, twin, x64):
-  example = small.astype(np.float64)
-  model, variables, images, labels = example
-  batch = _batch(example)
-  objective = objectives.create("standard")
-
-  @jit
-  def ours(params):
-    def mean_total(params):
-      outcome = objective.loss(
-        model, {**variables, "params": params}, None, batch
-      )
-      return outcome.total.mean(), outcome
-
-    return jax.grad(mean_total, has_aux=True)(params)
-
-  gradient, outcome = ours(variables["params"])
-  torch = twin.torch
-  params = twin.tree(variables["params"], requires_grad=True)
-  result = twin.small(
-    model,
-    params,
-    twin.tree(variables["batch_stats"]),
-    torch.tensor(np.array(images)),
-    train=True,
-  )
-  expected = torch.nn.functional.cross_entropy(
-    result.logits, torch.tensor(np.array(labels)).long(), reduction="none"
-  )
-  expected.mean().backward()
-  np.testing.assert_allclose(outcome.total, expected.detach(), rtol=1e-10)
-  assert list(outcome.terms) == ["cross_entropy"]
-  np.testing.assert_array_equal(outcome.terms["cross_entropy"], outcome.total)
-  _assert_trees_close(
-    gradient,
-    jax.tree.map(lambda leaf: leaf.grad, params),
-    rtol=1e-8,
-    atol=1e-12,
-  )
-  _assert_trees_close(dict(outcome.batch_stats), result.stats, rtol=1e-10)
-  assert outcome.logits_adversarial is None
-  prepared = objective.prepare(KEY, model, variables, None, batch)
-  assert prepared is None
-
-
 # The attack in training.
 
 
 @pytest.mark.parametrize(
-  ("mode", "moves"),
-  [("running", False), ("batch", False), ("batch", True)],
-  ids=["running", "batch", "moving"],
+  ("method", "mode", "moves", "scale"),
+  [
+    ("atat", "running", False, 1.0),
+    ("atat", "batch", False, 0.5),
+    ("atat", "batch", True, 1.0),
+    ("trades", "running", False, 0.5),
+    ("trades", "batch", True, 1.0),
+  ],
+  ids=["running", "batch", "moving", "kl", "kl-moving"],
 )
 def test_attack_and_its_statistics_equal_a_pytorch_loop(
-  mode, moves, small, twin, make_variables, x64
+  method, mode, moves, scale, small, twin, x64
+):
+  example = small.astype(np.float64)
+  model, variables, images, labels = example
+  weights = dict(lambda1=0.7, lambda2=0.3) if method == "atat" else {}
+  objective = objectives.create(
+    method,
+    **ATTACK,
+    **weights,
+    attack_batch_norm=mode,
+    attack_moves_statistics=moves,
+  )
+  # What cross-entropies aim at is nothing to the attack.
+  targets = jnp.full((8, 3), 1 / 3)
+  batch = _batch(example)._replace(epsilon_scale=scale, targets=targets)
+  attacked = jit(
+    lambda variables: objective.attack(KEY, model, variables, batch)
+  )(variables)
+
+  torch = twin.torch
+  params, stats = (twin.tree(variables[n]) for n in ("params", "batch_stats"))
+  clean, epsilon = np.asarray(images), scale * ATTACK["epsilon"]
+  kl = method == "trades"
+  if kl:  # of the start: 0.001 * N(0, 1), not clipped
+    x = clean + 0.001 * np.asarray(jax.random.normal(KEY, clean.shape))
+  else:
+    x = np.asarray(
+      projected_gradient.random_start(KEY, images, epsilon=epsilon)
+    )
+  target = twin.small(
+    model, params, stats, torch.tensor(clean), train=mode == "batch"
+  ).logits.softmax(1)
+  for _ in range(ATTACK["num_steps"]):
+    leaf = torch.tensor(x, requires_grad=True)
+    result = twin.small(model, params, stats, leaf, train=mode == "batch")
+    if kl:
+      loss = torch.nn.functional.kl_div(
+        result.logits.log_softmax(1), target, reduction="sum"
+      )
+    else:
+      loss = torch.nn.functional.cross_entropy(
+        result.logits, torch.tensor(np.array(labels)).long(), reduction="sum"
+      )
+    (gradient,) = torch.autograd.grad(loss, leaf)
+    if moves:
+      stats = result.stats
+    x = x + scale * ATTACK["step_size"] * np.sign(gradient.numpy())
+    x = np.clip(x, clean - epsilon, clean + epsilon)
+    x = np.clip(x, 0, 1)
+  np.testing.assert_allclose(attacked.images_adv, x, rtol=0, atol=1e-12)
+  _assert_trees_close(dict(attacked.batch_stats), stats, rtol=1e-10)
+  unmoved = jax.tree.map(
+    np.array_equal, attacked.batch_stats, variables["batch_stats"]
+  )
+  assert all(jax.tree.leaves(unmoved)) != moves
+
+
+def test_the_teachers_maps_are_those_of_clean_images(
+  small, make_variables, x64
 ):
   example = small.astype(np.float64)
   model, variables, images, labels = example
   teacher = make_variables(model, images, seed=9, dtype=np.float64)
-  objective = _atat(attack_batch_norm=mode, attack_moves_statistics=moves)
   prepared = jit(
-    lambda variables, teacher: objective.prepare(
+    lambda teacher: _atat().prepare(
       KEY, model, variables, teacher, _batch(example)
     )
-  )(variables, teacher)
-
-  torch = twin.torch
-  params, stats = (twin.tree(variables[n]) for n in ("params", "batch_stats"))
-  x = np.asarray(
-    projected_gradient.random_start(KEY, images, epsilon=ATTACK["epsilon"])
-  )
-  clean = np.asarray(images)
-  for _ in range(ATTACK["num_steps"]):
-    leaf = torch.tensor(x, requires_grad=True)
-    result = twin.small(model, params, stats, leaf, train=mode == "batch")
-    loss = torch.nn.functional.cross_entropy(
-      result.logits, torch.tensor(np.array(labels)).long(), reduction="sum"
-    )
-    (gradient,) = torch.autograd.grad(loss, leaf)
-    if moves:
-      stats = result.stats
-    x = x + ATTACK["step_size"] * np.sign(gradient.numpy())
-    x = np.clip(x, clean - ATTACK["epsilon"], clean + ATTACK["epsilon"])
-    x = np.clip(x, 0, 1)
-  np.testing.assert_allclose(prepared.images_adv, x, rtol=0, atol=1e-12)
-  _assert_trees_close(dict(prepared.batch_stats), stats, rtol=1e-10)
-  unmoved = jax.tree.map(
-    np.array_equal, prepared.batch_stats, variables["batch_stats"]
-  )
-  assert all(jax.tree.leaves(unmoved)) != moves
-
-  # The teacher: clean images, its own running statistics.
-  result = twin.small(
-    model,
-    twin.tree(teacher["params"], requires_grad=True),
-    twin.tree(teacher["batch_stats"]),
-    torch.tensor(clean),
-    train=False,
-  )
-  chosen = result.logits[torch.arange(8), torch.tensor(np.array(labels)).long()]
-  tensor = result.activations["bn2"]
-  (slope,) = torch.autograd.grad(chosen.sum(), tensor)
-  expected = torch.einsum("bchw,bc->bhw", tensor, slope.mean((2, 3))).relu()
+  )(teacher)
   assert list(prepared.teacher_maps) == ["bn2"]
+  expected = attention.grad_cam(model, teacher, images, labels)["bn2"]
   np.testing.assert_allclose(
-    prepared.teacher_maps["bn2"], expected.detach(), rtol=1e-8, atol=1e-12
+    prepared.teacher_maps["bn2"], expected, rtol=1e-9, atol=1e-12
   )
 
 
@@ -311,8 +153,8 @@ def test_moved_statistics_are_where_the_students_pass_starts(small):
     prepared = objective.prepare(KEY, model, variables, variables, batch)
     outcome = objective.loss(model, variables, prepared, batch)
     expected = model.apply(
-      {**variables, "batch_stats": prepared.batch_stats},
-      jnp.concatenate([images, prepared.images_adv]),
+      {**variables, "batch_stats": prepared.attacked.batch_stats},
+      jnp.concatenate([images, prepared.attacked.images_adv]),
       train=True,
       mutable=["batch_stats"],
     )[1]
@@ -337,9 +179,7 @@ def test_attack_fields_reach_the_attack(fields, small):
   def prepare(**fields):
     objective = _atat(**fields)
     return jit(
-      lambda variables: objective.prepare(
-        KEY, model, variables, variables, _batch(small)
-      )
+      lambda variables: objective.attack(KEY, model, variables, _batch(small))
     )(variables)
 
   images_adv = prepare(**fields).images_adv
@@ -399,7 +239,7 @@ def test_gradient_is_that_of_cross_entropy_where_nothing_differs(
       outcome = objective.loss(
         model,
         {"params": params},
-        atat.Prepared(images, {}, teacher_maps),
+        atat.Prepared(adversarial.Attacked(images, {}), teacher_maps),
         objectives.make_batch(images, labels, 3),
       )
       return outcome.total.mean(), outcome
@@ -424,10 +264,23 @@ def test_gradient_is_that_of_cross_entropy_where_nothing_differs(
 
 # The contract, and errors.
 
+# (method, term) to the field that is its weight; others have weight 1.
+WEIGHTS = {
+  ("alp", "logit_pairing"): "weight",
+  ("tla", "triplet"): "lambda1",
+  ("tla", "embedding_square"): "lambda2",
+  ("trades", "kl"): "beta",
+  ("mart", "kl"): "beta",
+  ("atat", "attention"): "lambda1",
+  ("atat", "logit_pairing"): "lambda2",
+  ("atat_released", "transfer_clean"): "weight",
+  ("atat_released", "transfer_adversarial"): "weight",
+}
+
 
 def _create(name: str) -> objectives.Objective:
-  """With values for the fields that have none, by their names."""
-  values = dict(lambda1=1.0, lambda2=1.0, **ATTACK)
+  """With values that differ from 1 for the weights, by their names."""
+  values = dict(lambda1=0.7, lambda2=0.3, weight=0.4, beta=3.0, **ATTACK)
   known = objectives.OBJECTIVES[name].__dataclass_fields__
   return objectives.create(
     name, **{key: value for key, value in values.items() if key in known}
@@ -460,8 +313,17 @@ def test_every_objective_keeps_the_contract(name, small):
   assert set(outcome.terms) == set(objective.term_names)
   for value in (outcome.total, *outcome.terms.values()):
     assert value.shape == (8,) and np.isfinite(value).all()
-  assert outcome.logits_clean.shape == (8, 3)
-  assert (outcome.logits_adversarial is not None) == objective.attacks
+  for logits, there in (
+    (outcome.logits_clean, objective.sees_clean),
+    (outcome.logits_adversarial, objective.attacks),
+  ):
+    assert (logits is not None) == there
+    assert logits is None or logits.shape == (8, 3)
+  weighted = sum(
+    getattr(objective, WEIGHTS.get((name, term), ""), 1.0) * value
+    for term, value in outcome.terms.items()
+  )
+  np.testing.assert_allclose(outcome.total, weighted, rtol=1e-5)
   moved = jax.tree.map(
     lambda a, b: bool((a != b).all()),
     outcome.batch_stats,
@@ -488,8 +350,8 @@ def test_every_objective_keeps_the_contract(name, small):
     (dict(p=3), "p: 3; allowed: 1, 2"),
     (dict(norm="l0"), "norm: 'l0'; allowed: l1, l2, linf"),
     (
-      dict(attack_loss="kl"),
-      "attack_loss: 'kl'; allowed: cross_entropy, dlr, margin",
+      dict(attack_loss="ce"),
+      "attack_loss: 'ce'; allowed: cross_entropy, dlr, kl, margin",
     ),
     (
       dict(attack_batch_norm="train"),
@@ -499,6 +361,17 @@ def test_every_objective_keeps_the_contract(name, small):
       dict(attack_batch_norm="running", attack_moves_statistics=True),
       "attack_moves_statistics: True; allowed: False where",
     ),
+    (dict(attack_start="zero"), "attack_start: 'zero'; allowed: gaussian, un"),
+    (
+      dict(student_batch_norm="both"),
+      "student_batch_norm: 'both'; allowed: in_turn, mixture, separate",
+    ),
+    (dict(pairs=("self",)), "pairs: 'self'; allowed: clean_adversarial, teac"),
+    (dict(pairs=()), "pairs: (); allowed: one or more of teacher_adversarial"),
+    (dict(pairs=("teacher_clean",) * 2), "pairs: ('teacher_clean', 'teacher"),
+    (dict(maps="cam"), "maps: 'cam'; allowed: channel_sum, grad_cam"),
+    (dict(normalization="l1"), "normalization: 'l1'; allowed: l2, min_max, r"),
+    (dict(distance="l2"), "distance: 'l2'; allowed: mean_square, norm"),
     (dict(lambda3=1.0), "hyperparameter of 'atat': 'lambda3'; allowed: "),
   ],
   ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
@@ -508,6 +381,39 @@ def test_bad_hyperparameters_are_named(fields, message):
     _atat(**fields)
   assert str(error.value).startswith(message)
   assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+  ("method", "fields", "message"),
+  [
+    ("alp", dict(weight=-1.0), "weight: -1.0; allowed: >= 0"),
+    ("trades", dict(beta=float("nan")), "beta: nan; allowed: >= 0"),
+    ("mart", dict(beta=-0.5), "beta: -0.5; allowed: >= 0"),
+    ("tla", dict(lambda1=-1.0), "lambda1: -1.0; allowed: >= 0"),
+    ("tla", dict(margin=-1.0), "margin: -1.0; allowed: "),
+    ("at", dict(num_steps=0), "num_steps: 0; allowed: an integer > 0"),
+    ("atat_released", dict(variant="cam"), "variant: 'cam'; allowed: logits,"),
+    ("atat_released", dict(weight=-1.0), "weight: -1.0; allowed: >= 0"),
+  ],
+)
+def test_bad_hyperparameters_of_peers_are_named(method, fields, message):
+  with pytest.raises(UserError) as error:
+    objectives.create(method, **ATTACK | fields)
+  assert str(error.value).startswith(message)
+
+
+def test_who_needs_a_teacher():
+  needing = {
+    name for name in objectives.OBJECTIVES if _create(name).needs_teacher
+  }
+  assert needing == {"atat", "atat_released"}
+  assert not _atat(pairs=("clean_adversarial",)).needs_teacher
+  assert _atat(pairs=("clean_adversarial", "teacher_clean")).needs_teacher
+  # The paper's ablation differs in its weights only.
+  raw = _atat(lambda1=0.0, lambda2=0.0)
+  assert raw.needs_teacher and raw.starts_from_teacher
+  # The released script starts afresh, although the paper says otherwise.
+  assert not _create("atat_released").starts_from_teacher
 
 
 def test_unknown_method_missing_teacher_and_missing_layer(small):
@@ -527,9 +433,96 @@ def test_weights_of_zero_leave_cross_entropy_alone(small):
   model, variables, images, _ = small
   objective = _atat(lambda1=0.0, lambda2=0.0)
   teacher_maps = {"bn2": jnp.ones((8, 3, 3))}
-  prepared = atat.Prepared(images, variables["batch_stats"], teacher_maps)
+  prepared = atat.Prepared(
+    adversarial.Attacked(images, variables["batch_stats"]), teacher_maps
+  )
   outcome = jit(
     lambda variables: objective.loss(model, variables, prepared, _batch(small))
   )(variables)
   assert (outcome.terms["attention"] > 0).all()
   np.testing.assert_array_equal(outcome.total, outcome.terms["cross_entropy"])
+
+
+@pytest.mark.parametrize("normalization", ["l2", "min_max"])
+def test_a_map_without_contrast_has_a_finite_gradient(normalization):
+  objective = _atat(normalization=normalization)
+  maps = jnp.stack([jnp.zeros((3, 3)), jnp.arange(9.0).reshape(3, 3)])
+
+  def total(maps):
+    return objective._distance(objective._normalize(maps), jnp.ones((2, 3, 3)))
+
+  assert (objective._normalize(maps)[0] == 0).all()
+  gradient = jax.grad(lambda maps: total(maps).sum())(maps)
+  assert np.isfinite(gradient).all() and (gradient[1] != 0).any()
+
+
+# Another method.
+
+
+@dataclasses.dataclass(frozen=True)
+class Inverted:
+  """Cross-entropy of negatives: a method as somebody else would add it."""
+
+  weight: float
+
+  needs_teacher = False
+  starts_from_teacher = False
+  sees_clean = False
+  attacks = True
+  term_names = ("cross_entropy",)
+
+  def prepare(self, key, model, variables, teacher, batch):
+    return 1.0 - batch.images
+
+  def loss(self, model, variables, prepared, batch):
+    logits, moved = model.apply(
+      variables, prepared, train=True, mutable=["batch_stats"]
+    )
+    log_softmax = jax.nn.log_softmax(logits)
+    cross_entropy = -(batch.targets * log_softmax).sum(-1)
+    return base.Outcome(
+      total=self.weight * cross_entropy,
+      terms={"cross_entropy": cross_entropy},
+      batch_stats=moved["batch_stats"],
+      logits_clean=None,
+      logits_adversarial=logits,
+    )
+
+
+def test_an_objective_is_one_class_and_one_line(small, monkeypatch):
+  """Registered, it is created by its name, checked and trained."""
+  monkeypatch.setitem(objectives.OBJECTIVES, "inverted", Inverted)
+  with pytest.raises(UserError, match="'inverted': 'width'; allowed: weight"):
+    objectives.create("inverted", width=1)
+  objective = objectives.create("inverted", weight=2.0)
+  model, variables, images, labels = small
+  mesh = sharding.make_mesh(jax.devices()[:1])
+  optimizer = optim.make_optimizer(lambda step: 0.1)
+  current = state.create(
+    model,
+    optimizer,
+    KEY,
+    images[:1],
+    metric_names=steps.metric_names(objective),
+    term_names=steps.term_names(objective),
+    initial=variables,
+  )
+  step = steps.make_train_step(
+    model, objective, optimizer, mesh=mesh, num_classes=3
+  )
+  data = Split(np.asarray(images * 255).astype(np.uint8), np.asarray(labels))
+  losses = []
+  for _ in range(10):
+    before = np.asarray(current.sums["loss"])
+    current = step(current, None, data, np.arange(8))
+    losses.append((np.asarray(current.sums["loss"]) - before)[0] / 8)
+  assert losses[-1] < 0.9 * losses[0]
+  sums = current.sums
+  assert set(sums) == {
+    "loss",
+    "cross_entropy",
+    "accuracy_adversarial",
+    "gradient_norm",
+  }
+  total, term = np.asarray(sums["loss"]), np.asarray(sums["cross_entropy"])
+  np.testing.assert_allclose(total, term * [2, 1], rtol=1e-5)

@@ -22,6 +22,7 @@ from atat_jax import (
 )
 from atat_jax.data import augment
 from atat_jax.data.base import Split
+from atat_jax.options import Options
 from atat_jax.state import NEVER
 
 # Compiling is most of the time that these tests take, running none of it.
@@ -41,7 +42,7 @@ def quick_compilation():
     patch.setattr(
       compilation,
       "compiler_options",
-      lambda: options | {"xla_backend_optimization_level": 0},
+      lambda **_: options | {"xla_backend_optimization_level": 0},
     )
     yield
 
@@ -257,7 +258,6 @@ def test_what_is_off_leaves_the_step_as_it_was(run, small):
     weight_decay=0.01,
   )
 
-  @functools.partial(jit, out_shardings=sharding.replicated(run.mesh))
   def plain(current, teacher, data, indices):
     images = augment.pad_crop_flip(
       rng.stream(current.rng, "augmentation", current.step),
@@ -289,24 +289,85 @@ def test_what_is_off_leaves_the_step_as_it_was(run, small):
     updates, opt_state = optimizer.update(
       gradient, current.opt_state, current.params
     )
+    norm = optax.tree.norm(gradient)
+    finite = {k: jnp.isfinite(v).all() for k, v in outcome.terms.items()}
+    finite["gradient"] = jnp.isfinite(norm)
+    values = {
+      "loss": outcome.total,
+      **outcome.terms,
+      "accuracy_clean": outcome.logits_clean.argmax(-1) == batch.labels,
+      "gradient_norm": norm[None],
+      "accuracy_adversarial": outcome.logits_adversarial.argmax(-1)
+      == batch.labels,
+    }
     return current.replace(
       step=current.step + 1,
       params=optax.apply_updates(current.params, updates),
       batch_stats=outcome.batch_stats,
       opt_state=opt_state,
+      sums=metrics.merge(current.sums, metrics.from_examples(values)),
+      nonfinite={
+        name: jnp.minimum(first, jnp.where(finite[name], NEVER, current.step))
+        for name, first in current.nonfinite.items()
+      },
     )
 
+  compiled = compilation.jit(plain, out_shardings=sharding.replicated(run.mesh))
   expected = run.start()
   for indices in INDICES:
-    expected = plain(expected, run.teacher, run.data, run.put(indices))
+    expected = compiled(expected, run.teacher, run.data, run.put(indices))
   found = _train(run)
   assert found.ema is None
-  for name in ("params", "batch_stats", "opt_state"):
+  for name in ("params", "batch_stats", "opt_state", "sums"):
     jax.tree.map(
       np.testing.assert_array_equal,
       getattr(found, name),
       getattr(expected, name),
     )
+
+
+def test_several_steps_of_one_program_equal_steps_one_by_one(run, compilations):
+  rows = np.stack(INDICES).astype(np.int32)
+  rows = sharding.put_batch(run.mesh, rows, axis=1)
+  before = None
+  for count in (3, 2):
+    arguments = run.start(), run.teacher, run.data, rows, None, np.int32(count)
+    if before is None:
+      expected = _train(run, count)
+    else:
+      expected, before = _train(run, count), compilations()
+    actual = run.step(*arguments)
+    if before is not None:
+      assert compilations() == before  # the count is no part of the program
+    before = compilations()
+    assert int(actual.step) == count
+    _assert_close(actual.params, expected.params, rtol=1e-4, atol=1e-5)
+    _assert_close(actual.batch_stats, expected.batch_stats, rtol=1e-4)
+    _assert_close(actual.sums, expected.sums, rtol=1e-4)
+
+
+def test_rematerialisation_changes_no_result(run, small):
+  remat = _make_run(
+    small,
+    jax.devices()[:1],
+    padding=1,
+    flip=True,
+    options=Options(remat=True),
+  )
+  arguments = remat.start(), remat.teacher, remat.data, remat.put(INDICES[0])
+  barrier = "optimization_barrier"  # how jax keeps XLA from merging the two
+  assert barrier in remat.step.lower(*arguments).as_text()
+  assert barrier not in run.step.lower(*arguments).as_text()
+  actual, expected = _train(remat, 2), _train(run, 2)
+  _assert_close(actual.params, expected.params, rtol=1e-4, atol=1e-5)
+
+
+def test_a_profile_tells_the_parts_of_a_step(run):
+  text = run.step.lower(
+    run.start(), run.teacher, run.data, run.put(INDICES[0])
+  ).as_text(debug_info=True)
+  for scope in ("augmentation", "attack", "teacher", "student", "update"):
+    assert f"/{scope}/" in text or f"({scope})/" in text, scope
 
 
 def test_metric_and_term_names(run):

@@ -1,5 +1,8 @@
 """Training end to end: resumed runs are bit-equal, and divergence is told."""
 
+import collections
+import contextlib
+import gzip
 import json
 import re
 import shutil
@@ -11,7 +14,19 @@ import orbax.checkpoint as ocp
 import pytest
 import tiny
 
-from atat_jax import checkpoints, evaluation, steps
+from atat_jax import (
+  checkpoints,
+  compilation,
+  config,
+  evaluation,
+  objectives,
+  sharding,
+  state,
+  steps,
+  tracing,
+  train,
+)
+from atat_jax.data.base import Dataset, Split
 from atat_jax.errors import TrainingDivergedError, UserError
 from atat_jax.interrupts import Interrupted
 
@@ -196,6 +211,79 @@ def test_it_compiles_while_it_warms_up_and_never_again(finished):
       assert after == before, size
 
 
+def test_no_function_compiles_twice(finished):
+  """But for single operations: they differ in what jax does not print."""
+  counted = collections.Counter(finished.compilations.programs)
+  names = collections.Counter(name for name, _ in counted)
+  assert names["dispatch"] == names["build"] == 2  # teacher and student
+  assert names["_pgd"] == 3  # validation, running and batch statistics
+  repeated = {name for (name, _), count in counted.items() if count > 1}
+  assert not {
+    name for name in repeated if not hasattr(jax.lax, name.lstrip("_"))
+  }
+
+
+@pytest.mark.slow
+def test_a_second_start_compiles_nothing(tmp_path, monkeypatch):
+  """All that is compiled is kept, and there is nothing new to keep."""
+  cache = tmp_path / "cache"
+  monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(cache))
+  with contextlib.closing(tiny.CommandLine(tmp_path)) as command_line:
+    entries = []
+    for name in ("first", "second"):
+      outcome = command_line(*tiny.flags(tmp_path / name))
+      assert not outcome.status, outcome.stderr
+      entries.append({path.name for path in cache.glob("*-cache")})
+  assert len(entries[0]) > 20
+  assert entries[0] == entries[1]
+
+
+def test_which_steps_go_together():
+  def sizes(*arguments, **keywords):
+    found = list(train.dispatches(*arguments, **keywords))
+    assert [before for before, _ in found] == [
+      arguments[0] + sum(count for _, count in found[:i])
+      for i in range(len(found))
+    ]
+    return [count for _, count in found]
+
+  assert sizes(0, 5, size=1, multiples=(2,)) == [1] * 5
+  assert sizes(0, 20, size=8, multiples=(100,)) == [8, 8, 4]
+  # Log lines every 5 steps, validations every 7, a trace of steps 10 to 11.
+  assert sizes(3, 16, size=4, multiples=(5, 7), others=(9, 11)) == [
+    2,
+    2,
+    2,
+    1,
+    1,
+    3,
+    1,
+    1,
+  ]
+  assert sizes(20, 20, size=4, multiples=(5,)) == []
+
+
+def test_a_profile_of_two_steps(tmp_path):
+  """With steps that only count: what they trace is not what is tested."""
+  made = tiny.config("standard", profile_steps=(3, 4))
+  with tiny.instant_steps():
+    tiny.run(tmp_path / "run", "train", made)
+  (trace,) = (tmp_path / "run/profile").rglob("perfetto_trace.json.gz")
+  with gzip.open(trace) as file:
+    assert json.load(file)["traceEvents"]
+  assert list(trace.parent.glob("*.xplane.pb"))  # for TensorBoard
+
+
+def test_a_profile_ends_with_the_run(tmp_path):
+  """An interrupted run leaves no recording behind that blocks the next one."""
+  trace = tracing.Trace(tmp_path, (1, 9))
+  with pytest.raises(KeyError), trace:
+    trace.before(1, ())
+    raise KeyError
+  jax.profiler.start_trace(str(tmp_path / "again"))
+  jax.profiler.stop_trace()
+
+
 def test_divergence_keeps_the_last_good_checkpoint(command_line, tmp_path):
   workdir = tmp_path / "run"
   # At 0.65 of 10 steps the rate goes from 0.2 to 2e29.
@@ -247,12 +335,12 @@ def test_divergence_counts_steps_as_log_lines_do(tmp_path):
   assert not list((workdir / "checkpoints").glob("[0-9]*"))
 
 
+# Options.
+
+
 OPTIONS = {
   "train__num_epochs": 1,
   "train__schedule": "constant",
-  "train__accumulate_steps": 2,
-  "train__label_smoothing": 0.1,
-  "data__mix": "cutmix",
   "data__extra_fraction": 0.25,
 }
 
@@ -267,6 +355,12 @@ def validations(monkeypatch):
     return float(np.abs(found[-1][0].sum())) % 1  # a function of the weights
 
   monkeypatch.setattr(evaluation, "accuracy", accuracy)
+  options = compilation.compiler_options()
+  monkeypatch.setattr(  # compiling is most of the time
+    compilation,
+    "compiler_options",
+    lambda **_: options | {"xla_backend_optimization_level": 0},
+  )
   return found
 
 
@@ -281,8 +375,8 @@ def of_item(found, item):
 @pytest.mark.parametrize(
   "average",
   [
-    {"train__ema_decay": 0.9},
-    {"train__swa_start": 0.4, "train__statistics_batches": 3},
+    pytest.param({"train__ema_decay": 0.9}, marks=pytest.mark.slow),
+    {"train__swa_start": 0.2, "train__statistics_batches": 3},
   ],
   ids=["ema", "swa"],
 )
@@ -301,6 +395,7 @@ def test_resumed_with_averages_and_extra_images_it_ends_the_same(
   whole, parts = tmp_path / "whole", tmp_path / "parts"
   tiny.run(whole, "train", made)
   first = list(validations)
+  # A thread is a few steps ahead, so that it stops before step 8.
   with (
     tiny.signal_before(8, made.seed),
     pytest.raises(Interrupted),
@@ -341,3 +436,54 @@ def test_too_few_extra_images_are_told_before_training(tmp_path, monkeypatch):
   with pytest.raises(UserError, match=r"extra_fraction: 90 .* 9 in .*x\.npz"):
     tiny.run(tmp_path / "run", "train", made)
   assert not (tmp_path / "run").exists()
+
+
+# Methods.
+
+
+@pytest.mark.parametrize("method", ["atat", "atat_released"])
+def test_where_the_student_starts(method, tmp_path, monkeypatch):
+  """In the paper as the teacher, in the released code afresh."""
+  started = []
+
+  def create(*_, initial, **__):
+    started.append(initial)
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(state, "create", create)
+  plan = config.make_plan(tiny.config(method))
+  split = Split(np.zeros((200, 8, 8, 1), np.uint8), np.zeros(200, np.int32))
+  teacher = {"params": {}}
+  stage = train.Stage(
+    "student", "train", tmp_path, plan.config.train, plan.objective, teacher, 0
+  )
+  with pytest.raises(KeyboardInterrupt):
+    train._run(
+      plan,
+      stage,
+      Dataset(plan.spec, split, split, split),
+      sharding.make_mesh(jax.devices()[:1]),
+      None,
+    )
+  assert started == [teacher if method == "atat" else None]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "method", sorted({*objectives.OBJECTIVES} - {"atat", "standard"})
+)
+def test_every_method_trains_and_is_evaluated(method, tmp_path):
+  """From its configuration to the page; only those with a teacher train one."""
+  made = tiny.config(method)
+  tiny.run(tmp_path, made=made)
+  needs_teacher = objectives.create(method, **made.objective).needs_teacher
+  assert (tmp_path / "teacher").exists() == needs_teacher
+  lines = tiny.metrics(tmp_path / "metrics.jsonl")
+  for line in lines:
+    numbers = [v for v in line.values() if isinstance(v, int | float)]
+    assert np.isfinite(numbers).all()
+  train_lines = [line for line in lines if line["split"] == "train"]
+  assert train_lines[-1]["step"] == tiny.STUDENT_STEPS
+  assert train_lines[-1]["loss"] < train_lines[0]["loss"]
+  assert ("accuracy_clean" in train_lines[0]) == (method != "at")
+  assert (tmp_path / "report.html").exists()

@@ -12,8 +12,10 @@ PYTEST_DONT_REWRITE).
 import hashlib
 import importlib.util
 import json
+import logging
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -176,10 +178,12 @@ class Compilations(NamedTuple):
   Attributes:
     lines: Of each line of the metrics (directory, split, step, number).
     evaluations: Of each accuracy (protocol, batch size, before, after).
+    programs: Each program's (name, shapes of its arguments).
   """
 
   lines: list[tuple[str, str, int, int]]
   evaluations: list[tuple[str, int, int, int]]
+  programs: list[tuple[str, str]]
 
 
 class FinishedRun(NamedTuple):
@@ -203,13 +207,32 @@ class FinishedRun(NamedTuple):
     return json.loads((self.workdir / "results.json").read_text())
 
 
+@contextmanager
+def noted_programs(programs: list[tuple[str, str]]) -> Iterator[None]:
+  """Notes what jax says that it compiles (or loads): (name, shapes)."""
+
+  class Handler(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+      found = re.match(r"Compiling jit\((.+?)\) with (.+)", record.getMessage())
+      if found:
+        programs.append((found[1], found[2]))
+
+  handler, logger = Handler(), logging.getLogger("jax")
+  logger.addHandler(handler)
+  try:
+    with jax.log_compiles():
+      yield
+  finally:
+    logger.removeHandler(handler)
+
+
 @pytest.fixture(scope="session")
 def finished(
   tmp_path_factory: pytest.TempPathFactory, compilations: Callable[[], int]
 ) -> FinishedRun:
   """Teacher, student, evaluation, figures and report, made once for all."""
   workdir = tmp_path_factory.mktemp("finished") / "run"
-  counts = Compilations([], [])
+  counts = Compilations([], [], [])
   write, accuracy = writers.MetricsWriter.write, evaluation.accuracy
 
   def counted_write(self: Any, split: str, step: int, values: Any) -> None:
@@ -227,7 +250,8 @@ def finished(
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(writers.MetricsWriter, "write", counted_write)
     patch.setattr(evaluation, "accuracy", counted_accuracy)
-    run(workdir)
+    with noted_programs(counts.programs):
+      run(workdir)
   return FinishedRun(workdir, counts)
 
 

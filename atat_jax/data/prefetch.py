@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Generic, TypeVar
 
+A = TypeVar("A")
 T = TypeVar("T")
 
 
-class Prefetcher(contextlib.AbstractContextManager[Any], Generic[T]):
+class Prefetcher(contextlib.AbstractContextManager[Any], Generic[A, T]):
   """Calls a function on a thread, a few calls ahead of who wants the results.
 
   Args:
@@ -20,8 +21,8 @@ class Prefetcher(contextlib.AbstractContextManager[Any], Generic[T]):
 
   def __init__(
     self,
-    function: Callable[[int], T],
-    arguments: Iterable[int],
+    function: Callable[[A], T],
+    arguments: Iterable[A],
     *,
     depth: int = 3,
   ):

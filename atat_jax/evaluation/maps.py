@@ -6,9 +6,16 @@ import jax
 import numpy as np
 from flax import linen as nn
 
-from atat_jax import attention, models
+from atat_jax import attention, compilation, models
 from atat_jax.evaluation.protocols import Protocol
-from atat_jax.typing import Array, Variables
+from atat_jax.typing import Array, Classifier, Variables
+
+
+def _softmax(classifier: Classifier, images: Array) -> Array:
+  return jax.nn.softmax(classifier(images))
+
+
+_probabilities = compilation.jit(_softmax)
 
 
 def attention_maps(
@@ -48,7 +55,7 @@ def attention_maps(
       ((layer, maps),) = attention.grad_cam(
         model, variables, inputs, labels
       ).items()
-      probabilities = np.asarray(jax.nn.softmax(classifier(inputs)))
+      probabilities = np.asarray(_probabilities(classifier, inputs))
       found["layer"] = np.array(layer)
       found[f"{name}_{kind}_map"] = np.asarray(maps)
       found[f"{name}_{kind}_prediction"] = probabilities.argmax(-1)

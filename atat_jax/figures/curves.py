@@ -12,12 +12,19 @@ from atat_jax.figures import files, style
 Lines = list[dict[str, Any]]
 
 # (key, name, colour, line style, width). Curves differ in colour and in line,
-# so that they are told apart in grey too; the total lies under its terms.
+# so that they are told apart in grey too; the total lies under its terms. No
+# method has two terms that look the same.
 _LOSSES = (
   ("loss", "total", "#b8b8b8", "-", 4.0),
   ("cross_entropy", "cross-entropy", style.BLUE, "-", 1.6),
   ("attention", "attention", style.VERMILION, "--", 1.6),
   ("logit_pairing", "logit pairing", style.GREEN, "-.", 1.6),
+  ("triplet", "triplets", style.VERMILION, "--", 1.6),
+  ("embedding_square", "embeddings' squares", style.GREEN, "-.", 1.6),
+  ("kl", "KL divergence", style.VERMILION, "--", 1.6),
+  ("margin", "margin", style.GREEN, "-.", 1.6),
+  ("transfer_clean", "transfer, clean", style.GREEN, "-.", 1.6),
+  ("transfer_adversarial", "transfer, attacked", style.VERMILION, "--", 1.6),
 )
 _TRAINING = (
   ("accuracy_clean", "clean images", style.BLUE, "-", 1.6),

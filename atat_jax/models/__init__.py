@@ -11,10 +11,33 @@ from flax import linen as nn
 
 from atat_jax import batch_norm as bn
 from atat_jax import checks, compilation
+from atat_jax.models.densenet import DenseNet121
+from atat_jax.models.preact_resnet import PreActResNet18
+from atat_jax.models.resnet import ResNet18, ResNet50
+from atat_jax.models.vgg import VGG16, VGG16BN
 from atat_jax.models.wide_resnet import WideResNet
 from atat_jax.typing import Array, BatchNormMode, Variables
 
-MODELS: dict[str, type[nn.Module]] = {"wide_resnet": WideResNet}
+MODELS: dict[str, type[nn.Module]] = {
+  "wide_resnet": WideResNet,
+  "preact_resnet18": PreActResNet18,
+  "vgg16": VGG16,
+  "vgg16_bn": VGG16BN,
+  "resnet18": ResNet18,
+  "resnet50": ResNet50,
+  "densenet121": DenseNet121,
+}
+
+
+def field_names(name: str) -> tuple[str, ...]:
+  """The fields that `create` takes for a network.
+
+  Raises:
+    UserError: No network has this name.
+  """
+  checks.choice("model", name, MODELS)
+  fields = dataclasses.fields(MODELS[name])
+  return tuple(f.name for f in fields if f.name not in ("parent", "name"))
 
 
 def create(name: str, **fields: Any) -> nn.Module:
@@ -31,16 +54,10 @@ def create(name: str, **fields: Any) -> nn.Module:
   Raises:
     UserError: Unknown name or field, or a value that makes no network.
   """
-  checks.choice("model", name, MODELS)
-  module = MODELS[name]
-  known = {
-    field.name
-    for field in dataclasses.fields(module)
-    if field.name not in ("parent", "name")
-  }
+  known = field_names(name)
   for field in fields:
     checks.choice(f"field of model {name!r}", field, known)
-  return module(**fields)
+  return MODELS[name](**fields)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -238,12 +238,13 @@ def convolve(
 
 
 class Conv(nn.Module):
-  """A convolution without bias; one parameter, `kernel` [k, k, C, F]."""
+  """A convolution: `kernel` [k, k, C, F] and, with `use_bias`, `bias` [F]."""
 
   features: int
   kernel_size: int = 3
   stride: int = 1
   padding: str = "same"
+  use_bias: bool = False
   dtype: jnp.dtype = jnp.float32
   convolution: str = "auto"
 
@@ -256,11 +257,15 @@ class Conv(nn.Module):
       nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
       (self.kernel_size, self.kernel_size, x.shape[-1], self.features),
     )
-    x, kernel = dtypes.promote_dtype(x, kernel, dtype=self.dtype)
-    return convolve(
+    bias = None
+    if self.use_bias:
+      bias = self.param("bias", nn.initializers.zeros, (self.features,))
+    x, kernel, bias = dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+    x = convolve(
       x,
       kernel,
       stride=self.stride,
       padding=self.padding,
       convolution=self.convolution,
     )
+    return x if bias is None else x + bias

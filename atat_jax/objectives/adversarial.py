@@ -105,6 +105,7 @@ class InnerAttack:
         " attack_batch_norm='running', which has no batch statistics"
       )
 
+  @jax.named_scope("attack")
   def attack(
     self, key: Array, model: nn.Module, variables: Variables, batch: Batch
   ) -> Attacked:

@@ -19,6 +19,7 @@ still starts from the teacher, so that nothing else differs.
 import dataclasses
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
@@ -118,14 +119,15 @@ class ATAT(PairedPasses):
       return Prepared(self.attack(key, model, variables, batch), {})
     if teacher is None:
       raise UserError("teacher: None; allowed: a teacher's variables")
-    _, teacher_maps, _ = attention.forward(
-      model,
-      teacher,
-      batch.images,
-      batch.labels,
-      layers=self.layers or None,
-      maps=self.maps,
-    )
+    with jax.named_scope("teacher"):
+      _, teacher_maps, _ = attention.forward(
+        model,
+        teacher,
+        batch.images,
+        batch.labels,
+        layers=self.layers or None,
+        maps=self.maps,
+      )
     return Prepared(
       self.attack(key, model, variables, batch), self._normalized(teacher_maps)
     )

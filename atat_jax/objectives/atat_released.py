@@ -16,6 +16,7 @@ fresh parameters there.
 import dataclasses
 from typing import NamedTuple
 
+import jax
 from flax import linen as nn
 
 from atat_jax import attention, batch_norm, checks, losses
@@ -79,12 +80,13 @@ class ATATReleased(PairedPasses):
     if teacher is None:
       raise UserError("teacher: None; allowed: a teacher's variables")
     attacked = self.attack(key, model, variables, batch)
-    if self.variant == "logits":
-      logits, _ = batch_norm.apply(model, teacher, batch.images)
-      return Prepared(attacked, logits)
-    logits, maps, _ = attention.forward(
-      model, teacher, batch.images, batch.labels
-    )
+    with jax.named_scope("teacher"):
+      if self.variant == "logits":
+        logits, _ = batch_norm.apply(model, teacher, batch.images)
+        return Prepared(attacked, logits)
+      logits, maps, _ = attention.forward(
+        model, teacher, batch.images, batch.labels
+      )
     (teacher_map,) = maps.values()
     return Prepared(attacked, teacher_map / logits.size)  # N K = B K
 

@@ -127,10 +127,7 @@ class TLA(PairedPasses):
       batch,
       prepared.attacked.images_adv,
     )
-    cosines = _directions(anchor) @ _directions(embedded).T
-    other = batch.labels != batch.labels[:, None]
-    hardest = jnp.where(other, cosines, -jnp.inf).argmax(-1)
-    exists = other.any(-1)
+    hardest, exists = hardest_negatives(anchor, embedded, batch.labels)
     negative = embedded[hardest]
     triplet = embedding_square = jnp.zeros_like(adversarial[:, 0])
     for positive in (embedded, embedded[prepared.relatives]):
@@ -152,6 +149,24 @@ class TLA(PairedPasses):
       logits_clean=clean,
       logits_adversarial=adversarial,
     )
+
+
+def hardest_negatives(
+  anchor: Array, embedded: Array, labels: Array
+) -> tuple[Array, Array]:
+  """Of another class, the clean image whose cosine to the anchor is highest.
+
+  Args:
+    anchor: Embeddings of the adversarial images, [B, D].
+    embedded: Of the clean ones, [B, D].
+    labels: int32 [B], of both.
+
+  Returns:
+    Places in the batch, int32 [B], and bool [B]: whether there is another class.
+  """
+  cosines = _directions(anchor) @ _directions(embedded).T
+  other = labels != labels[:, None]
+  return jnp.where(other, cosines, -jnp.inf).argmax(-1), other.any(-1)
 
 
 def _directions(x: Array) -> Array:

@@ -1,0 +1,510 @@
+"""The fused train step, alone or beside the same step in PyTorch.
+
+  python -m benchmarks.step --model=wrn-16-4 --peer=eager --out=step.json
+
+Prints for every model, batch size, dtype and method the step's time, images a
+second, the model's operations and the share of the device's peak (MFU), the
+memory, the time to compile; with --peer both sides run in turn, on the same
+weights and images, and the ratio is that of each pair of runs.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from atat_jax.errors import UserError
+from benchmarks import setting, timing
+from benchmarks.setting import say, whole
+
+ATTACK = {"epsilon": 8 / 255, "step_size": 2 / 255}
+LOSS = {"lambda1": 1.0, "lambda2": 0.1}
+METHODS = ("standard", "at", "atat")
+PEERS = ("none", "eager", "compile")
+
+# Dense peak of one device in FLOP/s: (bfloat16, float32 as jax computes it by
+# default: TF32 on GPU, several bfloat16 passes on TPU).
+PEAKS = {
+  "H100": (989e12, 494e12),
+  "H200": (989e12, 494e12),
+  "A100": (312e12, 156e12),
+  "TPU v4": (275e12, None),
+  "TPU v5 lite": (197e12, None),
+  "TPU v5p": (459e12, None),
+  "TPU v6 lite": (918e12, None),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """One measurement.
+
+  Attributes:
+    model: "wrn-DEPTH-WIDTH".
+    method: Of `METHODS`.
+    batch_size: Of all devices together.
+    dtype: "float32" or "bfloat16".
+    num_steps: Of the attack.
+    num_devices: Devices that share the batch.
+    steps_per_dispatch: Train steps in one call.
+    size: Height and width of the images.
+    options: Other fields of the objective, of the model (`model.<field>`).
+  """
+
+  model: str
+  method: str = "atat"
+  batch_size: int = 32
+  dtype: str = "float32"
+  num_steps: int = 7
+  num_devices: int = 1
+  steps_per_dispatch: int = 1
+  size: int = 32
+  options: tuple[tuple[str, Any], ...] = ()
+
+  @property
+  def name(self) -> str:
+    """For tables and comparisons."""
+    parts = [self.method, self.model, f"b{self.batch_size}", self.dtype]
+    if self.method != "standard":
+      parts.append(f"pgd{self.num_steps}")
+    for label, value, usual in (
+      ("devices", self.num_devices, 1),
+      ("dispatch", self.steps_per_dispatch, 1),
+      ("size", self.size, 32),
+    ):
+      if value != usual:
+        parts.append(f"{label}{value}")
+    return "/".join([*parts, *(f"{k}={v}" for k, v in self.options)])
+
+
+class Ours:
+  """The step of this package, compiled, with a state to run it on."""
+
+  def __init__(self, case: Case):
+    import jax
+    import jax.numpy as jnp
+
+    from atat_jax import objectives, optim, sharding, state, steps
+    from atat_jax.data.base import Split
+
+    if case.num_devices > jax.device_count():
+      raise UserError(
+        f"devices: {case.num_devices}; allowed: up to {jax.device_count()}"
+      )
+    fields = dict(case.options)
+    of_model = {
+      key.removeprefix("model."): fields.pop(key)
+      for key in list(fields)
+      if key.startswith("model.")
+    }
+    self.case = case
+    self.model = setting.wide_resnet(
+      case.model, dtype=jnp.dtype(case.dtype), **of_model
+    )
+    if case.method != "standard":
+      fields |= ATTACK | {"num_steps": case.num_steps}
+    if case.method == "atat":
+      fields = LOSS | fields
+    self.objective = objectives.create(case.method, **fields)
+    mesh = sharding.make_mesh(jax.devices()[: case.num_devices])
+    generator = np.random.default_rng(0)
+    count = case.steps_per_dispatch * case.batch_size
+    shape = (case.size, case.size, 3)
+    self.pixels = generator.integers(0, 256, (count, *shape), dtype=np.uint8)
+    self.labels = generator.integers(0, 10, count).astype(np.int32)
+    images = jnp.zeros((1, *shape))
+    self.variables = jax.jit(self.model.init)(jax.random.key(0), images)
+    self.teacher = None
+    if self.objective.needs_teacher:
+      self.teacher = jax.jit(self.model.init)(jax.random.key(1), images)
+    optimizer = optim.make_optimizer(lambda _: 0.1)
+    self._state = sharding.put_replicated(
+      mesh,
+      state.create(
+        self.model,
+        optimizer,
+        jax.random.key(2),
+        images,
+        metric_names=steps.metric_names(self.objective),
+        term_names=steps.term_names(self.objective),
+        initial=self.variables,
+      ),
+    )
+    step = steps.make_train_step(
+      self.model, self.objective, optimizer, mesh=mesh
+    )
+    indices = np.arange(count, dtype=np.int32)
+    self._rest = (
+      sharding.put_replicated(mesh, self.teacher),
+      sharding.put_replicated(mesh, Split(self.pixels, self.labels)),
+      sharding.put_batch(mesh, indices),
+    )
+    began = time.perf_counter()
+    lowered = step.lower(self._state, *self._rest)
+    self.seconds_lowering = time.perf_counter() - began
+    began = time.perf_counter()
+    self._step = lowered.compile()
+    self.seconds_compiling = time.perf_counter() - began
+
+  def __call__(self) -> None:
+    """One dispatch, waited for."""
+    import jax
+
+    self._state = self._step(self._state, *self._rest)
+    jax.block_until_ready(self._state)
+
+  def memory(self) -> dict[str, int | None]:
+    """Bytes: what the compiler plans, and what the device saw at its peak."""
+    import jax
+
+    plan = self._step.memory_analysis()
+    seen = jax.devices()[0].memory_stats() or {}
+    return {
+      "planned_temporary": plan.temp_size_in_bytes if plan else None,
+      "planned_arguments": plan.argument_size_in_bytes if plan else None,
+      "peak_in_use": seen.get("peak_bytes_in_use"),
+    }
+
+  def flops(self) -> dict[str, float]:
+    """Operations of a step, and of one forward pass by two counts."""
+    import jax
+
+    from atat_jax import batch_norm
+    from benchmarks import flops
+
+    case = self.case
+    shape = self.pixels.shape[1:]
+    forward = flops.forward(self.model, self.variables, shape)
+    plain = self.model.clone(convolution="xla", dtype="float32")
+    images = jax.ShapeDtypeStruct((1, *shape), "float32")
+    cost = (
+      jax.jit(lambda v, x: batch_norm.apply(plain, v, x)[0])
+      .lower(self.variables, images)
+      .compile()
+      .cost_analysis()
+    )
+    return {
+      "forward_per_image": forward,
+      "forward_per_image_by_compiler": float(cost["flops"]),
+      "step": float(
+        forward
+        * flops.passes(case.method, case.num_steps)
+        * case.batch_size
+        * case.steps_per_dispatch
+      ),
+    }
+
+
+class Peer:
+  """The same step in PyTorch, from the weights and images of ours."""
+
+  def __init__(self, ours: Ours, *, compiled: bool):
+    import jax
+    import torch
+
+    from benchmarks import torch_step
+    from benchmarks.torch_wide_resnet import TorchWideResNet
+
+    case = ours.case
+    device = {"cpu": "cpu", "gpu": "cuda"}[jax.default_backend()]
+    autocast = case.dtype == "bfloat16"
+    self._device = device
+    model = ours.model.clone(dtype="float32")
+
+    def network(variables: Any) -> Any:
+      made = TorchWideResNet(model, variables).to(device)
+      if device == "cuda":
+        made = made.to(memory_format=torch.channels_last)
+      return made
+
+    self.student = network(ours.variables)
+    self.teacher = None if ours.teacher is None else network(ours.teacher)
+    if device == "cuda":
+      torch.backends.cuda.matmul.allow_tf32 = True
+      torch.backends.cudnn.allow_tf32 = True
+      torch.backends.cudnn.benchmark = True
+    self._step = torch_step.Step(
+      case.method,
+      self.student,
+      self.teacher,
+      attack_options=ATTACK | {"num_steps": case.num_steps},
+      loss_options={k: dict(case.options).get(k, v) for k, v in LOSS.items()},
+      compiled=compiled,
+      autocast=autocast,
+    )
+    batches = np.split(np.arange(len(ours.labels)), case.steps_per_dispatch)
+    self._batches = [
+      (self.images(ours.pixels[b] / np.float32(255)), self.labels(ours, b))
+      for b in batches
+    ]
+    began = time.perf_counter()
+    self()
+    self.seconds_first = time.perf_counter() - began
+
+  def images(self, images: np.ndarray) -> Any:
+    """[B, H, W, C] to a tensor [B, C, H, W]."""
+    import torch
+
+    x = torch.from_numpy(images.transpose(0, 3, 1, 2).copy()).to(self._device)
+    if self._device == "cuda":
+      x = x.contiguous(memory_format=torch.channels_last)
+    return x
+
+  def labels(self, ours: Ours, batch: np.ndarray) -> Any:
+    """Of a batch."""
+    import torch
+
+    return torch.from_numpy(ours.labels[batch].astype(np.int64)).to(
+      self._device
+    )
+
+  def __call__(self) -> None:
+    """As many steps as one dispatch of ours."""
+    import torch
+
+    for images, labels in self._batches:
+      self._step(images, labels)
+    if self._device == "cuda":
+      torch.cuda.synchronize()
+
+
+def gradient_difference(ours: Ours) -> float:
+  """The largest relative difference of a parameter's gradient, over both sides.
+
+  Both differentiate the loss at the same adversarial images: ours.
+
+  Args:
+    ours: A step with the method "atat", in float32.
+
+  Returns:
+    max |ours - peer| / max |peer|, the worst of all parameters.
+  """
+  import jax
+  import torch
+
+  from atat_jax import compilation
+  from benchmarks import torch_step
+  from benchmarks.torch_wide_resnet import TorchWideResNet
+
+  batch = slice(0, ours.case.batch_size)
+  images = ours.pixels[batch] / np.float32(255)
+  labels = ours.labels[batch]
+
+  def run(
+    variables: Any, teacher: Any, images: Any, labels: Any
+  ) -> tuple[Any, Any]:
+    prepared = ours.objective.prepare(
+      jax.random.key(3), ours.model, variables, teacher, images, labels
+    )
+
+    def mean(params: Any) -> Any:
+      return ours.objective.loss(
+        ours.model, {**variables, "params": params}, prepared, images, labels
+      ).total.mean()
+
+    return jax.grad(mean)(variables["params"]), prepared.images_adv
+
+  gradient, images_adv = compilation.jit(run)(
+    ours.variables, ours.teacher, images, labels
+  )
+
+  def tensor(array: Any) -> Any:
+    return torch.from_numpy(np.array(array).transpose(0, 3, 1, 2).copy())
+
+  student = TorchWideResNet(ours.model, ours.variables).train()
+  loss = torch_step.atat_loss(
+    student,
+    TorchWideResNet(ours.model, ours.teacher),
+    tensor(images),
+    tensor(images_adv),
+    torch.from_numpy(labels.astype(np.int64)),
+    **{k: getattr(ours.objective, k) for k in LOSS},
+  )
+  loss.backward()
+  # Written as weights of a network, both have the same names.
+  expected = dict(
+    TorchWideResNet(
+      ours.model, {**ours.variables, "params": gradient}
+    ).named_parameters()
+  )
+  worst = 0.0
+  for name, parameter in student.named_parameters():
+    ours_, theirs = expected[name].detach(), parameter.grad
+    difference = (ours_ - theirs).abs().max() / theirs.abs().max()
+    worst = max(worst, float(difference))
+  return worst
+
+
+def peak(dtype: str, num_devices: int) -> float | None:
+  """The devices' peak in FLOP/s, None where it is not known."""
+  import jax
+
+  kind = jax.devices()[0].device_kind
+  for name, (low, full) in PEAKS.items():
+    if name.lower() in kind.lower():
+      one = low if dtype == "bfloat16" else full
+      return None if one is None else one * num_devices
+  return None
+
+
+def measure(case: Case, *, peer: str, repeats: int) -> dict[str, Any]:
+  """Measures a case.
+
+  Args:
+    case: What.
+    peer: Of `PEERS`.
+    repeats: Timed runs of each side.
+
+  Returns:
+    Plain values.
+  """
+  ours = Ours(case)
+  row: dict[str, Any] = {
+    "name": case.name,
+    "case": dataclasses.asdict(case),
+    "seconds_lowering": ours.seconds_lowering,
+    "seconds_compiling": ours.seconds_compiling,
+  }
+  sides: list[Callable[[], None]] = [ours]
+  if peer != "none":
+    if case.method == "atat" and case.dtype == "float32":
+      row["largest_gradient_difference"] = gradient_difference(ours)
+    twin = Peer(ours, compiled=peer == "compile")
+    sides.append(twin)
+    row["peer"] = peer
+    row["peer_first_seconds"] = twin.seconds_first
+  ours()
+  row |= timing.summary(timing.run_in_turn(sides, repeats=repeats))
+  count = case.batch_size * case.steps_per_dispatch
+  row["images_per_second"] = count / row["seconds"]
+  row["flops"] = ours.flops()
+  row["flops_per_second"] = row["flops"]["step"] / row["seconds"]
+  best = peak(case.dtype, case.num_devices)
+  row["mfu"] = None if best is None else row["flops_per_second"] / best
+  row["memory"] = ours.memory()
+  return row
+
+
+def _gigabytes(memory: dict[str, int | None]) -> str:
+  found = memory["peak_in_use"] or memory["planned_temporary"]
+  return "-" if not found else f"{found / 1e9:.2f}"
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+  """A Markdown table of what `measure` returned."""
+  from benchmarks.comparison import markdown
+
+  header = [
+    "step",
+    "ms",
+    "+-",
+    "images/s",
+    "TFLOP/step",
+    "TFLOP/s",
+    "MFU (%)",
+    "GB",
+    "compile (s)",
+    "peer (ms)",
+    "+-",
+    "peer / ours",
+    "+-",
+  ]
+  lines = []
+  for row in rows:
+    mfu = "-" if row["mfu"] is None else f"{100 * row['mfu']:.1f}"
+    compiling = row["seconds_lowering"] + row["seconds_compiling"]
+    beside = ["-"] * 4
+    if "ratio" in row:
+      beside = [
+        f"{1e3 * row['peer_seconds']:.0f}",
+        f"{1e3 * row['peer_spread']:.0f}",
+        f"{row['ratio']:.2f}",
+        f"{row['ratio_spread']:.2f}",
+      ]
+    lines.append(
+      [
+        row["name"],
+        f"{1e3 * row['seconds']:.0f}",
+        f"{1e3 * row['spread']:.0f}",
+        f"{row['images_per_second']:.0f}",
+        f"{row['flops']['step'] / 1e12:.3f}",
+        f"{row['flops_per_second'] / 1e12:.3f}",
+        mfu,
+        _gigabytes(row["memory"]),
+        f"{compiling:.1f}",
+        *beside,
+      ]
+    )
+  return markdown(header, lines)
+
+
+def parser() -> argparse.ArgumentParser:
+  """The flags."""
+  made = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  add = made.add_argument
+  several = {"nargs": "+"}
+  add("--model", **several, default=["wrn-10-1"], metavar="wrn-DEPTH-WIDTH")
+  add("--method", **several, default=["atat"], choices=METHODS)
+  add("--batch_size", **several, type=whole, default=[32])
+  add(
+    "--dtype", **several, default=["float32"], choices=("float32", "bfloat16")
+  )
+  add("--num_steps", **several, type=whole, default=[7], help="of the attack")
+  add("--devices", **several, type=whole, default=[1], metavar="N")
+  add("--steps_per_dispatch", **several, type=whole, default=[1])
+  add("--size", type=whole, default=32, help="height and width of the images")
+  add("--peer", default="none", choices=PEERS, help="PyTorch beside it")
+  add("--repeats", type=whole, default=7)
+  add("--threads", type=whole, help="cores of both; default: all allowed")
+  add("--out", type=pathlib.Path, help="JSON file for all of it")
+  return made
+
+
+def cases(args: argparse.Namespace) -> list[Case]:
+  """All that the flags ask for."""
+  return [
+    Case(model, method, batch_size, dtype, steps, devices, dispatch, args.size)
+    for model, method, batch_size, dtype, steps, devices, dispatch in (
+      itertools.product(
+        args.model,
+        args.method,
+        args.batch_size,
+        args.dtype,
+        args.num_steps,
+        args.devices,
+        args.steps_per_dispatch,
+      )
+    )
+  ]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+  """Runs the command."""
+  args = parser().parse_args(argv)
+  try:
+    cores = setting.start(args.threads, cache=False, torch=args.peer != "none")
+    found = setting.describe(cores)
+    rows: list[dict[str, Any]] = []
+    for case in cases(args):
+      say(case.name)
+      rows.append(measure(case, peer=args.peer, repeats=args.repeats))
+      say(timing.line(rows[-1]))
+      if args.out is not None:
+        setting.write(args.out, found, rows)
+  except UserError as error:
+    sys.exit(f"error: {error}")
+  print(f"\n{table(rows)}")
+  if args.out is not None:
+    print(f"\nresults: {args.out}")
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,66 @@
+"""Two sides timed in turn: what else the machine does falls on both."""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+
+def median_and_spread(values: Sequence[float]) -> tuple[float, float]:
+  """The median, and half the range of the middle half."""
+  if len(values) < 2:
+    return values[0], 0.0
+  low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+  return middle, (high - low) / 2
+
+
+def run_in_turn(
+  sides: Sequence[Callable[[], None]], *, repeats: int
+) -> list[list[float]]:
+  """Times each side `repeats` times, one after the other.
+
+  Args:
+    sides: Functions that return when their work is done; each has run before.
+    repeats: Timed runs.
+
+  Returns:
+    Seconds, a list for each side.
+  """
+  times: list[list[float]] = [[] for _ in sides]
+  for _ in range(repeats):
+    for side, seconds in zip(sides, times, strict=True):
+      began = time.perf_counter()
+      side()
+      seconds.append(time.perf_counter() - began)
+  return times
+
+
+def summary(times: Sequence[Sequence[float]]) -> dict[str, Any]:
+  """Medians and spreads.
+
+  Args:
+    times: Ours and, where there is one, the peer's, of `run_in_turn`.
+
+  Returns:
+    "seconds", "spread"; with a peer "peer_seconds", "peer_spread", and "ratio",
+    "ratio_spread": of peer / ours, pair by pair.
+  """
+  found = dict(
+    zip(("seconds", "spread"), median_and_spread(times[0]), strict=True)
+  )
+  if len(times) > 1:
+    pairs = [peer / ours for ours, peer in zip(*times, strict=True)]
+    found["peer_seconds"], found["peer_spread"] = median_and_spread(times[1])
+    found["ratio"], found["ratio_spread"] = median_and_spread(pairs)
+  return found
+
+
+def line(row: dict[str, Any]) -> str:
+  """One measurement, in a few words."""
+  text = f"{row['name']}: {1e3 * row['seconds']:.1f} ms"
+  if "ratio" in row:
+    text += (
+      f", peer {1e3 * row['peer_seconds']:.1f} ms, peer / ours"
+      f" {row['ratio']:.2f} +- {row['ratio_spread']:.2f}"
+    )
+  return text

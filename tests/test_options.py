@@ -62,7 +62,7 @@ def quick_compilation():
     patch.setattr(
       compilation,
       "compiler_options",
-      lambda: options | {"xla_backend_optimization_level": 0},
+      lambda **_: options | {"xla_backend_optimization_level": 0},
     )
     yield
 

@@ -1,10 +1,11 @@
 """Training: the teacher, then the student, resumable at every step."""
 
 import contextlib
+import functools
 import logging
 import pathlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -262,23 +263,27 @@ class _Draw:
     )
     return self._extra.take(rows)
 
-  def one(self, number: int) -> tuple[jax.Array, Split | None]:
-    """Indices [M] and extra images [E] of a batch, on the devices."""
+  def _put(
+    self, of: Callable[[int], Any], numbers: Sequence[int], size: int
+  ) -> Any:
+    """Of each batch, on the devices: [B, ...], or [size, B, ...]."""
+    found = [of(number) for number in numbers]
+    if size == 1:
+      axis, (rows,) = 0, found
+    else:  # filled up by the last one, which nobody looks at
+      found += found[-1:] * (size - len(found))
+      axis, rows = 1, jax.tree.map(lambda *arrays: np.stack(arrays), *found)
     return jax.tree.map(
-      lambda array: sharding.put_batch(self._mesh, array),
-      (self._indices(number), self._images(number)),
+      lambda array: sharding.put_batch(self._mesh, array, axis=axis), rows
     )
 
-  def several(
-    self, numbers: Sequence[int], size: int
-  ) -> tuple[jax.Array, Split | None]:
-    """Of several batches, [size, M] and [size, E]; the last is repeated."""
-    found = [(self._indices(n), self._images(n)) for n in numbers]
-    found += [found[-1]] * (size - len(numbers))
-    return jax.tree.map(
-      lambda *rows: sharding.put_batch(self._mesh, np.stack(rows), axis=1),
-      *found,
-    )
+  def indices(self, numbers: Sequence[int], size: int = 1) -> jax.Array:
+    """int32 [M], or [size, M] for the steps of a dispatch."""
+    return self._put(self._indices, numbers, size)
+
+  def images(self, numbers: Sequence[int], size: int = 1) -> Split | None:
+    """Extra images uint8 [E, H, W, C], or [size, E, H, W, C], or None."""
+    return self._put(self._images, numbers, size)
 
 
 def dispatches(
@@ -373,27 +378,22 @@ def _run(
     )
     size = settings.steps_per_dispatch
 
-    def fetch(steps: tuple[int, int]) -> tuple[Any, ...]:
-      """The arguments of the steps after the data."""
-      before, count = steps
-      if size == 1:
-        return draw.one(before)
-      numbers = range(before, before + count)
-      return (*draw.several(numbers, size), np.int32(count))
-
-    plan_of_steps = list(
-      dispatches(
+    steps_together = [
+      range(before, before + count)
+      for before, count in dispatches(
         start,
         total,
         size=size,
         multiples=(settings.log_every_steps, every),
         others=trace.edges,
       )
-    )
+    ]
     # Indices are made in no time, extra images are read.
     ahead = None
     if extra is not None:
-      ahead = stack.enter_context(Prefetcher(fetch, plan_of_steps))
+      ahead = stack.enter_context(
+        Prefetcher(functools.partial(draw.images, size=size), steps_together)
+      )
     learning_rate = compilation.jit(schedule, once=True)
 
     def settle(current: state.TrainState) -> state.TrainState:
@@ -403,18 +403,24 @@ def _run(
         statistics_pass,
         teacher,
         train_data,
-        draw.one,
+        lambda number: (draw.indices([number]), draw.images([number])),
         options,
       )
 
-    for before, count in plan_of_steps:
-      step = before + count
-      trace.before(before + 1, current)
-      arguments = ahead.get() if ahead else fetch((before, count))
-      current = step_fn(current, teacher, train_data, *arguments)
+    for numbers in steps_together:
+      step = numbers.stop
+      trace.before(numbers.start + 1, current)
+      current = step_fn(
+        current,
+        teacher,
+        train_data,
+        draw.indices(numbers, size),
+        ahead.get() if ahead else None,
+        None if size == 1 else np.int32(len(numbers)),
+      )
       trace.after(step, current)
-      progress.advance(count)
-      if before == start:
+      progress.advance(len(numbers))
+      if numbers.start == start:
         jax.block_until_ready(current)
         progress.restart()  # the first step compiles
       log = step % settings.log_every_steps == 0 or step == total

@@ -290,7 +290,7 @@ def test_a_profile_tells_the_parts_of_a_step(run):
 
 
 def test_what_is_off_leaves_the_step_as_it_was(run, small):
-  """The step before there were options, but for the last bit."""
+  """The step before there were options, bit for bit."""
   model, _, _, _ = small
   objective = objectives.create(
     "atat", lambda1=0.7, lambda2=0.3, epsilon=0.1, step_size=0.04, num_steps=3
@@ -302,7 +302,6 @@ def test_what_is_off_leaves_the_step_as_it_was(run, small):
     weight_decay=0.01,
   )
 
-  @functools.partial(jit, out_shardings=sharding.replicated(run.mesh))
   def plain(current, teacher, data, indices):
     images = augment.pad_crop_flip(
       rng.stream(current.rng, "augmentation", current.step),
@@ -334,21 +333,40 @@ def test_what_is_off_leaves_the_step_as_it_was(run, small):
     updates, opt_state = optimizer.update(
       gradient, current.opt_state, current.params
     )
+    norm = optax.tree.norm(gradient)
+    finite = {k: jnp.isfinite(v).all() for k, v in outcome.terms.items()}
+    finite["gradient"] = jnp.isfinite(norm)
+    values = {
+      "loss": outcome.total,
+      **outcome.terms,
+      "accuracy_clean": outcome.logits_clean.argmax(-1) == batch.labels,
+      "gradient_norm": norm[None],
+      "accuracy_adversarial": outcome.logits_adversarial.argmax(-1)
+      == batch.labels,
+    }
     return current.replace(
       step=current.step + 1,
       params=optax.apply_updates(current.params, updates),
       batch_stats=outcome.batch_stats,
       opt_state=opt_state,
+      sums=metrics.merge(current.sums, metrics.from_examples(values)),
+      nonfinite={
+        name: jnp.minimum(first, jnp.where(finite[name], NEVER, current.step))
+        for name, first in current.nonfinite.items()
+      },
     )
 
+  compiled = compilation.jit(plain, out_shardings=sharding.replicated(run.mesh))
   expected = run.start()
   for indices in INDICES:
-    expected = plain(expected, run.teacher, run.data, run.put(indices))
+    expected = compiled(expected, run.teacher, run.data, run.put(indices))
   found = _train(run)
   assert found.ema is None
-  for name in ("params", "batch_stats", "opt_state"):
-    _assert_close(
-      getattr(found, name), getattr(expected, name), rtol=1e-5, atol=1e-7
+  for name in ("params", "batch_stats", "opt_state", "sums"):
+    jax.tree.map(
+      np.testing.assert_array_equal,
+      getattr(found, name),
+      getattr(expected, name),
     )
 
 

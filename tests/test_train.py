@@ -422,7 +422,7 @@ def of_item(found, item):
 @pytest.mark.parametrize(
   "average",
   [
-    {"train__ema_decay": 0.9},
+    pytest.param({"train__ema_decay": 0.9}, marks=pytest.mark.slow),
     {"train__swa_start": 0.4, "train__statistics_batches": 3},
   ],
   ids=["ema", "swa"],

@@ -18,11 +18,17 @@ def _concrete(x: object) -> bool:
   return not isinstance(x, jax.core.Tracer)
 
 
+@jax.jit
+def _extremes(x: Array) -> Array:
+  return jnp.stack([x.min(), x.max()])
+
+
 def _range(x: Array | np.ndarray) -> tuple[float, float]:
-  low, high = x.min(), x.max()
-  if isinstance(low, jax.core.Tracer):  # a constant inside jit
-    host = np.asarray(x)
-    low, high = host.min(), host.max()
+  found = _extremes(x) if isinstance(x, jax.Array) else None
+  if found is None or isinstance(found, jax.core.Tracer):
+    host = np.asarray(x)  # numpy's, or a constant inside jit
+    return float(host.min()), float(host.max())
+  low, high = np.asarray(found)  # one transfer
   return float(low), float(high)
 
 

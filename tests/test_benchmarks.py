@@ -345,11 +345,25 @@ def test_pairs_are_compared_run_by_run():
   found = timing.summary([[1.0, 4.0, 1.0], [2.0, 8.0, 2.0]])
   assert (found["ratio"], found["ratio_spread"]) == (2.0, 0.0)
   assert (found["seconds"], found["peer_seconds"]) == (1.0, 2.0)
-  calls = []
-  sides = [lambda: calls.append("a"), lambda: calls.append("b")]
+
+
+def test_short_functions_are_timed_in_bursts(monkeypatch):
+  from benchmarks import timing
+
+  now, calls = [0.0], []
+  monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+
+  def side(name, seconds):
+    def run():
+      calls.append(name)
+      now[0] += seconds
+
+    return run
+
+  sides = [side("long", 1.0), side("short", 0.0625)]
   times = timing.run_in_turn(sides, repeats=2)
-  assert calls == ["a", "b", "a", "b"]
-  assert [len(seconds) for seconds in times] == [2, 2]
+  assert times == [[1.0, 1.0], [0.0625, 0.0625]]
+  assert calls == (["long"] + ["short"] * 5) * 2  # one, and four in 0.2 s
 
 
 def test_a_line_is_fitted_to_a_curve():
@@ -419,9 +433,9 @@ def test_all_benchmarks_run(tmp_path):
   (row,) = found["step"]["rows"]
   # Weights and images are the same, so are the gradients.
   assert row["largest_gradient_difference"] < 1e-4
-  assert row["flops"]["forward_per_image_by_compiler"] == pytest.approx(
-    row["flops"]["forward_per_image"], rel=0.1
-  )
+  # XLA leaves out products with the padding's zeros, many on so small images.
+  by_compiler = row["flops"]["forward_per_image_by_compiler"]
+  assert 0.6 < by_compiler / row["flops"]["forward_per_image"] < 1.05
   assert row["seconds_compiling"] > 0 and row["memory"]["planned_temporary"] > 0
   (curve,) = found["scaling"]["rows"]
   assert (

@@ -524,3 +524,38 @@ def test_rows_of_other_example_counts_are_not_compared():
   found = evaluation.diagnose(made, "student")
   assert not any(flags(found).values())
   assert found["steps_converged"]["value"] == pytest.approx(0)
+
+
+@pytest.mark.slow
+def test_bfloat16_is_as_robust_as_float32(finished):
+  """The same weights, all 1,797 digits: within 0.3 points, five images."""
+  model, variables = checkpoints.restore_model(finished.workdir)
+  parts = data.load("digits", validation_size=180)
+  split = Split(
+    *(
+      np.concatenate(arrays)
+      for arrays in zip(parts.train, parts.validation, parts.test, strict=True)
+    )
+  )
+  assert len(split.labels) == 1797
+  mesh = sharding.make_mesh(jax.devices()[:1])
+  found = {}
+  for name in ("nominal", "pgd20"):
+    protocol = evaluation.parse(name, epsilon=0.2, step_size=0.05)
+    for dtype in ("float32", "bfloat16"):
+      classifier = models.classifier(
+        model.clone(dtype=jnp.dtype(dtype)), variables
+      )
+      logits = classifier(jnp.asarray(split.images[:2] / np.float32(255)))
+      assert logits.dtype == jnp.float32
+      found[name, dtype] = evaluation.accuracy(
+        jax.random.key(0),
+        classifier,
+        sharding.put_replicated(mesh, split),
+        protocol=protocol,
+        batch_size=600,
+        mesh=mesh,
+      )
+    full, half = found[name, "float32"], found[name, "bfloat16"]
+    assert 0.3 < full < 1  # else agreement would say little
+    assert abs(full - half) <= 0.003, found

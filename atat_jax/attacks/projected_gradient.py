@@ -141,8 +141,13 @@ def _pgd(
     return base.apply(classifier, now, x), later
 
   def attempt(run: Array | int, ranked: Array | None) -> Array:
-    start = random_start(
-      rng.stream(key, "start", run), images, epsilon=epsilon, norm=norm
+    # FGSM is so short that drawing numbers it does not want would show.
+    start = lax.cond(
+      use_random_start,
+      lambda: random_start(
+        rng.stream(key, "start", run), images, epsilon=epsilon, norm=norm
+      ),
+      lambda: images,
     )
     targets = None
     if ranked is not None:
@@ -150,7 +155,7 @@ def _pgd(
     images_adv, _ = ascend(
       logits_fn,
       rng.stream(noise_key, "run", run) if randomized else (),
-      jnp.where(use_random_start, start, images),
+      start,
       images,
       labels,
       epsilon=epsilon,

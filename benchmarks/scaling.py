@@ -136,6 +136,19 @@ def table(curves: Sequence[dict[str, Any]]) -> str:
   return markdown(header, rows)
 
 
+def lines(curves: Sequence[dict[str, Any]]) -> str:
+  """The fitted lines, a list item each."""
+  return "\n".join(
+    f"- {curve['name']}: constant part"
+    f" {1e3 * curve['fit']['constant']:.1f} ms"
+    f" ({100 * curve['constant_share']:.0f} % of the base case), slope"
+    f" {1e12 * curve['fit']['slope']:.1f} ms / GFLOP, furthest from the line"
+    f" {100 * curve['fit']['worst']:.0f} %"
+    for curve in curves
+    if "fit" in curve
+  )
+
+
 def main(argv: Sequence[str] | None = None) -> None:
   """Runs the command."""
   made = argparse.ArgumentParser(
@@ -170,15 +183,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         setting.write(args.out, found, curves)
   except UserError as error:
     sys.exit(f"error: {error}")
-  print(f"\n{table(curves)}\n")
-  for curve in curves:
-    if "fit" in curve:
-      print(
-        f"{curve['name']}: constant part {1e3 * curve['fit']['constant']:.1f} ms"
-        f" ({100 * curve['constant_share']:.0f} % of the base case), slope"
-        f" {1e12 * curve['fit']['slope']:.1f} ms / GFLOP, furthest from the line"
-        f" {100 * curve['fit']['worst']:.0f} %"
-      )
+  print(f"\n{table(curves)}\n\n{lines(curves)}")
   if args.out is not None:
     print(f"\nresults: {args.out}")
 

@@ -441,3 +441,49 @@ def test_all_benchmarks_run(tmp_path):
   assert (
     curve["values"] == [2, 4] and curve["flops"][1] == 2 * curve["flops"][0]
   )
+
+
+def test_tables_are_written_from_files(tmp_path):
+  from benchmarks import tables
+
+  (tmp_path / "attacks.json").write_text(
+    json.dumps(
+      {
+        "command": "python -m benchmarks.attacks",
+        "commit": "abc",
+        "date": "2026-01-02T03:04:05",
+        "machine": {
+          "cores_used": [0, 1],
+          "cpu": "a CPU",
+          "device": "cpu",
+          "python": "3.11",
+          "jax": "0.10",
+          "torch": None,
+        },
+        "rows": [
+          {
+            "name": "fgsm/wrn-8-1/b4",
+            "seconds": 0.0125,
+            "spread": 0.001,
+            "peer_seconds": 0.025,
+            "peer_spread": 0.002,
+            "ratio": 2.0,
+            "ratio_spread": 0.1,
+            "first_seconds": 1.5,
+            "peer_first_seconds": 0.03,
+            "first_ratio": 0.02,
+          }
+        ],
+      }
+    )
+  )
+  page = "before\n<!-- generated: attacks -->\nold\n<!-- end -->\nafter\n"
+  made = tables.generate(page, tmp_path)
+  assert "old" not in made
+  assert made.startswith("before\n") and made.endswith("<!-- end -->\nafter\n")
+  assert "| fgsm/wrn-8-1/b4 |" in made and "| 2.00 |" in made
+  assert "commit `abc`, 2026-01-02, 2 cores, a CPU" in made
+  assert tables.generate(made, tmp_path) == made
+  for name, message in (("step", "run first"), ("other", "allowed: attacks")):
+    with pytest.raises(UserError, match=message.replace("run first", "first")):
+      tables.generate(page.replace("attacks", name), tmp_path)

@@ -12,6 +12,7 @@ import jax
 from flax import linen as nn
 from jax.extend import core
 
+from atat_jax.objectives import Objective
 from atat_jax.typing import Variables
 
 
@@ -61,22 +62,26 @@ def forward(
   return sum(map(_count, _equations(jaxpr.jaxpr)))
 
 
-def passes(method: str, num_steps: int) -> int:
+def passes(objective: Objective, num_steps: int) -> int:
   """What a train step costs, in forward passes of one image.
 
   A gradient with respect to images is worth one forward pass, one with respect
   to parameters another. An attack takes the first only; standard training is 3.
 
   Args:
-    method: "standard", "at" or "atat".
-    num_steps: Of the attack.
+    objective: What is trained by.
+    num_steps: Of its attack.
 
   Returns:
     The number.
   """
-  return {
-    "standard": 3,
-    "at": 2 * num_steps + 3,
-    # Clean and adversarial images, and the teacher's pass.
-    "atat": 2 * num_steps + 6 + 1,
-  }[method]
+  if not objective.attacks:
+    return 3
+  found = 2 * num_steps + 3  # the attack; a pass on adversarial images
+  if objective.sees_clean:
+    found += 3
+  if getattr(objective, "attack_loss", "") == "kl":
+    found += 1  # the clean logits that the attack leaves
+  if objective.needs_teacher:
+    found += 1
+  return found

@@ -108,7 +108,12 @@ SAVINGS: dict[str, Callable[[step.Case], tuple[Side, Side]]] = {
   "attack: gradient of the images only": _images_only,
   "maps: through the head only": _head_only,
   "attack: running statistics": lambda base: _steps(
-    _option(base, "attack_batch_norm", "running"), base
+    _option(
+      _option(base, "attack_batch_norm", "running"),
+      "attack_moves_statistics",
+      False,
+    ),
+    base,
   ),
   "four steps a dispatch": lambda base: _steps(
     dataclasses.replace(base, steps_per_dispatch=4), base

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import datetime
 import importlib.metadata
+import importlib.util
 import os
 import pathlib
 import platform
@@ -157,6 +158,43 @@ def wide_resnet(name: str, **fields: Any) -> Any:
     raise UserError(f"model: {name!r}; allowed: wrn-DEPTH-WIDTH")
   depth, width = map(int, match.groups())
   return models.create("wide_resnet", depth=depth, width=width, **fields)
+
+
+def network(name: str, **fields: Any) -> Any:
+  """A network for 10 classes.
+
+  Args:
+    name: "wrn-DEPTH-WIDTH", or of `models.MODELS`.
+    **fields: Of the network.
+
+  Returns:
+    The flax module.
+
+  Raises:
+    UserError: Another name, or a field that it has not.
+  """
+  from atat_jax import models
+
+  if name.startswith("wrn-"):
+    return wide_resnet(name, **fields)
+  return models.create(name, num_classes=10, **fields)
+
+
+def hyperparameters(method: str) -> dict[str, Any]:
+  """A method's own, as `configs/default.py` has them.
+
+  Raises:
+    UserError: Unknown method.
+  """
+  from atat_jax import checks
+
+  path = ROOT / "configs" / "default.py"
+  spec = importlib.util.spec_from_file_location("configs_default", path)
+  assert spec is not None and spec.loader is not None
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  checks.choice("method", method, module.METHODS)
+  return dict(module.METHODS[method])
 
 
 def random_network(name: str, num_examples: int, seed: int) -> Network:

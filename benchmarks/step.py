@@ -19,13 +19,14 @@ from typing import Any
 
 import numpy as np
 
+from atat_jax import checks
 from atat_jax.errors import UserError
 from benchmarks import setting, timing
 from benchmarks.setting import say, whole
 
 ATTACK = {"epsilon": 8 / 255, "step_size": 2 / 255}
 LOSS = {"lambda1": 1.0, "lambda2": 0.1}
-METHODS = ("standard", "at", "atat")
+PEER_METHODS = ("standard", "at", "atat")
 PEERS = ("none", "eager", "compile")
 
 # Dense peak of one device in FLOP/s: (bfloat16, float32 as jax computes it by
@@ -46,8 +47,8 @@ class Case:
   """One measurement.
 
   Attributes:
-    model: "wrn-DEPTH-WIDTH".
-    method: Of `METHODS`.
+    model: "wrn-DEPTH-WIDTH", or of `models.MODELS`.
+    method: Of `objectives.OBJECTIVES`.
     batch_size: Of all devices together.
     dtype: "float32" or "bfloat16".
     num_steps: Of the attack.
@@ -109,13 +110,15 @@ class Ours:
       for section in ("model.", "train.")
     )
     self.case = case
-    self.model = setting.wide_resnet(
+    self.model = setting.network(
       case.model, dtype=jnp.dtype(case.dtype), **of_model
     )
+    fields = {
+      **setting.hyperparameters(case.method),
+      **fields,
+    }
     if case.method != "standard":
       fields |= ATTACK | {"num_steps": case.num_steps}
-    if case.method == "atat":
-      fields = LOSS | fields
     self.objective = objectives.create(case.method, **fields)
     mesh = sharding.make_mesh(jax.devices()[: case.num_devices])
     generator = np.random.default_rng(0)
@@ -209,7 +212,7 @@ class Ours:
       "forward_per_image_by_compiler": float(cost["flops"]),
       "step": float(
         forward
-        * flops.passes(case.method, case.num_steps)
+        * flops.passes(self.objective, case.num_steps)
         * case.batch_size
         * case.steps_per_dispatch
       ),
@@ -384,6 +387,12 @@ def measure(
   Returns:
     Plain values.
   """
+  if peer != "none":
+    checks.choice("method", case.method, PEER_METHODS)
+    if not case.model.startswith("wrn-"):
+      raise UserError(
+        f"model: {case.model!r}; allowed with a peer: wrn-DEPTH-WIDTH"
+      )
   ours = Ours(case)
   row: dict[str, Any] = {
     "name": case.name,
@@ -481,8 +490,18 @@ def parser() -> argparse.ArgumentParser:
   )
   add = made.add_argument
   several = {"nargs": "+"}
-  add("--model", **several, default=["wrn-10-1"], metavar="wrn-DEPTH-WIDTH")
-  add("--method", **several, default=["atat"], choices=METHODS)
+  add(
+    "--model",
+    **several,
+    default=["wrn-10-1"],
+    help="wrn-DEPTH-WIDTH or, without a peer, any network of the package",
+  )
+  add(
+    "--method",
+    **several,
+    default=["atat"],
+    help="any method; with a peer standard, at, atat",
+  )
   add("--batch_size", **several, type=whole, default=[32])
   add(
     "--dtype", **several, default=["float32"], choices=("float32", "bfloat16")

@@ -331,11 +331,20 @@ def test_flops_of_a_forward_pass():
 
 
 def test_flops_of_a_step():
-  from benchmarks import flops
+  from atat_jax import objectives
+  from benchmarks import flops, setting
 
-  assert flops.passes("standard", 0) == 3
-  assert flops.passes("at", 7) == 14 + 3
-  assert flops.passes("atat", 7) == 14 + 6 + 1
+  def passes(method, num_steps):
+    fields = setting.hyperparameters(method)
+    return flops.passes(objectives.create(method, **fields), num_steps)
+
+  assert passes("standard", 0) == 3
+  assert passes("at", 7) == 14 + 3
+  assert passes("alp", 7) == passes("mart", 7) == 14 + 6
+  assert passes("trades", 10) == 20 + 6 + 1
+  assert passes("atat", 7) == passes("atat_released", 7) == 14 + 6 + 1
+  with pytest.raises(UserError, match="method: 'other'; allowed: alp"):
+    setting.hyperparameters("other")
 
 
 def test_pairs_are_compared_run_by_run():

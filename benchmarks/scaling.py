@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from atat_jax.errors import UserError
-from benchmarks import setting, step
+from benchmarks import setting, step, timing
 from benchmarks.setting import say, whole
 
 BASE = step.Case("wrn-10-1")
@@ -69,22 +69,23 @@ def fit(work: Sequence[float], seconds: Sequence[float]) -> dict[str, float]:
 def measure(
   base: step.Case, axis: str, values: Sequence[int], repeats: int
 ) -> dict[str, Any]:
-  """A curve along one axis."""
-  rows = []
-  for value in values:
-    rows.append(
-      step.measure(case(base, axis, value), peer="none", repeats=repeats)
-    )
-    say(f"{axis} {value}: {1e3 * rows[-1]['seconds']:.1f} ms")
+  """A curve along one axis; its points are timed in turn."""
+  points = [step.Ours(case(base, axis, value)) for value in values]
+  for point in points:
+    point()
+  times = timing.run_in_turn(points, repeats=repeats)
+  summaries = [timing.summary([seconds]) for seconds in times]
   found: dict[str, Any] = {
     "name": axis,
     "values": list(values),
-    "seconds": [row["seconds"] for row in rows],
-    "flops": [row["flops"]["step"] for row in rows],
+    "seconds": [summary["seconds"] for summary in summaries],
+    "spread": [summary["spread"] for summary in summaries],
+    "flops": [point.flops()["step"] for point in points],
     "compiling": [
-      row["seconds_lowering"] + row["seconds_compiling"] for row in rows
+      point.seconds_lowering + point.seconds_compiling for point in points
     ],
   }
+  say(f"{axis}: {[round(1e3 * s, 1) for s in found['seconds']]} ms")
   if axis != "num_devices":
     found["fit"] = fit(found["flops"], found["seconds"])
     here = found["seconds"][list(values).index(_value(base, axis))]
@@ -104,9 +105,10 @@ def table(curves: Sequence[dict[str, Any]]) -> str:
 
   rows = []
   for curve in curves:
-    for value, seconds, flops, compiling in zip(
+    for value, seconds, spread, flops, compiling in zip(
       curve["values"],
       curve["seconds"],
+      curve["spread"],
       curve["flops"],
       curve["compiling"],
       strict=True,
@@ -118,6 +120,7 @@ def table(curves: Sequence[dict[str, Any]]) -> str:
           curve["name"],
           str(value),
           f"{1e3 * seconds:.1f}",
+          f"{1e3 * spread:.1f}",
           "-" if line is None else f"{1e3 * fitted:.1f}",
           f"{flops / 1e9:.2f}",
           f"{flops / seconds / 1e9:.0f}",
@@ -128,6 +131,7 @@ def table(curves: Sequence[dict[str, Any]]) -> str:
     "axis",
     "value",
     "ms",
+    "+-",
     "line (ms)",
     "GFLOP",
     "GFLOP/s",
@@ -157,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   add = made.add_argument
   add("--axis", nargs="+", choices=VALUES, default=list(VALUES))
   add("--values", nargs="+", type=whole, help="of the one axis; default: ours")
-  add("--repeats", type=whole, default=5)
+  add("--repeats", type=whole, default=9)
   add("--smoke", action="store_true", help="a tiny base case")
   add("--threads", type=whole, help="cores; default: all allowed")
   add("--out", type=pathlib.Path, help="JSON file for all of it")

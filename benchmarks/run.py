@@ -1,7 +1,7 @@
 """All benchmarks against PyTorch and of the step, by one command.
 
   python -m benchmarks.run --reference=../auto-attack --out=benchmarks/results/cpu
-  python -m benchmarks.run --smoke --out=/tmp/smoke
+  python -m benchmarks.run --smoke --out=runs/smoke
 
 Each part writes a JSON file with its command, commit, machine and versions;
 `benchmarks.compare` compares two of them. `--smoke` runs all parts, small, to

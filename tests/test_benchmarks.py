@@ -490,7 +490,7 @@ def test_tables_are_written_from_files(tmp_path):
   made = tables.generate(page, tmp_path)
   assert "old" not in made
   assert made.startswith("before\n") and made.endswith("<!-- end -->\nafter\n")
-  assert "| fgsm/wrn-8-1/b4 |" in made and "| 2.00 |" in made
+  assert "| fgsm/wrn-8-1/b4 |" in made and " 2.00 |" in made
   assert "commit `abc`, 2026-01-02, 2 cores, a CPU" in made
   assert tables.generate(made, tmp_path) == made
   for name, message in (("step", "run first"), ("other", "allowed: attacks")):

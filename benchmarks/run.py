@@ -25,6 +25,10 @@ PARTS: dict[str, tuple[str, list[str]]] = {
     "step",
     ["--model", "wrn-10-1", "wrn-16-4", "--peer", "eager", "--repeats", "7"],
   ),
+  "gradients": (
+    "step",
+    ["--model", "wrn-10-1", "wrn-16-4", "--peer", "eager", "--compile_only"],
+  ),
   "compiling": ("step", ["--model", "wrn-32-10", "--compile_only"]),
   "attacks": (
     "attacks",

@@ -20,6 +20,7 @@ from benchmarks import attacks, savings, scaling, step
 _TABLES: dict[str, Callable[[Sequence[dict[str, Any]]], str]] = {
   "step": step.table,
   "compiling": step.table,
+  "gradients": step.gradient_table,
   "attacks": attacks.table,
   "scaling": lambda rows: f"{scaling.table(rows)}\n\n{scaling.lines(rows)}",
   "savings": savings.table,

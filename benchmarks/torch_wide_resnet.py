@@ -18,7 +18,7 @@ _ACTIVATIONS = {"relu": functional.relu, "silu": functional.silu}
 
 
 def _tensor(array: np.ndarray) -> torch.Tensor:
-  return torch.from_numpy(np.array(array, np.float32))
+  return torch.from_numpy(np.array(array))
 
 
 def _conv(kernel: np.ndarray, stride: int, padding: int) -> nn.Conv2d:
@@ -44,17 +44,23 @@ def _margins(size: int, kernel: int, stride: int) -> tuple[int, int]:
 
 
 class TorchWideResNet(nn.Module):
-  """Images [B, C, H, W] in [0, 1] to logits [B, K], float32.
+  """Images [B, C, H, W] in [0, 1] to logits [B, K].
 
   Args:
     model: The flax module.
     variables: Its parameters and running statistics.
+    dtype: Of weights and statistics.
 
   Raises:
     ValueError: The flax module computes in another dtype.
   """
 
-  def __init__(self, model: WideResNet, variables: Any):
+  def __init__(
+    self,
+    model: WideResNet,
+    variables: Any,
+    dtype: torch.dtype = torch.float32,
+  ):
     super().__init__()
     if np.dtype(model.dtype) != np.float32:
       raise ValueError(f"dtype: {np.dtype(model.dtype)}; allowed: float32")
@@ -85,6 +91,7 @@ class TorchWideResNet(nn.Module):
       for name in ("mean", "std"):
         value = torch.tensor(getattr(model, name)).view(1, -1, 1, 1)
         self.register_buffer(name, value)
+    self.to(dtype)
     self.eval()
 
   def _normalize(self, x: torch.Tensor) -> torch.Tensor:

@@ -541,7 +541,7 @@ def test_bfloat16_is_as_robust_as_float32(finished):
   mesh = sharding.make_mesh(jax.devices()[:1])
   found = {}
   for name in ("nominal", "pgd20"):
-    protocol = evaluation.parse(name, epsilon=0.2, step_size=0.05)
+    protocol = evaluation.parse(name, epsilon=0.1, step_size=0.025)
     for dtype in ("float32", "bfloat16"):
       classifier = models.classifier(
         model.clone(dtype=jnp.dtype(dtype)), variables

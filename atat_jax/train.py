@@ -293,7 +293,7 @@ def dispatches(
   size: int,
   multiples: Sequence[int],
   others: Sequence[int] = (),
-) -> Iterator[tuple[int, int]]:
+) -> Iterator[range]:
   """Which steps are run by one program each.
 
   Args:
@@ -304,13 +304,13 @@ def dispatches(
     others: Further ends.
 
   Yields:
-    The number of steps before, and of steps.
+    The steps' numbers, from 0.
   """
   while start < total:
     ends = [start + size, total]
     ends += [start - start % multiple + multiple for multiple in multiples]
     end = min(ends + [other for other in others if other > start])
-    yield start, end - start
+    yield range(start, end)
     start = end
 
 
@@ -378,16 +378,15 @@ def _run(
     )
     size = settings.steps_per_dispatch
 
-    steps_together = [
-      range(before, before + count)
-      for before, count in dispatches(
+    steps_together = list(
+      dispatches(
         start,
         total,
         size=size,
         multiples=(settings.log_every_steps, every),
         others=trace.edges,
       )
-    ]
+    )
     # Indices are made in no time, extra images are read.
     ahead = None
     if extra is not None:

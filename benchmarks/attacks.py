@@ -9,10 +9,11 @@ the first call of ours, which compiles, against the first of PyTorch's.
 
 import argparse
 import importlib
+import itertools
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -185,33 +186,23 @@ def main(argv: Sequence[str] | None = None) -> None:
   from benchmarks import original
 
   args = parser().parse_args(argv)
+
+  def measured() -> Iterator[dict[str, Any]]:
+    for model, batch_size in itertools.product(args.model, args.batch_size):
+      network = setting.random_network(model, batch_size, seed=0)
+      for attack in args.attack:
+        say(f"{attack}, {model}, {batch_size} images")
+        yield measure(
+          network, attack, epsilon=args.epsilon, repeats=args.repeats
+        )
+
   try:
     cores = setting.start(args.threads, cache=False)
-    found = setting.describe(cores)
     if "apgd100" in args.attack:
       original.load(args.reference)
-    rows: list[dict[str, Any]] = []
-    for model in args.model:
-      for batch_size in args.batch_size:
-        network = setting.random_network(model, batch_size, seed=0)
-        for attack in args.attack:
-          say(f"{attack}, {model}, {batch_size} images")
-          rows.append(
-            measure(
-              network,
-              attack,
-              epsilon=args.epsilon,
-              repeats=args.repeats,
-            )
-          )
-          say(timing.line(rows[-1]))
-          if args.out is not None:
-            setting.write(args.out, found, rows)
+    setting.report(measured(), table, cores=cores, out=args.out)
   except UserError as error:
     sys.exit(f"error: {error}")
-  print(f"\n{table(rows)}")
-  if args.out is not None:
-    print(f"\nresults: {args.out}")
 
 
 if __name__ == "__main__":

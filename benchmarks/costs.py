@@ -23,7 +23,6 @@ from typing import Any
 import jax
 
 from atat_jax import (
-  compilation,
   data,
   evaluate,
   runtime,
@@ -50,7 +49,7 @@ class MeasuredStep:
   """
 
   def __init__(self, step: Callable[..., Any]):
-    self._function = step.__wrapped__  # type: ignore[attr-defined]
+    self._step = step
     self._compiled: Any = None
     self.compile_seconds, self.memory_bytes = 0.0, 0
     self.seconds: list[float] = []
@@ -60,15 +59,7 @@ class MeasuredStep:
     first = self._compiled is None
     if first:
       began = time.perf_counter()
-      self._compiled = (
-        jax.jit(
-          self._function,
-          donate_argnums=0,
-          compiler_options=compilation.compiler_options(),
-        )
-        .lower(*args)
-        .compile()
-      )
+      self._compiled = self._step.lower(*args).compile()  # type: ignore[attr-defined]
       self.compile_seconds = time.perf_counter() - began
       found = self._compiled.memory_analysis()
       self.memory_bytes = (

@@ -122,7 +122,7 @@ def _integers(text: str) -> list[int]:
   return numbers
 
 
-def _load(path: pathlib.Path) -> Any:
+def load(path: pathlib.Path) -> Any:
   """A configuration file as a module."""
   spec = importlib.util.spec_from_file_location(path.stem, path)
   if spec is None or spec.loader is None or not path.exists():
@@ -157,7 +157,7 @@ def make_runs(args: argparse.Namespace) -> list[Run]:
   Raises:
     UserError: An unknown method or field, or a value out of range.
   """
-  module = _load(args.config)
+  module = load(args.config)
   methods = list(dict.fromkeys([TEACHER, *args.methods]))
   runs, used = [], set()
   for seed in args.seeds:

@@ -10,7 +10,6 @@ else on the page is written by hand. What was not measured is said to be so.
 
 import argparse
 import pathlib
-import re
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -28,9 +27,6 @@ FIGURES = ROOT / "docs" / "figures"
 COSTS = "costs.json"
 ATTACK = "pgd20"  # the paper's headline
 
-_PART = re.compile(
-  r"(<!-- generated: (?P<name>\w+) -->\n).*?(<!-- end -->)", re.DOTALL
-)
 _NOT_MEASURED = "Not measured yet."
 
 
@@ -48,18 +44,17 @@ def generate(page: str, results: pathlib.Path) -> str:
   Raises:
     UserError: A marker with an unknown name, results that cannot be read.
   """
+  from benchmarks import setting
+
   found = pictures.read(results) if results.exists() else None
   costs = files.read_json(results.with_name(COSTS))
 
-  def part(match: re.Match[str]) -> str:
-    name = match["name"]
-    if name not in PARTS:
-      raise UserError(f"generated: {name!r}; allowed: {', '.join(PARTS)}")
+  def part(name: str) -> str:
     measured = costs if name == "costs" else found
     text = None if measured is None else PARTS[name](measured)
-    return f"{match[1]}{text or _NOT_MEASURED}\n{match[3]}"
+    return text or _NOT_MEASURED
 
-  return _PART.sub(part, page)
+  return setting.fill(page, PARTS, part)
 
 
 def _accuracies(found: dict[str, Any]) -> str:

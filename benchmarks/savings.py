@@ -10,13 +10,13 @@ import argparse
 import dataclasses
 import pathlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
 from atat_jax.errors import UserError
 from benchmarks import setting, step, timing
-from benchmarks.setting import say, whole
+from benchmarks.setting import whole
 
 Side = Callable[[], None]
 
@@ -203,22 +203,18 @@ def main(argv: Sequence[str] | None = None) -> None:
   add("--threads", type=whole, help="cores; default: all allowed")
   add("--out", type=pathlib.Path, help="JSON file for all of it")
   args = made.parse_args(argv)
-  try:
-    cores = setting.start(args.threads, cache=False, torch=False)
-    found = setting.describe(cores)
-    rows: list[dict[str, Any]] = []
+
+  def measured() -> Iterator[dict[str, Any]]:
     for model in args.model:
       base = step.Case(model, batch_size=args.batch_size)
       for name in args.saving:
-        rows.append(measure(name, base, repeats=args.repeats))
-        say(timing.line(rows[-1]))
-        if args.out is not None:
-          setting.write(args.out, found, rows)
+        yield measure(name, base, repeats=args.repeats)
+
+  try:
+    cores = setting.start(args.threads, cache=False, torch=False)
+    setting.report(measured(), table, cores=cores, out=args.out)
   except UserError as error:
     sys.exit(f"error: {error}")
-  print(f"\n{table(rows)}")
-  if args.out is not None:
-    print(f"\nresults: {args.out}")
 
 
 if __name__ == "__main__":

@@ -11,14 +11,14 @@ import argparse
 import dataclasses
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from atat_jax.errors import UserError
 from benchmarks import setting, step, timing
-from benchmarks.setting import say, whole
+from benchmarks.setting import whole
 
 BASE = step.Case("wrn-10-1")
 SMOKE = step.Case("wrn-8-1", batch_size=4, num_steps=1, size=8)
@@ -85,7 +85,6 @@ def measure(
       point.seconds_lowering + point.seconds_compiling for point in points
     ],
   }
-  say(f"{axis}: {[round(1e3 * s, 1) for s in found['seconds']]} ms")
   if axis != "num_devices":
     found["fit"] = fit(found["flops"], found["seconds"])
     here = found["seconds"][list(values).index(_value(base, axis))]
@@ -140,7 +139,12 @@ def table(curves: Sequence[dict[str, Any]]) -> str:
   return markdown(header, rows)
 
 
-def lines(curves: Sequence[dict[str, Any]]) -> str:
+def _line(curve: dict[str, Any]) -> str:
+  times = ", ".join(f"{1e3 * seconds:.1f}" for seconds in curve["seconds"])
+  return f"{curve['name']}: {times} ms"
+
+
+def _fits(curves: Sequence[dict[str, Any]]) -> str:
   """The fitted lines, a list item each."""
   return "\n".join(
     f"- {curve['name']}: constant part"
@@ -153,8 +157,15 @@ def lines(curves: Sequence[dict[str, Any]]) -> str:
   )
 
 
+def page(curves: Sequence[dict[str, Any]]) -> str:
+  """The table of all points, and the lines below it."""
+  return f"{table(curves)}\n\n{_fits(curves)}"
+
+
 def main(argv: Sequence[str] | None = None) -> None:
   """Runs the command."""
+  import jax
+
   made = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
@@ -166,30 +177,24 @@ def main(argv: Sequence[str] | None = None) -> None:
   add("--threads", type=whole, help="cores; default: all allowed")
   add("--out", type=pathlib.Path, help="JSON file for all of it")
   args = made.parse_args(argv)
+
+  def measured() -> Iterator[dict[str, Any]]:
+    base = SMOKE if args.smoke else BASE
+    for axis in args.axis:
+      values = sorted({*(args.values or VALUES[axis]), _value(base, axis)})
+      if axis == "num_devices":
+        values = [v for v in values if v <= jax.device_count()]
+      yield measure(base, axis, values, args.repeats)
+
   try:
     if args.values and len(args.axis) > 1:
       raise UserError("values: given for several axes; allowed: with one")
-    import jax
-
     if "num_devices" in args.axis:  # CPU devices share the cores
       jax.config.update("jax_num_cpu_devices", max(VALUES["num_devices"]))
     cores = setting.start(args.threads, cache=False, torch=False)
-    found = setting.describe(cores)
-    base = SMOKE if args.smoke else BASE
-    curves: list[dict[str, Any]] = []
-    for axis in args.axis:
-      values = args.values or VALUES[axis]
-      values = sorted({*values, _value(base, axis)})
-      if axis == "num_devices":
-        values = [v for v in values if v <= jax.device_count()]
-      curves.append(measure(base, axis, values, args.repeats))
-      if args.out is not None:
-        setting.write(args.out, found, curves)
+    setting.report(measured(), page, cores=cores, out=args.out, line=_line)
   except UserError as error:
     sys.exit(f"error: {error}")
-  print(f"\n{table(curves)}\n\n{lines(curves)}")
-  if args.out is not None:
-    print(f"\nresults: {args.out}")
 
 
 if __name__ == "__main__":

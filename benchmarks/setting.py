@@ -4,21 +4,20 @@ import argparse
 import dataclasses
 import datetime
 import importlib.metadata
-import importlib.util
 import os
 import pathlib
 import platform
 import re
 import shlex
-import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 from atat_jax.errors import UserError
+from benchmarks import timing
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 COMPILATION = "/jax/core/compile/backend_compile_duration"
@@ -187,14 +186,11 @@ def hyperparameters(method: str) -> dict[str, Any]:
     UserError: Unknown method.
   """
   from atat_jax import checks
+  from benchmarks import methods
 
-  path = ROOT / "configs" / "default.py"
-  spec = importlib.util.spec_from_file_location("configs_default", path)
-  assert spec is not None and spec.loader is not None
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  checks.choice("method", method, module.METHODS)
-  return dict(module.METHODS[method])
+  known = methods.load(ROOT / "configs" / "default.py").METHODS
+  checks.choice("method", method, known)
+  return dict(known[method])
 
 
 def random_network(name: str, num_examples: int, seed: int) -> Network:
@@ -226,6 +222,8 @@ def describe(cores: Sequence[int]) -> dict[str, Any]:
   """Command, commit, date, and the machine that the times depend on."""
   import jax
 
+  from atat_jax import evaluate
+
   info = pathlib.Path("/proc/cpuinfo")
   text = info.read_text(encoding="utf-8") if info.is_file() else ""
   cpu = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
@@ -233,7 +231,7 @@ def describe(cores: Sequence[int]) -> dict[str, Any]:
   return {
     # Without the folders, which are the machine's own.
     "command": shlex.join(["python", *map(_relative, sys.orig_argv[1:])]),
-    "commit": _commit(),
+    "commit": evaluate.commit() or "unknown",
     "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     "machine": {
       "cpu": cpu[1] if cpu else platform.processor(),
@@ -264,13 +262,66 @@ def _version(name: str) -> str | None:
     return None
 
 
-def _commit() -> str:
-  command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-  try:
-    found = subprocess.run(command, capture_output=True, text=True, check=True)
-  except (OSError, subprocess.CalledProcessError):
-    return "unknown"
-  return found.stdout.strip()
+def report(
+  rows: Iterable[dict[str, Any]],
+  table: Callable[[Sequence[dict[str, Any]]], str],
+  *,
+  cores: Sequence[int],
+  out: pathlib.Path | None,
+  line: Callable[[dict[str, Any]], str] = timing.line,
+) -> None:
+  """Tells and writes each measurement as it is made, and the table at the end.
+
+  Args:
+    rows: Makes the measurements one after the other.
+    table: Of all of them.
+    cores: That are used.
+    out: JSON file; None: not written.
+    line: Of one of them.
+  """
+  about = describe(cores)
+  found: list[dict[str, Any]] = []
+  for row in rows:
+    found.append(row)
+    say(line(row))
+    if out is not None:
+      write(out, about, found)
+  print(f"\n{table(found)}")
+  if out is not None:
+    print(f"\nresults: {out}")
+
+
+_PART = re.compile(
+  r"(<!-- generated: (?P<name>\w+) -->\n).*?(<!-- end -->)", re.DOTALL
+)
+
+
+def fill(
+  page: str, names: Iterable[str], write_part: Callable[[str], str]
+) -> str:
+  """Replaces what stands on a page between its markers.
+
+  Args:
+    page: Markdown; `<!-- generated: NAME -->` and `<!-- end -->` are markers.
+    names: Those that are known.
+    write_part: Name to what is to stand there, without its last line break.
+
+  Returns:
+    The page.
+
+  Raises:
+    UserError: A marker with another name.
+  """
+  known = list(names)
+
+  def part(match: re.Match[str]) -> str:
+    if match["name"] not in known:
+      raise UserError(
+        f"generated: {match['name']!r}; allowed: {', '.join(known)}"
+      )
+    return f"{match[1]}{write_part(match['name'])}\n{match[3]}"
+
+  return _PART.sub(part, page)
 
 
 def write(

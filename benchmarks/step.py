@@ -14,7 +14,7 @@ import itertools
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
@@ -93,7 +93,14 @@ class Ours:
     import jax
     import jax.numpy as jnp
 
-    from atat_jax import objectives, optim, sharding, state, steps
+    from atat_jax import (
+      compilation,
+      objectives,
+      optim,
+      sharding,
+      state,
+      steps,
+    )
     from atat_jax.data.base import Split
     from atat_jax.options import Options
 
@@ -114,10 +121,7 @@ class Ours:
     self.model = setting.network(
       case.model, dtype=jnp.dtype(case.dtype), **of_model
     )
-    fields = {
-      **setting.hyperparameters(case.method),
-      **fields,
-    }
+    fields = setting.hyperparameters(case.method) | fields
     if case.method != "standard":
       fields |= ATTACK | {"num_steps": case.num_steps}
     self.objective = objectives.create(case.method, **fields)
@@ -128,10 +132,10 @@ class Ours:
     self.pixels = generator.integers(0, 256, (count, *shape), dtype=np.uint8)
     self.labels = generator.integers(0, 10, count).astype(np.int32)
     images = jnp.zeros((1, *shape))
-    self.variables = jax.jit(self.model.init)(jax.random.key(0), images)
-    self.teacher = None
+    init = compilation.jit(self.model.init, once=True)
+    self.variables, self.teacher = init(jax.random.key(0), images), None
     if self.objective.needs_teacher:
-      self.teacher = jax.jit(self.model.init)(jax.random.key(1), images)
+      self.teacher = init(jax.random.key(1), images)
     optimizer = optim.make_optimizer(lambda _: 0.1)
     self._state = sharding.put_replicated(
       mesh,
@@ -600,28 +604,22 @@ def cases(args: argparse.Namespace) -> list[Case]:
 def main(argv: Sequence[str] | None = None) -> None:
   """Runs the command."""
   args = parser().parse_args(argv)
-  try:
-    cores = setting.start(args.threads, cache=False, torch=args.peer != "none")
-    found = setting.describe(cores)
-    rows: list[dict[str, Any]] = []
+
+  def measured() -> Iterator[dict[str, Any]]:
     for case in cases(args):
       say(case.name)
-      rows.append(
-        measure(
-          case,
-          peer=args.peer,
-          repeats=args.repeats,
-          compile_only=args.compile_only,
-        )
+      yield measure(
+        case,
+        peer=args.peer,
+        repeats=args.repeats,
+        compile_only=args.compile_only,
       )
-      say(timing.line(rows[-1]))
-      if args.out is not None:
-        setting.write(args.out, found, rows)
+
+  try:
+    cores = setting.start(args.threads, cache=False, torch=args.peer != "none")
+    setting.report(measured(), table, cores=cores, out=args.out)
   except UserError as error:
     sys.exit(f"error: {error}")
-  print(f"\n{table(rows)}")
-  if args.out is not None:
-    print(f"\nresults: {args.out}")
 
 
 if __name__ == "__main__":

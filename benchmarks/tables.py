@@ -9,25 +9,21 @@ table of PART.json in that folder, with its machine and its command.
 import argparse
 import json
 import pathlib
-import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from atat_jax.errors import UserError
-from benchmarks import attacks, savings, scaling, step
+from benchmarks import attacks, savings, scaling, setting, step
 
 _TABLES: dict[str, Callable[[Sequence[dict[str, Any]]], str]] = {
   "step": step.table,
   "compiling": step.table,
   "gradients": step.gradient_table,
   "attacks": attacks.table,
-  "scaling": lambda rows: f"{scaling.table(rows)}\n\n{scaling.lines(rows)}",
+  "scaling": scaling.page,
   "savings": savings.table,
 }
-_PART = re.compile(
-  r"(<!-- generated: (?P<name>\w+) -->\n).*?(<!-- end -->)", re.DOTALL
-)
 
 
 def provenance(found: dict[str, Any]) -> str:
@@ -55,21 +51,15 @@ def generate(page: str, folder: pathlib.Path) -> str:
     UserError: An unknown part, or one without a file.
   """
 
-  def part(match: re.Match[str]) -> str:
-    name = match["name"]
-    if name not in _TABLES:
-      raise UserError(
-        f"generated: {name!r}; allowed: {', '.join(sorted(_TABLES))}"
-      )
+  def part(name: str) -> str:
     path = folder / f"{name}.json"
     try:
       found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
       raise UserError(f"{path}: {error}; run benchmarks.run first") from error
-    table = _TABLES[name](found["rows"])
-    return f"{match[1]}\n{table}\n\n{provenance(found)}\n\n{match[3]}"
+    return f"\n{_TABLES[name](found['rows'])}\n\n{provenance(found)}\n"
 
-  return _PART.sub(part, page)
+  return setting.fill(page, sorted(_TABLES), part)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from atat_jax import models
+from atat_jax import compilation, models
 
 # Before anything asks for a device: the backend reads both when it starts.
 if "JAX_PLATFORMS" not in os.environ:
@@ -86,6 +86,23 @@ def eight_devices() -> list[jax.Device]:
   if len(devices) < 8:
     pytest.skip(f"needs 8 devices, has {len(devices)}")
   return devices[:8]
+
+
+@pytest.fixture(scope="module")
+def quick_compilation() -> Iterator[None]:
+  """The package's own programs compile quickly and run slowly.
+
+  For modules that spend most of their time compiling; they ask for it by
+  `pytestmark = pytest.mark.usefixtures("quick_compilation")`.
+  """
+  options = compilation.compiler_options()
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(
+      compilation,
+      "compiler_options",
+      lambda **_: options | {"xla_backend_optimization_level": 0},
+    )
+    yield
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ from atat_jax import (
   accumulation,
   averaging,
   awp,
-  compilation,
   inputs,
   objectives,
   optim,
@@ -24,6 +23,8 @@ from atat_jax import (
 from atat_jax.data.base import Split
 from atat_jax.errors import UserError
 from atat_jax.options import OFF, Options
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 RATE, DECAY, BATCH, CLASSES = 0.2, 0.01, 12, 3
 INDICES = [np.arange(12), np.arange(12, 24), np.arange(20, 32)]
@@ -52,19 +53,6 @@ EACH = {
 ALL = {key: value for one in EACH.values() for key, value in one.items()} | {
   "swa_start": 0
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-  """Compiling is most of the time that these tests take."""
-  options = compilation.compiler_options()
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(
-      compilation,
-      "compiler_options",
-      lambda **_: options | {"xla_backend_optimization_level": 0},
-    )
-    yield
 
 
 @pytest.fixture(scope="module")

@@ -29,22 +29,10 @@ from atat_jax.state import NEVER
 jit = functools.partial(
   jax.jit, compiler_options={"xla_backend_optimization_level": 0}
 )
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 RATE = 0.2
 BATCH = 16
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-  """The steps of this module, too; the other options are the package's."""
-  options = compilation.compiler_options()
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(
-      compilation,
-      "compiler_options",
-      lambda **_: options | {"xla_backend_optimization_level": 0},
-    )
-    yield
 
 
 class Run(NamedTuple):

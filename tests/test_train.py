@@ -243,11 +243,10 @@ def test_a_second_start_compiles_nothing(tmp_path, monkeypatch):
 def test_which_steps_go_together():
   def sizes(*arguments, **keywords):
     found = list(train.dispatches(*arguments, **keywords))
-    assert [before for before, _ in found] == [
-      arguments[0] + sum(count for _, count in found[:i])
-      for i in range(len(found))
+    assert [numbers.start for numbers in found] == [
+      arguments[0] + sum(map(len, found[:i])) for i in range(len(found))
     ]
-    return [count for _, count in found]
+    return list(map(len, found))
 
   assert sizes(0, 5, size=1, multiples=(2,)) == [1] * 5
   assert sizes(0, 20, size=8, multiples=(100,)) == [8, 8, 4]

@@ -172,3 +172,35 @@ class Network(nn.Module):
     return nn.Dense(
       self.num_classes, dtype=x.dtype, kernel_init=init, name="head"
     )(x)
+
+
+class ResidualNetwork(Network):
+  """Stages of residual units `_unit(x, name, features, stride, train)`.
+
+  Attributes:
+    stage_sizes: Residual units in each stage; the channels double from stage
+      to stage, and all but the first halve the height and the width.
+    base_channels: Of the first stage.
+  """
+
+  stage_sizes: tuple[int, ...] = (2, 2, 2, 2)
+  base_channels: int = 64
+
+  def __post_init__(self) -> None:
+    """Refuses fields that make no network."""
+    check_sizes("stage_sizes", self.stage_sizes)
+    checks.positive("base_channels", self.base_channels, integer=True)
+    super().__post_init__()
+
+  def _unit(
+    self, x: Array, name: str, features: int, stride: int, train: bool
+  ) -> Array:
+    raise NotImplementedError
+
+  def _stages(self, x: Array, train: bool) -> Array:
+    for stage, size in enumerate(self.stage_sizes, start=1):
+      features = self.base_channels * 2 ** (stage - 1)
+      for unit in range(1, size + 1):
+        stride = 2 if unit == 1 and stage > 1 else 1
+        x = self._unit(x, f"stage{stage}_unit{unit}", features, stride, train)
+    return x

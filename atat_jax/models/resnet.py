@@ -2,34 +2,22 @@
 
 from flax import linen as nn
 
-from atat_jax import checks
 from atat_jax.models import base
 from atat_jax.typing import Array
 
 
-class ResNet18(base.Network):
+class ResNet18(base.ResidualNetwork):
   """Images [B, H, W, C] in [0, 1] to logits float32 [B, num_classes].
 
   Tappable layers: `stage<s>_unit<u>`, the activated residual sums, and
   `features`, the last of them.
 
   Attributes:
-    stage_sizes: Residual units in each stage; the channels double from stage
-      to stage, and all but the first halve the height and the width.
-    base_channels: Of the first stage.
     bottleneck: Units of 1x1, 3x3 (with the stride) and 1x1 convolutions with
       four times the channels at the end; else of two 3x3 convolutions.
   """
 
-  stage_sizes: tuple[int, ...] = (2, 2, 2, 2)
-  base_channels: int = 64
   bottleneck: bool = False
-
-  def __post_init__(self) -> None:
-    """Refuses fields that make no network."""
-    base.check_sizes("stage_sizes", self.stage_sizes)
-    checks.positive("base_channels", self.base_channels, integer=True)
-    super().__post_init__()
 
   def _unit(
     self, x: Array, name: str, features: int, stride: int, train: bool
@@ -53,11 +41,7 @@ class ResNet18(base.Network):
   def __call__(self, images: Array, *, train: bool = False) -> Array:
     """One forward pass; `train` uses and moves the batch statistics."""
     x = self._stem(self._normalize(images), self.base_channels, train)
-    for stage, size in enumerate(self.stage_sizes, start=1):
-      features = self.base_channels * 2 ** (stage - 1)
-      for unit in range(1, size + 1):
-        stride = 2 if unit == 1 and stage > 1 else 1
-        x = self._unit(x, f"stage{stage}_unit{unit}", features, stride, train)
+    x = self._stages(x, train)
     return self._head(base.Features(name="features")(x))
 
 

@@ -40,7 +40,11 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 
 
 def commit() -> str | None:
-  """The commit of this source tree, None outside a git checkout."""
+  """The commit of this source tree.
+
+  Outside a git checkout what `ATAT_JAX_COMMIT` says (for a copy that was sent to
+  another machine), else None.
+  """
   try:
     return subprocess.run(
       ["git", "describe", "--always", "--dirty", "--abbrev=12"],
@@ -50,7 +54,7 @@ def commit() -> str | None:
       check=True,
     ).stdout.strip()
   except (OSError, subprocess.CalledProcessError):
-    return None
+    return os.environ.get("ATAT_JAX_COMMIT")
 
 
 def _run_record(plan: Plan, steps: dict[str, int]) -> dict[str, Any]:

@@ -74,6 +74,9 @@ def add_config_flags(flags: argparse.ArgumentParser) -> None:
     help="standard is always among them; default: all",
   )
   flags.add_argument(
+    "--recipe", help="what follows the comma, as in cifar10.py:at,modern"
+  )
+  flags.add_argument(
     "--set",
     action="append",
     default=[],
@@ -159,12 +162,13 @@ def make_runs(args: argparse.Namespace) -> list[Run]:
   """
   module = load(args.config)
   methods = list(dict.fromkeys([TEACHER, *args.methods]))
+  recipe = [args.recipe] if args.recipe else []
   runs, used = [], set()
   for seed in args.seeds:
     directory = args.workdir / f"seed{seed}"
     for method in methods:
       try:
-        config = module.get_config(method)
+        config = module.get_config(",".join([method, *recipe]))
       except ValueError as error:
         raise UserError(str(error)) from None
       used |= {text for text in args.set if _override(config, text)}

@@ -146,7 +146,9 @@ def check(folder: pathlib.Path) -> dict[str, Any]:
   return manifest
 
 
-def unpack(name: str, folders: Sequence[pathlib.Path], out: pathlib.Path) -> str:
+def unpack(
+  name: str, folders: Sequence[pathlib.Path], out: pathlib.Path
+) -> str:
   """Writes a decoded copy from the parts, all of which have arrived.
 
   Args:
@@ -221,8 +223,10 @@ def main(argv: Sequence[str] | None = None) -> None:
   args = made.parse_args(argv)
   try:
     if args.mode == "pack":
-      splits = toy() if args.toy else data.DATASETS[args.name].read(
-        data_dir=args.data_dir
+      splits = (
+        toy()
+        if args.toy
+        else data.DATASETS[args.name].read(data_dir=args.data_dir)
       )
       for folder in pack(args.name, splits, args.out):
         size = sum(path.stat().st_size for path in folder.iterdir())

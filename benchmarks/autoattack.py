@@ -118,6 +118,7 @@ def trained_network(
   folder = pathlib.Path(workdir).resolve()
   step = checkpoints.checkpoint_step(folder, which="best")
   model, variables = checkpoints.restore_model(folder, step=step)
+  model = model.clone(dtype=np.float32)  # as the original computes
   configs = [f / "config.json" for f in (folder, folder.parent)]
   path = next((path for path in configs if path.is_file()), None)
   if path is None:

@@ -32,7 +32,7 @@ from benchmarks.accelerator.entries import ENTRIES, Step
 from benchmarks.setting import ROOT, say
 
 RESULTS = ROOT / "benchmarks" / "accelerator" / "results"
-LEAST = 30  # seconds in which a step is worth its start
+LEAST = 60  # seconds in which a step is worth its start
 GRACE = 30  # seconds for saving
 # Of every run: what says what came of it, and what of it is finished.
 KEPT = ("results.json", "finished.json", "config.json", "metrics.jsonl")
@@ -150,7 +150,7 @@ class Driver:
           say(f"{step.name}: done before")
           continue
         left = deadline - time.monotonic()
-        if left < LEAST and not self._dry:
+        if left < (0 if self._dry else LEAST):
           say(f"{step.name}: waits for the next call")
           break
         self._do(step, left, about)
@@ -169,39 +169,43 @@ class Driver:
     spent = (
       record.get("seconds", 0.0) if record.get("status") != "failed" else 0
     )
-    commands = [step.arguments]
-    if step.instead:
-      commands.append(step.instead)
-    for number, arguments in enumerate(commands):
-      dry = (step.dry or ()) if self._dry and not number else ()
-      command = [self._fill(part) for part in (*arguments, *dry)]
-      say(f"{step.name}: python {shlex.join(command)}")
+    failures: list[dict[str, Any]] = []
+    for way in [step, *([step.instead] if step.instead else [])]:
+      command = self._command(way)
+      say(f"{step.name}: {command}")
       began = time.monotonic()
-      status = self._call(command, seconds)
-      spent += time.monotonic() - began
-      record = {
-        "status": status,
-        "seconds": round(spent, 1),
-        "command": shlex.join(["python", *command]),
-        **about,
-      }
-      if status == "failed":
-        record["message"] = self._last_lines()
-      if number:
-        record["instead_of"] = shlex.join(commands[0])
-      seconds -= time.monotonic() - began
+      status = self._call(shlex.split(command)[1:], seconds)
+      took = time.monotonic() - began
+      spent, seconds = spent + took, seconds - took
       say(f"{step.name}: {status} after {spent:.0f} s")
       if status != "failed":
         break
+      failures.append({"command": command, "last_lines": self._last_lines()})
+      say("\n  ".join(failures[-1]["last_lines"]))
+    record = {
+      "status": status,
+      "seconds": round(spent, 1),
+      "command": command,
+      "failures": failures,
+      **about,
+    }
     result = files.read_json(self._path(step.result)) if step.result else None
     if result is not None:
       self._results[step.name] = result
     self._records[step.name] = record
     self._write(self._state)
 
+  def _command(self, step: Step) -> str:
+    """As a shell would be given it."""
+    dry = (step.dry or ()) if self._dry else ()
+    return shlex.join(
+      ["python", *(self._fill(part) for part in (*step.arguments, *dry))]
+    )
+
   def _call(self, command: Sequence[str], seconds: float) -> str:
     """Runs a command: "done", "failed" or "stopped"."""
     with self._log.open("ab") as log:
+      self._log_start = log.tell()
       process = subprocess.Popen(
         [sys.executable, *command],
         stdout=log,
@@ -226,7 +230,8 @@ class Driver:
         process.wait()
 
   def _last_lines(self) -> list[str]:
-    text = self._log.read_text(encoding="utf-8", errors="replace")
+    own = self._log.read_bytes()[self._log_start :]
+    text = own.decode("utf-8", errors="replace")
     return [line[-300:] for line in text.splitlines()[-5:]]
 
   def _write(self, path: pathlib.Path, **more: Any) -> None:

@@ -21,7 +21,7 @@ class Step:
     name: Unique within the entry.
     arguments: After `python`.
     dry: More of them in a dry run; None: it is left out there.
-    instead: Another command where the first fails; (): none.
+    instead: Another step of that name where the first fails.
     result: JSON file that it writes, "" for the runs' own files.
     leaves: What later steps need of it and does not come back.
   """
@@ -29,7 +29,7 @@ class Step:
   name: str
   arguments: tuple[str, ...]
   dry: tuple[str, ...] | None = ()
-  instead: tuple[str, ...] = ()
+  instead: "Step | None" = None
   result: str = ""
   leaves: str = ""
 
@@ -72,13 +72,17 @@ def _step_case(
     *("--model", "wrn-10-1", "--batch_size", "4", "--size", "8"),
     *("--num_steps", "1", "--repeats", "1"),
   )
-  # PyTorch's side goes through the C++ compiler on CPU: slow, and another one.
-  dry = (*tiny, *(("--peer", "eager") if peer != "none" else ()))
+  alone = Step(name, (*common, "--peer", "none"), dry=tiny, result=result)
+  if peer == "none":
+    return dataclasses.replace(alone, dry=None)
   return Step(
     name,
     (*common, "--peer", peer),
-    dry=dry if (model, batch_size) == ("wrn-28-10", 512) else None,
-    instead=(*common, "--peer", "none") if peer != "none" else (),
+    # PyTorch's side goes through the C++ compiler on CPU: slow, and another one.
+    dry=(*tiny, "--peer", "eager")
+    if (model, batch_size) == ("wrn-28-10", 512)
+    else None,
+    instead=alone,
     result=result,
   )
 
@@ -116,6 +120,7 @@ PREACT = (
 BFLOAT16 = "--set=model.dtype=bfloat16"
 _TINY = (
   "--set=data.validation_size=16",
+  "--set=teacher.batch_size=16",
   "--set=model.name=wide_resnet",
   "--set=model.depth=10",
   "--set=model.width=1",
@@ -139,10 +144,12 @@ def _methods(
   config: str,
   methods: tuple[str, ...],
   epochs: int,
-  more: tuple[str, ...],
+  more: tuple[str, ...] = (),
+  *,
+  attacked: tuple[str, ...] = (),
   dry: tuple[str, ...] = ("standard", "atat"),
 ) -> tuple[Step, ...]:
-  """A step for each method; the first is the teacher."""
+  """A step for each method, the teacher first; `attacked` is for the others."""
   return tuple(
     Step(
       method,
@@ -153,6 +160,7 @@ def _methods(
         *("--running_attacks=autoattack", "--running_examples=1000"),
         *("--set=data.dir={data}", f"--set=train.num_epochs={epochs}"),
         *more,
+        *(attacked if method != "standard" else ()),
       ),
       dry=None
       if method not in dry
@@ -311,7 +319,7 @@ def _autoattack() -> tuple[Step, ...]:
         "--num_queries=4",
       ),
       # Without PyTorch or the original: our side alone.
-      instead=_main("evaluate", "at", "at", *fields),
+      instead=Step("compare", _main("evaluate", "at", "at", *fields), dry=tiny),
       result=result,
     ),
   )
@@ -359,7 +367,7 @@ ENTRIES: dict[str, Entry] = {
       "configs/cifar10.py",
       ("standard", "atat", "at"),
       15,
-      ("--set=objective.num_steps=7",),
+      attacked=("--set=objective.num_steps=7",),
     ),
   ),
   "e": Entry(

@@ -15,7 +15,6 @@ sums. Unpacked they are the very same arrays, as the .npz that
 import argparse
 import hashlib
 import io
-import json
 import pathlib
 import shutil
 import sys
@@ -104,7 +103,8 @@ def pack(
       sheets.append((entry, content))
   parts: list[list[tuple[dict[str, Any], bytes]]] = [[]]
   for sheet in sheets:
-    if sum(len(c) for _, c in parts[-1]) + len(sheet[1]) > PART_BYTES:
+    size = sum(len(content) for _, content in parts[-1])
+    if parts[-1] and size + len(sheet[1]) > PART_BYTES:
       parts.append([])
     parts[-1].append(sheet)
   for old in out.glob(f"{name}-[0-9]"):

@@ -9,7 +9,8 @@
 #
 # OUT: folder of the results. SECONDS_IN_ALL: of this call, 560 by default.
 # CARRY, SCRATCH: folders of what was carried here, and of what stays between
-# calls. PYTHON: the interpreter. ATAT_JAX_COMMIT: of a tree without .git.
+# calls. REFERENCE: the original AutoAttack. PYTHON: the interpreter.
+# ATAT_JAX_COMMIT: of a tree without .git.
 set -euo pipefail
 began=$(date +%s)
 cd "$(dirname "$0")/../.."
@@ -17,6 +18,8 @@ cd "$(dirname "$0")/../.."
 here=benchmarks/accelerator
 python=${PYTHON:-python3}
 carry=${CARRY:-$here/carry}
+wheels=$carry/wheels
+reference=${REFERENCE:-$carry/auto-attack}
 scratch=${SCRATCH:-runs/accelerator}
 seconds=${SECONDS_IN_ALL:-560}
 part=15000000 # bytes; a file may have 16 MiB, a call 64
@@ -58,11 +61,11 @@ if [[ "$entry" == take ]]; then
 fi
 
 # Packages: those that were carried, then a look at all that are needed.
-site=$PWD/$scratch/site
-[[ "$scratch" == /* ]] && site=$scratch/site
-if compgen -G "$carry/wheels/*.whl" >/dev/null; then
+stays=$(cd "$scratch" && pwd)
+site=$stays/site
+if compgen -G "$wheels/*.whl" >/dev/null; then
   "$python" -m pip install -q --no-index --no-deps --no-compile \
-    --no-cache-dir --upgrade --target "$site" "$carry"/wheels/*.whl
+    --no-cache-dir --upgrade --target "$site" "$wheels"/*.whl
 fi
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}:$site
 export PYTHONUNBUFFERED=1
@@ -117,10 +120,9 @@ if [[ -n "$data" ]]; then
   flags+=("--data=$scratch/$data.npz")
   flags+=("--data_sha256=$(sed 's/.* //' "$scratch/$data.sha256")")
 fi
-reference=${REFERENCE:-$carry/auto-attack}
 flags+=("--reference=$reference")
 [[ -n "$smoke" ]] && flags+=(--dry) || true
-export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$PWD/$scratch/cache}
+export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$stays/cache}
 
 # The steps' time: what is left, less what saving and collecting may take.
 left=$((seconds - ($(date +%s) - began) - 45))

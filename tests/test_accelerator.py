@@ -483,6 +483,19 @@ def test_without_an_accelerator_nothing_is_run(driver, monkeypatch):
     driver(_python("one", "print(1)")).run(60)
 
 
+def test_a_copy_without_git_names_its_commit(monkeypatch):
+  from atat_jax import evaluate
+
+  def no_git(*_, **__):
+    raise FileNotFoundError("git")
+
+  monkeypatch.setattr(evaluate.subprocess, "run", no_git)
+  monkeypatch.delenv("ATAT_JAX_COMMIT", raising=False)
+  assert evaluate.commit() is None
+  monkeypatch.setenv("ATAT_JAX_COMMIT", "abc")
+  assert evaluate.commit() == "abc"
+
+
 # --- run.sh ------------------------------------------------------------------
 
 

@@ -12,6 +12,10 @@ its authors did, or modern, one training for all methods:
 The paper's ablation of Eq. (7) is four runs: this one, and with
 --config.objective.lambda1=0, --config.objective.lambda2=0, and both. Data: see
 `python -m atat_jax.data.prepare --help`.
+
+Expected time and numbers: not measured yet at this size; it needs an
+accelerator (benchmarks/accelerator/QUEUE.md, entry d). Published numbers:
+docs/reproduction.md. A small network on a CPU: docs/results.md.
 """
 
 import pathlib

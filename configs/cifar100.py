@@ -5,6 +5,10 @@
 
 Methods after the colon, recipes after a comma, and the ablation as in
 `cifar10.py`. Data: see `python -m atat_jax.data.prepare --help`.
+
+Expected time and numbers: not measured yet at this size; it needs an
+accelerator (benchmarks/accelerator/QUEUE.md, entry g is a smaller one). Published numbers:
+docs/reproduction.md.
 """
 
 import pathlib

@@ -540,19 +540,35 @@ def test_costs_are_relative_to_at(monkeypatch):
   monkeypatch.syspath_prepend(ROOT)
   costs = importlib.import_module("benchmarks.costs")
   rows = [
-    {
-      "method": method,
-      "seconds_per_step": seconds,
-      "memory_bytes": mib * 2**20,
-      "compile_seconds": 3.0,
-    }
+    costs.merge(
+      [
+        {
+          "method": method,
+          "num_steps": 10,
+          "seconds_per_step": seconds * factor,
+          "memory_bytes": mib * 2**20,
+          "compile_seconds": compiling,
+        }
+        for factor, compiling in ((0.5, 3.0), (2.0, 0.1), (1.0, 0.1))
+      ]
+    )
     for method, seconds, mib in (("standard", 0.02, 10), ("at", 0.08, 40))
   ]
-  line, last = costs.as_markdown(rows).splitlines()[2:]
-  assert (
-    line.split() == "| standard | 20.0 | 0.25 | 10.0 | 0.25 | 3.0 |".split()
+  assert [row["num_steps"] for row in rows] == [30, 30]
+  line, last = (
+    [cell.strip() for cell in text.strip("|").split("|")]
+    for text in costs.as_markdown(rows).splitlines()[2:]
   )
-  assert last.split() == "| at | 80.0 | 1.00 | 40.0 | 1.00 | 3.0 |".split()
+  assert line == [
+    "standard",
+    "20.0",
+    "10.0 to 40.0",
+    "0.25",
+    "10.0",
+    "0.25",
+    "3.0",
+  ]
+  assert last == ["at", "80.0", "40.0 to 160.0", "1.00", "40.0", "1.00", "3.0"]
   assert costs.as_markdown(rows[:1]).count(" – |") == 2
 
 

@@ -713,11 +713,12 @@ def test_costs_of_a_step_are_measured(monkeypatch, tmp_path, capsys):
       "--methods=standard",
       "--set=train.batch_size=256",
       "--set=model.width=1",
+      "--turns=3",
       f"--out={out}",
     ]
   )
   (found,) = json.loads(out.read_text())["rows"]
-  assert found["method"] == "standard" and found["num_steps"] == 2 * 4 - 1
+  assert found["method"] == "standard" and found["num_steps"] == 3 * (2 * 4 - 1)
   assert 0 < found["seconds_per_step"] < found["compile_seconds"]
   # At least the activations of the first stage: 16 channels of 8 x 8.
   assert found["memory_bytes"] > 256 * 8 * 8 * 16 * 4

@@ -116,7 +116,7 @@ def audit(
       f"labels: the classifier gives none of the {len(labels)} images its"
       " label; allowed: images of which it classifies some correctly"
     )
-  radii = _growing(epsilon, norm, images[0].size)
+  radii = growing(epsilon, norm, images[0].size)
   num_batches = -(-len(chosen) // min(batch_size, len(chosen)))
   with tqdm(
     total=num_batches
@@ -425,8 +425,17 @@ def _standing(rights: Sequence[np.ndarray]) -> np.ndarray:
   return np.min(rights, axis=0)
 
 
-def _growing(epsilon: float, norm: str, num_pixels: int) -> list[float]:
-  """Radii from epsilon on, doubled, to the one that covers all images."""
+def growing(epsilon: float, norm: str, num_pixels: int) -> list[float]:
+  """Radii from epsilon on, doubled, to the one that covers all images.
+
+  Args:
+    epsilon: The first radius, in the unit of the pixels.
+    norm: "linf", "l2" or "l1".
+    num_pixels: H * W * C of an image.
+
+  Returns:
+    The radii, growing.
+  """
   whole = {"linf": 1.0, "l2": num_pixels**0.5, "l1": float(num_pixels)}[norm]
   radii, radius = [], float(epsilon)
   while radius < whole:

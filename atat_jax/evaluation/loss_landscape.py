@@ -23,7 +23,7 @@ def _surface(
   *,
   rows: int,
 ) -> tuple[Array, Array, Array]:
-  """Losses and predictions [n, P, P] over the plane, and sign(grad)."""
+  """Losses and margins [n, P, P] over the plane, and sign(grad)."""
 
   def total_loss(x: Array) -> Array:
     return losses.cross_entropy(classifier(x), labels).sum()
@@ -41,12 +41,12 @@ def _surface(
 
     x = images[image] + scaled(along, gradient_direction)
     logits = classifier(x + scaled(across, random_direction))
-    value = losses.cross_entropy(logits, labels[image])
-    return value, logits.argmax(-1).astype(jnp.int32)
+    y = labels[image]
+    return losses.cross_entropy(logits, y), losses.margin(logits, y)
 
-  value, prediction = lax.map(look, points)
+  value, margin = lax.map(look, points)
   shape = (count, side, side)
-  return value.reshape(shape), prediction.reshape(shape), gradient_direction
+  return value.reshape(shape), margin.reshape(shape), gradient_direction
 
 
 _jitted = compilation.jit(_surface, static_argnames=("rows",))
@@ -95,7 +95,8 @@ def loss_landscape(
     `coefficients` float32 [P], `random_direction` int8 [n, H, W, C], and for
     each network
     `<name>_loss` float32 [n, P, P] (image, a, b), in nats,
-    `<name>_prediction` int32 [n, P, P], and
+    `<name>_margin` float32 [n, P, P], the highest other logit minus the true
+    class's (positive where the prediction is wrong), and
     `<name>_gradient_direction` int8 [n, H, W, C].
 
   Raises:
@@ -126,7 +127,7 @@ def loss_landscape(
     "random_direction": random_direction,
   }
   for name, classifier in named.items():
-    value, prediction, direction = _jitted(
+    value, margin, direction = _jitted(
       classifier,
       images,
       labels,
@@ -135,7 +136,7 @@ def loss_landscape(
       rows=_largest_divisor(len(images) * num_points**2, batch_size),
     )
     found[f"{name}_loss"] = np.asarray(value)
-    found[f"{name}_prediction"] = np.asarray(prediction)
+    found[f"{name}_margin"] = np.asarray(margin)
     found[f"{name}_gradient_direction"] = np.asarray(direction).astype(np.int8)
   return found
 

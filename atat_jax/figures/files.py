@@ -85,6 +85,43 @@ def read_metrics(path: pathlib.Path) -> dict[str, list[dict[str, Any]]]:
   }
 
 
+class Arrays(dict[str, np.ndarray]):
+  """The arrays of a file by name; one that is not there is an error."""
+
+  def __init__(self, path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
+    super().__init__(arrays)
+    self._path = path
+
+  def __missing__(self, name: str) -> np.ndarray:
+    raise UserError(
+      f"{self._path} cannot be read (it has no {name}): delete it and evaluate"
+      " again"
+    )
+
+
+def read_arrays(path: pathlib.Path) -> Arrays | None:
+  """Reads an `.npz` of `atat_jax.evaluation`; None if there is no such file.
+
+  Raises:
+    UserError: the file is damaged.
+  """
+  if not path.exists():
+    return None
+  try:
+    with np.load(path, allow_pickle=False) as archive:
+      return Arrays(path, dict(archive))
+  except (
+    AttributeError,  # a lone array, or an empty file's
+    EOFError,
+    OSError,
+    ValueError,
+    zipfile.BadZipFile,
+  ) as error:
+    raise UserError(
+      f"{path} cannot be read ({error}): delete it and evaluate again"
+    ) from error
+
+
 @dataclasses.dataclass(frozen=True)
 class AttentionMaps:
   """Attention of one model on clean or attacked images.

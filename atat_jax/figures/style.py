@@ -3,6 +3,8 @@
 import contextlib
 import io
 import pathlib
+import textwrap
+from typing import Any
 
 import matplotlib.style
 from matplotlib import figure, layout_engine
@@ -15,6 +17,21 @@ BLUE = "#0072B2"
 GREEN = "#009E73"
 ORANGE = "#E69F00"
 VERMILION = "#D55E00"
+SKY = "#56B4E9"
+PURPLE = "#CC79A7"
+GREY = "#777777"
+
+# (colour, line, marker) of the n-th model: told apart without colour, too.
+LOOKS = (
+  (BLUE, "-", "o"),
+  (VERMILION, "--", "s"),
+  (GREEN, "-.", "^"),
+  (BLACK, ":", "D"),
+  (PURPLE, "-", "v"),
+  (ORANGE, "--", "P"),
+  (SKY, "-.", "X"),
+  (GREY, ":", "p"),
+)
 
 _STYLE = {
   "font.size": 10,
@@ -28,6 +45,7 @@ _STYLE = {
   "legend.fontsize": 9,
   "hatch.linewidth": 0.6,
   "savefig.dpi": 140,
+  "pdf.fonttype": 42,  # text stays text
 }
 
 
@@ -49,8 +67,40 @@ def new_figure(width: float, height: float, pad: float = 0.04) -> figure.Figure:
   return figure.Figure(figsize=(width, height), layout=layout)
 
 
+def look(number: int, *, marked: bool = False) -> dict[str, Any]:
+  """How the n-th model's line looks: arguments of `plot`."""
+  color, line, marker = LOOKS[number % len(LOOKS)]
+  found = {"color": color, "linestyle": line, "linewidth": 1.6}
+  return found | ({"marker": marker} if marked else {})
+
+
+def caption(fig: figure.Figure, text: str, size: float = 8) -> None:
+  """Writes sentences below a figure, broken to its width.
+
+  Args:
+    fig: The figure; what is below it already, such as a legend, is written on.
+    text: The sentences.
+    size: Of the letters, in points.
+  """
+  letters = int(fig.get_figwidth() * 72 / (0.52 * size))
+  text = "\n".join(textwrap.wrap(text, letters))
+  fig.supxlabel(text, fontsize=size, color="#444444")
+
+
 def save(fig: figure.Figure, path: pathlib.Path) -> pathlib.Path:
-  """Writes a figure as PNG, atomically."""
-  content = io.BytesIO()
-  fig.savefig(content, format="png")
-  return files.write_atomically(path, content.getvalue())
+  """Writes a figure as PNG and, beside it, as PDF; each atomically.
+
+  The same figure gives the same bytes: no date is written.
+
+  Args:
+    fig: the figure.
+    path: of the PNG file.
+
+  Returns:
+    That path.
+  """
+  for suffix, metadata in ((".pdf", {"CreationDate": None}), (".png", None)):
+    content = io.BytesIO()
+    fig.savefig(content, format=suffix[1:], metadata=metadata)
+    files.write_atomically(path.with_suffix(suffix), content.getvalue())
+  return path

@@ -254,11 +254,13 @@ def default_epsilons(
     num_pixels: H * W * C of an image.
 
   Returns:
-    0, quarters of epsilon up to it, then doubled to the radius that covers all
-    images.
+    0, quarters of epsilon up to it, then one and a half of it and doublings to
+    the radius that covers all images.
   """
-  quarters = [epsilon * part for part in (0.0, 0.25, 0.5, 0.75)]
-  return (*quarters, *growing(epsilon, norm, num_pixels))
+  first, *larger = growing(epsilon, norm, num_pixels)
+  quarters = [first * part for part in (0.0, 0.25, 0.5, 0.75, 1.0)]
+  between = [first * 1.5] if larger and first * 1.5 < larger[0] else []
+  return (*quarters, *between, *larger)
 
 
 def attack_epsilons(

@@ -175,7 +175,7 @@ def curvature(
 def _mean_interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   """The mean of [n] values and its 95 % interval [2], by normal approximation."""
   values = np.asarray(values, np.float64)
+  with np.errstate(invalid="ignore"):  # 0 / 0 for one value
+    error = values.std() / np.sqrt(np.float64(len(values) - 1))
   mean = values.mean()
-  with np.errstate(invalid="ignore", divide="ignore"):
-    error = values.std() * np.sqrt(1 / (len(values) - 1))
   return np.array(mean), mean + _NORMAL_95 * error * np.array([-1.0, 1.0])

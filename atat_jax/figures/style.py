@@ -83,7 +83,7 @@ def caption(fig: figure.Figure, text: str, size: float = 8) -> None:
     size: Of the letters, in points.
   """
   letters = int(fig.get_figwidth() * 72 / (0.52 * size))
-  text = "\n".join(textwrap.wrap(text, letters))
+  text = "\n".join(textwrap.wrap(text[0].upper() + text[1:], letters))
   fig.supxlabel(text, fontsize=size, color="#444444")
 
 

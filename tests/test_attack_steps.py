@@ -26,7 +26,9 @@ def data(small):
   images = generator.integers(0, 256, (23, 6, 6, 2), np.uint8)
   classifier = models.classifier(small.model, small.variables)
   scaled = images.astype(np.float32) / 255
-  return Split(images, np.asarray(classifier(scaled)).argmax(-1).astype("int32"))
+  return Split(
+    images, np.asarray(classifier(scaled)).argmax(-1).astype("int32")
+  )
 
 
 def floats(data):

@@ -149,7 +149,9 @@ def test_where_nothing_bends():
 def test_one_image_has_no_interval():
   pair, *_ = analyses.linear()
   found = evaluation.curvature(KEY, {"net": pair}, IMAGES[:1], LABELS[:1])
-  assert np.isfinite(found["net_mean"]) and np.isnan(found["net_interval"]).all()
+  assert (
+    np.isfinite(found["net_mean"]) and np.isnan(found["net_interval"]).all()
+  )
 
 
 @pytest.mark.parametrize(

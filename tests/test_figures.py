@@ -129,7 +129,10 @@ def test_draws_every_figure_whose_inputs_are_there(tmp_path):
   curves = [f"curves_{m}_{c}" for m in files.MODELS for c in CURVES]
   names = ["robustness", *curves, "attention_1", "attention_2"]
   assert paths == [tmp_path / "figures" / f"{name}.png" for name in names]
-  assert sorted((tmp_path / "figures").iterdir()) == sorted(paths)
+  both = [
+    path.with_suffix(suffix) for path in paths for suffix in (".png", ".pdf")
+  ]
+  assert sorted((tmp_path / "figures").iterdir()) == sorted(both)
   for path in paths:
     pixels(path)
   assert matplotlib.rcParams.copy() == before  # the user's own plots

@@ -58,7 +58,9 @@ def test_one_forward_pass_a_point(batch_size):
 
 
 def test_networks_share_the_random_direction_and_not_the_gradient():
-  pairs = {name: analyses.linear(seed=seed)[0] for seed, name in enumerate("ab")}
+  pairs = {
+    name: analyses.linear(seed=seed)[0] for seed, name in enumerate("ab")
+  }
   both = evaluation.loss_landscape(
     KEY, pairs, IMAGES, LABELS, radius=0.3, num_points=3
   )

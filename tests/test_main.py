@@ -66,9 +66,11 @@ def test_a_run_makes_the_files_of_the_contract(finished):
   }
   for directory in (workdir / "tensorboard", workdir / "teacher/tensorboard"):
     assert [name.startswith("events.out.tfevents") for name in names(directory)]
-  assert {path.suffix for path in (workdir / "figures").iterdir()} == {".png"}
-  for path in (workdir / "figures").iterdir():
-    assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+  drawn = list((workdir / "figures").iterdir())
+  assert {path.suffix for path in drawn} == {".png", ".pdf"}
+  for path in drawn:
+    start = b"%PDF-" if path.suffix == ".pdf" else b"\x89PNG\r\n\x1a\n"
+    assert path.read_bytes().startswith(start)
   stored = json.loads((workdir / "config.json").read_text())
   expected = json.loads(json.dumps(tiny.config().to_dict()))
   assert stored == expected

@@ -81,7 +81,9 @@ class _Data:
   batch_size: int
   mesh: Mesh
 
-  def gather(self, function: Callable[[int, Array, Array], Array]) -> np.ndarray:
+  def gather(
+    self, function: Callable[[int, Array, Array], Array]
+  ) -> np.ndarray:
     """(number of the batch, images, labels) to bool [..., B]; all [..., n]."""
     count = len(self.labels)
     indices, _ = batches.eval_batches(count, min(self.batch_size, count))

@@ -148,5 +148,7 @@ def _finish(fig: figure.Figure, data: files.Arrays, notes: list[str]) -> None:
   count = int(data["num_examples"])
   # Of a share of one half, the widest.
   margin = 100 * 1.96 * (0.25 / count) ** 0.5
-  sample = f"{count:,} images: a 95 % interval is ± {margin:.1f} points at most."
+  sample = (
+    f"{count:,} images: a 95 % interval is ± {margin:.1f} points at most."
+  )
   style.caption(fig, " ".join([f"{data['protocol']}.", sample, *notes]))

@@ -28,7 +28,7 @@ def draw(path: pathlib.Path, directory: pathlib.Path) -> list[pathlib.Path]:
   with style.context():
     fig = style.new_figure(5.2, 2.0 + 0.38 * len(names))
     ax = fig.add_subplot()
-    ax.set_title("curvature of the loss at the images")
+    ax.set_title("curvature of the loss: its Hessian in the pixels")
     ax.set_xscale("log")
     for number in range(len(names)):
       _row(ax, data, number)
@@ -36,9 +36,7 @@ def draw(path: pathlib.Path, directory: pathlib.Path) -> list[pathlib.Path]:
     ax.set_ylim(len(names) - 0.5, -0.5)  # the first model on top
     ax.tick_params(axis="y", length=0)
     ax.grid(visible=False, axis="y")
-    ax.set_xlabel(
-      "largest |eigenvalue| of the Hessian (nats per squared pixel unit)"
-    )
+    ax.set_xlabel("largest |eigenvalue| (nats per squared unit of pixels)")
     style.caption(fig, _sentences(data))
     return [style.save(fig, directory / "curvature.png")]
 

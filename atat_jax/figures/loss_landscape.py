@@ -103,9 +103,7 @@ def _contour(
 ) -> None:
   x = coefficients
   # Rows of a picture are its height: b goes up.
-  ax.pcolormesh(
-    x, x, surface.T, cmap=_COLOR_MAP, norm=norm, shading="gouraud"
-  )
+  ax.pcolormesh(x, x, surface.T, cmap=_COLOR_MAP, norm=norm, shading="gouraud")
   own = np.linspace(surface.min(), surface.max(), _LEVELS + 2)[1:-1]
   if own[0] < own[-1]:
     ax.contour(x, x, surface.T, levels=own, colors="white", linewidths=0.5)

@@ -1,0 +1,195 @@
+"""Figures of landscapes, curvature and sweeps: pictures of the numbers given."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from atat_jax.errors import UserError
+from atat_jax.figures import attack_steps, curvature, loss_landscape, style
+
+NETWORKS = ("standard", "atat")
+
+
+def steps_arrays():
+  steps = np.arange(101)
+  return {
+    "networks": np.array(NETWORKS),
+    "protocol": np.array("PGD, linf"),
+    "num_examples": np.array(360),
+    "chance": np.array(0.1),
+    "steps": steps,
+    "standard_accuracy": 0.9 * 0.5**steps,
+    "atat_accuracy": np.full(101, 0.6),
+    "atat_autoattack": np.array(0.5),
+  }
+
+
+def epsilons_arrays(epsilons=(0.0, 8 / 255, 16 / 255, 1.0)):
+  return {
+    "networks": np.array(NETWORKS),
+    "protocol": np.array("PGD, linf"),
+    "norm": np.array("linf"),
+    "num_examples": np.array(360),
+    "chance": np.array(0.1),
+    "epsilons": np.array(epsilons),
+    "standard_accuracy": np.array([0.9, 0.1, 0.0, 0.0]),
+    "standard_worst_case": np.array([0.9, 0.1, 0.0, 0.0]),
+    "atat_accuracy": np.array([0.8, 0.5, 0.2, 0.1]),
+    "atat_worst_case": np.array([0.8, 0.5, 0.2, 0.1]),
+  }
+
+
+def curvature_arrays():
+  generator = np.random.default_rng(0)
+  arrays = {
+    "networks": np.array(NETWORKS),
+    "protocol": np.array("power iteration"),
+    "num_examples": np.array(200),
+    "tolerance": np.array(0.05),
+  }
+  for name, scale in zip(NETWORKS, (10.0, 0.1), strict=True):
+    values = scale * generator.lognormal(size=200)
+    values[:5], values[5:8] = -values[:5], 0.0
+    arrays |= {
+      f"{name}_eigenvalue": values,
+      f"{name}_residual": np.full(200, 0.01),
+      f"{name}_mean": values.mean(),
+      f"{name}_interval": values.mean() * np.array([0.8, 1.2]),
+    }
+  return arrays
+
+
+def landscape_arrays(networks=NETWORKS):
+  coefficients = np.linspace(-0.2, 0.2, 9, dtype=np.float32)
+  a, _ = np.meshgrid(coefficients, coefficients, indexing="ij")
+  arrays = {
+    "networks": np.array(networks),
+    "protocol": np.array("cross-entropy at x + a sign(gradient)"),
+    "labels": np.array([3, 5]),
+    "indices": np.array([1450, 7558]),
+    "coefficients": coefficients,
+  }
+  for name in networks:
+    steep = 20 if name == "standard" else 0.1
+    arrays[f"{name}_loss"] = np.stack([steep * (a + 0.2)] * 2)
+    arrays[f"{name}_margin"] = np.stack([a - 0.1, a - 1])
+  return arrays
+
+
+def pixels(path):
+  with Image.open(path) as image:
+    assert image.format == "PNG"
+    return np.asarray(image.convert("RGB")).astype(int)
+
+
+def count(array, color):
+  rgb = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
+  return int((abs(array - rgb) <= 3).all(axis=-1).sum())
+
+
+FIGURES = {
+  "attack_steps": (attack_steps.draw, steps_arrays, 1),
+  "attack_epsilons": (attack_steps.draw_epsilons, epsilons_arrays, 1),
+  "curvature": (curvature.draw, curvature_arrays, 1),
+  "loss_landscape": (loss_landscape.draw, landscape_arrays, 2),
+}
+every_figure = pytest.mark.parametrize("name", FIGURES)
+
+
+@every_figure
+def test_png_and_pdf_are_the_same_every_time(tmp_path, name):
+  draw, arrays, number = FIGURES[name]
+  path = tmp_path / f"{name}.npz"
+  assert draw(path, tmp_path / "none") == []
+  assert not (tmp_path / "none").exists()
+  np.savez(path, **arrays())
+  first, again = (draw(path, tmp_path / folder) for folder in ("a", "b"))
+  assert len(first) == number
+  for one, other in zip(first, again, strict=True):
+    assert one.suffix == ".png" and one.stem.startswith(name)
+    array = pixels(one)
+    assert min(array.shape[:2]) > 300 and array.std() > 10
+    for suffix, start in ((".png", b"\x89PNG"), (".pdf", b"%PDF-")):
+      content = one.with_suffix(suffix).read_bytes()
+      assert content.startswith(start)
+      assert content == other.with_suffix(suffix).read_bytes()
+      assert b"CreationDate" not in content
+
+
+@every_figure
+def test_damaged_files_are_named(tmp_path, name):
+  draw, arrays, _ = FIGURES[name]
+  path = tmp_path / f"{name}.npz"
+  for content in (b"", b"not an archive"):
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=rf"{name}\.npz cannot be read"):
+      draw(path, tmp_path)
+  given = arrays()
+  lost = [key for key in given if key.startswith("atat_")][0]
+  del given[lost]
+  np.savez(path, **given)
+  with pytest.raises(UserError, match=f"it has no {lost}"):
+    draw(path, tmp_path)
+
+
+def test_lines_lie_at_the_accuracies(tmp_path):
+  path = tmp_path / "attack_steps.npz"
+  arrays = steps_arrays()
+  np.savez(path, **arrays)
+  array = pixels(attack_steps.draw(path, tmp_path)[0])
+  rgb = [int(style.VERMILION[i : i + 2], 16) for i in (1, 3, 5)]
+  marked = (abs(array - rgb) <= 3).all(axis=-1).sum(axis=1)
+  # The long rows of vermilion: the line at 60 % and AutoAttack's at 50 %.
+  rows = np.flatnonzero(marked > 150)
+  lines = np.split(rows, np.flatnonzero(np.diff(rows) > 5) + 1)
+  assert len(lines) == 2
+  without = {k: v for k, v in arrays.items() if k != "atat_autoattack"}
+  np.savez(path, **without)
+  array = pixels(attack_steps.draw(path, tmp_path)[0])
+  marked = (abs(array - rgb) <= 3).all(axis=-1).sum(axis=1)
+  rows = np.flatnonzero(marked > 150)
+  assert rows.max() - rows.min() < 5
+
+
+def test_what_is_left_in_the_largest_ball_is_said(tmp_path, monkeypatch):
+  texts = []
+  monkeypatch.setattr(style, "caption", lambda fig, text: texts.append(text))
+  path = tmp_path / "attack_epsilons.npz"
+  np.savez(path, **epsilons_arrays())
+  attack_steps.draw_epsilons(path, tmp_path)
+  arrays = epsilons_arrays()
+  arrays["atat_worst_case"][-1] = 0
+  np.savez(path, **arrays)
+  attack_steps.draw_epsilons(path, tmp_path)
+  assert "leaves: atat 10.0 %." in texts[0]
+  assert "leaves: no image of any model." in texts[1]
+
+
+def test_one_scale_for_all_networks(tmp_path):
+  """The steep surface goes through the colours, the flat one has the lowest."""
+  path = tmp_path / "loss_landscape.npz"
+  np.savez(path, **landscape_arrays())
+  crossed, never = (pixels(p) for p in loss_landscape.draw(path, tmp_path))
+  middle = crossed.shape[1] // 2
+  bright = (crossed[..., 0] > 200) & (crossed[..., 2] < 80)  # yellow
+  upper = bright[: int(0.8 * len(bright))]  # not the colour bar
+  assert upper[:, :middle].sum() > 200 and upper[:, middle:].sum() == 0
+  assert count(crossed, style.VERMILION) > 300  # both have a border there
+  assert count(never, style.VERMILION) == 0
+
+
+def test_any_number_of_networks(tmp_path):
+  names = tuple(f"net{number}" for number in range(5))
+  np.savez(tmp_path / "loss_landscape.npz", **landscape_arrays(names))
+  paths = loss_landscape.draw(tmp_path / "loss_landscape.npz", tmp_path)
+  two_rows = pixels(paths[0]).shape
+  np.savez(tmp_path / "loss_landscape.npz", **landscape_arrays(names[:1]))
+  paths = loss_landscape.draw(tmp_path / "loss_landscape.npz", tmp_path)
+  one_row = pixels(paths[0]).shape
+  assert two_rows[0] > 1.5 * one_row[0]
+
+
+def test_looks_differ():
+  assert len({look[0] for look in style.LOOKS}) == len(style.LOOKS)
+  assert len({look[2] for look in style.LOOKS}) == len(style.LOOKS)
+  assert style.look(0) == style.look(len(style.LOOKS))

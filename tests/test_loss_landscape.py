@@ -88,29 +88,28 @@ def test_nothing_compiles_again(compilations):
   assert compilations() == before
 
 
-@pytest.mark.usefixtures("quick_compilation")
-def test_of_a_convolutional_network(wrn):
+def test_of_a_convolutional_network(small):
   """Its own middle, and its edge, against one look at each."""
   found = evaluation.loss_landscape(
     KEY,
-    {"wrn": (wrn.model, wrn.variables)},
-    wrn.images[:2],
-    wrn.labels[:2],
+    {"small": (small.model, small.variables)},
+    small.images[:2],
+    small.labels[:2],
     radius=0.2,
     num_points=3,
   )
-  classifier = models.classifier(wrn.model, wrn.variables)
+  classifier = models.classifier(small.model, small.variables)
   points = [
-    wrn.images[:2],
-    wrn.images[:2] + 0.2 * found["wrn_gradient_direction"],
-    wrn.images[:2] - 0.2 * found["random_direction"],
+    small.images[:2],
+    small.images[:2] + 0.2 * found["small_gradient_direction"],
+    small.images[:2] - 0.2 * found["random_direction"],
   ]
   logits = np.asarray(classifier(np.concatenate(points)), np.float64)
   shares = analyses.softmax(logits).reshape(3, 2, -1)
   for place, (i, j) in enumerate([(1, 1), (2, 1), (1, 0)]):
-    expected = -np.log(shares[place, [0, 1], wrn.labels[:2]])
-    np.testing.assert_allclose(found["wrn_loss"][:, i, j], expected, 1e-4)
-  assert (found["wrn_loss"][:, 2, 1] > found["wrn_loss"][:, 1, 1]).all()
+    expected = -np.log(shares[place, [0, 1], small.labels[:2]])
+    np.testing.assert_allclose(found["small_loss"][:, i, j], expected, 1e-4)
+  assert (found["small_loss"][:, 2, 1] > found["small_loss"][:, 1, 1]).all()
 
 
 @pytest.mark.parametrize(

@@ -117,6 +117,20 @@ def _chosen(
   return {layer: tensors[layer] for layer in layers}
 
 
+def chosen_layers(
+  model: nn.Module,
+  variables: Variables,
+  images: Array,
+  layers: Sequence[str] | None,
+) -> tuple[str, ...]:
+  """The layers that `grad_cam` taps: those named, or the last tensor's.
+
+  Raises:
+    UserError: A layer that the model does not have.
+  """
+  return tuple(_chosen(model, variables, images, layers, "running"))
+
+
 def _tapped(
   model: nn.Module,
   variables: Variables,
@@ -261,6 +275,22 @@ _jitted_maps = compilation.jit(
 )
 
 
+def _forward(
+  variables: Variables,
+  images: Array,
+  *,
+  model: nn.Module | compilation.ByIdentity,
+  batch_norm: BatchNormMode,
+) -> Array:
+  network = compilation.unwrap(model)
+  return bn.apply(network, variables, images, batch_norm=batch_norm)[0]
+
+
+# Only ever asked for shapes. Its traces are cached: tracing a deep network for
+# every batch would take longer than the maps do on an accelerator.
+_logits = jax.jit(_forward, static_argnames=("model", "batch_norm"))
+
+
 def grad_cam(
   model: nn.Module,
   variables: Variables,
@@ -289,10 +319,9 @@ def grad_cam(
       range.
   """
   images = checks.images(images)
-  logits = jax.eval_shape(
-    lambda v, x: bn.apply(model, v, x, batch_norm=batch_norm)[0],
-    variables,
-    images,
+  hashable = compilation.hashable(model)
+  logits = _logits.eval_shape(
+    variables, images, model=hashable, batch_norm=batch_norm
   )
   labels = checks.labels(labels, images.shape[0], logits.shape[-1])
   layers = None if layers is None else tuple(layers)
@@ -300,7 +329,7 @@ def grad_cam(
     variables,
     images,
     labels,
-    model=compilation.hashable(model),
+    model=hashable,
     layers=layers,
     batch_norm=batch_norm,
   )

@@ -404,14 +404,17 @@ def _curves_section(pictures: list[pathlib.Path]) -> str:
 def _attention_section(
   workdir: pathlib.Path, pictures: list[pathlib.Path]
 ) -> str:
-  data = files.read_attention(workdir)
+  data = files.read_attention(workdir / "attention.npz")
   if data is None or not pictures:
     return ""
   caption = (
-    f"Where the networks look: Grad-CAM at {data.layer}, over the image in "
-    "grey. Each map is scaled to its own maximum, so it shows where, not how "
-    "strongly. ✓: predicted correctly, ✗ and a dashed frame: wrongly; the "
-    f"percentage is the probability of the predicted class. {data.protocol}."
+    f"Where the networks look for the true class: Grad-CAM at {data.layer}, "
+    "over the image in "
+    "grey. A network's maps of one image share a scale, so that a map that "
+    "pales has lost attention; + marks the centre of mass. ✓: predicted "
+    "correctly, ✗ and a dashed frame: wrongly, green and a full frame: correctly "
+    f"where the {data.networks[0]} is wrong; the percentage is the probability "
+    f"of the predicted class. {data.protocol}."
   )
   return f"<h2>Attention</h2>\n{page.figure(pictures, caption)}"
 

@@ -29,7 +29,7 @@ def draw_all(workdir: str | os.PathLike[str]) -> list[pathlib.Path]:
   return [
     *robustness.draw(workdir),
     *curves.draw(workdir),
-    *attention.draw(workdir),
+    *attention.draw(workdir / "attention.npz", workdir / "figures"),
   ]
 
 

@@ -146,53 +146,62 @@ class Attention:
   Attributes:
     images: float32 [N, H, W, C] in [0, 1], clean test images.
     labels: int32 [N].
-    class_names: one name a class.
+    class_names: one name a class; None: the file has none.
     layer: the tensor whose attention is shown.
     protocol: attack and BatchNorm mode, in one line.
-    views: {(model, kind): maps}, in the order of `MODELS` and `KINDS`.
+    networks: names of the models, in the order of the file.
+    kinds: of inputs, "clean" first: "adversarial", or "round<k>" of an attack.
+    views: {(model, kind): maps}, of each model with each kind.
   """
 
   images: np.ndarray
   labels: np.ndarray
-  class_names: list[str]
+  class_names: list[str] | None
   layer: str
   protocol: str
+  networks: list[str]
+  kinds: list[str]
   views: dict[tuple[str, str], AttentionMaps]
 
+  def name(self, label: int) -> str:
+    """A class's name."""
+    if self.class_names is None:
+      return f"class {label}"
+    return self.class_names[label]
 
-def read_attention(workdir: pathlib.Path) -> Attention | None:
-  """Reads `attention.npz`; None if there is no such file.
+
+def read_attention(path: pathlib.Path) -> Attention | None:
+  """Reads an `attention.npz`; None if there is no such file.
+
+  Files of earlier versions, which do not say whose maps they hold, have those
+  of `MODELS`.
 
   Raises:
     UserError: the file is damaged or lacks an array.
   """
-  path = workdir / "attention.npz"
-  if not path.exists():
+  arrays = read_arrays(path)
+  if arrays is None:
     return None
-  try:
-    with np.load(path, allow_pickle=False) as archive:
-      arrays = dict(archive)
-    images = arrays["images"]
-    views = {}
-    for model in MODELS:
-      if f"{model}_clean_map" not in arrays:
-        continue
-      for kind in KINDS:
-        views[model, kind] = AttentionMaps(
-          images=images if kind == "clean" else arrays[f"{model}_{kind}"],
-          maps=arrays[f"{model}_{kind}_map"],
-          predictions=arrays[f"{model}_{kind}_prediction"],
-          probabilities=arrays[f"{model}_{kind}_probability"],
-        )
-    return Attention(
-      images=images,
-      labels=arrays["labels"],
-      class_names=[str(name) for name in arrays["class_names"]],
-      layer=str(arrays["layer"]),
-      protocol=str(arrays["protocol"]),
-      views=views,
-    )
-  except (EOFError, KeyError, OSError, ValueError, zipfile.BadZipFile) as error:
-    raise UserError(
-      f"{path} cannot be read ({error}): delete it and evaluate again"
-    ) from error
+  old = [name for name in MODELS if f"{name}_clean_map" in arrays]
+  networks = [str(name) for name in arrays.get("networks", np.array(old))]
+  kinds = [str(kind) for kind in arrays.get("kinds", np.array(KINDS))]
+  names = arrays.get("class_names")
+  return Attention(
+    images=arrays["images"],
+    labels=arrays["labels"],
+    class_names=None if names is None else [str(name) for name in names],
+    layer=str(arrays["layer"]),
+    protocol=str(arrays["protocol"]),
+    networks=networks,
+    kinds=kinds,
+    views={
+      (network, kind): AttentionMaps(
+        images=arrays["images" if kind == "clean" else f"{network}_{kind}"],
+        maps=arrays[f"{network}_{kind}_map"],
+        predictions=arrays[f"{network}_{kind}_prediction"],
+        probabilities=arrays[f"{network}_{kind}_probability"],
+      )
+      for network in networks
+      for kind in kinds
+    },
+  )

@@ -36,6 +36,7 @@ PARTS: dict[str, tuple[str, list[str]]] = {
   ),
   "scaling": ("scaling", []),
   "savings": ("savings", ["--model", "wrn-10-1", "wrn-16-4"]),
+  "maps": ("maps", ["--model", "wrn-10-1", "wrn-16-4"]),
 }
 SMOKE: dict[str, tuple[str, list[str]]] = {
   "step": (
@@ -59,6 +60,7 @@ SMOKE: dict[str, tuple[str, list[str]]] = {
       *("--saving", "maps: through the head only"),
     ],
   ),
+  "maps": ("maps", ["--smoke"]),
 }
 
 

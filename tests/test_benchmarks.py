@@ -435,7 +435,7 @@ def test_all_benchmarks_run(tmp_path):
   found = {
     path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")
   }
-  assert set(found) == {"step", "attacks", "scaling", "savings"}
+  assert set(found) == {"step", "attacks", "scaling", "savings", "maps"}
   for name, result in found.items():
     assert {"command", "commit", "machine"} <= set(result), name
     assert all(ratio > 0 for ratio in result["ratios"].values())

@@ -86,7 +86,7 @@ class _Grid:
     data, height = self._data, len(self.rows)
     num_columns = 1 + len(self.columns)
     fig = style.new_figure(
-      0.3 + _CELL * num_columns, 1.2 + 1.2 * _CELL * height * count, pad=0.03
+      0.3 + _CELL * num_columns, 1.3 + 1.1 * _CELL * height * count, pad=0.03
     )
     # As many rows on the last figure as on the others: one size for all.
     grid = fig.subplots(height * count, num_columns, squeeze=False)
@@ -101,6 +101,7 @@ class _Grid:
       for row, name in enumerate(self.rows):
         if len(self.rows) > 1:
           _beside(cells[row, 1], name)
+        self._attacked(cells[row, 0], row, index)
         for column in range(len(self.columns)):
           view = self._view(row, column)
           marks.add(_map(cells[row, column + 1], data, view, index))
@@ -121,6 +122,18 @@ class _Grid:
       fig, f"Grad-CAM of the true class at {data.layer}. {data.protocol}.", 7
     )
     return fig
+
+  def _attacked(self, ax: axes.Axes, row: int, index: int) -> None:
+    """The attacked image, where all models saw the same."""
+    if not row or not self._by_network:
+      return
+    columns = range(len(self.columns))
+    first, *others = (
+      self._data.views[self._view(row, column)].images[index]
+      for column in columns
+    )
+    if all(np.array_equal(first, other) for other in others):
+      _show(ax, first)
 
 
 def _beside(ax: axes.Axes, name: str) -> None:
@@ -147,7 +160,9 @@ def _scale(fig: figure.Figure, grid: np.ndarray) -> None:
     ticks=[0, 1],
     alpha=0.8,
   )
-  bar.ax.set_xticklabels(["no attention", "the model's most"], fontsize=8)
+  bar.ax.set_xticklabels(
+    ["no attention", "the model's most for the image"], fontsize=8
+  )
   bar.ax.tick_params(length=0)
   bar.outline.set_visible(False)
 
@@ -170,17 +185,18 @@ def _legend(fig: figure.Figure, first: str, marks: set[str]) -> None:
   ):
     if mark in marks:
       handles.append(patches.Patch(fill=False, label=label, **_FRAMES[mark]))
-  fig.legend(
-    handles=handles, loc="outside lower center", ncols=3, fontsize=8
-  )
+  fig.legend(handles=handles, loc="outside upper center", ncols=3, fontsize=8)
 
 
-def _image(ax: axes.Axes, data: files.Attention, index: int) -> None:
-  image = data.images[index]
+def _show(ax: axes.Axes, image: np.ndarray) -> None:
   if image.shape[-1] == 1:
     ax.imshow(image[..., 0], cmap="gray", vmin=0, vmax=1)
   else:
     ax.imshow(np.clip(image, 0, 1))
+
+
+def _image(ax: axes.Axes, data: files.Attention, index: int) -> None:
+  _show(ax, data.images[index])
   _title(ax, data.name(data.labels[index]), style.BLACK)
 
 

@@ -209,7 +209,7 @@ def test_attention_is_drawn_where_it_is(tmp_path):
   (path,) = figures.draw_all(tmp_path)
   array = pixels(path)
   width = array.shape[1]
-  array = array[: int(0.7 * len(array))]  # without the colour bar
+  array = array[: int(0.8 * len(array))]  # without the colour bar
   yellow = np.argwhere(array[..., 0] - array[..., 2] > 60)
   # From left to right: the image, its clean map, its attacked map.
   first = yellow[yellow[:, 1] < 0.68 * width].mean(axis=0)

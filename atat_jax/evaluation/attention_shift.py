@@ -199,15 +199,24 @@ def attention_shift(
       what: np.concatenate([part[what] for part in parts], -1)[:, : len(labels)]
       for what in parts[0]
     }
-    statistics = _statistics(looks, labels, num_classes)
+    statistics = summarize(looks, labels, num_classes)
     found |= {f"{name}_{what}": value for what, value in statistics.items()}
   return found
 
 
-def _statistics(
+def summarize(
   looks: Mapping[str, np.ndarray], labels: np.ndarray, num_classes: int
 ) -> dict[str, np.ndarray]:
-  """Of one network: {prediction, distances: [r + 1, n]} to what is returned."""
+  """What `attention_shift` returns of one network, without its name.
+
+  Args:
+    looks: `prediction` and the distances [r + 1, n], the clean images first.
+    labels: int32 [n].
+    num_classes: K.
+
+  Returns:
+    Predictions, groups, distances, and their statistics.
+  """
   prediction = looks["prediction"]
   right = prediction == labels
   groups = {"fooled": right[0] & ~right[1:], "kept": right[0] & right[1:]}

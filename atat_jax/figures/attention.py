@@ -2,6 +2,7 @@
 
 import pathlib
 import re
+from typing import Any
 
 import numpy as np
 from matplotlib import axes, cm, figure, lines, patches
@@ -200,7 +201,7 @@ def _image(ax: axes.Axes, data: files.Attention, index: int) -> None:
   _title(ax, data.name(data.labels[index]), style.BLACK)
 
 
-_FRAMES = {
+_FRAMES: dict[str, dict[str, Any]] = {
   "wrong": {
     "edgecolor": style.VERMILION,
     "linewidth": 2.5,

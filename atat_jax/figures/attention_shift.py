@@ -12,6 +12,10 @@ from atat_jax.figures import files, style
 _ENOUGH = 10
 _MOST_CLASSES = 20
 
+_MORE = "Their attention has shifted more"
+_LESS = "Their attention has shifted less"
+_NOTHING = "Their shift does not tell them from the others"
+
 _NAMES = {
   "cosine": ("cosine distance", "1 - cosine"),
   "rank_correlation": ("rank correlation", "1 - Spearman's correlation"),
@@ -76,13 +80,15 @@ def telling_round(data: files.Arrays, name: str) -> int | None:
 
 
 def sentences(path: pathlib.Path) -> list[str]:
-  """Does attention shift predict misclassification? A sentence a network.
+  """Does attention shift predict misclassification? An answer for each network.
+
+  A distance is said to tell where its AUC's 95 % interval leaves out 0.5.
 
   Args:
     path: Of `attention_shift.npz`.
 
   Returns:
-    One sentence for each network; none if there is no file.
+    Two sentences or more for each network; none if there is no file.
 
   Raises:
     UserError: The file cannot be read.
@@ -102,22 +108,24 @@ def _sentence(data: files.Arrays, name: str) -> str:
     )
   fooled = int(data[f"{name}_fooled"][at].sum())
   count = fooled + int(data[f"{name}_kept"][at].sum())
-  found: dict[str, list[str]] = {"larger": [], "smaller": [], "no other": []}
+  found: dict[str, list[str]] = {}
   for distance in map(str, data["distances"]):
     area, low, high = (
       float(data[f"{name}_{distance}_{what}"][at])
       for what in ("auc", "auc_low", "auc_high")
     )
-    verdict = "larger" if low > 0.5 else "smaller" if high < 0.5 else "no other"
-    found[verdict].append(f"{_NAMES[distance][0]} {area:.2f}")
-  told = "; ".join(
-    f"{verdict} shift by {', '.join(areas)}"
-    for verdict, areas in found.items()
-    if areas
+    verdict = _MORE if low > 0.5 else _LESS if high < 0.5 else _NOTHING
+    found.setdefault(verdict, []).append(
+      f"{_NAMES[distance][0]} (AUC {area:.2f})"
+    )
+  told = " ".join(
+    f"{verdict} by {', '.join(found[verdict])}."
+    for verdict in (_MORE, _LESS, _NOTHING)
+    if verdict in found
   )
   return (
     f"{name}: after {_rounds_text(data, at)} {fooled:,} of {count:,} images are"
-    f" fooled, and against the others they have (AUC) {told}."
+    f" fooled. {told}"
   )
 
 
@@ -183,8 +191,10 @@ def _rows(
 ) -> tuple[figure.Figure, dict[str, axes.Axes]]:
   """Panels with a row for each network that can be compared."""
   fig, panels = _panels(data, 7.4, height + 0.5 * len(comparable))
+  last = len(data["rounds"]) - 1
   names = [
-    f"{name}\nafter {_rounds_text(data, at)}" for name, at in comparable.items()
+    name if at == last else f"{name}\nafter {_rounds_text(data, at)}"
+    for name, at in comparable.items()
   ]
   for number, ax in enumerate(panels.values()):
     ax.set_yticks(range(len(names)), names if number % 2 == 0 else [])
@@ -254,7 +264,8 @@ def _by_success(
     fig,
     _about(
       data,
-      "Images that are right without attack. Bars: mean,",
+      f"Images that are right without attack, after {_rounds_text(data, -1)}"
+      " unless said otherwise. Bars: mean,",
       f"{data['confidence']}.",
       _left_out(data, comparable),
     ).strip(),
@@ -307,7 +318,8 @@ def _auc(data: files.Arrays, comparable: dict[str, int]) -> figure.Figure:
     _about(
       data,
       "AUC: how often a fooled image's map has moved farther than that of one"
-      " that is not. Bars: 95 %, from DeLong's standard error.",
+      f" that is not, after {_rounds_text(data, -1)} unless said otherwise."
+      " Bars: 95 %, from DeLong's standard error.",
       f"Fooled: {counts}.",
       _left_out(data, comparable),
     ).strip(),

@@ -17,6 +17,9 @@ from atat_jax.evaluation.attention_shift import mean_band
 from atat_jax.evaluation.ranking import auc
 from atat_jax.rng import stream
 
+# Compiling is most of the time that these tests take.
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 KEY = jax.random.key(3)
 HEIGHT, WIDTH = 5, 7
 TENTH = 4  # of 35 positions
@@ -380,8 +383,7 @@ def test_a_map_of_the_last_tensor_costs_a_forward_pass(wrn):
     return wrn.model.apply(variables, images)
 
   def flops(function, *arguments):
-    compiled = jax.jit(function).lower(*arguments).compile()
-    return compiled.cost_analysis()["flops"]
+    return jax.jit(function).lower(*arguments).cost_analysis()["flops"]
 
   maps = flops(
     lambda v, x, y: attention.grad_cam(wrn.model, v, x, y),

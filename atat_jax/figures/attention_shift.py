@@ -192,16 +192,22 @@ def _rows(
   """Panels with a row for each network that can be compared."""
   fig, panels = _panels(data, 7.4, height + 0.5 * len(comparable))
   last = len(data["rounds"]) - 1
-  names = [
-    name if at == last else f"{name}\nafter {_rounds_text(data, at)}"
-    for name, at in comparable.items()
-  ]
+  names = []
+  for name, at in comparable.items():
+    fooled, kept = (data[f"{name}_{what}"][at] for what in ("fooled", "kept"))
+    rounds = "" if at == last else f", {_rounds_text(data, at)}"
+    names.append(
+      f"{name}\n{fooled.sum():,} of {(fooled | kept).sum():,}{rounds}"
+    )
   for number, ax in enumerate(panels.values()):
     ax.set_yticks(range(len(names)), names if number % 2 == 0 else [])
     ax.set_ylim(len(names) - 0.4, -0.6)
     ax.tick_params(axis="y", length=0, labelsize=8)
     ax.grid(visible=False, axis="y")
   return fig, panels
+
+
+_COUNTED = "Below a model: images fooled, of those right without attack,"
 
 
 def _left_out(data: files.Arrays, comparable: dict[str, int]) -> str:
@@ -264,8 +270,8 @@ def _by_success(
     fig,
     _about(
       data,
-      f"Images that are right without attack, after {_rounds_text(data, -1)}"
-      " unless said otherwise. Bars: mean,",
+      f"{_COUNTED} after {_rounds_text(data, -1)} unless said otherwise. Bars:"
+      " mean,",
       f"{data['confidence']}.",
       _left_out(data, comparable),
     ).strip(),
@@ -308,19 +314,13 @@ def _auc(data: files.Arrays, comparable: dict[str, int]) -> figure.Figure:
     ax.set_xlim(0, 1)
   for distance in list(panels)[2:]:
     panels[distance].set_xlabel("AUC (0.5: says nothing)")
-  counts = ", ".join(
-    f"{name} {int(data[f'{name}_fooled'][at].sum()):,} of"
-    f" {int((data[f'{name}_fooled'] | data[f'{name}_kept'])[at].sum()):,}"
-    for name, at in comparable.items()
-  )
   style.caption(
     fig,
     _about(
       data,
       "AUC: how often a fooled image's map has moved farther than that of one"
-      f" that is not, after {_rounds_text(data, -1)} unless said otherwise."
-      " Bars: 95 %, from DeLong's standard error.",
-      f"Fooled: {counts}.",
+      f" that is not. {_COUNTED} after {_rounds_text(data, -1)} unless said"
+      " otherwise. Bars: 95 %, from DeLong's standard error.",
       _left_out(data, comparable),
     ).strip(),
     8,

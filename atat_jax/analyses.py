@@ -41,6 +41,7 @@ class Settings:
     num_images: Attention maps: of the first so many images.
     rounds: Of the attack whose maps are followed; the clean image is shown
       besides.
+    num_followed: ... on the first so many images.
     num_examples: What is averaged: the first so many images.
     indices: Landscapes: around these images.
     num_points: Landscapes: points a side.
@@ -57,6 +58,7 @@ class Settings:
   norm: str = "linf"
   num_images: int = 12
   rounds: tuple[int, ...] = (2, 8, 16)
+  num_followed: int = 3
   num_examples: int = 500
   indices: tuple[int, ...] = (0, 1)
   num_points: int = 41
@@ -73,6 +75,7 @@ class Settings:
       raise UserError(f"analyses: {self.analyses}; allowed: each name once")
     for field in (
       "num_images",
+      "num_followed",
       "num_examples",
       "num_points",
       "num_steps",
@@ -141,6 +144,10 @@ def _shown(settings: Settings, count: int) -> Sequence[int]:
   return range(min(settings.num_images, count))
 
 
+def _followed(settings: Settings, count: int) -> Sequence[int]:
+  return range(min(settings.num_followed, count))
+
+
 def _sample(settings: Settings, count: int) -> Sequence[int]:
   return range(min(settings.num_examples, count))
 
@@ -174,7 +181,7 @@ ANALYSES: dict[str, Analysis] = {
   "rounds": Analysis(
     "attention_rounds",
     evaluation.attention_rounds,
-    _shown,
+    _followed,
     lambda s, _: {"rounds": s.rounds, **_attack(s)},
   ),
   "shift": Analysis(

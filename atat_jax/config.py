@@ -16,6 +16,7 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 
 from atat_jax import (
+  analyses,
   attention,
   checkpoints,
   checks,
@@ -45,7 +46,7 @@ class Plan(NamedTuple):
     objective: What the student minimises.
     validation: What checkpoints are chosen by.
     protocols: What the test split is evaluated under.
-    figure_attack: What the attention maps show.
+    figures: What the analyses behind the pictures are computed with.
   """
 
   config: ConfigDict
@@ -55,7 +56,7 @@ class Plan(NamedTuple):
   objective: objectives.Objective
   validation: Protocol
   protocols: tuple[Protocol, ...]
-  figure_attack: Protocol
+  figures: analyses.Settings
 
 
 def _tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -94,7 +95,7 @@ def make_plan(config: ConfigDict) -> Plan:
   fields = {key: value for key, value in fields.items() if key in known}
   model = models.create(name, num_classes=spec.num_classes, **fields)
   checks.choice("method", config.method, objectives.OBJECTIVES)
-  with _section("objective"):
+  with in_section("objective"):
     objective = objectives.create(config.method, **_tuples(config.objective))
   _check_layers(config.objective.get("layers", ()), model, spec)
   checks.positive(
@@ -102,7 +103,7 @@ def make_plan(config: ConfigDict) -> Plan:
   )
   if config.data.padding < 0:
     raise UserError(f"data.padding: {config.data.padding}; allowed: >= 0")
-  with _section("data"):
+  with in_section("data"):
     mixing.check(config.data.mix, config.data.mix_alpha)
   if not 0 < config.data.extra_fraction < 1:
     raise UserError(
@@ -127,19 +128,25 @@ def make_plan(config: ConfigDict) -> Plan:
     raise UserError("evaluation.batch_norm: (); allowed: running, batch")
   for mode in settings.batch_norm:
     checks.choice("evaluation.batch_norm", mode, ("running", "batch"))
-  checks.positive("figures.num_images", config.figures.num_images, integer=True)
   numbers = {
     "epsilon": settings.epsilon,
     "step_size": settings.step_size,
     "norm": settings.norm,
   }
-  with _section("evaluation"):
+  with in_section("evaluation"):
     validation = evaluation.parse(settings.validation_attack, **numbers)
     protocols = evaluation.parse_list(
       settings.attacks, num_restarts=settings.num_restarts, **numbers
     )
-  with _section("figures"):
-    figure_attack = evaluation.parse(config.figures.attack, **numbers)
+  with in_section("figures"):
+    figures = _tuples(config.figures)
+    figures |= {
+      "analyses": analyses.parse(figures["analyses"]),
+      "attack": evaluation.parse(figures["attack"], **numbers),
+    }
+    made = analyses.Settings(
+      batch_size=settings.batch_size, seed=settings.seed, **numbers, **figures
+    )
   return Plan(
     config=config,
     spec=spec,
@@ -148,7 +155,7 @@ def make_plan(config: ConfigDict) -> Plan:
     objective=objective,
     validation=validation,
     protocols=protocols,
-    figure_attack=figure_attack,
+    figures=made,
   )
 
 
@@ -160,12 +167,12 @@ def _check_layers(
   images = jnp.zeros((1, *spec.image_shape))
   variables = jax.eval_shape(model.init, jax.random.key(0), images)
   names = attention.layer_names(model, variables, images)
-  with _section("objective"):
+  with in_section("objective"):
     attention.check_layers(layers, names)
 
 
 @contextlib.contextmanager
-def _section(name: str) -> Iterator[None]:
+def in_section(name: str) -> Iterator[None]:
   """Puts the section before the field that an error names."""
   try:
     yield
@@ -185,7 +192,7 @@ def _check_training(config: ConfigDict, section: str) -> None:
   checks.positive(
     f"{section}.validate_every_epochs", settings.validate_every_epochs
   )
-  with _section(section):
+  with in_section(section):
     make_optimizer(settings, total_steps=1000)
     make_options(config, section, total_steps=1000)
     num_extra(config, section)

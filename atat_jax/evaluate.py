@@ -10,7 +10,6 @@ import re
 import subprocess
 import sys
 import time
-import zipfile
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -21,15 +20,16 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from atat_jax import (
+  analyses,
   attacks,
   checkpoints,
+  config,
   evaluation,
   models,
   sharding,
   writers,
 )
 from atat_jax.config import Plan, as_json
-from atat_jax.data import augment
 from atat_jax.data.base import Dataset, Split
 from atat_jax.errors import UserError
 from atat_jax.evaluation import Protocol
@@ -134,7 +134,7 @@ def find_checkpoints(
 def evaluate(
   plan: Plan, workdir: pathlib.Path, dataset: Dataset, mesh: Mesh
 ) -> dict[str, Any]:
-  """Computes the rows that `results.json` lacks, and the attention maps.
+  """Computes the rows that `results.json` lacks, and the analyses.
 
   Args:
     plan: The checked configuration.
@@ -146,9 +146,12 @@ def evaluate(
     The content of `results.json`.
 
   Raises:
-    UserError: A checkpoint is missing or of another network.
+    UserError: A checkpoint is missing or of another network; the test split
+      has no image that an analysis is to show.
   """
   settings = plan.config.evaluation
+  with config.in_section("figures"):
+    plan.figures.check_images(len(dataset.test.labels))
   networks, steps = {}, {}
   for name, (directory, step) in find_checkpoints(plan, workdir).items():
     steps[name] = step
@@ -206,7 +209,15 @@ def evaluate(
       writers.write_json(path, results)
   if done:
     _log.info("evaluate: %s has all %d rows", path, len(todo))
-  _write_maps(plan, workdir, networks, test, steps, mesh)
+  analyses.write(
+    workdir,
+    networks,
+    dataset.test.images,
+    dataset.test.labels,
+    settings=plan.figures,
+    class_names=plan.spec.class_names,
+    mesh=mesh,
+  )
   return results
 
 
@@ -296,36 +307,3 @@ def _results(
       for rule, found in evaluation.diagnose(rows, model).items()
     },
   }
-
-
-def _write_maps(
-  plan: Plan,
-  workdir: pathlib.Path,
-  networks: dict[str, Any],
-  test: Split,
-  steps: dict[str, int],
-  mesh: Mesh,
-) -> None:
-  """`attention.npz`: the first test images, so that nobody has chosen them."""
-  path = workdir / "attention.npz"
-  count = min(plan.config.figures.num_images, len(test.labels))
-  identity = json.dumps([plan.figure_attack.describe(), count, steps])
-  try:
-    with path.open("rb") as file, np.load(file) as old:
-      if str(old.get("identity")) == identity:
-        return
-  except (OSError, ValueError, zipfile.BadZipFile):
-    pass  # not there, or damaged: made again
-  found = evaluation.attention_maps(
-    jax.random.key(plan.config.evaluation.seed),
-    networks,
-    augment.to_float(sharding.put_replicated(mesh, test.images[:count])),
-    sharding.put_replicated(mesh, test.labels[:count]),
-    protocol=plan.figure_attack,
-  )
-  found["class_names"] = np.array(plan.spec.class_names)
-  found["identity"] = np.array(identity)
-  if jax.process_index() == 0:
-    partial = path.with_name(".attention.partial.npz")
-    np.savez(partial, **found)  # type: ignore[arg-type]
-    os.replace(partial, path)

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from atat_jax import comparison, figures, page
+from atat_jax import comparison, figures, findings, page
 from atat_jax.errors import UserError
 from atat_jax.figures import files, table
 
@@ -29,8 +29,8 @@ def write_report(workdir: str | os.PathLike[str]) -> pathlib.Path:
 
   Args:
     workdir: directory of a run. Read: `results.json`, and if they exist
-      `config.json`, `metrics.jsonl`, `teacher/metrics.jsonl` and
-      `attention.npz`.
+      `config.json`, `metrics.jsonl`, `teacher/metrics.jsonl` and the files of
+      the analyses.
 
   Returns:
     Path of `report.html`; the figures are in `workdir/figures`.
@@ -47,7 +47,8 @@ def write_report(workdir: str | os.PathLike[str]) -> pathlib.Path:
     )
   run = results.get("run", {})
   config = run.get("config") or files.read_json(workdir / "config.json") or {}
-  pictures = figures.draw_all(workdir)
+  bars, curves = figures.draw_results(workdir), figures.draw_curves(workdir)
+  analyses = figures.draw_analyses(workdir, workdir / "figures")
   rows = results["rows"]
   title = _title(config, rows)
   date = run.get("date")
@@ -55,11 +56,11 @@ def write_report(workdir: str | os.PathLike[str]) -> pathlib.Path:
     f"<h1>{page.escape(title)}</h1>",
     f"<p class='soft'>Evaluated {page.escape(date)}</p>" if date else "",
     f"<p class='verdict'>{page.escape(verdict(results))}</p>",
-    _results_section(rows, _named(pictures, "robustness")),
     _protocol_section(rows),
+    _results_section(rows, bars),
     _diagnostics_section(results.get("diagnostics", {})),
-    _curves_section(_named(pictures, "curves")),
-    _attention_section(workdir, _named(pictures, "attention")),
+    _curves_section(curves),
+    *(findings.section(path, drawn) for path, drawn in analyses.items()),
     _run_section(run, config),
   ]
   text = page.document(title, body)
@@ -107,15 +108,10 @@ def write_comparison(
 def is_old(workdir: pathlib.Path) -> bool:
   """Whether there is no page yet, or something that it shows is newer."""
   report = workdir / "report.html"
-  shown = (
-    "results.json",
-    "attention.npz",
-    "metrics.jsonl",
-    "teacher/metrics.jsonl",
-  )
+  shown = ("results.json", "metrics.jsonl", "teacher/metrics.jsonl")
   return not report.exists() or any(
     path.stat().st_mtime > report.stat().st_mtime
-    for path in (workdir / name for name in shown)
+    for path in [*(workdir / name for name in shown), *workdir.glob("*.npz")]
     if path.exists()
   )
 
@@ -287,10 +283,6 @@ def _title(config: dict[str, Any], rows: list[table.Row]) -> str:
   return title
 
 
-def _named(paths: list[pathlib.Path], prefix: str) -> list[pathlib.Path]:
-  return [path for path in paths if path.stem.split("_")[0] == prefix]
-
-
 def _results_section(
   rows: list[table.Row], pictures: list[pathlib.Path]
 ) -> str:
@@ -399,24 +391,6 @@ def _curves_section(pictures: list[pathlib.Path]) -> str:
     "training set; they choose the checkpoint, the test set never does."
   )
   return f"<h2>Training</h2>\n{page.figure(pictures, caption)}"
-
-
-def _attention_section(
-  workdir: pathlib.Path, pictures: list[pathlib.Path]
-) -> str:
-  data = files.read_attention(workdir / "attention.npz")
-  if data is None or not pictures:
-    return ""
-  caption = (
-    f"Where the networks look for the true class: Grad-CAM at {data.layer}, "
-    "over the image in "
-    "grey. A network's maps of one image share a scale, so that a map that "
-    "pales has lost attention; + marks the centre of mass. ✓: predicted "
-    "correctly, ✗ and a dashed frame: wrongly, green and a full frame: correctly "
-    f"where the {data.networks[0]} is wrong; the percentage is the probability "
-    f"of the predicted class. {data.protocol}."
-  )
-  return f"<h2>Attention</h2>\n{page.figure(pictures, caption)}"
 
 
 def _run_section(run: dict[str, Any], config: dict[str, Any]) -> str:

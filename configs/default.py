@@ -284,9 +284,20 @@ def get_config(
         "num_examples": 0,  # first so many of the test split; 0: all
         "seed": 0,
       },
+      # What the report shows besides; with the attack of `evaluation`.
       "figures": {
+        # attention, rounds, shift, landscape, curvature, steps, epsilons
+        "analyses": "attention,rounds,shift,landscape,curvature,steps,epsilons",
         "attack": "pgd20",  # of the attention maps
-        "num_images": 12,  # the first test images
+        "num_images": 12,  # attention maps: of the first test images
+        "rounds": (2, 8, 16),  # rounds, shift: of the attack that is followed
+        "num_followed": 3,  # rounds: of the first so many test images
+        "indices": (1450, 7558),  # landscapes: around these test images
+        "num_points": 41,  # landscapes: points a side
+        # shift, curvature, steps, epsilons: over the first test images
+        "num_examples": 500,
+        "num_steps": 100,  # steps: of the longest attack
+        "epsilons": (),  # epsilons: radii; (): about evaluation.epsilon
       },
     }
   )

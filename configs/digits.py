@@ -61,6 +61,7 @@ def get_config(choice: str = "atat") -> ConfigDict:
       attack_moves_statistics=True,
     )
   config.evaluation.update(epsilon=0.2, step_size=0.05, batch_size=360)
+  config.figures.indices = (0, 1)
   if config.method == "standard":  # trained as a teacher is
     config.train.update(config.teacher)
   return config

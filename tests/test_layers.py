@@ -23,11 +23,12 @@ LAYERS = (
   "inputs accumulation awp",
   "averaging",
   "steps checkpoints evaluation",  # 4
+  "analyses",
   "figures config runtime",  # 5
-  "comparison",
+  "comparison findings",
   "train report",
   "evaluate",
-  "pipeline",
+  "pipeline explain",
 )
 RANKS = {name: rank for rank, row in enumerate(LAYERS) for name in row.split()}
 

@@ -56,6 +56,7 @@ OVERRIDES = {
   "evaluation.num_examples": NUM_TEST,
   "evaluation.batch_size": BATCH_SIZE,
   "evaluation.batch_statistics_size": STATISTICS_SIZE,
+  "figures.analyses": "attention",
   "figures.attack": "pgd2",
   "figures.num_images": 2,
 }

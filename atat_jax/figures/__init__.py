@@ -12,8 +12,8 @@ def draw_all(workdir: str | os.PathLike[str]) -> list[pathlib.Path]:
 
   Args:
     workdir: directory of a run. Read: `metrics.jsonl`,
-      `teacher/metrics.jsonl`, `results.json`, `attention.npz`, each if it
-      exists.
+      `teacher/metrics.jsonl`, `results.json` and the files of the analyses,
+      each if it exists.
 
   Returns:
     Paths of the PNG files written, all in `workdir/figures`, in the order in
@@ -22,15 +22,69 @@ def draw_all(workdir: str | os.PathLike[str]) -> list[pathlib.Path]:
   Raises:
     UserError: an input exists and cannot be read.
   """
-  # Here and not above: a terminal table must not wait for matplotlib.
-  from atat_jax.figures import attention, curves, robustness
-
   workdir = pathlib.Path(workdir)
+  drawn = draw_analyses(workdir, workdir / "figures")
   return [
-    *robustness.draw(workdir),
-    *curves.draw(workdir),
-    *attention.draw(workdir / "attention.npz", workdir / "figures"),
+    *draw_results(workdir),
+    *draw_curves(workdir),
+    *(path for paths in drawn.values() for path in paths),
   ]
+
+
+def draw_results(workdir: pathlib.Path) -> list[pathlib.Path]:
+  """Draws the bars of `results.json`; see `robustness.draw`."""
+  # Here and not above: a terminal table must not wait for matplotlib.
+  from atat_jax.figures import robustness
+
+  return robustness.draw(workdir)
+
+
+def draw_curves(workdir: pathlib.Path) -> list[pathlib.Path]:
+  """Draws the curves of the training; see `curves.draw`."""
+  from atat_jax.figures import curves
+
+  return curves.draw(workdir)
+
+
+def draw_analyses(
+  source: pathlib.Path, directory: pathlib.Path
+) -> dict[pathlib.Path, list[pathlib.Path]]:
+  """Draws the analyses whose files are there.
+
+  Args:
+    source: Directory of the `.npz` files.
+    directory: Where to.
+
+  Returns:
+    Path of a file to the PNG files drawn of it, in the order in which a reader
+    wants them.
+
+  Raises:
+    UserError: A file cannot be read.
+  """
+  from atat_jax.figures import (
+    attack_steps,
+    attention,
+    attention_shift,
+    curvature,
+    loss_landscape,
+  )
+
+  draw = {
+    "attack_steps": attack_steps.draw,
+    "attack_epsilons": attack_steps.draw_epsilons,
+    "attention": attention.draw,
+    "attention_rounds": attention.draw,
+    "attention_shift": attention_shift.draw,
+    "loss_landscape": loss_landscape.draw,
+    "curvature": curvature.draw,
+  }
+  paths = {source / f"{stem}.npz": function for stem, function in draw.items()}
+  return {
+    path: function(path, directory)
+    for path, function in paths.items()
+    if path.exists()
+  }
 
 
 def draw_comparison(path: pathlib.Path) -> list[pathlib.Path]:

@@ -14,8 +14,8 @@ _STEP_TICKS = (0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 def draw(path: pathlib.Path, directory: pathlib.Path) -> list[pathlib.Path]:
   """Draws a line for each network: accuracy at the iterate after each step.
 
-  A thin dotted line of its colour is AutoAttack's accuracy, where there is an
-  array `<network>_autoattack` (in [0, 1], on the same images).
+  A thin dotted line of its colour is AutoAttack's accuracy, where a
+  `results.json` beside the file has it with the same norm and epsilon.
 
   Args:
     path: Of `attack_steps.npz`, what `evaluation.attack_steps` returns.
@@ -34,18 +34,23 @@ def draw(path: pathlib.Path, directory: pathlib.Path) -> list[pathlib.Path]:
   with style.context():
     fig, ax = _axes(data)
     _plot(ax, data, steps)
-    has_lines = False
+    autoattack = files.read_autoattack(
+      path.parent, float(data["epsilon"]), str(data["norm"])
+    )
+    counts = []
     for number, name in enumerate(data["networks"]):
-      if f"{name}_autoattack" in data:
-        accuracy = 100 * float(data[f"{name}_autoattack"])
+      if name in autoattack:
+        accuracy = 100 * autoattack[name]["accuracy"]
         color = style.look(number)["color"]
         ax.axhline(accuracy, color=color, linestyle=":", linewidth=1.2)
-        has_lines = True
+        counts.append(autoattack[name]["num_examples"])
     ax.set_xscale("symlog", linthresh=1, linscale=0.4)
     ax.set_xlim(0, steps[-1])
     _ticks(ax, [tick for tick in _STEP_TICKS if tick <= steps[-1]], "{:g}")
     ax.set_xlabel("steps of PGD (0: the random start)")
-    notes = ["Dotted, in a model's colour: AutoAttack."] if has_lines else []
+    images = " / ".join(f"{count:,}" for count in dict.fromkeys(counts))
+    notes = [f"Dotted, in a model's colour: AutoAttack, {images} images."]
+    notes = notes if counts else []
     _finish(fig, data, notes)
     return [style.save(fig, directory / "attack_steps.png")]
 

@@ -60,6 +60,39 @@ def read_results(workdir: pathlib.Path) -> dict[str, Any] | None:
   return results
 
 
+def read_autoattack(
+  workdir: pathlib.Path, epsilon: float, norm: str
+) -> dict[str, dict[str, Any]]:
+  """AutoAttack's rows of `results.json`: of the fixed classifiers alone.
+
+  Args:
+    workdir: The directory of the file.
+    epsilon: The radius that the rows must have.
+    norm: The norm that they must have.
+
+  Returns:
+    Model to row: that of the most images, and of those the lowest accuracy.
+    Empty if there is no such file.
+
+  Raises:
+    UserError: The file is damaged or of another format.
+  """
+  results = read_results(workdir) or {"rows": []}
+  found: dict[str, dict[str, Any]] = {}
+  for row in results["rows"]:
+    if (
+      row["attack"].startswith("autoattack")
+      and row["batch_norm"] == "running"
+      and row["norm"] == norm
+      and abs(row["epsilon"] - epsilon) < 1e-6
+    ):
+      best = found.setdefault(row["model"], row)
+      found[row["model"]] = min(
+        (best, row), key=lambda r: (-r["num_examples"], r["accuracy"])
+      )
+  return found
+
+
 def read_metrics(path: pathlib.Path) -> dict[str, list[dict[str, Any]]]:
   """Reads a `metrics.jsonl`.
 

@@ -46,8 +46,6 @@ def section(path: pathlib.Path, pictures: list[pathlib.Path]) -> str:
   if data is None or not pictures:
     return ""
   found = _FINDINGS[path.stem](data)
-  if path.stem == "attack_steps":
-    found = _with_autoattack(found, data, path.parent)
   return (
     f"<h2>{page.escape(found.heading)}</h2>\n"
     f"<p>{page.escape(found.sentence)}</p>\n"
@@ -117,49 +115,31 @@ def _attention(data: files.Arrays) -> Finding:
 
 
 def _shift(data: files.Arrays) -> Finding:
+  from atat_jax.figures import attention_shift  # slow: it imports matplotlib
+
   last = int(data["rounds"][-1])
-  sentences = []
-  for name in _names(data):
-    mean = data[f"{name}_cosine_mean"]
-    groups = [
-      f"{group} images {data[f'{name}_cosine_{group}_mean'][-1]:.2f}"
-      for group in ("fooled", "kept")
-      if data[f"{name}_{group}"][-1].any()
+  means = [
+    f"{name} {float(data[f'{name}_cosine_mean'][-1]):.2f}"
+    for name in _names(data)
+  ]
+  sentence = " ".join(
+    [
+      f"After {_plural(last, 'round')} the maps of clean and attacked images are"
+      f" at a cosine distance of {_list(means)} on average. Does the shift tell"
+      " who is fooled?",
+      *attention_shift.sentences(data.path),
     ]
-    sentences.append(
-      f"{name}: the cosine distance between the maps of clean and attacked"
-      f" images is {mean[-1]:.2f} after {last} rounds"
-      + (f" ({', '.join(groups)})" if groups else "")
-      + f"; {_auc_sentence(data, name)}"
-    )
+  )
   caption = (
-    "Distances of the true class's maps between the clean image and the image"
-    " after so many rounds of the attack, 0 where attention has not moved."
-    " Fooled: right on the clean image and wrong after that round; kept: right"
-    " on both. AUC: the probability that a fooled image's map has moved further"
-    f" than a kept one's. Bands: {data['confidence']}."
+    "Distances between the true class's maps of the clean image and of the image"
+    " after so many rounds of the attack; 0: attention has not moved. Fooled:"
+    " right on the clean image and wrong after that round; kept: right on both."
+    " AUC: the probability that a fooled image's map has moved further than a"
+    f" kept one's. Bands: {data['confidence']}."
     f" {_plural(len(data['labels']), 'image')}, Grad-CAM at {data['layer']},"
     f" {data['protocol']}."
   )
-  return Finding("Attention shift", " ".join(sentences), caption)
-
-
-def _auc_sentence(data: files.Arrays, name: str) -> str:
-  area, low, high = (
-    float(data[f"{name}_cosine_auc{end}"][-1]) for end in ("", "_low", "_high")
-  )
-  if np.isnan(area):
-    count = int(data[f"{name}_fooled"][-1].sum())
-    who = "no image" if count == 0 else "every image"
-    return f"the attack fools {who}, so there is nothing to tell apart."
-  interval = f"AUC {area:.2f}, 95% {low:.2f} to {high:.2f}"
-  if np.isnan(low):
-    return f"too few images to say whether it tells who is fooled ({interval})."
-  if low > 0.5:
-    return f"a larger shift goes with being fooled ({interval})."
-  if high < 0.5:
-    return f"a larger shift goes with not being fooled ({interval})."
-  return f"the shift does not tell who is fooled ({interval})."
+  return Finding("Attention shift", sentence, caption)
 
 
 def _landscape(data: files.Arrays) -> Finding:
@@ -235,27 +215,19 @@ def _steps(data: files.Arrays) -> Finding:
     f" random start. {_plural(int(data['num_examples']), 'image')},"
     f" {data['protocol']}."
   )
-  return Finding("Accuracy against the attack's steps", sentence, caption)
-
-
-def _with_autoattack(
-  found: Finding, data: files.Arrays, workdir: pathlib.Path
-) -> Finding:
   rows = files.read_autoattack(
-    workdir, float(data["epsilon"]), str(data["norm"])
+    data.path.parent, float(data["epsilon"]), str(data["norm"])
   )
-  parts = [
+  stronger = [
     f"{name} {_percent(rows[name]['accuracy'])} ({rows[name]['attack']},"
     f" {_plural(rows[name]['num_examples'], 'image')})"
-    for name in _names(data)
+    for name in names
     if name in rows
   ]
-  if not parts:
-    return found
-  return found._replace(
-    sentence=f"{found.sentence} AutoAttack leaves {_list(parts)}.",
-    caption=f"{found.caption} Dotted lines: AutoAttack.",
-  )
+  if stronger:
+    sentence += f" AutoAttack leaves {_list(stronger)}."
+    caption += " Dotted lines: AutoAttack."
+  return Finding("Accuracy against the attack's steps", sentence, caption)
 
 
 def _epsilons(data: files.Arrays) -> Finding:

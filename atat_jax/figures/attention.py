@@ -36,7 +36,7 @@ def draw(path: pathlib.Path, directory: pathlib.Path) -> list[pathlib.Path]:
     directory: Where to.
 
   Returns:
-    Paths of `attention_{1,2,...}.png`; nothing if there is no file.
+    Paths of `<name of the file>_{1,2,...}.png`; nothing if there is no file.
 
   Raises:
     UserError: The file cannot be read.
@@ -52,7 +52,7 @@ def draw(path: pathlib.Path, directory: pathlib.Path) -> list[pathlib.Path]:
   for number, start in enumerate(starts, start=1):
     with style.context():
       fig = grid.draw(start, per_figure)
-      paths.append(style.save(fig, directory / f"attention_{number}.png"))
+      paths.append(style.save(fig, directory / f"{path.stem}_{number}.png"))
   return paths
 
 

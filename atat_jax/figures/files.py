@@ -119,15 +119,19 @@ def read_metrics(path: pathlib.Path) -> dict[str, list[dict[str, Any]]]:
 
 
 class Arrays(dict[str, np.ndarray]):
-  """The arrays of a file by name; one that is not there is an error."""
+  """The arrays of a file by name; one that is not there is an error.
+
+  Attributes:
+    path: Of the file.
+  """
 
   def __init__(self, path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
     super().__init__(arrays)
-    self._path = path
+    self.path = path
 
   def __missing__(self, name: str) -> np.ndarray:
     raise UserError(
-      f"{self._path} cannot be read (it has no {name}): delete it and evaluate"
+      f"{self.path} cannot be read (it has no {name}): delete it and evaluate"
       " again"
     )
 

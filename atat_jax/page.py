@@ -3,7 +3,7 @@
 import base64
 import html
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 # Nothing may be fetched: the page must read the same in ten years.
 _CONTENT_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -124,6 +124,16 @@ def figure(paths: list[pathlib.Path], caption: str) -> str:
   return (
     f"<figure>\n{images}\n<figcaption>{escape(caption)}</figcaption>\n</figure>"
   )
+
+
+def facts(found: Mapping[str, object]) -> str:
+  """A list of names and what belongs to them (plain text); no empty ones."""
+  items = "\n".join(
+    f"<dt>{escape(name)}</dt><dd>{escape(fact)}</dd>"
+    for name, fact in found.items()
+    if fact
+  )
+  return f"<dl>\n{items}\n</dl>"
 
 
 def document(title: str, body: Iterable[str]) -> str:

@@ -345,14 +345,10 @@ def _protocol_section(rows: list[table.Row]) -> str:
   columns = table.columns(rows)
   if not columns:
     return ""
-  items = "\n".join(
-    f"<dt>{page.escape(column.label)}</dt>"
-    f"<dd>{page.escape(table.protocol(column))}</dd>"
-    for column in columns
-  )
+  items = page.facts({c.label: table.protocol(c) for c in columns})
   return (
     "<h2>Protocol</h2>\n<p class='soft'>Epsilon and step size are in units of "
-    f"the pixel range [0, 1].</p>\n<dl>\n{items}\n</dl>"
+    f"the pixel range [0, 1].</p>\n{items}"
   )
 
 
@@ -406,12 +402,7 @@ def _run_section(run: dict[str, Any], config: dict[str, Any]) -> str:
     ),
     "Commit": commit or "not recorded",
   }
-  items = "\n".join(
-    f"<dt>{name}</dt><dd>{page.escape(fact)}</dd>"
-    for name, fact in facts.items()
-    if fact
-  )
-  parts = ["<h2>The run</h2>", f"<dl>\n{items}\n</dl>"]
+  parts = ["<h2>The run</h2>", page.facts(facts)]
   if run.get("command"):
     steps = [f"git checkout {commit}"] if commit else []
     steps.append(run["command"])

@@ -1,0 +1,459 @@
+"""Pictures of any networks: attention, landscapes, attacks, on one page.
+
+  python -m atat_jax.explain runs/standard runs/atat --out explained
+
+explains the networks of finished runs on their test images, and
+
+  python -m atat_jax.explain --model resnet50 --weights resnet50.pth \\
+    --images cat.jpg cup.jpg --labels 281 504 --out explained
+
+networks with weights from PyTorch on photographs. What is there already with
+the same networks, images and numbers is not computed again.
+"""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from atat_jax import (
+  analyses,
+  checkpoints,
+  checks,
+  data,
+  evaluate,
+  evaluation,
+  figures,
+  findings,
+  interop,
+  models,
+  page,
+  runtime,
+  sharding,
+  writers,
+)
+from atat_jax.data.photographs import read_photograph
+from atat_jax.errors import UserError
+from atat_jax.evaluation.networks import Networks
+from atat_jax.figures import files
+from atat_jax.interrupts import Interrupted
+
+# Photographs are few: nothing is averaged over them unless it is asked for.
+_OF_FEW = "attention,rounds,landscape"
+# Of photographs; Fig. 3 of the paper has epsilon 16/255.
+_PHOTOGRAPHS = {"epsilon": 16 / 255, "step_size": 2 / 255, "norm": "linf"}
+_ATTACK = tuple(_PHOTOGRAPHS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+  """What is explained.
+
+  Attributes:
+    what: In words, e.g. "digits test images".
+    networks: Name to (module, variables).
+    images: [N, H, W, C], uint8 or float32 in [0, 1].
+    labels: int32 [N].
+    class_names: One a class.
+    rows: Of the networks' own `results.json`, `model` being the name.
+  """
+
+  what: str
+  networks: Networks
+  images: np.ndarray
+  labels: np.ndarray
+  class_names: Sequence[str]
+  rows: list[dict[str, Any]]
+
+
+# --- Finished runs -----------------------------------------------------------
+
+
+def run_names(workdirs: Sequence[pathlib.Path]) -> list[str]:
+  """As much of each path's end as tells it from the others: "at", "seed0-at".
+
+  Raises:
+    UserError: A directory is given twice.
+  """
+  paths = [path.resolve().parts for path in workdirs]
+  if len(set(paths)) < len(paths):
+    raise UserError(
+      f"runs: {' '.join(map(str, workdirs))}; allowed: each directory once"
+    )
+  for length in range(1, max(map(len, paths)) + 1):
+    names = ["-".join(parts[-length:]) for parts in paths]
+    if len(set(names)) == len(names):
+      break
+  return names
+
+
+def _read_config(workdir: pathlib.Path) -> dict[str, Any]:
+  """Of a run; of a teacher that a run has trained, that run's."""
+  for directory in (workdir, workdir.parent):
+    config = files.read_json(directory / "config.json")
+    if config is not None:
+      return config
+  raise UserError(
+    f"{workdir}: no run, it has no config.json; allowed: a --workdir of main.py"
+  )
+
+
+def _agreed(
+  workdirs: Sequence[pathlib.Path], values: Sequence[Any], field: str
+) -> Any:
+  if any(value != values[0] for value in values):
+    found = ", ".join(
+      f"{value!r} in {path}"
+      for path, value in zip(workdirs, values, strict=True)
+    )
+    raise UserError(f"{field}: {found}; allowed: the same for all runs")
+  return values[0]
+
+
+def attack_of_runs(
+  workdirs: Sequence[pathlib.Path], given: dict[str, Any]
+) -> dict[str, Any]:
+  """The attack that all runs are evaluated with.
+
+  Args:
+    workdirs: Of the runs.
+    given: epsilon, step_size and norm, None where the runs are to say it.
+
+  Returns:
+    The same without None.
+
+  Raises:
+    UserError: No run, runs of different data sets or attacks.
+  """
+  configs = [_read_config(path) for path in workdirs]
+  _agreed(workdirs, [config["data"]["name"] for config in configs], "data.name")
+  return {
+    field: value
+    if value is not None
+    else _agreed(
+      workdirs,
+      [config["evaluation"][field] for config in configs],
+      f"evaluation.{field}",
+    )
+    for field, value in given.items()
+  }
+
+
+def load_runs(
+  workdirs: Sequence[pathlib.Path], data_dir: str | None = None
+) -> Subject:
+  """The best networks of finished runs, and their test images.
+
+  Args:
+    workdirs: Of the runs, or `<workdir>/teacher`.
+    data_dir: Where the data are; None: where the first run has read them.
+
+  Returns:
+    The networks by the names of `run_names`.
+
+  Raises:
+    UserError: A run without checkpoints, data that are not there.
+  """
+  names = run_names(workdirs)
+  for path in workdirs:
+    checkpoints.checkpoint_step(path)  # before data are loaded
+  where = _read_config(workdirs[0])["data"]
+  dataset = data.load(
+    where["name"],
+    data_dir=data_dir or where["dir"],
+    cache_dir=where["cache_dir"],
+    validation_size=where["validation_size"],
+    source=where["source"],
+  )
+  rows = []
+  for name, path in zip(names, workdirs, strict=True):
+    own = (files.read_results(path) or {"rows": []})["rows"]
+    # A run of two networks: the other one is the teacher.
+    rows += [{**row, "model": name} for row in own if row["model"] != "teacher"]
+  return Subject(
+    what=f"{where['name']} test images",
+    networks={
+      name: checkpoints.restore_model(path)
+      for name, path in zip(names, workdirs, strict=True)
+    },
+    images=dataset.test.images,
+    labels=dataset.test.labels,
+    class_names=dataset.spec.class_names,
+    rows=rows,
+  )
+
+
+# --- Weights from PyTorch, photographs ---------------------------------------
+
+
+def load_photographs(
+  names: Sequence[str],
+  weights: Sequence[str],
+  photographs: Sequence[str],
+  labels: Sequence[int],
+  *,
+  num_classes: int = 1000,
+  class_names: str | None = None,
+) -> Subject:
+  """Networks with weights from PyTorch, and photographs to explain them on.
+
+  Args:
+    names: Of `models.MODELS`, each once.
+    weights: A file for each, see `interop.load_torch`.
+    photographs: Files that Pillow can read.
+    labels: The true class of each.
+    num_classes: Of all the networks.
+    class_names: A text file with a class name a line; None: numbers.
+
+  Returns:
+    The networks by their names.
+
+  Raises:
+    UserError: Names, files or labels that do not fit; named.
+  """
+  for name in names:
+    checks.choice("model", name, models.MODELS)
+  if not names or len(set(names)) < len(names):
+    raise UserError(f"model: {' '.join(names)!r}; allowed: each network once")
+  checks.positive("num_classes", num_classes, integer=True)
+  for field, values, wanted, what in (
+    ("weights", weights, names, "network"),
+    ("labels", labels, photographs, "photograph"),
+  ):
+    if len(values) != len(wanted):
+      raise UserError(
+        f"{field}: {len(values)}; allowed: {len(wanted)}, one for each {what}"
+      )
+  if not photographs:
+    raise UserError("images: none; allowed: one or more")
+  for label in labels:
+    if not 0 <= label < num_classes:
+      raise UserError(f"labels: {label}; allowed: 0 to {num_classes - 1}")
+  classes = _read_class_names(class_names, num_classes)
+  images = np.stack([read_photograph(path) for path in photographs])
+  networks = {}
+  for name, path in zip(names, weights, strict=True):
+    model = models.create(name, num_classes=num_classes)
+    networks[name] = (model, interop.load_torch(path, model))
+  return Subject(
+    what="photographs",
+    networks=networks,
+    images=images,
+    labels=np.array(labels, np.int32),
+    class_names=classes,
+    rows=[],
+  )
+
+
+def _read_class_names(path: str | None, num_classes: int) -> Sequence[str]:
+  if path is None:
+    return [f"class {number}" for number in range(num_classes)]
+  try:
+    names = pathlib.Path(path).read_text(encoding="utf-8").splitlines()
+  except (OSError, UnicodeDecodeError) as error:
+    raise UserError(f"class_names: {path}: {error}") from None
+  if len(names) != num_classes:
+    raise UserError(
+      f"class_names: {len(names)} lines in {path}; allowed: {num_classes}, one"
+      " for each class"
+    )
+  return names
+
+
+# --- The page ----------------------------------------------------------------
+
+
+def explain(
+  subject: Subject, settings: analyses.Settings, out: pathlib.Path
+) -> pathlib.Path:
+  """Computes, draws and writes the page.
+
+  Args:
+    subject: Networks and images.
+    settings: What is computed with which numbers.
+    out: Directory for everything.
+
+  Returns:
+    Path of `explain.html`.
+
+  Raises:
+    UserError: An index beyond the images; what `evaluation` refuses.
+  """
+  mesh = sharding.make_mesh()
+  # Where the figures look for AutoAttack's accuracies.
+  writers.write_json(out / "results.json", {"format": 1, "rows": subject.rows})
+  paths = analyses.write(
+    out,
+    {
+      name: (model, sharding.put_replicated(mesh, variables))
+      for name, (model, variables) in subject.networks.items()
+    },
+    subject.images,
+    subject.labels,
+    settings=settings,
+    class_names=subject.class_names,
+    mesh=mesh,
+  )
+  drawn = figures.draw_analyses(out, out / "figures")
+  names = ", ".join(subject.networks)
+  facts = {
+    "Devices": ", ".join(device.device_kind for device in jax.devices()),
+    "Commit": evaluate.commit() or "not recorded",
+    "Files": ", ".join(path.name for path in drawn),
+  }
+  body = [
+    f"<h1>{page.escape(names)}</h1>",
+    f"<p class='soft'>Explained on {page.escape(subject.what)}</p>",
+    # What an earlier command has left in the directory is not of this page.
+    *(
+      findings.section(path, pictures)
+      for path, pictures in drawn.items()
+      if path in paths
+    ),
+    "<h2>The command</h2>",
+    page.facts(facts),
+    f"<pre>{page.escape(' '.join(['python', *sys.argv]))}</pre>",
+  ]
+  text = page.document(f"{names} explained", body)
+  return files.write_atomically(out / "explain.html", text.encode())
+
+
+# --- The command -------------------------------------------------------------
+
+
+def _number(text: str) -> float:
+  above, _, below = text.partition("/")
+  return float(above) / float(below or 1)
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+  defaults = {
+    field.name: field.default for field in dataclasses.fields(analyses.Settings)
+  }
+  flags = argparse.ArgumentParser(
+    prog="python -m atat_jax.explain",
+    description="Pictures of any networks: attention under attack, attention"
+    " shift, loss landscapes, curvature, accuracy against steps and epsilon.",
+  )
+  add = flags.add_argument
+  add("runs", nargs="*", type=pathlib.Path, help="directories of finished runs")
+  add("--out", type=pathlib.Path, default="explained", help="where to")
+  add("--data-dir", help="of the runs' data; default: where they read them")
+  add("--model", nargs="+", help="networks: " + ", ".join(models.MODELS))
+  add("--weights", nargs="+", default=[], help="a PyTorch file for each")
+  add("--images", nargs="+", default=[], help="photographs")
+  add("--labels", nargs="+", type=int, default=[], help="a class for each")
+  add("--num-classes", type=int, default=1000, help="of the networks")
+  add("--class-names", help="a text file, a name a line")
+  add(
+    "--figures",
+    help=f"a list of {','.join(analyses.ANALYSES)}; default: all, of"
+    f" photographs {_OF_FEW}",
+  )
+  attack = "default: as the runs are evaluated; photographs:"
+  add("--epsilon", type=_number, help=f"radius, as in 8/255; {attack} 16/255")
+  add("--step-size", type=_number, help=f"of the attacks; {attack} 2/255")
+  add("--norm", help=f"linf, l2, l1; {attack} linf")
+  add("--attack", default="pgd20", help="of the attention maps")
+  for name, kind, text in (
+    ("num_images", int, "attention: of the first images"),
+    ("num_followed", int, "rounds: of the first images"),
+    ("num_examples", int, "shift, curvature, steps, epsilons: images"),
+    ("num_points", int, "landscape: points a side"),
+    ("num_steps", int, "steps: of the longest attack"),
+    ("batch_size", int, "images at a time"),
+    ("seed", int, "of all random numbers"),
+  ):
+    add(
+      f"--{name.replace('_', '-')}",
+      type=kind,
+      default=defaults[name],
+      help=f"{text} (%(default)s)",
+    )
+  for name, kind, text in (
+    ("rounds", int, "rounds, shift: rounds of the attack (2 8 16)"),
+    ("indices", int, "landscape: around these images (0 1)"),
+    ("epsilons", _number, "epsilons: radii, default: about --epsilon"),
+  ):
+    add(f"--{name}", nargs="+", type=kind, help=text)
+  args = flags.parse_args(argv)
+  if bool(args.runs) == bool(args.model):
+    flags.error("name runs, or networks with --model and --weights")
+  return args
+
+
+def _settings(args: argparse.Namespace) -> analyses.Settings:
+  attack = {field: getattr(args, field) for field in _ATTACK}
+  if args.runs:
+    attack = attack_of_runs(args.runs, attack)
+  else:
+    given = {k: v for k, v in attack.items() if v is not None}
+    attack = _PHOTOGRAPHS | given
+  every = ",".join(analyses.ANALYSES) if args.runs else _OF_FEW
+  optional = {
+    "indices": tuple(range(min(2, len(args.images) or 2))),
+    "rounds": analyses.Settings.rounds,
+    "epsilons": (),
+  }
+  return analyses.Settings(
+    analyses=analyses.parse(args.figures or every),
+    attack=evaluation.parse(args.attack, **attack),
+    **attack,
+    **{
+      name: tuple(getattr(args, name) or default)
+      for name, default in optional.items()
+    },
+    num_images=args.num_images,
+    num_followed=args.num_followed,
+    num_examples=args.num_examples,
+    num_points=args.num_points,
+    num_steps=args.num_steps,
+    batch_size=args.batch_size,
+    seed=args.seed,
+  )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+  """Explains what the command line names.
+
+  Args:
+    argv: Without the program; None: the command line.
+
+  Raises:
+    UserError: Bad input, one clear line.
+  """
+  args = _parse(argv)
+  settings = _settings(args)
+  if args.runs:
+    subject = load_runs(args.runs, args.data_dir)
+  else:
+    subject = load_photographs(
+      args.model,
+      args.weights,
+      args.images,
+      args.labels,
+      num_classes=args.num_classes,
+      class_names=args.class_names,
+    )
+  settings.check_images(len(subject.labels))
+  path = explain(subject, settings, args.out)
+  sys.stdout.write(
+    f"arrays:  {args.out}\nfigures: {args.out / 'figures'}\npage:    {path}\n"
+  )
+
+
+if __name__ == "__main__":
+  runtime.set_up(distributed=False)
+  try:
+    main()
+  except UserError as error:
+    sys.exit(f"error: {error}")
+  except Interrupted as error:
+    sys.stderr.write(f"\n{error}\n")
+    sys.exit(128 + error.signum)

@@ -13,7 +13,6 @@ the same networks, images and numbers is not computed again.
 
 import argparse
 import dataclasses
-import json
 import pathlib
 import sys
 from collections.abc import Sequence

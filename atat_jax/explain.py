@@ -375,12 +375,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
       default=defaults[name],
       help=f"{text} (%(default)s)",
     )
-  for name, kind, text in (
+  for name, number, text in (
     ("rounds", int, "rounds, shift: rounds of the attack (2 8 16)"),
     ("indices", int, "landscape: around these images (0 1)"),
     ("epsilons", _number, "epsilons: radii, default: about --epsilon"),
   ):
-    add(f"--{name}", nargs="+", type=kind, help=text)
+    add(f"--{name}", nargs="+", type=number, help=text)
   args = flags.parse_args(argv)
   if bool(args.runs) == bool(args.model):
     flags.error("name runs, or networks with --model and --weights")
@@ -400,14 +400,15 @@ def _settings(args: argparse.Namespace) -> analyses.Settings:
     "rounds": analyses.Settings.rounds,
     "epsilons": (),
   }
+  several: dict[str, Any] = {
+    name: tuple(getattr(args, name) or default)
+    for name, default in optional.items()
+  }
   return analyses.Settings(
     analyses=analyses.parse(args.figures or every),
     attack=evaluation.parse(args.attack, **attack),
     **attack,
-    **{
-      name: tuple(getattr(args, name) or default)
-      for name, default in optional.items()
-    },
+    **several,
     num_images=args.num_images,
     num_followed=args.num_followed,
     num_examples=args.num_examples,

@@ -197,7 +197,7 @@ def _steps(data: files.Arrays) -> Finding:
     accuracy = data[f"{name}_accuracy"]
     gains.append(100 * float(accuracy[middle] - accuracy[-1]))
     parts.append(
-      f"{name} {_percent(data[f'{name}_clean'])},"
+      f"{name} {_percent(float(data[f'{name}_clean']))},"
       f" {_percent(accuracy[middle])} and {_percent(accuracy[-1])}"
     )
   sentence = (

@@ -175,6 +175,8 @@ def make_runs(args: argparse.Namespace) -> list[Run]:
       config.seed = seed
       config.evaluation.batch_norm = ("running", "batch")
       config.evaluation.attacks = args.attacks
+      # The others cost minutes for all runs: `python -m atat_jax.explain`.
+      config.figures.analyses = "attention"
       if make_plan(config).objective.needs_teacher:
         config.teacher_workdir = str(directory / TEACHER)
       configs = [config]

@@ -202,7 +202,7 @@ def test_attention_is_drawn_where_it_is(tmp_path):
   arrays = attention_arrays(models=("teacher",), n=1)
   clean, attacked = np.zeros((2, 1, 4, 4), np.float32)
   clean[0, 0, 3] = 7.0  # top right
-  attacked[0, 3, 0] = 6.0  # bottom left
+  attacked[0, 3, 0] = 7.0  # bottom left
   arrays["teacher_clean_map"] = clean
   arrays["teacher_adversarial_map"] = attacked
   np.savez(tmp_path / "attention.npz", **arrays)
@@ -244,7 +244,7 @@ def test_map_of_zeros_is_dark_all_over(tmp_path):
   np.savez(tmp_path / "attention.npz", **arrays)
   (path,) = figures.draw_all(tmp_path)
   array = pixels(path)
-  array = array[: int(0.92 * len(array))]
+  array = array[: int(0.8 * len(array))]  # without the colour bar
   assert not (array[..., 0] - array[..., 2] > 60).any()
 
 

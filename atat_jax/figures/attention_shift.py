@@ -190,7 +190,7 @@ def _rows(
   data: files.Arrays, comparable: dict[str, int], height: float
 ) -> tuple[figure.Figure, dict[str, axes.Axes]]:
   """Panels with a row for each network that can be compared."""
-  fig, panels = _panels(data, 7.4, height + 0.5 * len(comparable))
+  fig, panels = _panels(data, 7.4, height + 0.6 * len(comparable))
   last = len(data["rounds"]) - 1
   names = []
   for name, at in comparable.items():

@@ -99,8 +99,9 @@ def save(fig: figure.Figure, path: pathlib.Path) -> pathlib.Path:
   Returns:
     That path.
   """
-  for suffix, metadata in ((".pdf", {"CreationDate": None}), (".png", None)):
+  for suffix, metadata in ((".png", None), (".pdf", {"CreationDate": None})):
     content = io.BytesIO()
     fig.savefig(content, format=suffix[1:], metadata=metadata)
     files.write_atomically(path.with_suffix(suffix), content.getvalue())
+    fig.set_layout_engine("none")  # found once is enough: it takes longest
   return path

@@ -61,7 +61,13 @@ def get_config(choice: str = "atat") -> ConfigDict:
       attack_moves_statistics=True,
     )
   config.evaluation.update(epsilon=0.2, step_size=0.05, batch_size=360)
-  config.figures.indices = (0, 1)
+  # A few, in seconds; `python -m atat_jax.explain` makes all and larger ones.
+  config.figures.update(
+    analyses="attention,shift,landscape,steps",
+    num_images=6,
+    indices=(0, 1),
+    num_examples=120,
+  )
   if config.method == "standard":  # trained as a teacher is
     config.train.update(config.teacher)
   return config

@@ -323,7 +323,7 @@ def _is_there(path: pathlib.Path, identity: str) -> bool:
   try:
     with path.open("rb") as file, np.load(file) as old:
       return str(old.get("identity")) == identity
-  except (OSError, ValueError, zipfile.BadZipFile):
+  except (AttributeError, EOFError, OSError, ValueError, zipfile.BadZipFile):
     return False  # not there, or damaged: made again
 
 

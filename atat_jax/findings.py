@@ -28,6 +28,10 @@ class Finding(NamedTuple):
   caption: str
 
 
+# Their pictures have panels of their own, too small beside one another.
+_WIDE = ("attention_shift",)
+
+
 def section(path: pathlib.Path, pictures: list[pathlib.Path]) -> str:
   """The part of a page on one analysis.
 
@@ -49,7 +53,7 @@ def section(path: pathlib.Path, pictures: list[pathlib.Path]) -> str:
   return (
     f"<h2>{page.escape(found.heading)}</h2>\n"
     f"<p>{page.escape(found.sentence)}</p>\n"
-    f"{page.figure(pictures, found.caption)}"
+    f"{page.figure(pictures, found.caption, wide=path.stem in _WIDE)}"
   )
 
 
@@ -119,7 +123,7 @@ def _shift(data: files.Arrays) -> Finding:
 
   last = int(data["rounds"][-1])
   means = [
-    f"{name} {float(data[f'{name}_cosine_mean'][-1]):.2f}"
+    f"{name} {float(data[f'{name}_cosine_mean'][-1]):.2g}"
     for name in _names(data)
   ]
   sentence = " ".join(

@@ -78,6 +78,8 @@ img {
   padding: 0.4rem; background: #fff; border: 1px solid var(--line);
   border-radius: 0.3rem; break-inside: avoid;
 }
+.wide { display: grid; gap: 0.75rem; }
+.wide img { max-width: 52rem; }
 figcaption { margin-top: 0.6rem; }
 pre {
   padding: 0.75rem 1rem; background: var(--panel); overflow-x: auto;
@@ -111,8 +113,19 @@ def escape(value: object) -> str:
   return html.escape(str(value))
 
 
-def figure(paths: list[pathlib.Path], caption: str) -> str:
-  """Pictures, inside the page, with one caption (plain text)."""
+def figure(
+  paths: list[pathlib.Path], caption: str, *, wide: bool = False
+) -> str:
+  """Pictures, inside the page, with one caption.
+
+  Args:
+    paths: Of PNG files.
+    caption: Plain text.
+    wide: Below one another, as wide as the page, rather than side by side.
+
+  Returns:
+    HTML.
+  """
   images = "\n".join(
     f"<img alt='{escape(path.stem.replace('_', ' '))}' "
     "src='data:image/png;base64,"
@@ -120,7 +133,8 @@ def figure(paths: list[pathlib.Path], caption: str) -> str:
     for path in paths
   )
   if len(paths) > 1:
-    images = f"<div class='pictures'>\n{images}\n</div>"
+    layout = "wide" if wide else "pictures"
+    images = f"<div class='{layout}'>\n{images}\n</div>"
   return (
     f"<figure>\n{images}\n<figcaption>{escape(caption)}</figcaption>\n</figure>"
   )

@@ -14,6 +14,7 @@ the same networks, images and numbers is not computed again.
 import argparse
 import dataclasses
 import pathlib
+import shlex
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -269,7 +270,11 @@ def _read_class_names(path: str | None, num_classes: int) -> Sequence[str]:
 
 
 def explain(
-  subject: Subject, settings: analyses.Settings, out: pathlib.Path
+  subject: Subject,
+  settings: analyses.Settings,
+  out: pathlib.Path,
+  *,
+  command: str = "",
 ) -> pathlib.Path:
   """Computes, draws and writes the page.
 
@@ -277,6 +282,7 @@ def explain(
     subject: Networks and images.
     settings: What is computed with which numbers.
     out: Directory for everything.
+    command: What the page says it was made by.
 
   Returns:
     Path of `explain.html`.
@@ -315,9 +321,9 @@ def explain(
       for path, pictures in drawn.items()
       if path in paths
     ),
-    "<h2>The command</h2>",
+    "<h2>How it was made</h2>",
+    f"<pre>{page.escape(command)}</pre>" if command else "",
     page.facts(facts),
-    f"<pre>{page.escape(' '.join(['python', *sys.argv]))}</pre>",
   ]
   text = page.document(f"{names} explained", body)
   return files.write_atomically(out / "explain.html", text.encode())
@@ -442,7 +448,9 @@ def main(argv: Sequence[str] | None = None) -> None:
       class_names=args.class_names,
     )
   settings.check_images(len(subject.labels))
-  path = explain(subject, settings, args.out)
+  words = sys.argv[1:] if argv is None else argv
+  command = shlex.join(["python", "-m", "atat_jax.explain", *words])
+  path = explain(subject, settings, args.out, command=command)
   sys.stdout.write(
     f"arrays:  {args.out}\nfigures: {args.out / 'figures'}\npage:    {path}\n"
   )

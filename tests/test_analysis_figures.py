@@ -1,11 +1,19 @@
 """Figures of landscapes, curvature and sweeps: pictures of the numbers given."""
 
+import json
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from atat_jax.errors import UserError
-from atat_jax.figures import attack_steps, curvature, loss_landscape, style
+from atat_jax.figures import (
+  attack_steps,
+  curvature,
+  files,
+  loss_landscape,
+  style,
+)
 
 NETWORKS = ("standard", "atat")
 
@@ -20,7 +28,8 @@ def steps_arrays():
     "steps": steps,
     "standard_accuracy": 0.9 * 0.5**steps,
     "atat_accuracy": np.full(101, 0.6),
-    "atat_autoattack": np.array(0.5),
+    "epsilon": np.array(8 / 255),
+    "norm": np.array("linf"),
   }
 
 
@@ -132,22 +141,63 @@ def test_damaged_files_are_named(tmp_path, name):
     draw(path, tmp_path)
 
 
+def autoattack_row(**changes):
+  row = {
+    "model": "atat",
+    "attack": "autoattack",
+    "norm": "linf",
+    "epsilon": 8 / 255,
+    "batch_norm": "running",
+    "num_examples": 100,
+    "accuracy": 0.5,
+  }
+  return row | changes
+
+
+def write_rows(directory, *rows):
+  results = {"format": 1, "rows": rows}
+  (directory / "results.json").write_text(json.dumps(results))
+
+
 def test_lines_lie_at_the_accuracies(tmp_path):
   path = tmp_path / "attack_steps.npz"
-  arrays = steps_arrays()
-  np.savez(path, **arrays)
-  array = pixels(attack_steps.draw(path, tmp_path)[0])
-  marked = (array[..., 0] - array[..., 2] > 50).sum(axis=1)
-  # The long rows of vermilion: the line at 60 % and AutoAttack's at 50 %.
-  rows = np.flatnonzero(marked > 150)
-  lines = np.split(rows, np.flatnonzero(np.diff(rows) > 5) + 1)
-  assert len(lines) == 2
-  without = {k: v for k, v in arrays.items() if k != "atat_autoattack"}
-  np.savez(path, **without)
-  array = pixels(attack_steps.draw(path, tmp_path)[0])
-  marked = (array[..., 0] - array[..., 2] > 50).sum(axis=1)
-  rows = np.flatnonzero(marked > 150)
-  assert rows.max() - rows.min() < 5
+  np.savez(path, **steps_arrays())
+
+  def long_rows():
+    array = pixels(attack_steps.draw(path, tmp_path)[0])
+    marked = (array[..., 0] - array[..., 2] > 50).sum(axis=1)
+    rows = np.flatnonzero(marked > 150)
+    return len(np.split(rows, np.flatnonzero(np.diff(rows) > 5) + 1))
+
+  assert long_rows() == 1  # of vermilion: the line at 60 %
+  write_rows(tmp_path, autoattack_row())
+  assert long_rows() == 2  # and AutoAttack's at 50 %
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [
+    {"epsilon": 16 / 255},
+    {"norm": "l2"},
+    {"batch_norm": "batch"},
+    {"attack": "pgd20"},
+  ],
+)
+def test_only_the_same_question_has_autoattacks_answer(tmp_path, changes):
+  write_rows(tmp_path, autoattack_row(**changes))
+  assert files.read_autoattack(tmp_path, 8 / 255, "linf") == {}
+
+
+def test_of_many_rows_the_one_of_most_images_counts(tmp_path):
+  write_rows(
+    tmp_path,
+    autoattack_row(num_examples=10, accuracy=0.1),
+    autoattack_row(accuracy=0.4, attack="autoattack-fast"),
+    autoattack_row(accuracy=0.3),
+  )
+  found = files.read_autoattack(tmp_path, 8 / 255, "linf")
+  assert found["atat"]["accuracy"] == 0.3
+  assert files.read_autoattack(tmp_path / "nothing", 8 / 255, "linf") == {}
 
 
 def test_what_is_left_in_the_largest_ball_is_said(tmp_path, monkeypatch):

@@ -75,30 +75,28 @@ def _plural(number: int, what: str) -> str:
   return f"{number:,} {what}" + ("" if number == 1 else "s")
 
 
-def _attention(data: files.Arrays) -> Finding:
-  names, labels = _names(data), data["labels"]
-  kinds = [str(kind) for kind in data["kinds"]]
+def _attention(arrays: files.Arrays) -> Finding:
+  data = files.read_attention(arrays.path)
+  assert data is not None  # it has just been read
+  names, kinds, labels = data.networks, data.kinds, data.labels
   right = {
-    name: [data[f"{name}_{kind}_prediction"] == labels for kind in kinds]
+    name: [data.views[name, kind].predictions == labels for kind in kinds]
     for name in names
   }
-  count = len(labels)
-  rounds = "rounds" in data
-  if rounds:
-    steps = [int(kind.removeprefix("round")) for kind in kinds[1:]]
-    when = f"on clean images and after {_list([str(k) for k in steps])} rounds"
+  if kinds[-1].startswith("round"):
     heading = "Attention as an attack goes on"
+    rounds = _list([kind.removeprefix("round") for kind in kinds[1:]])
+    when = f"on clean images and after {rounds} rounds"
   else:
-    when = "on clean and on attacked images"
     heading = "Attention"
+    when = "on clean and on attacked images"
+  counts = [
+    f"{name} classifies {_list([str(int(r.sum())) for r in right[name]])}"
+    " correctly"
+    for name in names
+  ]
   sentence = (
-    f"Of {_plural(count, 'image')}, "
-    + "; ".join(
-      f"{name} classifies {_list([str(int(r.sum())) for r in right[name]])}"
-      " correctly"
-      for name in names
-    )
-    + f" ({when})."
+    f"Of {_plural(len(labels), 'image')}, {'; '.join(counts)} ({when})."
   )
   first = right[names[0]][-1]
   for name in names[1:]:
@@ -108,12 +106,12 @@ def _attention(data: files.Arrays) -> Finding:
       f" images on which {names[0]} is wrong."
     )
   caption = (
-    f"Where the networks look for the true class: Grad-CAM at {data['layer']},"
-    " over what they saw, in grey. A network's maps of one image share a scale,"
-    " so a map that pales has lost attention; + marks the centre of mass. ✓:"
+    f"Where the networks look for the true class: Grad-CAM at {data.layer}, over"
+    " what they saw, in grey. A network's maps of one image share a scale, so a"
+    " map that pales has lost attention; + marks the centre of mass. ✓:"
     " predicted correctly; ✗ and a dashed frame: wrongly; green and a full"
     f" frame: correctly where {names[0]} is wrong. The percentage is the"
-    f" probability of the predicted class. {data['protocol']}."
+    f" probability of the predicted class. {data.protocol}."
   )
   return Finding(heading, sentence, caption)
 

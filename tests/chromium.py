@@ -12,6 +12,7 @@ import pathlib
 import select
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -31,6 +32,14 @@ _FLAGS = (
   "--no-first-run",
   "--remote-debugging-pipe",
 )
+# The browser reads from descriptor 3 and writes to 4.
+_LAUNCH = """
+import fcntl, os, sys
+ends = [fcntl.fcntl(int(end), fcntl.F_DUPFD, 10) for end in sys.argv[1:3]]
+os.dup2(ends[0], 3)
+os.dup2(ends[1], 4)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 _PATIENCE = 60  # seconds; a busy machine starts a browser slowly
 
 
@@ -155,12 +164,13 @@ def tab(profile: pathlib.Path) -> Iterator[Tab]:
   assert browser is not None
   read_here, write_there = os.pipe()
   read_there, write_here = os.pipe()
-  # The browser reads from descriptor 3 and writes to 4.
   process = subprocess.Popen(
     [
-      "sh",
+      sys.executable,
       "-c",
-      f'exec "$0" "$@" 3<&{read_there} 4>&{write_there}',
+      _LAUNCH,
+      str(read_there),
+      str(write_there),
       browser,
       *_FLAGS,
       f"--user-data-dir={profile}",

@@ -4,6 +4,12 @@ import json
 
 import numpy as np
 import pytest
+from analysis_files import (
+  curvature_arrays,
+  epsilons_arrays,
+  landscape_arrays,
+  steps_arrays,
+)
 from PIL import Image
 
 from atat_jax.errors import UserError
@@ -14,75 +20,6 @@ from atat_jax.figures import (
   loss_landscape,
   style,
 )
-
-NETWORKS = ("standard", "atat")
-
-
-def steps_arrays():
-  steps = np.arange(101)
-  return {
-    "networks": np.array(NETWORKS),
-    "protocol": np.array("PGD, linf"),
-    "num_examples": np.array(360),
-    "chance": np.array(0.1),
-    "steps": steps,
-    "standard_accuracy": 0.9 * 0.5**steps,
-    "atat_accuracy": np.full(101, 0.6),
-    "epsilon": np.array(8 / 255),
-    "norm": np.array("linf"),
-  }
-
-
-def epsilons_arrays(epsilons=(0.0, 8 / 255, 16 / 255, 1.0)):
-  return {
-    "networks": np.array(NETWORKS),
-    "protocol": np.array("PGD, linf"),
-    "norm": np.array("linf"),
-    "num_examples": np.array(360),
-    "chance": np.array(0.1),
-    "epsilons": np.array(epsilons),
-    "standard_accuracy": np.array([0.9, 0.1, 0.0, 0.0]),
-    "standard_worst_case": np.array([0.9, 0.1, 0.0, 0.0]),
-    "atat_accuracy": np.array([0.8, 0.5, 0.2, 0.1]),
-    "atat_worst_case": np.array([0.8, 0.5, 0.2, 0.1]),
-  }
-
-
-def curvature_arrays():
-  generator = np.random.default_rng(0)
-  arrays = {
-    "networks": np.array(NETWORKS),
-    "protocol": np.array("power iteration"),
-    "num_examples": np.array(200),
-    "tolerance": np.array(0.05),
-  }
-  for name, scale in zip(NETWORKS, (10.0, 0.1), strict=True):
-    values = scale * generator.lognormal(size=200)
-    values[:5], values[5:8] = -values[:5], 0.0
-    arrays |= {
-      f"{name}_eigenvalue": values,
-      f"{name}_residual": np.full(200, 0.01),
-      f"{name}_mean": values.mean(),
-      f"{name}_interval": values.mean() * np.array([0.8, 1.2]),
-    }
-  return arrays
-
-
-def landscape_arrays(networks=NETWORKS):
-  coefficients = np.linspace(-0.2, 0.2, 9, dtype=np.float32)
-  a, _ = np.meshgrid(coefficients, coefficients, indexing="ij")
-  arrays = {
-    "networks": np.array(networks),
-    "protocol": np.array("cross-entropy at x + a sign(gradient)"),
-    "labels": np.array([3, 5]),
-    "indices": np.array([1450, 7558]),
-    "coefficients": coefficients,
-  }
-  for name in networks:
-    steep = 20 if name == "standard" else 0.1
-    arrays[f"{name}_loss"] = np.stack([steep * (a + 0.2)] * 2)
-    arrays[f"{name}_margin"] = np.stack([a - 0.1, a - 1])
-  return arrays
 
 
 def pixels(path):

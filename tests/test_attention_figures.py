@@ -3,12 +3,12 @@
 import jax
 import numpy as np
 import pytest
+from analysis_files import maps, shifts
 from PIL import Image
 
 from atat_jax import evaluation, models
 from atat_jax.data.photographs import read_photograph
 from atat_jax.errors import UserError
-from atat_jax.evaluation.attention_shift import summarize
 from atat_jax.evaluation.map_distances import DISTANCES
 from atat_jax.figures import attention, attention_shift, style
 
@@ -32,26 +32,6 @@ def save(path, arrays):
 
 
 # --- Maps --------------------------------------------------------------------
-
-
-def maps(networks, kinds, n=2, size=8, channels=3):
-  generator = np.random.default_rng(0)
-  images = generator.uniform(size=(n, size, size, channels))
-  arrays = {
-    "networks": np.array(networks),
-    "kinds": np.array(kinds),
-    "images": images.astype(np.float32),
-    "labels": np.arange(n, dtype=np.int32),
-    "layer": "features",
-    "protocol": "PGD",
-  }
-  for network in networks:
-    for kind in kinds:
-      arrays[f"{network}_{kind}"] = arrays["images"]
-      arrays[f"{network}_{kind}_map"] = generator.uniform(size=(n, 4, 4))
-      arrays[f"{network}_{kind}_prediction"] = arrays["labels"]
-      arrays[f"{network}_{kind}_probability"] = np.full(n, 0.75)
-  return arrays
 
 
 ROUNDS = ("clean", "round2", "round8", "round16")
@@ -151,31 +131,6 @@ def test_kinds_in_words():
 
 
 # --- Shift -------------------------------------------------------------------
-
-
-def shifts(fooled_share, num_classes=3, n=60, rounds=(0, 2, 8)):
-  """Statistics of made-up distances: larger for images that are fooled."""
-  generator = np.random.default_rng(1)
-  labels = np.arange(n) % num_classes
-  arrays = {
-    "networks": np.array(list(fooled_share)),
-    "distances": np.array(list(DISTANCES)),
-    "rounds": np.array(rounds),
-    "labels": labels,
-    "layer": "features",
-    "protocol": "PGD, 8 steps",
-    "confidence": "95 %",
-  }
-  for name, share in fooled_share.items():
-    fooled = np.zeros((len(rounds) + 1, n), bool)
-    for k in range(1, len(rounds)):
-      fooled[k + 1, : int(share * n * k / (len(rounds) - 1))] = True
-    noise = generator.uniform(0, 0.1, fooled.shape)
-    looks = {d: (noise + 0.2 * fooled).astype(np.float32) for d in DISTANCES}
-    looks["prediction"] = np.where(fooled, labels + 1, labels)
-    for what, value in summarize(looks, labels, num_classes).items():
-      arrays[f"{name}_{what}"] = value
-  return arrays
 
 
 def draw_shift(tmp_path, arrays):

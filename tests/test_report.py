@@ -5,6 +5,8 @@ import io
 import json
 import re
 
+import analysis_files
+import chromium
 import numpy as np
 import pytest
 from html_page import Page
@@ -87,22 +89,37 @@ def save(workdir, results):
 
 
 def add_pictures(workdir):
+  """All that a run can leave behind, with names that must be escaped."""
   line = {"split": "train", "step": 1, "epoch": 1.0, "learning_rate": 0.1}
   (workdir / "metrics.jsonl").write_text(json.dumps(line))
-  images = np.random.default_rng(0).uniform(size=(3, 8, 8, 1))
-  arrays = {
-    "images": images.astype(np.float32),
-    "labels": np.zeros(3, np.int32),
-    "class_names": np.array(["<b>zero</b>"]),
-    "layer": "group<3>",
-    "protocol": "pgd20 with <running> statistics",
-    "teacher_adversarial": images.astype(np.float32),
-  }
-  for kind in ("clean", "adversarial"):
-    arrays[f"teacher_{kind}_map"] = np.ones((3, 2, 2), np.float32)
-    arrays[f"teacher_{kind}_prediction"] = np.zeros(3, np.int32)
-    arrays[f"teacher_{kind}_probability"] = np.ones(3, np.float32)
-  np.savez(workdir / "attention.npz", **arrays)
+  names = ["standard", "atat"]
+  maps = analysis_files.maps(names, ["clean", "adversarial"])
+  maps["class_names"] = np.array(["<b>zero</b>", "one"])
+  maps["layer"] = "group<3>"
+  maps["protocol"] = "pgd20 with <running> statistics"
+  landscape = analysis_files.landscape_arrays()
+  landscape["labels"] = landscape["labels"][:1]
+  for stem, arrays in (
+    ("attention", maps),
+    ("attention_rounds", analysis_files.maps(names, ["clean", "round2"])),
+    ("attention_shift", analysis_files.shifts({"standard": 0.9, "atat": 0.0})),
+    ("loss_landscape", landscape),
+    ("curvature", analysis_files.curvature_arrays()),
+    ("attack_steps", analysis_files.steps_arrays()),
+    ("attack_epsilons", analysis_files.epsilons_arrays()),
+  ):
+    np.savez(workdir / f"{stem}.npz", **arrays)
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory):
+  """The page of a run that has everything."""
+  workdir = tmp_path_factory.mktemp("full")
+  results = make_results()
+  results["run"]["command"] = "curl https://example.org/<x>"
+  save(workdir, results)
+  add_pictures(workdir)
+  return report.write_report(workdir)
 
 
 def test_missing_results_name_the_command(tmp_path):
@@ -133,16 +150,20 @@ def test_page_shows_the_numbers_given(tmp_path):
   assert "+6.4" in text  # 77.78 - 71.38
 
 
-def test_page_holds_everything_there_is_to_say(tmp_path):
-  save(tmp_path, make_results())
-  add_pictures(tmp_path)
-  page = Page(report.write_report(tmp_path))
+def test_page_holds_everything_there_is_to_say(full):
+  page = Page(full)
   assert page.headings == [
-    "Results",
     "Protocol",
+    "Results",
     "Diagnostics",
     "Training",
+    "Accuracy against the attack's steps",
+    "Accuracy against epsilon",
     "Attention",
+    "Attention as an attack goes on",
+    "Attention shift",
+    "Loss landscape",
+    "Curvature of the loss",
     "The run",
   ]
   for text in (
@@ -156,28 +177,38 @@ def test_page_holds_everything_there_is_to_say(tmp_path):
     "not measured: zero gradients.",
     "Grad-CAM at group<3>",
     "pgd20 with <running> statistics",
-    "git checkout 0123abcd\npython main.py --config=configs/digits.py",
+    "git checkout 0123abcd\ncurl https://example.org/<x>",
     "jax 0.10.2",
     "student: best, step 2,000",
     '"depth": 14',
   ):
     assert text in page.text
-  pictures = [attrs["src"] for tag, attrs in page.tags if tag == "img"]
-  assert len(pictures) == 3  # bars, learning rate, attention
-  for picture in pictures:
-    prefix, content = picture.split(",")
-    assert prefix == "data:image/png;base64"
-    with Image.open(io.BytesIO(base64.b64decode(content))) as image:
-      assert image.format == "PNG" and min(image.size) > 300
+  # Every picture that was drawn is on the page, whole.
+  drawn = {
+    base64.b64encode(path.read_bytes()).decode()
+    for path in (full.parent / "figures").glob("*.png")
+  }
+  shown = [attrs["src"] for tag, attrs in page.tags if tag == "img"]
+  assert {src.removeprefix("data:image/png;base64,") for src in shown} == drawn
+  assert len(shown) == len(drawn) >= 11
+  for src in shown:
+    with Image.open(io.BytesIO(base64.b64decode(src.split(",")[1]))) as image:
+      assert image.format == "PNG" and min(image.size) > 200
 
 
-def test_page_asks_for_nothing(tmp_path):
-  results = make_results()
-  results["run"]["command"] = "curl https://example.org/<x>"
-  save(tmp_path, results)
-  add_pictures(tmp_path)
-  page = Page(report.write_report(tmp_path))
-  page.assert_asks_for_nothing()
+def test_page_asks_for_nothing(full):
+  Page(full).assert_asks_for_nothing()
+
+
+def test_every_picture_has_its_sentence_and_its_protocol(full):
+  source = full.read_text()
+  parts = source.split("<h2>")[5:-1]  # behind the training
+  assert len(parts) == 7
+  for part in parts:
+    sentence = re.search(r"</h2>\n<p>(.+)</p>", part)[1]
+    caption = re.search(r"<figcaption>(.+)</figcaption>", part, re.S)[1]
+    assert any(digit in sentence for digit in "0123456789"), part[:200]
+    assert any(word in caption for word in ("PGD", "pgd20", "iteration", "x +"))
 
 
 def test_everything_is_escaped(tmp_path):
@@ -216,7 +247,7 @@ def test_parts_without_inputs_are_left_out(tmp_path):
   save(tmp_path, results)
   (tmp_path / "config.json").write_text('{"method": "standard"}')
   page = Page(report.write_report(tmp_path))
-  assert page.headings == ["Results", "Protocol", "The run"]
+  assert page.headings == ["Protocol", "Results", "The run"]
   assert "STANDARD on digits" in page.text
   assert '"method": "standard"' in page.text
   assert "overstate" not in page.text and "student" not in page.text
@@ -314,3 +345,83 @@ def test_terminal_table():
   assert "can overstate robustness" in protocol
   running = {k: v for k, v in accuracies.items() if k[1] == "running"}
   assert "overstate" not in report.results_table(make_results(running))
+
+
+# --- In a browser ------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tab(tmp_path_factory):
+  if chromium.find() is None:
+    pytest.skip("no Chromium on the path: nobody has looked at the page")
+  with chromium.tab(tmp_path_factory.mktemp("profile")) as found:
+    yield found
+
+
+def pixels(content):
+  with Image.open(io.BytesIO(content)) as image:
+    return np.asarray(image.convert("RGB")).astype(int)
+
+
+WIDER_THAN_THE_PAGE = """
+  [...document.querySelectorAll("body *")]
+    .filter(x => !x.closest(".scroll"))
+    .filter(x => x.getBoundingClientRect().right > innerWidth + 1)
+    .map(x => x.outerHTML.slice(0, 80))
+"""
+
+
+def test_a_browser_shows_the_page_and_asks_for_nothing(full, tab):
+  tab.resize(1200, 900)
+  url = tab.open(full)
+  sizes = tab.evaluate(
+    "[...document.images].map(x => [x.naturalWidth, x.clientWidth])"
+  )
+  assert len(sizes) >= 11 and min(map(min, sizes)) > 200
+  assert tab.complaints == []
+  assert url in tab.requests
+  elsewhere = [x for x in tab.requests if x != url and x[:5] != "data:"]
+  assert elsewhere == []
+  assert pixels(tab.screenshot()).std() > 10
+
+
+def test_what_the_browser_notes_is_noted(tmp_path, tab):
+  """Or the test above would pass for any page."""
+  path = tmp_path / "page.html"
+  path.write_text(
+    "<img src='missing.png'><script>console.log('a'); nothing()</script>"
+  )
+  seen = len(tab.requests), len(tab.complaints)
+  tab.open(path)
+  assert any(x.endswith("missing.png") for x in tab.requests[seen[0] :])
+  found = " ".join(tab.complaints[seen[1] :])
+  assert '"a"' in found and "nothing is not defined" in found
+
+
+@pytest.mark.parametrize("width", [320, 400, 1200])
+def test_nothing_is_wider_than_the_window(full, tab, width):
+  tab.open(full)
+  tab.resize(width, 900)
+  page = "document.documentElement"
+  assert tab.evaluate(f"{page}.scrollWidth") <= width
+  assert tab.evaluate(WIDER_THAN_THE_PAGE) == []
+
+
+def test_dark_where_dark_is_wanted(full, tab):
+  tab.open(full)
+  tab.resize(400, 900)
+  found = {}
+  for scheme in ("light", "dark"):
+    tab.set_scheme(scheme)
+    found[scheme] = np.median(pixels(tab.screenshot()))
+  assert found["dark"] < 60 and found["light"] > 230
+
+
+def test_printed(full, tab):
+  """Light whatever the screen is, with every picture and the configuration."""
+  tab.open(full)
+  tab.set_scheme("dark")
+  content = tab.pdf()
+  assert content.startswith(b"%PDF-")
+  assert 3 <= len(re.findall(rb"/Type\s*/Page\b", content)) <= 20
+  assert len(re.findall(rb"/Subtype\s*/Image", content)) >= 11

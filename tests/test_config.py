@@ -288,6 +288,17 @@ BAD = [
   ("evaluation__num_examples", -1, ["evaluation.num_examples"]),
   ("figures__attack", "x", ["attack", "pgd<steps>"]),
   ("figures__num_images", 0, ["figures.num_images"]),
+  ("figures__analyses", "maps", ["figures.analyses", "maps", "landscape"]),
+  ("figures__analyses", "steps,steps", ["figures.analyses", "once"]),
+  ("figures__rounds", (8, 2), ["figures.rounds", "increasing"]),
+  ("figures__rounds", (), ["figures.rounds", "above 0"]),
+  ("figures__num_followed", 0, ["figures.num_followed"]),
+  ("figures__num_examples", 0, ["figures.num_examples"]),
+  ("figures__num_points", 4, ["figures.num_points", "odd"]),
+  ("figures__num_steps", 0, ["figures.num_steps"]),
+  ("figures__indices", (-1,), ["figures.indices"]),
+  ("figures__epsilons", (0.2, 0.1), ["figures.epsilons", "increasing"]),
+  ("figures__epsilons", (2.0,), ["figures.epsilons", "at most 1"]),
 ]
 
 

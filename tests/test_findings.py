@@ -34,7 +34,7 @@ def test_no_file_and_no_picture_are_no_section(tmp_path):
   np.savez(path, **analysis_files.curvature_arrays())
   assert findings.section(path, []) == ""
   path.write_bytes(b"no archive")
-  with pytest.raises(UserError, match="curvature.npz cannot be read"):
+  with pytest.raises(UserError, match=r"curvature\.npz cannot be read"):
     findings.section(path, [tmp_path / "a.png"])
 
 

@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 import tiny
 
-from atat_jax import checkpoints, evaluate, evaluation, report, steps
+from atat_jax import (
+  analyses,
+  checkpoints,
+  evaluate,
+  evaluation,
+  report,
+  steps,
+)
 from atat_jax.errors import UserError
 from atat_jax.interrupts import Interrupted
 
@@ -226,7 +233,8 @@ class Page(html.parser.HTMLParser):
 def test_the_report_shows_the_numbers(finished):
   page = Page(finished.workdir / "report.html")
   assert page.foreign == []
-  assert page.pictures == len(names(finished.workdir / "figures"))
+  drawn = list((finished.workdir / "figures").glob("*.png"))
+  assert page.pictures == len(drawn)
   for row in finished.results["rows"]:
     assert f"{100 * row['accuracy']:.2f}" in page.text
   assert f"{tiny.NUM_TEST} digits test images" in page.text
@@ -591,6 +599,41 @@ def test_damaged_attention_maps_are_made_again(finished, tmp_path):
   else:
     with np.load(path) as found:
       assert found["images"].shape == (2, 8, 8, 1)
+
+
+def test_a_landscape_around_an_image_that_is_not_there(finished):
+  made = tiny.config(figures__analyses="landscape", figures__indices=(0, 360))
+  before = tiny.snapshot(finished.workdir)
+  with pytest.raises(UserError, match=r"figures\.indices: 360.*0 to 359"):
+    tiny.run(finished.workdir, "evaluate", made)
+  assert tiny.snapshot(finished.workdir) == before | {
+    "config.json": tiny.snapshot(finished.workdir)["config.json"]
+  }
+
+
+@pytest.mark.slow
+def test_every_analysis_of_a_run_is_on_its_page(finished, tmp_path):
+  workdir = finished.copy(tmp_path / "run")
+  made = tiny.config(
+    figures__analyses=",".join(analyses.ANALYSES),
+    figures__num_examples=20,
+    figures__num_points=3,
+    figures__num_steps=3,
+    figures__rounds=(1, 2),
+  )
+  tiny.run(workdir, "run", made)
+  for analysis in analyses.ANALYSES.values():
+    with np.load(workdir / f"{analysis.stem}.npz") as arrays:
+      assert list(arrays["networks"]) == ["teacher", "student"]
+    assert list((workdir / "figures").glob(f"{analysis.stem}*.png"))
+  page = Page(workdir / "report.html")
+  drawn = list((workdir / "figures").glob("*.png"))
+  assert page.pictures == len(drawn)
+  before = tiny.snapshot(workdir)
+  tiny.run(workdir, "run", made)
+  after = tiny.snapshot(workdir)
+  after["config.json"] = before["config.json"]  # written again, the same
+  assert after == before
 
 
 def test_a_batch_larger_than_the_data_is_told_before_training(tmp_path):

@@ -72,7 +72,8 @@ class Settings:
     for name in self.analyses:
       checks.choice("analyses", name, ANALYSES)
     if len(set(self.analyses)) < len(self.analyses):
-      raise UserError(f"analyses: {self.analyses}; allowed: each name once")
+      names = ",".join(self.analyses)
+      raise UserError(f"analyses: {names!r}; allowed: each name once")
     for field in (
       "num_images",
       "num_followed",

@@ -298,7 +298,6 @@ BAD = [
   ("figures__num_steps", 0, ["figures.num_steps"]),
   ("figures__indices", (-1,), ["figures.indices"]),
   ("figures__epsilons", (0.2, 0.1), ["figures.epsilons", "increasing"]),
-  ("figures__epsilons", (2.0,), ["figures.epsilons", "at most 1"]),
 ]
 
 

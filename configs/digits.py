@@ -66,7 +66,8 @@ def get_config(choice: str = "atat") -> ConfigDict:
     analyses="attention,shift,landscape,steps",
     num_images=6,
     indices=(0, 1),
-    num_examples=120,
+    num_examples=100,
+    num_steps=50,
   )
   if config.method == "standard":  # trained as a teacher is
     config.train.update(config.teacher)

@@ -11,7 +11,7 @@ import tiny
 from html_page import Page
 from PIL import Image
 
-from atat_jax import analyses, checkpoints, config, evaluation, explain
+from atat_jax import analyses, checkpoints, config, evaluation, explain, models
 from atat_jax import state as train_state
 from atat_jax.errors import UserError
 from atat_jax.optim import make_optimizer
@@ -327,7 +327,8 @@ def test_photographs(tmp_path, data_folder):
   torch_zoo = pytest.importorskip("torch_zoo")
   path = tmp_path / "resnet18.pth"
   torch.manual_seed(0)
-  torch.save(torch_zoo.ResNet18().state_dict(), path)
+  network = torch_zoo.ResNet(models.create("resnet18"))
+  torch.save(network.state_dict(), path)
   photographs = [
     str(data_folder / "photos" / f"{name}.jpg")
     for name in ("cat_chelsea", "coffee_cup")

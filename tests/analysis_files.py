@@ -16,10 +16,10 @@ def steps_arrays():
     "num_examples": np.array(360),
     "chance": np.array(0.1),
     "steps": steps,
-    "standard_clean": np.array(0.95),
-    "atat_clean": np.array(0.85),
     "standard_accuracy": 0.9 * 0.5**steps,
     "atat_accuracy": np.full(101, 0.6),
+    "standard_clean": np.array(0.95),
+    "atat_clean": np.array(0.85),
     "epsilon": np.array(8 / 255),
     "norm": np.array("linf"),
   }

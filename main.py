@@ -58,17 +58,10 @@ def main(argv: Sequence[str]) -> None:
   del argv
   # After the flags: a typo is told before JAX has started.
   from atat_jax import pipeline, runtime
-  from atat_jax.errors import UserError
-  from atat_jax.interrupts import Interrupted
 
   runtime.set_up(distributed=_DISTRIBUTED.value)
-  try:
+  with runtime.plain_exits():
     pipeline.run(_MODE.value, _CONFIG.value, pathlib.Path(str(_WORKDIR.value)))
-  except UserError as error:
-    sys.exit(f"error: {error}")
-  except Interrupted as error:
-    sys.stderr.write(f"\n{error}\n")
-    sys.exit(128 + error.signum)
 
 
 if __name__ == "__main__":

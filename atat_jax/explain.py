@@ -42,7 +42,6 @@ from atat_jax.data.photographs import read_photograph
 from atat_jax.errors import UserError
 from atat_jax.evaluation.networks import Networks
 from atat_jax.figures import files
-from atat_jax.interrupts import Interrupted
 
 # Photographs are few: nothing is averaged over them unless it is asked for.
 _OF_FEW = "attention,rounds,landscape"
@@ -458,10 +457,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 if __name__ == "__main__":
   runtime.set_up(distributed=False)
-  try:
+  with runtime.plain_exits():
     main()
-  except UserError as error:
-    sys.exit(f"error: {error}")
-  except Interrupted as error:
-    sys.stderr.write(f"\n{error}\n")
-    sys.exit(128 + error.signum)

@@ -1,12 +1,28 @@
 """What a process needs before any work: log, signals, cache, other processes."""
 
+import contextlib
 import logging
 import signal
+import sys
+from collections.abc import Iterator
 
 import jax
 from absl import logging as absl_logging
 
 from atat_jax import compilation, interrupts
+from atat_jax.errors import UserError
+
+
+@contextlib.contextmanager
+def plain_exits() -> Iterator[None]:
+  """Bad input ends the process with one line, a stop with the signal's status."""
+  try:
+    yield
+  except UserError as error:
+    sys.exit(f"error: {error}")
+  except interrupts.Interrupted as error:
+    sys.stderr.write(f"\n{error}\n")
+    sys.exit(128 + error.signum)
 
 
 def set_up(*, distributed: bool) -> None:

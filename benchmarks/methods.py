@@ -32,7 +32,6 @@ from atat_jax.comparison import METHODS
 from atat_jax.config import as_json, make_plan
 from atat_jax.errors import UserError
 from atat_jax.figures import files
-from atat_jax.interrupts import Interrupted
 from atat_jax.writers import write_json
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -270,10 +269,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 if __name__ == "__main__":
   runtime.set_up(distributed=False)
-  try:
+  with runtime.plain_exits():
     main()
-  except UserError as error:
-    sys.exit(f"error: {error}")
-  except Interrupted as error:
-    sys.stderr.write(f"\n{error}\n")
-    sys.exit(128 + error.signum)

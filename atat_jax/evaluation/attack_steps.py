@@ -13,9 +13,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from atat_jax import checks, compilation, losses, rng, sharding
-from atat_jax.attacks import base, norms, projected_gradient
+from atat_jax.attacks import base, norms
 from atat_jax.data import batches
 from atat_jax.errors import UserError
+from atat_jax.evaluation import iterates
 from atat_jax.evaluation.audit import growing
 from atat_jax.evaluation.networks import Networks, classifiers
 from atat_jax.typing import Array, Classifier
@@ -35,31 +36,22 @@ def _watched(
 ) -> Array:
   """Who is right at each iterate of PGD, bool [num_steps + 1, B]."""
 
-  def logits_fn(
-    state: tuple[Array, Array], images_adv: Array
-  ) -> tuple[Array, tuple[Array, Array]]:
-    step, correct = state
-    logits = classifier(images_adv)
-    correct = correct.at[step].set(logits.argmax(-1) == labels)
-    return logits, (step + 1, correct)
+  def keep(correct: Array, step: Array, _: Array, logits: Array) -> Array:
+    return correct.at[step].set(logits.argmax(-1) == labels)
 
-  nothing = jnp.zeros((num_steps + 1, images.shape[0]), bool)
-  last, state = projected_gradient.ascend(
-    logits_fn,
-    (jnp.zeros((), jnp.int32), nothing),
-    projected_gradient.random_start(
-      rng.stream(key, "start", 0), images, epsilon=epsilon, norm=norm
-    ),
+  return iterates.watch(
+    key,
+    classifier,
     images,
     labels,
+    jnp.zeros((num_steps + 1, images.shape[0]), bool),
+    keep,
     epsilon=epsilon,
     step_size=step_size,
     num_steps=num_steps,
     norm=norm,
     loss=loss,
   )
-  _, (_, correct) = logits_fn(state, last)
-  return correct
 
 
 def _clean(classifier: Classifier, images: Array, labels: Array) -> Array:
@@ -133,13 +125,11 @@ def _prepare(
   labels: Array | np.ndarray,
   *,
   num_steps: int,
-  norm: str,
   loss: str,
   batch_size: int,
   mesh: Mesh | None,
 ) -> tuple[dict[str, Classifier], _Data, dict[str, np.ndarray]]:
   """Checks; classifiers on the devices, the data, what both sweeps return."""
-  checks.choice("norm", norm, norms.NORMS)
   checks.choice("loss", loss, losses.ATTACK_LOSSES)
   for name, value in (("num_steps", num_steps), ("batch_size", batch_size)):
     checks.positive(name, value, integer=True)
@@ -213,7 +203,6 @@ def attack_steps(
     images,
     labels,
     num_steps=num_steps,
-    norm=norm,
     loss=loss,
     batch_size=batch_size,
     mesh=mesh,
@@ -318,7 +307,6 @@ def attack_epsilons(
     images,
     labels,
     num_steps=num_steps,
-    norm=norm,
     loss=loss,
     batch_size=batch_size,
     mesh=mesh,

@@ -1,6 +1,6 @@
-"""The images that one attack passes through, at some of its rounds."""
+"""One attack that is watched: its images at every step, or at some rounds."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +9,7 @@ from jax import lax
 from atat_jax import checks, losses, rng
 from atat_jax.attacks import norms, projected_gradient
 from atat_jax.errors import UserError
-from atat_jax.typing import Array, Classifier, Scalar
+from atat_jax.typing import Array, Classifier, PyTree, Scalar
 
 
 def check_settings(
@@ -65,6 +65,77 @@ def describe(
   )
 
 
+def watch(
+  key: Array,
+  classifier: Classifier,
+  images: Array,
+  labels: Array,
+  kept: PyTree,
+  keep: Callable[[PyTree, Array, Array, Array], PyTree],
+  *,
+  epsilon: Scalar,
+  step_size: Scalar,
+  num_steps: Array | int,
+  norm: str,
+  loss: str,
+  random_start: Array | bool = True,
+) -> PyTree:
+  """Runs PGD and keeps something of every iterate, the start and the last too.
+
+  For use inside jit. The iterate after k steps is what `attacks.pgd` with the
+  same key and num_steps=k returns.
+
+  Args:
+    key: Random key of the start.
+    classifier: Callable from images to logits.
+    images: [B, H, W, C] in [0, 1].
+    labels: int32 [B].
+    kept: What is kept before the first.
+    keep: (kept, number of steps made, iterate, its logits) to kept.
+    epsilon: Radius.
+    step_size: Length of a step.
+    num_steps: Of the attack.
+    norm: One of `norms.NORMS`.
+    loss: One of `losses.ATTACK_LOSSES`.
+    random_start: Whether the start is a random point of the ball; otherwise it
+      is the clean image.
+
+  Returns:
+    What is kept in the end.
+  """
+
+  def logits_fn(
+    state: tuple[Array, PyTree], images_adv: Array
+  ) -> tuple[Array, tuple[Array, PyTree]]:
+    step, kept = state
+    logits = classifier(images_adv)
+    return logits, (step + 1, keep(kept, step, images_adv, logits))
+
+  start = lax.cond(
+    random_start,
+    lambda: projected_gradient.random_start(
+      rng.stream(key, "start", 0), images, epsilon=epsilon, norm=norm
+    ),
+    lambda: images,
+  )
+  last, state = projected_gradient.ascend(
+    logits_fn,
+    (jnp.zeros((), jnp.int32), kept),
+    start,
+    images,
+    labels,
+    epsilon=epsilon,
+    step_size=step_size,
+    num_steps=num_steps,
+    norm=norm,
+    loss=loss,
+  )
+  # The loop ends with a step: the pass over the last iterate comes here. Where
+  # its logits are not asked for, the compiler leaves it out.
+  _, (_, kept) = logits_fn(state, last)
+  return kept
+
+
 def pgd_iterates(
   key: Array,
   classifier: Classifier,
@@ -101,36 +172,22 @@ def pgd_iterates(
     [r, B, H, W, C].
   """
 
-  def keep(step: Array, kept: Array, images_adv: Array) -> Array:
+  def keep(kept: Array, step: Array, images_adv: Array, _: Array) -> Array:
     found = rounds == step
     place = jnp.where(found.any(), found.argmax(), len(rounds))
     return kept.at[place].set(lax.stop_gradient(images_adv), mode="drop")
 
-  def logits_fn(
-    state: tuple[Array, Array], images_adv: Array
-  ) -> tuple[Array, tuple[Array, Array]]:
-    step, kept = state
-    kept = keep(step, kept, images_adv)
-    return classifier(images_adv), (step + 1, kept)
-
-  start = lax.cond(
-    random_start,
-    lambda: projected_gradient.random_start(
-      rng.stream(key, "start", 0), images, epsilon=epsilon, norm=norm
-    ),
-    lambda: images,
-  )
-  nothing = jnp.zeros((len(rounds), *images.shape), images.dtype)
-  last, (step, kept) = projected_gradient.ascend(
-    logits_fn,
-    (jnp.zeros((), jnp.int32), nothing),
-    start,
+  return watch(
+    key,
+    classifier,
     images,
     labels,
+    jnp.zeros((len(rounds), *images.shape), images.dtype),
+    keep,
     epsilon=epsilon,
     step_size=step_size,
     num_steps=rounds[-1],
     norm=norm,
     loss=loss,
+    random_start=random_start,
   )
-  return keep(step, kept, last)

@@ -213,10 +213,7 @@ def queue(found: dict[str, Found]) -> str:
         f"`results/{key}.json`",
       ]
     )
-  return "\n".join(
-    f"| {' | '.join(line)} |"
-    for line in [lines[0], ["---"] * len(lines[0]), *lines[1:]]
-  )
+  return _text_table(lines)
 
 
 def overview(found: dict[str, Found]) -> str:
@@ -224,8 +221,14 @@ def overview(found: dict[str, Found]) -> str:
   lines = [["entry", "what", "status"]]
   for key, entry in ENTRIES.items():
     lines.append([key, entry.title, status(key, found.get(key))])
+  return _text_table(lines)
+
+
+def _text_table(lines: Sequence[Sequence[str]]) -> str:
+  """Markdown of words, which are too long to be padded; the head first."""
+  rule = ["---"] * len(lines[0])
   return "\n".join(
-    f"| {' | '.join(line)} |" for line in [lines[0], ["---"] * 3, *lines[1:]]
+    f"| {' | '.join(line)} |" for line in [lines[0], rule, *lines[1:]]
   )
 
 

@@ -37,20 +37,22 @@ def draw(path: pathlib.Path, directory: pathlib.Path) -> list[pathlib.Path]:
     autoattack = files.read_autoattack(
       path.parent, float(data["epsilon"]), str(data["norm"])
     )
-    counts = []
+    known = [
+      autoattack[name] for name in data["networks"] if name in autoattack
+    ]
     for number, name in enumerate(data["networks"]):
       if name in autoattack:
         accuracy = 100 * autoattack[name]["accuracy"]
         color = style.look(number)["color"]
         ax.axhline(accuracy, color=color, linestyle=":", linewidth=1.2)
-        counts.append(autoattack[name]["num_examples"])
     ax.set_xscale("symlog", linthresh=1, linscale=0.4)
     ax.set_xlim(0, steps[-1])
     _ticks(ax, [tick for tick in _STEP_TICKS if tick <= steps[-1]], "{:g}")
     ax.set_xlabel("steps of PGD (0: the random start)")
-    images = " / ".join(f"{count:,}" for count in dict.fromkeys(counts))
-    notes = [f"Dotted, in a model's colour: AutoAttack, {images} images."]
-    notes = notes if counts else []
+    # By its own name: a run may have had two of its attacks only.
+    attacks = [f"{r['attack']}, {r['num_examples']:,} images" for r in known]
+    found = " / ".join(dict.fromkeys(attacks))
+    notes = [f"Dotted, in a model's colour: {found}."] if known else []
     _finish(fig, data, notes)
     return [style.save(fig, directory / "attack_steps.png")]
 

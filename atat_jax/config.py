@@ -25,14 +25,14 @@ from atat_jax import (
   models,
   objectives,
   optim,
-  training_fields,
-  writers,
 )
 from atat_jax.data import mixing
 from atat_jax.data.base import DatasetSpec
 from atat_jax.errors import UserError
 from atat_jax.evaluation import Protocol
-from atat_jax.options import Options
+from atat_jax.runs import training_fields
+from atat_jax.training import writer
+from atat_jax.training.options import Options
 
 
 class Plan(NamedTuple):
@@ -311,6 +311,6 @@ def write_config(config: ConfigDict, workdir: pathlib.Path) -> None:
     UserError: The directory cannot be written.
   """
   try:
-    writers.write_json(workdir / "config.json", as_json(config))
+    writer.write_json(workdir / "config.json", as_json(config))
   except OSError as error:
     raise UserError(f"workdir: {workdir}: {error.strerror}") from None

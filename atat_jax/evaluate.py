@@ -7,7 +7,6 @@ import logging
 import os
 import pathlib
 import re
-import subprocess
 import sys
 import time
 import zlib
@@ -27,41 +26,24 @@ from atat_jax import (
   evaluation,
   models,
   sharding,
-  writers,
 )
 from atat_jax.config import Plan, as_json
 from atat_jax.data.base import Dataset, Split
 from atat_jax.errors import UserError
 from atat_jax.evaluation import Protocol
+from atat_jax.runs import provenance
 from atat_jax.train import teacher_directory
+from atat_jax.training import writer
 
 _log = logging.getLogger(__name__)
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
-
-
-def commit() -> str | None:
-  """The commit of this source tree.
-
-  Outside a git checkout what `ATAT_JAX_COMMIT` says (for a copy that was sent to
-  another machine), else None.
-  """
-  try:
-    return subprocess.run(
-      ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-      cwd=pathlib.Path(__file__).parent,
-      capture_output=True,
-      text=True,
-      check=True,
-    ).stdout.strip()
-  except (OSError, subprocess.CalledProcessError):
-    return os.environ.get("ATAT_JAX_COMMIT")
 
 
 def _run_record(plan: Plan, steps: dict[str, int]) -> dict[str, Any]:
   return {
     "config": as_json(plan.config),
     "command": " ".join(["python", *sys.argv]),
-    "commit": commit(),
+    "commit": provenance.commit(),
     "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     "devices": [device.device_kind for device in jax.devices()],
     "cpus": os.cpu_count(),
@@ -206,7 +188,7 @@ def evaluate(
       row["seconds"] = round(time.perf_counter() - began, 3)
       rows[_identity(row)] = row
       results = _results(plan, steps, list(rows.values()))
-      writers.write_json(path, results)
+      writer.write_json(path, results)
   if done:
     _log.info("evaluate: %s has all %d rows", path, len(todo))
   analyses.write(

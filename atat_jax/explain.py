@@ -27,21 +27,20 @@ from atat_jax import (
   checkpoints,
   checks,
   data,
-  evaluate,
   evaluation,
   figures,
   findings,
   interop,
   models,
-  page,
   runtime,
   sharding,
-  writers,
 )
 from atat_jax.data.photographs import read_photograph
 from atat_jax.errors import UserError
 from atat_jax.evaluation.networks import Networks
-from atat_jax.figures import files
+from atat_jax.report import page
+from atat_jax.runs import files, provenance
+from atat_jax.training import writer
 
 # Photographs are few: nothing is averaged over them unless it is asked for.
 _OF_FEW = "attention,rounds,landscape"
@@ -291,7 +290,7 @@ def explain(
   """
   mesh = sharding.make_mesh()
   # Where the figures look for AutoAttack's accuracies.
-  writers.write_json(out / "results.json", {"format": 1, "rows": subject.rows})
+  writer.write_json(out / "results.json", {"format": 1, "rows": subject.rows})
   paths = analyses.write(
     out,
     {
@@ -308,7 +307,7 @@ def explain(
   names = ", ".join(subject.networks)
   facts = {
     "Devices": ", ".join(device.device_kind for device in jax.devices()),
-    "Commit": evaluate.commit() or "not recorded",
+    "Commit": provenance.commit() or "not recorded",
     "Files": ", ".join(path.name for path in drawn),
   }
   body = [

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from atat_jax import page
-from atat_jax.figures import files
+from atat_jax.report import page
+from atat_jax.runs import files
 
 
 class Finding(NamedTuple):

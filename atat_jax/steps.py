@@ -15,20 +15,13 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
-from atat_jax import (
-  accumulation,
-  averaging,
-  awp,
-  compilation,
-  inputs,
-  metrics,
-  rng,
-  sharding,
-)
+from atat_jax import compilation, metrics, rng, sharding
 from atat_jax.data.base import Split
 from atat_jax.objectives import Batch, Objective, Outcome
-from atat_jax.options import OFF, Options
 from atat_jax.state import NEVER, TrainState
+from atat_jax.training import accumulation, averaging, awp
+from atat_jax.training.batch import assemble, gather
+from atat_jax.training.options import OFF, Options
 from atat_jax.typing import Array, PyTree, Variables
 
 TrainStep = Callable[..., TrainState]
@@ -97,10 +90,10 @@ def make_train_step(
     extra: Split | None = None,
   ) -> TrainState:
     with jax.named_scope("augmentation"):
-      whole = inputs.assemble(
+      whole = assemble(
         state.rng,
         state.step,
-        *inputs.gather(data, indices, extra, mesh),
+        *gather(data, indices, extra, mesh),
         num_classes=num_classes,
         padding=padding,
         flip=flip,

@@ -16,7 +16,6 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from atat_jax import (
-  averaging,
   checkpoints,
   compilation,
   evaluation,
@@ -26,7 +25,6 @@ from atat_jax import (
   sharding,
   state,
   steps,
-  writers,
 )
 from atat_jax.config import Plan, make_optimizer, make_options, num_extra
 from atat_jax.data import Extra, batches
@@ -34,7 +32,9 @@ from atat_jax.data.base import Dataset, Split
 from atat_jax.data.prefetch import Prefetcher
 from atat_jax.errors import TrainingDivergedError, UserError
 from atat_jax.interrupts import Interrupt, Interrupted
-from atat_jax.tracing import Trace
+from atat_jax.training import averaging
+from atat_jax.training.profile import Trace
+from atat_jax.training.writer import MetricsWriter
 from atat_jax.typing import Variables
 
 _log = logging.getLogger(__name__)
@@ -371,7 +371,7 @@ def _run(
       current = checkpointer.restore(current, start)
       _log.info("%s: resumed at step %d of %d", stage.name, start, total)
     start = start or 0
-    writer = stack.enter_context(writers.MetricsWriter(stage.directory, start))
+    writer = stack.enter_context(MetricsWriter(stage.directory, start))
     progress = stack.enter_context(_Progress(stage, total, start))
     trace = stack.enter_context(
       Trace(stage.directory / "profile", plan.config.profile_steps)

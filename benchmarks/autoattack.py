@@ -189,7 +189,7 @@ class Ours:
     import jax
 
     from atat_jax import sharding
-    from atat_jax.attacks.autoattack import autoattack
+    from atat_jax.attacks.autoattack.run import autoattack
 
     args, network = self._args, self._network
     self._compiled.clear()
@@ -369,15 +369,16 @@ def _run(args: argparse.Namespace) -> None:
   if args.epsilon is None:
     args.epsilon = EPSILONS[args.norm]
   cores = setting.start(args.threads, cache=args.compilation_cache)
-  from atat_jax import checks, writers
-  from atat_jax.attacks import ensemble
+  from atat_jax import checks
+  from atat_jax.attacks.autoattack import versions
+  from atat_jax.training import writer
   from benchmarks import original
 
-  attacks = list(ensemble.VERSIONS[args.version])
+  attacks = list(versions.VERSIONS[args.version])
   if args.attacks:
     attacks = args.attacks.split(",")
     for name in attacks:
-      checks.choice("attacks", name, ensemble.NAMES)
+      checks.choice("attacks", name, versions.NAMES)
   module = original.load(args.reference)
   networks = [
     trained_network(name, path, args.num_examples, args.data_dir)
@@ -413,7 +414,7 @@ def _run(args: argparse.Namespace) -> None:
     found.append(compare(network, args, attacks, module))
     results["networks"] = [one.as_json() for one in found]
     if args.out is not None:
-      writers.write_json(args.out, results)
+      writer.write_json(args.out, results)
   print(report(found))
   if args.out is not None:
     print(f"\nresults: {args.out}")

@@ -25,7 +25,6 @@ import jax
 
 from atat_jax import (
   data,
-  evaluate,
   runtime,
   sharding,
   steps,
@@ -33,8 +32,8 @@ from atat_jax import (
 )
 from atat_jax.config import make_plan
 from atat_jax.errors import UserError
-from atat_jax.figures import table
-from atat_jax.writers import write_json
+from atat_jax.runs import provenance, tables
+from atat_jax.training.writer import write_json
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 REFERENCE = "at"
@@ -144,7 +143,7 @@ def as_markdown(rows: list[dict[str, Any]]) -> str:
     f"memory relative to {REFERENCE}",
     "compiling (s)",
   ]
-  return table.markdown(
+  return tables.markdown(
     [
       head,
       *(
@@ -189,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   rows = [merge(of_method) for of_method in turns.values()]
   found = {
     "command": " ".join(["python", *sys.argv]),
-    "commit": evaluate.commit(),
+    "commit": provenance.commit(),
     "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     "devices": [device.device_kind for device in jax.devices()],
     "batch_size": config.train.batch_size,

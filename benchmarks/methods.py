@@ -28,11 +28,11 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from atat_jax import objectives, pipeline, report, runtime
-from atat_jax.comparison import METHODS
 from atat_jax.config import as_json, make_plan
 from atat_jax.errors import UserError
-from atat_jax.figures import files
-from atat_jax.writers import write_json
+from atat_jax.report.comparison import METHODS
+from atat_jax.runs import files
+from atat_jax.training.writer import write_json
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 TEACHER = "standard"

@@ -14,11 +14,10 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from atat_jax import comparison
-from atat_jax.comparison import layout
 from atat_jax.errors import UserError
 from atat_jax.figures import comparison as pictures
-from atat_jax.figures import files
+from atat_jax.report import comparison, layout
+from atat_jax.runs import files
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "reproduction.md"

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from atat_jax.errors import UserError
+from atat_jax.runs import provenance
 from benchmarks import timing
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -222,8 +223,6 @@ def describe(cores: Sequence[int]) -> dict[str, Any]:
   """Command, commit, date, and the machine that the times depend on."""
   import jax
 
-  from atat_jax import evaluate
-
   info = pathlib.Path("/proc/cpuinfo")
   text = info.read_text(encoding="utf-8") if info.is_file() else ""
   cpu = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
@@ -231,7 +230,7 @@ def describe(cores: Sequence[int]) -> dict[str, Any]:
   return {
     # Without the folders, which are the machine's own.
     "command": shlex.join(["python", *map(_relative, sys.orig_argv[1:])]),
-    "commit": evaluate.commit() or "unknown",
+    "commit": provenance.commit() or "unknown",
     "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     "machine": {
       "cpu": cpu[1] if cpu else platform.processor(),
@@ -334,7 +333,7 @@ def write(
     about: What `describe` returned.
     rows: Each with a "name" and, where a peer ran, a "ratio": peer / ours.
   """
-  from atat_jax import writers
+  from atat_jax.training import writer
 
   ratios = {row["name"]: row["ratio"] for row in rows if row.get("ratio")}
-  writers.write_json(path, {**about, "ratios": ratios, "rows": list(rows)})
+  writer.write_json(path, {**about, "ratios": ratios, "rows": list(rows)})

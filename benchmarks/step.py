@@ -102,7 +102,7 @@ class Ours:
       steps,
     )
     from atat_jax.data.base import Split
-    from atat_jax.options import Options
+    from atat_jax.training.options import Options
 
     if case.num_devices > jax.device_count():
       raise UserError(

@@ -16,6 +16,7 @@ from atat_jax import data
 from atat_jax.config import make_plan
 from atat_jax.data import base
 from atat_jax.errors import UserError
+from atat_jax.runs import provenance
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "benchmarks" / "accelerator" / "run.sh"
@@ -491,9 +492,9 @@ def test_a_copy_without_git_names_its_commit(monkeypatch):
 
   monkeypatch.setattr(evaluate.subprocess, "run", no_git)
   monkeypatch.delenv("ATAT_JAX_COMMIT", raising=False)
-  assert evaluate.commit() is None
+  assert provenance.commit() is None
   monkeypatch.setenv("ATAT_JAX_COMMIT", "abc")
-  assert evaluate.commit() == "abc"
+  assert provenance.commit() == "abc"
 
 
 # --- run.sh ------------------------------------------------------------------

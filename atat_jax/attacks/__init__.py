@@ -7,12 +7,12 @@ number of images and returns an `AutoAttackResult`.
 
 from collections.abc import Callable
 
-from atat_jax.attacks.apgd import apgd
+from atat_jax.attacks.auto_pgd import apgd
 from atat_jax.attacks.autoattack import AutoAttackResult, autoattack
 from atat_jax.attacks.base import Randomized
-from atat_jax.attacks.fab import fab
+from atat_jax.attacks.fast_boundary import fab
 from atat_jax.attacks.projected_gradient import fgsm, ifgsm, pgd
-from atat_jax.attacks.square import square
+from atat_jax.attacks.square_search import square
 from atat_jax.typing import Array
 
 ATTACKS: dict[str, Callable[..., Array]] = {

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from atat_jax import checks, compilation, losses, rng
-from atat_jax.attacks import base, norms, search
+from atat_jax.attacks import balls, base, search
 from atat_jax.errors import UserError
 from atat_jax.typing import Array, Classifier, Scalar
 
@@ -51,7 +51,7 @@ def ascend(
     epsilon: Radius.
     step_size: Length of a step.
     num_steps: Number of gradient steps.
-    norm: One of `norms.NORMS`.
+    norm: One of `balls.NORMS`.
     loss: One of `losses.ATTACK_LOSSES`, descended where `targeted`, or of
       `losses.TARGETED_LOSSES`, which need `targets`; or logits [B, K] to
       losses [B], which need no labels.
@@ -64,7 +64,7 @@ def ascend(
   Returns:
     The last iterate [B, H, W, C] and the last state.
   """
-  ball = norms.NORMS[norm]
+  ball = balls.NORMS[norm]
   sign = -1.0 if targeted else 1.0
 
   def objective(images_adv: Array, state: State) -> tuple[Array, State]:
@@ -92,11 +92,11 @@ def ascend(
     images_adv, state, total = carry
     gradient, state = gradient_fn(images_adv, state)
     if momentum is not None:
-      size = norms.l1_length(gradient)
+      size = balls.l1_length(gradient)
       total = momentum * total + gradient / jnp.maximum(size, 1e-12)
       gradient = total
     step = step_size * ball.direction(gradient)
-    images_adv = norms.project(ball, images_adv + step, images, epsilon)
+    images_adv = balls.project(ball, images_adv + step, images, epsilon)
     return images_adv, state, total
 
   total = () if momentum is None else jnp.zeros_like(start)
@@ -108,7 +108,7 @@ def random_start(
   key: Array, images: Array, *, epsilon: Scalar, norm: str = "linf"
 ) -> Array:
   """Uniform in the ball, clipped to [0, 1]."""
-  ball = norms.NORMS[norm]
+  ball = balls.NORMS[norm]
   return jnp.clip(images + ball.start(key, images, epsilon), 0.0, 1.0)
 
 
@@ -269,7 +269,7 @@ def pgd(
     UserError: An argument of a wrong shape, dtype or range, or too few classes
       for the loss, by name.
   """
-  checks.choice("norm", norm, norms.NORMS)
+  checks.choice("norm", norm, balls.NORMS)
   checks.epsilon(epsilon, norm)
   checks.not_negative("momentum", momentum)
   classifier, images, labels, num_classes = base.check_arguments(

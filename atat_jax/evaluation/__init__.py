@@ -1,32 +1,15 @@
-"""Honest evaluation: accuracy under named protocols, diagnostics, attention."""
+"""Honest evaluation: accuracy under named protocols, rules, audit."""
 
-from atat_jax.evaluation.attack_steps import (
-  attack_epsilons,
-  attack_steps,
-  default_epsilons,
-)
-from atat_jax.evaluation.attention_shift import attention_shift
-from atat_jax.evaluation.audit import audit
-from atat_jax.evaluation.curvature import curvature
-from atat_jax.evaluation.diagnostics import diagnose
-from atat_jax.evaluation.loss_landscape import loss_landscape
-from atat_jax.evaluation.maps import attention_maps, attention_rounds
+from atat_jax.evaluation.accuracies import accuracy
+from atat_jax.evaluation.auditing import audit
 from atat_jax.evaluation.protocols import Protocol, parse, parse_list
-from atat_jax.evaluation.robustness import accuracy
+from atat_jax.evaluation.rules import diagnose
 
 __all__ = [
   "Protocol",
   "accuracy",
-  "attack_epsilons",
-  "attack_steps",
-  "attention_maps",
-  "attention_rounds",
-  "attention_shift",
   "audit",
-  "curvature",
-  "default_epsilons",
   "diagnose",
-  "loss_landscape",
   "parse",
   "parse_list",
 ]

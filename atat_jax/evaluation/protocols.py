@@ -9,7 +9,8 @@ from typing import Any
 import jax.numpy as jnp
 
 from atat_jax import attacks, checks, losses
-from atat_jax.attacks import ensemble, norms
+from atat_jax.attacks import balls
+from atat_jax.attacks.autoattack import versions
 from atat_jax.errors import UserError
 from atat_jax.typing import Array, Classifier
 
@@ -148,10 +149,10 @@ def _given(attack: str, name: str, texts: list[str]) -> dict[str, Any]:
 def _check(attack: str, given: dict[str, Any]) -> None:
   """Checks the values of an attack's parameters before anything is compiled."""
   if attack == "autoattack":
-    checks.choice("version", given["version"], ensemble.VERSIONS)
+    checks.choice("version", given["version"], versions.VERSIONS)
   if "norm" in given:
     # fgsm and ifgsm have no such parameter: they are linf attacks.
-    names = norms.NORMS if "norm" in _parameters(attack) else ("linf",)
+    names = balls.NORMS if "norm" in _parameters(attack) else ("linf",)
     if given["norm"] not in names:
       allowed = ", ".join(sorted(names))
       raise UserError(
@@ -215,7 +216,7 @@ def parse(
     if value and (parameter not in known or parameter in given):
       raise UserError(f"attack: {name!r}; allowed: {ALLOWED}")
   if variant and variant not in (
-    ensemble.VERSIONS if attack == "autoattack" else _LOSSES
+    versions.VERSIONS if attack == "autoattack" else _LOSSES
   ):
     raise UserError(f"attack: {name!r}; allowed: {ALLOWED}")
   if steps:

@@ -6,7 +6,8 @@ from collections.abc import Callable
 import numpy as np
 from matplotlib import axes, colors, figure, lines, ticker
 
-from atat_jax.figures import files, style
+from atat_jax.figures import style
+from atat_jax.runs import files
 
 # Groups of fewer images say nothing of a network.
 _ENOUGH = 10

@@ -7,7 +7,8 @@ from typing import Any
 from matplotlib import axes, lines, ticker
 
 from atat_jax.errors import UserError
-from atat_jax.figures import files, style, table
+from atat_jax.figures import style
+from atat_jax.runs import files, tables
 
 _COLUMNS = 2  # panels beside each other, so that they are read on a telephone
 # (colour, marker, fill, offset in rows): told apart without colour, too.
@@ -83,12 +84,12 @@ def draw_batch_statistics(
 
 
 def _draw(
-  rows: list[table.Row], title: str, path: pathlib.Path
+  rows: list[tables.Row], title: str, path: pathlib.Path
 ) -> pathlib.Path:
   """One figure; batch statistics stand in the panel of their protocol."""
   methods = list(dict.fromkeys(row["model"] for row in rows))
   # By the fields that both modes share, so that they meet in one panel.
-  panels = table.in_paper_order(table.columns(rows))
+  panels = tables.in_paper_order(tables.columns(rows))
   across = min(_COLUMNS, len(panels))
   down = math.ceil(len(panels) / across)
   with style.context():
@@ -113,8 +114,8 @@ def _draw(
 
 def _panel(
   ax: axes.Axes,
-  panel: table.Column,
-  rows: list[table.Row],
+  panel: tables.Column,
+  rows: list[tables.Row],
   methods: list[str],
 ) -> None:
   ax.set_title(panel.label)
@@ -125,7 +126,7 @@ def _panel(
   ax.tick_params(axis="y", length=0)
   ax.grid(visible=False, axis="y")
   for row in rows:
-    if any(row[f] != panel.protocol[f] for f in table.COLUMN_FIELDS):
+    if any(row[f] != panel.protocol[f] for f in tables.COLUMN_FIELDS):
       continue
     color, marker, fill, offset = _LOOKS[row["batch_norm"]]
     place = methods.index(row["model"])
@@ -148,7 +149,7 @@ def _panel(
     ax.axhline(between + 0.5, color="#eeeeee", linewidth=0.8, zorder=0)
 
 
-def _legend(rows: list[table.Row]) -> list[lines.Line2D]:
+def _legend(rows: list[tables.Row]) -> list[lines.Line2D]:
   handles = []
   for mode, (color, marker, fill, _) in _LOOKS.items():
     if any(row["batch_norm"] == mode for row in rows):
@@ -160,7 +161,7 @@ def _legend(rows: list[table.Row]) -> list[lines.Line2D]:
           marker=marker,
           markerfacecolor=fill,
           linestyle="",
-          label=table.BATCH_NORM_NAMES[mode],
+          label=tables.BATCH_NORM_NAMES[mode],
         )
       )
   if any(row["published"] is not None for row in rows):

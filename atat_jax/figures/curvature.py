@@ -5,7 +5,8 @@ import pathlib
 import numpy as np
 from matplotlib import axes
 
-from atat_jax.figures import files, style
+from atat_jax.figures import style
+from atat_jax.runs import files
 
 
 def draw(path: pathlib.Path, directory: pathlib.Path) -> list[pathlib.Path]:

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 from matplotlib import axes, cm, colors, figure, ticker
 
-from atat_jax.figures import files, style
+from atat_jax.figures import style
+from atat_jax.runs import files
 
 _COLUMNS = 3  # models beside each other
 _COLOR_MAP = "viridis"  # perceptually ordered

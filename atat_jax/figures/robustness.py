@@ -5,7 +5,8 @@ from typing import Any
 
 from matplotlib import axes, patches
 
-from atat_jax.figures import files, style, table
+from atat_jax.figures import style
+from atat_jax.runs import files, tables
 
 _COLORS = {"teacher": style.ORANGE, "student": style.BLUE}
 _THICKNESS = {"running": 0.84, "batch": 0.5}  # of a bar, in rows
@@ -27,8 +28,8 @@ def draw(workdir: pathlib.Path) -> list[pathlib.Path]:
   results = files.read_results(workdir)
   if results is None or not results["rows"]:
     return []
-  columns = table.columns(results["rows"])
-  series = table.series(results["rows"])
+  columns = tables.columns(results["rows"])
+  series = tables.series(results["rows"])
   models = list(dict.fromkeys(model for model, _ in series))
   # By model, so that what batch statistics claim lies under the real number.
   series.sort(key=lambda pair: models.index(pair[0]))
@@ -44,7 +45,7 @@ def draw(workdir: pathlib.Path) -> list[pathlib.Path]:
     ax.grid(visible=False, axis="y")
     handles = [
       patches.Patch(
-        label=f"{model}, {table.BATCH_NORM_NAMES[batch_norm]}",
+        label=f"{model}, {tables.BATCH_NORM_NAMES[batch_norm]}",
         **_look(model, batch_norm),
       )
       for model, batch_norm in series
@@ -54,7 +55,7 @@ def draw(workdir: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _draw_bars(
-  ax: axes.Axes, columns: list[table.Column], series: list[tuple[str, str]]
+  ax: axes.Axes, columns: list[tables.Column], series: list[tuple[str, str]]
 ) -> None:
   y = 0
   centers = []

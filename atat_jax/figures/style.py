@@ -9,7 +9,7 @@ from typing import Any
 import matplotlib.style
 from matplotlib import figure, layout_engine
 
-from atat_jax.figures import files
+from atat_jax.runs import files
 
 # Okabe and Ito's palette: told apart with every common kind of colour vision.
 BLACK = "#000000"

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from atat_jax import batch_norm, checks, losses
-from atat_jax.attacks import norms, projected_gradient
+from atat_jax.attacks import balls, projected_gradient
 from atat_jax.errors import UserError
 from atat_jax.objectives.base import Batch
 from atat_jax.typing import Array, BatchNormMode, PyTree, Variables
@@ -91,7 +91,7 @@ class InnerAttack:
     checks.epsilon(self.epsilon, self.norm)
     checks.positive("step_size", self.step_size)
     checks.positive("num_steps", self.num_steps, integer=True)
-    checks.choice("norm", self.norm, norms.NORMS)
+    checks.choice("norm", self.norm, balls.NORMS)
     checks.choice(
       "attack_loss", self.attack_loss, (*losses.ATTACK_LOSSES, "kl")
     )

@@ -16,11 +16,10 @@ import tarfile
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from atat_jax import comparison
-from atat_jax.comparison import layout
 from atat_jax.errors import UserError
-from atat_jax.figures import files
-from atat_jax.figures.table import markdown
+from atat_jax.report import comparison, layout
+from atat_jax.runs import files
+from atat_jax.runs.tables import markdown
 from benchmarks import setting, step
 from benchmarks.accelerator import kernels
 from benchmarks.accelerator.entries import ENTRIES

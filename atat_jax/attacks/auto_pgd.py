@@ -1,0 +1,422 @@
+"""Auto-PGD (Croce and Hein, 2020; the l1 version Croce and Hein, 2021).
+
+Projected gradient ascent with momentum that halves its own step size and goes
+back to the best point where it no longer makes progress. One `step` looks at
+the classifier and then moves, so that step 0 is the starting point and a run
+of n steps looks n + 1 times.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from atat_jax import checks, losses
+from atat_jax.attacks import balls, base, search
+from atat_jax.attacks.search import Problem, Settings
+from atat_jax.attacks.simplex import project_l1
+from atat_jax.errors import UserError
+from atat_jax.typing import Array, Classifier
+
+MOMENTUM = 0.75
+RHO = 0.75
+"""Share of a window's steps that must raise the loss, or the step is halved."""
+
+# The l1 version: sparse steps, whose size falls by a factor down to a floor.
+_L1_STEP_FACTOR = 1.5
+_L1_SMALLEST_STEP = 0.1
+
+# Radii, as multiples of epsilon, that an l1 run can shrink through.
+_ENLARGED = (3.0, 2.0, 1.0)
+
+
+class State(NamedTuple):
+  """One row an example; x is looked at next, the rest has been seen.
+
+  Attributes:
+    x: [B, H, W, C].
+    previous: The point before x.
+    best: The point of highest loss.
+    best_gradient: Its gradient.
+    best_loss: Its loss, [B].
+    last_loss: Loss of the last point, [B]; 0 before there is one.
+    checked_loss: `best_loss` at the last checkpoint.
+    halved: bool [B]: whether the last checkpoint halved the step.
+    step_size: [B].
+    rises: int32 [B]: steps since the last checkpoint that raised the loss.
+    steps: int32 [B]: steps since the last checkpoint.
+    window: int32 [B]: steps from the last checkpoint to the next.
+    kept: int32 [B]: pixels that an l1 step moves.
+    support: int32 [B]: pixels in which `best` differed from the image at the
+      last checkpoint.
+    adversarial: What is returned.
+    fooled: bool [B].
+  """
+
+  x: Array
+  previous: Array
+  best: Array
+  best_gradient: Array
+  best_loss: Array
+  last_loss: Array
+  checked_loss: Array
+  halved: Array
+  step_size: Array
+  rises: Array
+  steps: Array
+  window: Array
+  kept: Array
+  support: Array
+  adversarial: Array
+  fooled: Array
+
+
+def _percent(share: int, steps: Array) -> Array:
+  return jnp.maximum(share * steps // 100, 1)
+
+
+def _unit(x: Array) -> Array:
+  return x / (balls.l2_length(x) + 1e-12)
+
+
+def _into_l2(x: Array, images: Array, epsilon: Array) -> Array:
+  delta = x - images
+  shorter = jnp.minimum(epsilon, balls.l2_length(delta))
+  return jnp.clip(images + _unit(delta) * shorter, 0.0, 1.0)
+
+
+def _support(x: Array, images: Array) -> Array:
+  differs = (x != images).reshape(len(x), -1)
+  return differs.sum(-1, dtype=jnp.int32)
+
+
+def _kept(support: Array) -> Array:
+  # Support / 1.5, rounded up. In integers: in floats a whole number can end up
+  # on either side, and does so differently from one compilation to the next.
+  return (2 * support + 2) // 3
+
+
+@dataclasses.dataclass(frozen=True)
+class APGD:
+  """The algorithm as a `search.Search`.
+
+  Attributes:
+    norm: "linf", "l2" or "l1".
+    loss: One of `losses.ATTACK_LOSSES` or `losses.TARGETED_LOSSES`.
+    eot_samples: Gradients averaged at each point.
+    enlarged: l1 only: begin with three times epsilon, then twice, then
+      epsilon, each part starting from the best point of the one before.
+  """
+
+  norm: str = "linf"
+  loss: str = "cross_entropy"
+  eot_samples: int = 1
+  enlarged: bool = False
+
+  @property
+  def _radii(self) -> tuple[float, ...]:
+    return _ENLARGED if self.enlarged else (1.0,)
+
+  def num_evaluations(self, num_steps: int) -> int:
+    """Every part looks at its starting point too."""
+    return num_steps + len(self._radii)
+
+  def _restart(
+    self, x: Array, images: Array, epsilon: Array, num_steps: Array
+  ) -> State:
+    """The state of a part that begins at x."""
+    rows = jnp.zeros(images.shape[0], images.dtype)
+    # Losses are compared: in 16 bits too many would be equal.
+    no_loss = rows.astype(jnp.promote_types(images.dtype, jnp.float32))
+    integers = jnp.zeros(images.shape[0], jnp.int32)
+    window = _percent(4 if self.norm == "l1" else 22, num_steps)
+    largest_step = epsilon if self.norm == "l1" else 2 * epsilon
+    return State(
+      x=x,
+      previous=x,
+      best=x,
+      best_gradient=jnp.zeros_like(x),
+      best_loss=no_loss,
+      last_loss=no_loss,
+      checked_loss=no_loss,
+      halved=jnp.ones_like(rows, bool),
+      step_size=rows + largest_step.reshape(-1),
+      rises=integers,
+      steps=integers,
+      window=integers + window,
+      kept=integers + -(-images[0].size // 5),
+      support=integers + images[0].size,
+      adversarial=x,
+      fooled=jnp.zeros_like(rows, bool),
+    )
+
+  def _continue(
+    self, x: Array, images: Array, epsilon: Array, num_steps: Array
+  ) -> State:
+    """The state of an l1 part that begins at another part's result."""
+    x = images + project_l1(x - images, images, epsilon)
+    support = _support(x, images)
+    return self._restart(x, images, epsilon, num_steps)._replace(
+      kept=_kept(support), support=support
+    )
+
+  def start(self, problem: Problem, settings: Settings) -> State:
+    """A random point on the ball's surface, clipped to [0, 1]."""
+    images, epsilon = problem.images, settings.epsilon
+    draw = jax.random.uniform if self.norm == "linf" else jax.random.normal
+    t = jax.vmap(lambda key: draw(key, images.shape[1:], images.dtype))(
+      problem.keys
+    )
+    radius, _, steps, _ = self._part(jnp.zeros_like(problem.labels), settings)
+    if self.norm == "l1":
+      x = jnp.clip(images + project_l1(t, images, radius), 0.0, 1.0)
+      begin = self._continue if self.enlarged else self._restart
+      return begin(x, images, radius, steps)
+    if self.norm == "linf":
+      t = 2 * t - 1
+      t = t / (search.rows(balls.length("linf", t), t) + 1e-12)
+    else:
+      t = _unit(t)
+    x = jnp.clip(images + epsilon * t, 0.0, 1.0)
+    return self._restart(x, images, radius, steps)
+
+  def step(
+    self,
+    classifier: Classifier,
+    key: Array,
+    problem: Problem,
+    settings: Settings,
+    state: State,
+    i: Array,
+  ) -> State:
+    """Looks at x, keeps what is best, adapts the step and moves."""
+    logits, loss, gradient = base.evaluate(
+      classifier,
+      key,
+      state.x,
+      lambda logits: losses.attack_loss(
+        self.loss, logits, problem.labels, problem.targets
+      ),
+      eot_samples=self.eot_samples,
+    )
+    wrong = logits.argmax(-1) != problem.labels
+    radius, within, _, last = self._part(i, settings)
+    state = self._observe(state, loss, gradient, first=within == 0)
+    fooled = wrong & last
+    state = state._replace(
+      adversarial=search.select(fooled, state.x, state.best), fooled=fooled
+    )
+    moved = self._move(
+      state, gradient, problem.images, radius, within, settings.num_steps
+    )
+    if not self.enlarged:
+      return moved
+    return self._next_part(state, moved, problem.images, settings, i)
+
+  def _part(
+    self, i: Array, settings: Settings
+  ) -> tuple[Array, Array, Array, Array]:
+    """Where rows that have made i steps are.
+
+    Returns:
+      Radius [B, 1, 1, 1], steps made within the part [B], the part's steps [B],
+      and whether it is the last one [B].
+    """
+    steps = jnp.zeros_like(i) + settings.num_steps
+    radius = jnp.zeros_like(i, settings.epsilon.dtype) + settings.epsilon
+    part = jnp.zeros_like(i)
+    begins = jnp.zeros_like(i)
+    if self.enlarged:  # in three tenths, three tenths and the rest
+      first = jnp.minimum(-(-3 * steps // 10), steps // 2)
+      part = jnp.minimum(i // (first + 1), 2)
+      begins = part * (first + 1)
+      radius = radius * jnp.asarray(self._radii, radius.dtype)[part]
+      steps = jnp.where(part < 2, first, steps - 2 * first)
+    last = part == len(self._radii) - 1
+    return radius.reshape(-1, 1, 1, 1), i - begins, steps, last
+
+  def _observe(
+    self, state: State, loss: Array, gradient: Array, *, first: Array
+  ) -> State:
+    """Keeps the best point; counts steps that raised the loss."""
+    loss = loss.astype(state.best_loss.dtype)
+    better = first | (loss > state.best_loss)
+    # The reference compares the loss of the first step with an empty entry, 0.
+    rises = state.rises + (~first & (loss > state.last_loss))
+    return state._replace(
+      best=search.select(better, state.x, state.best),
+      best_gradient=search.select(better, gradient, state.best_gradient),
+      best_loss=jnp.where(better, loss, state.best_loss),
+      checked_loss=jnp.where(first, loss, state.checked_loss),
+      last_loss=jnp.where(first, 0.0, loss),
+      rises=rises,
+      steps=state.steps + ~first,
+    )
+
+  def _move(
+    self,
+    state: State,
+    gradient: Array,
+    images: Array,
+    epsilon: Array,
+    within: Array,
+    num_steps: Array,
+  ) -> State:
+    """The checkpoint, where it is due, and the step."""
+    due = state.steps == state.window
+    if self.norm == "l1":
+      state, back = self._l1_checkpoint(state, due, images, epsilon)
+    else:
+      state, back = self._checkpoint(state, due, num_steps)
+    x = search.select(back, state.best, state.x)
+    gradient = search.select(back, state.best_gradient, gradient)
+    state = state._replace(
+      steps=jnp.where(due, 0, state.steps),
+      rises=jnp.where(due, 0, state.rises),
+    )
+    step_size = search.rows(state.step_size, x)
+    if self.norm == "l1":
+      direction = balls.sparse_sign(gradient, state.kept)
+      delta = x + step_size * direction - images
+      moved = images + project_l1(delta, images, epsilon)
+      return state._replace(x=moved, previous=x)
+    if self.norm == "linf":
+      direction = jnp.sign(gradient)
+
+      def project(y: Array) -> Array:
+        y = jnp.clip(y, images - epsilon, images + epsilon)
+        return jnp.clip(y, 0.0, 1.0)
+
+    else:
+      direction = _unit(gradient)
+
+      def project(y: Array) -> Array:
+        return _into_l2(y, images, epsilon)
+
+    target = project(x + step_size * direction)
+    share = search.rows(jnp.where(within > 0, MOMENTUM, 1.0), x).astype(x.dtype)
+    # The point before x stays where it was when x went back to the best one.
+    moved = project(
+      x + (target - x) * share + (x - state.previous) * (1 - share)
+    )
+    return state._replace(x=moved, previous=x)
+
+  def _checkpoint(
+    self, state: State, due: Array, num_steps: Array
+  ) -> tuple[State, Array]:
+    """Halves the step of rows without progress; they go back to their best."""
+    few = state.rises <= RHO * state.window
+    stuck = ~state.halved & (state.checked_loss >= state.best_loss)
+    halve = few | stuck
+    shorter = jnp.maximum(
+      state.window - _percent(3, num_steps), _percent(6, num_steps)
+    )
+    back = due & halve
+    return state._replace(
+      step_size=jnp.where(back, state.step_size / 2, state.step_size),
+      halved=jnp.where(due, halve, state.halved),
+      checked_loss=jnp.where(due, state.best_loss, state.checked_loss),
+      window=jnp.where(due, shorter, state.window),
+    ), back
+
+  def _l1_checkpoint(
+    self, state: State, due: Array, images: Array, epsilon: Array
+  ) -> tuple[State, Array]:
+    """The full step again where the support shrinks, else a smaller one."""
+    support = _support(state.best, images)
+    shrinks = 20 * support < 19 * state.support  # below 95 percent
+    full = jnp.zeros_like(state.step_size) + epsilon.reshape(-1)
+    smaller = jnp.maximum(
+      state.step_size / _L1_STEP_FACTOR, full * _L1_SMALLEST_STEP
+    )
+    step_size = jnp.where(shrinks, full, smaller)
+    return state._replace(
+      step_size=jnp.where(due, step_size, state.step_size),
+      kept=jnp.where(due, _kept(support), state.kept),
+      support=jnp.where(due, support, state.support),
+    ), due & shrinks
+
+  def _next_part(
+    self,
+    state: State,
+    moved: State,
+    images: Array,
+    settings: Settings,
+    i: Array,
+  ) -> State:
+    """Where a part ends, the next begins at its best point."""
+    _, within, steps, last = self._part(i, settings)
+    radius, _, next_steps, _ = self._part(i + 1, settings)
+    begun = self._continue(state.best, images, radius, next_steps)
+    return search.select(~last & (within == steps), begun, moved)
+
+
+def apgd(
+  key: Array,
+  classifier: Classifier,
+  images: Array,
+  labels: Array,
+  *,
+  epsilon: float,
+  num_steps: int = 100,
+  norm: str = "linf",
+  loss: str = "cross_entropy",
+  num_targets: int = 9,
+  num_restarts: int = 1,
+  eot_samples: int = 1,
+  enlarged: bool = False,
+) -> Array:
+  """Auto-PGD (Croce and Hein, 2020), which needs no step size.
+
+  Args:
+    key: Random key of the starts.
+    classifier: Callable from images to logits; see `pgd`.
+    images: Float [B, H, W, C] in [0, 1].
+    labels: Integers [B].
+    epsilon: Radius of the ball, in the unit of the pixels.
+    num_steps: Gradient steps of a run.
+    norm: "linf", "l2" or "l1" (the sparse steps of Croce and Hein, 2021).
+    loss: "cross_entropy", "margin" or "dlr" (away from the true class), or
+      "targeted_dlr" or "targeted_margin" (towards one class after the other).
+    num_targets: Classes that a targeted loss aims at: those of the highest
+      logits on the clean image, the true one aside; lowered to K - 1.
+    num_restarts: Runs (for each target).
+    eot_samples: Gradients averaged at each point, for `Randomized` classifiers.
+    enlarged: l1 only: the radius shrinks from three times epsilon.
+
+  Returns:
+    [B, H, W, C] in the ball and in [0, 1]: for an example that is misclassified
+    at some point visited, that point (without any attack, the image itself);
+    else the point of highest loss.
+
+  Raises:
+    UserError: An argument of a wrong shape, dtype or range, or too few classes
+      for the loss, by name.
+  """
+  checks.choice("norm", norm, balls.NORMS)
+  checks.epsilon(epsilon, norm)
+  if enlarged and norm != "l1":
+    raise UserError(f"enlarged: True with norm {norm!r}; allowed: with l1 only")
+  classifier, images, labels, num_classes = base.check_arguments(
+    classifier,
+    images,
+    labels,
+    num_steps=num_steps,
+    num_targets=num_targets,
+    num_restarts=num_restarts,
+  )
+  checks.positive("eot_samples", eot_samples, integer=True)
+  targeted = base.check_loss(loss, num_classes)
+  return search.run(
+    key,
+    classifier,
+    images,
+    labels,
+    search=APGD(norm, loss, eot_samples, enlarged),
+    epsilon=epsilon,
+    num_steps=num_steps,
+    num_restarts=num_restarts,
+    num_targets=min(num_targets, num_classes - 1) if targeted else 1,
+    loss="margin" if targeted else loss,
+  )

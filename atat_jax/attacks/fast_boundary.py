@@ -1,0 +1,246 @@
+"""FAB, the fast adaptive boundary attack (Croce and Hein, 2020).
+
+It looks for the closest misclassified point: each step goes to the boundary of
+the classifier's linearisation, kept close to the clean image, and from a
+misclassified point a part of the way back.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from atat_jax import checks
+from atat_jax.attacks import balls, base, hyperplane, search
+from atat_jax.attacks.search import Problem, Settings
+from atat_jax.errors import UserError
+from atat_jax.typing import Array, Classifier
+
+ALPHA_MAX = 0.1
+ETA = 1.05
+BETA = 0.9
+
+
+class State(NamedTuple):
+  """One row an example.
+
+  Attributes:
+    x: [B, H, W, C]: where the next step begins.
+    closest: The closest misclassified point so far.
+    distance: Its distance from the image, [B]; inf before there is one.
+    adversarial: What is returned: `closest`, or what lies towards it.
+    fooled: bool [B]: whether `closest` is in the ball.
+  """
+
+  x: Array
+  closest: Array
+  distance: Array
+  adversarial: Array
+  fooled: Array
+
+
+_DUAL = {"linf": "l1", "l2": "l2", "l1": "linf"}
+
+
+def _into_ball(norm: str, x: Array, images: Array, epsilon: Array) -> Array:
+  """Towards the image until it is in the ball; the box is convex."""
+  delta = x - images
+  if norm == "linf":
+    delta = jnp.clip(delta, -epsilon, epsilon)
+  else:
+    length = search.rows(balls.length(norm, delta), x)
+    delta = delta * (epsilon / jnp.maximum(length, epsilon))
+  return jnp.clip(images + delta, 0.0, 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class FAB:
+  """The algorithm as a `search.Search`.
+
+  Attributes:
+    norm: "linf", "l2" or "l1".
+    targeted: Towards `problem.targets` (FAB-T), or to the class whose boundary
+      is closest, which costs a backward pass for every class.
+  """
+
+  norm: str = "linf"
+  targeted: bool = True
+
+  def num_evaluations(self, num_steps: int) -> int:
+    """A step looks at two points."""
+    return num_steps
+
+  def start(self, problem: Problem, settings: Settings) -> State:
+    """The image; for restarts a random point halfway to the ball's surface."""
+    images = problem.images
+    draw = jax.random.uniform if self.norm == "linf" else jax.random.normal
+    t = jax.vmap(lambda key: draw(key, images.shape[1:], images.dtype))(
+      problem.keys
+    )
+    t = 2 * t - 1 if self.norm == "linf" else t
+    t = t / search.rows(balls.length(self.norm, t), t)
+    random = jnp.clip(images + 0.5 * settings.epsilon * t, 0.0, 1.0)
+    x = search.select(problem.restart > 0, random, images)
+    rows = jnp.zeros(images.shape[0], images.dtype)
+    return State(
+      x=x,
+      closest=images,
+      distance=rows + jnp.inf,
+      adversarial=images,
+      fooled=jnp.zeros_like(rows, bool),
+    )
+
+  def _boundary(
+    self, classifier: Classifier, key: Array, problem: Problem, x: Array
+  ) -> tuple[Array, Array]:
+    """f [B] and its gradient: f < 0 on the true class's side of a boundary."""
+    labels = problem.labels
+    rows = jnp.arange(len(labels))
+
+    def difference(x: Array, classes: Array) -> tuple[Array, Array]:
+      logits = base.apply(classifier, key, x)
+      value = logits[rows, classes] - logits[rows, labels]
+      return value.sum(), value
+
+    if self.targeted:
+      gradient, value = jax.grad(difference, has_aux=True)(x, problem.targets)
+      return value, gradient
+    logits, pullback = jax.vjp(lambda x: base.apply(classifier, key, x), x)
+    own = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
+    values = logits - (logits * own).sum(-1, keepdims=True)
+
+    def body(k: Array, carry: Any) -> Any:
+      nearest, best_value, best_gradient = carry
+      (gradient,) = pullback(
+        jax.nn.one_hot(k, logits.shape[-1], dtype=logits.dtype) - own
+      )
+      value = values[:, k]
+      size = balls.length(_DUAL[self.norm], gradient) + 1e-12
+      distance = jnp.where(labels == k, jnp.inf, jnp.abs(value) / size)
+      better = distance < nearest
+      return (
+        jnp.where(better, distance, nearest),
+        jnp.where(better, value, best_value),
+        search.select(better, gradient, best_gradient),
+      )
+
+    start = (
+      jnp.full_like(values[:, 0], jnp.inf),
+      values[:, 0],
+      jnp.zeros_like(x),
+    )
+    _, value, gradient = lax.fori_loop(0, logits.shape[-1], body, start)
+    return value, gradient
+
+  def step(
+    self,
+    classifier: Classifier,
+    key: Array,
+    problem: Problem,
+    settings: Settings,
+    state: State,
+    i: Array,
+  ) -> State:
+    """To the boundary, and back where that misclassifies."""
+    del i
+    images, count = problem.images, len(problem.labels)
+    first_key, second_key = jax.random.split(key)
+    value, gradient = self._boundary(classifier, first_key, problem, state.x)
+    offset = (gradient * state.x).reshape(count, -1).sum(-1) - value
+    ways = hyperplane.project(
+      self.norm,
+      jnp.concatenate([state.x, images]).reshape(2 * count, -1),
+      jnp.tile(gradient.reshape(count, -1), (2, 1)),
+      jnp.tile(offset, 2),
+    )
+    lengths = jnp.maximum(balls.length(self.norm, ways), 1e-8)
+    from_x, from_image = ways.reshape(2, *images.shape)
+    alpha = lengths[:count] / (lengths[:count] + lengths[count:])
+    alpha = search.rows(jnp.clip(alpha, 0.0, ALPHA_MAX), images)
+    x = jnp.clip(
+      (1 - alpha) * (state.x + ETA * from_x)
+      + alpha * (images + ETA * from_image),
+      0.0,
+      1.0,
+    )
+    logits = base.apply(classifier, second_key, x)
+    wrong = logits.argmax(-1) != problem.labels
+    distance = balls.length(self.norm, x - images)
+    closer = wrong & (distance < state.distance)
+    closest = search.select(closer, x, state.closest)
+    distance = jnp.where(closer, distance, state.distance)
+    fooled = distance <= settings.epsilon
+    found = jnp.isfinite(distance)
+    attempt = _into_ball(
+      self.norm, search.select(found, closest, x), images, settings.epsilon
+    )
+    return State(
+      x=search.select(wrong, images + BETA * (x - images), x),
+      closest=closest,
+      distance=distance,
+      adversarial=search.select(fooled, closest, attempt),
+      fooled=fooled,
+    )
+
+
+def fab(
+  key: Array,
+  classifier: Classifier,
+  images: Array,
+  labels: Array,
+  *,
+  epsilon: float,
+  num_steps: int = 100,
+  norm: str = "linf",
+  num_targets: int = 9,
+  num_restarts: int = 1,
+  targeted: bool = True,
+) -> Array:
+  """Fast adaptive boundary attack (Croce and Hein, 2020), by default FAB-T.
+
+  Args:
+    key: Random key of the restarts; the first run starts at the image.
+    classifier: Callable from images to logits; see `pgd`.
+    images: Float [B, H, W, C] in [0, 1].
+    labels: Integers [B].
+    epsilon: Radius: an example is fooled when a misclassified point is found
+      within it.
+    num_steps: Steps of a run.
+    norm: "linf", "l2" or "l1".
+    num_targets: Classes aimed at one after the other: those of the highest
+      logits on the clean image, the true one aside; lowered to K - 1.
+    num_restarts: Runs (for each target).
+    targeted: False: to the closest boundary of all, a backward pass a class.
+
+  Returns:
+    [B, H, W, C] in the ball and in [0, 1]; where no misclassified point was
+    found within the ball, the closest one found, brought into it.
+
+  Raises:
+    UserError: An argument of a wrong shape, dtype or range, by name.
+  """
+  checks.choice("norm", norm, balls.NORMS)
+  checks.epsilon(epsilon, norm)
+  classifier, images, labels, num_classes = base.check_arguments(
+    classifier,
+    images,
+    labels,
+    num_steps=num_steps,
+    num_targets=num_targets,
+    num_restarts=num_restarts,
+  )
+  if num_classes < 2:
+    raise UserError(f"classifier: {num_classes} class; allowed: at least 2")
+  return search.run(
+    key,
+    classifier,
+    images,
+    labels,
+    search=FAB(norm=norm, targeted=targeted),
+    epsilon=epsilon,
+    num_steps=num_steps,
+    num_restarts=num_restarts,
+    num_targets=min(num_targets, num_classes - 1) if targeted else 1,
+  )

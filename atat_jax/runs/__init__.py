@@ -1,0 +1,1 @@
+"""A run's working directory: its files, tables and provenance. Needs no JAX."""

@@ -1,0 +1,4 @@
+"""Names of the networks of a run, as its files and tables have them."""
+
+TEACHER = "teacher"
+STUDENT = "student"

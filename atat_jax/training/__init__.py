@@ -1,0 +1,1 @@
+"""Parts of the train step and of the training loop."""

@@ -1,0 +1,343 @@
+"""Figures: real pictures that show the numbers in the files."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import matplotlib
+import numpy as np
+import pytest
+from PIL import Image
+
+from atat_jax import figures
+from atat_jax.errors import UserError
+from atat_jax.figures import style
+from atat_jax.runs import files, tables
+
+CURVES = ("loss", "training", "validation", "learning_rate")
+
+
+def write_metrics(path, adversarial, num_steps=40):
+  path.parent.mkdir(parents=True, exist_ok=True)
+  lines = []
+  for step in range(1, num_steps + 1):
+    line = {
+      "split": "train",
+      "step": step,
+      "epoch": step / 10,
+      "loss": 2.0 / step,
+      "cross_entropy": 1.5 / step,
+      "accuracy_clean": 1 - 0.5 / step,
+      "learning_rate": 0.1,
+      "gradient_norm": 1.0,
+      "images_per_second": 100.0,
+    }
+    if adversarial:
+      line |= {"attention": 0.3 / step, "logit_pairing": 0.0}
+      line |= {"accuracy_adversarial": 0.5}
+    lines.append(line)
+    if step % 10 == 0:
+      lines.append(
+        {
+          "split": "validation",
+          "step": step,
+          "epoch": step / 10,
+          "accuracy_clean": 0.9,
+          "accuracy_adversarial": 0.1,
+          "attack": "pgd10 linf epsilon=0.2",
+        }
+      )
+  path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def result_row(model, attack, batch_norm, accuracy, **changes):
+  attacked = attack != "nominal"
+  row = {
+    "model": model,
+    "dataset": "digits",
+    "split": "test",
+    "num_examples": 297,
+    "attack": attack,
+    "norm": "linf" if attacked else None,
+    "epsilon": 0.2 if attacked else None,
+    "step_size": 0.05 if attacked else None,
+    "num_steps": 20 if attacked else None,
+    "num_restarts": 1 if attacked else None,
+    "loss": "cross_entropy" if attacked else None,
+    "batch_norm": batch_norm,
+    "seed": 0,
+    "accuracy": accuracy,
+    "seconds": 1.0,
+    "batch_size": 100,
+  }
+  return row | changes
+
+
+def write_results(workdir, rows):
+  results = {"format": 1, "run": {}, "rows": rows, "diagnostics": {}}
+  (workdir / "results.json").write_text(json.dumps(results))
+
+
+def attention_arrays(models=("teacher", "student"), n=4, size=8, channels=1):
+  rng = np.random.default_rng(0)
+  images = rng.uniform(size=(n, size, size, channels)).astype(np.float32)
+  labels = np.arange(n, dtype=np.int32)
+  arrays = {
+    "images": images,
+    "labels": labels,
+    "class_names": np.array([f"class {i}" for i in range(n + 1)]),
+    "layer": "group2",
+    "protocol": "pgd20, running statistics",
+  }
+  for model in models:
+    arrays[f"{model}_adversarial"] = images
+    for kind in files.KINDS:
+      maps = rng.uniform(size=(n, 4, 4)).astype(np.float32)
+      arrays[f"{model}_{kind}_map"] = maps
+      arrays[f"{model}_{kind}_prediction"] = labels
+      arrays[f"{model}_{kind}_probability"] = np.full(n, 0.75, np.float32)
+  return arrays
+
+
+def pixels(path):
+  """An RGB picture as int [H, W, 3], checked to be a PNG with content."""
+  with Image.open(path) as image:
+    assert image.format == "PNG"
+    array = np.asarray(image.convert("RGB")).astype(int)
+  assert min(array.shape[:2]) > 200 and array.std() > 10
+  return array
+
+
+def is_color(array, color):
+  rgb = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
+  return (abs(array - rgb) <= 3).all(axis=-1)
+
+
+def test_nothing_to_draw(tmp_path):
+  assert figures.draw_all(tmp_path) == []
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_draws_every_figure_whose_inputs_are_there(tmp_path):
+  before = matplotlib.rcParams.copy()
+  write_metrics(tmp_path / "metrics.jsonl", adversarial=True)
+  write_metrics(tmp_path / "teacher" / "metrics.jsonl", adversarial=False)
+  write_results(tmp_path, [result_row("teacher", "nominal", "running", 0.9)])
+  np.savez(tmp_path / "attention.npz", **attention_arrays())
+  paths = figures.draw_all(str(tmp_path))
+  curves = [f"curves_{m}_{c}" for m in files.MODELS for c in CURVES]
+  names = ["robustness", *curves, "attention_1", "attention_2"]
+  assert paths == [tmp_path / "figures" / f"{name}.png" for name in names]
+  both = [
+    path.with_suffix(suffix) for path in paths for suffix in (".png", ".pdf")
+  ]
+  assert sorted((tmp_path / "figures").iterdir()) == sorted(both)
+  for path in paths:
+    pixels(path)
+  assert matplotlib.rcParams.copy() == before  # the user's own plots
+
+
+def test_bars_are_as_long_as_the_accuracies(tmp_path):
+  write_results(
+    tmp_path,
+    [
+      result_row("student", "nominal", "running", 0.9),
+      result_row("student", "pgd20", "running", 0.45),
+      result_row("student", "pgd20", "batch", 0.6),
+    ],
+  )
+  (path,) = figures.draw_all(tmp_path)
+  blue = is_color(pixels(path), style.BLUE)
+  # Rows of solid bars: the legend's patch, 0.9 and 0.45; no hatched one.
+  lengths = blue.sum(axis=1)
+  solid = np.unique(lengths[lengths > 100])
+  full = solid.max()
+  half = solid[abs(solid - full / 2) <= 3]
+  assert half.size, solid
+  starts = np.flatnonzero(np.diff((lengths >= full - 2).astype(int)) == 1)
+  assert len(starts) == 1, "one bar of 0.9"
+
+
+def test_attention_loss_and_attacked_accuracy_only_for_the_student(tmp_path):
+  write_metrics(tmp_path / "metrics.jsonl", adversarial=True)
+  write_metrics(tmp_path / "teacher" / "metrics.jsonl", adversarial=False)
+  paths = {path.stem: path for path in figures.draw_all(tmp_path)}
+  for panel in ("loss", "training"):
+    for model in files.MODELS:
+      array = pixels(paths[f"curves_{model}_{panel}"])
+      assert is_color(array, style.BLUE).sum() > 100
+      found = is_color(array, style.VERMILION).sum() > 100
+      assert found == (model == "student")
+
+
+def test_curves_survive_one_point_and_not_a_number(tmp_path):
+  lines = [
+    {"split": "train", "step": 1, "epoch": 0.1, "loss": float("nan")},
+    {"split": "validation", "step": 1, "epoch": 0.1, "accuracy_clean": 0.5},
+  ]
+  text = "\n".join(json.dumps(line) for line in lines)
+  (tmp_path / "metrics.jsonl").write_text(text)
+  stems = [path.stem for path in figures.draw_all(tmp_path)]
+  assert stems == ["curves_student_loss", "curves_student_validation"]
+
+
+def test_metrics_of_an_interrupted_run(tmp_path):
+  path = tmp_path / "metrics.jsonl"
+  path.write_text(
+    '{"split": "train", "step": 2, "loss": 5.0}\n'
+    '{"split": "train", "step": 3, "lo\n'  # killed here
+    '{"split": "train", "step": 1, "loss": 9.0}\n'
+    '{"split": "train", "step": 2, "loss": 4.0}\n'  # resumed from step 1
+    '"not an object"\n'
+    '{"split": "validation", "step": 2, "accuracy_clean": 0.5}'
+  )
+  metrics = files.read_metrics(path)
+  assert [line["loss"] for line in metrics["train"]] == [9.0, 4.0]
+  assert len(metrics["validation"]) == 1
+  assert files.read_metrics(tmp_path / "none.jsonl") == {}
+
+
+def test_attention_is_drawn_where_it_is(tmp_path):
+  arrays = attention_arrays(models=("teacher",), n=1)
+  clean, attacked = np.zeros((2, 1, 4, 4), np.float32)
+  clean[0, 0, 3] = 7.0  # top right
+  attacked[0, 3, 0] = 7.0  # bottom left
+  arrays["teacher_clean_map"] = clean
+  arrays["teacher_adversarial_map"] = attacked
+  np.savez(tmp_path / "attention.npz", **arrays)
+  (path,) = figures.draw_all(tmp_path)
+  array = pixels(path)
+  width = array.shape[1]
+  array = array[: int(0.8 * len(array))]  # without the colour bar
+  yellow = np.argwhere(array[..., 0] - array[..., 2] > 60)
+  # From left to right: the image, its clean map, its attacked map.
+  first = yellow[yellow[:, 1] < 0.68 * width].mean(axis=0)
+  second = yellow[yellow[:, 1] >= 0.68 * width].mean(axis=0)
+  picture = 0.3 * width
+  down, right = second - first
+  assert 0.5 * picture < down < 0.9 * picture
+  assert 0.1 * picture < right < 0.6 * picture
+
+
+@pytest.mark.parametrize(("size", "channels"), [(8, 1), (32, 3)])
+def test_wrong_predictions_are_framed(tmp_path, size, channels):
+  arrays = attention_arrays(n=3, size=size, channels=channels)
+  np.savez(tmp_path / "attention.npz", **arrays)
+  (path,) = figures.draw_all(tmp_path)
+  assert is_color(pixels(path), style.VERMILION).sum() < 50
+  arrays["student_adversarial_prediction"] = np.array([0, 1, 3], np.int32)
+  np.savez(tmp_path / "attention.npz", **arrays)
+  (path,) = figures.draw_all(tmp_path)
+  rows, columns = np.nonzero(is_color(pixels(path), style.VERMILION))
+  height, width = pixels(path).shape[:2]
+  grid = rows > 0.1 * height  # below the legend
+  assert grid.sum() > 500
+  # The last of three images, the student in the last column.
+  assert rows[grid].min() > 0.7 * height and columns[grid].min() > 0.6 * width
+
+
+def test_map_of_zeros_is_dark_all_over(tmp_path):
+  arrays = attention_arrays(models=("student",), n=1)
+  for kind in files.KINDS:
+    arrays[f"student_{kind}_map"][:] = 0
+  np.savez(tmp_path / "attention.npz", **arrays)
+  (path,) = figures.draw_all(tmp_path)
+  array = pixels(path)
+  array = array[: int(0.8 * len(array))]  # without the colour bar
+  assert not (array[..., 0] - array[..., 2] > 60).any()
+
+
+def test_damaged_inputs_are_named(tmp_path):
+  path = tmp_path / "attention.npz"
+  for content in (b"", b"not an archive"):
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"attention\.npz cannot be read"):
+      figures.draw_all(tmp_path)
+  arrays = attention_arrays()
+  del arrays["student_adversarial"]
+  np.savez(path, **arrays)
+  with pytest.raises(UserError, match="student_adversarial"):
+    figures.draw_all(tmp_path)
+  path.unlink()
+  results = tmp_path / "results.json"
+  for content, message in (
+    ("{", "not valid JSON"),
+    ("[]", "JSON object"),
+    ('{"format": 2}', "format is 2, only 1"),
+  ):
+    results.write_text(content)
+    with pytest.raises(UserError, match=message):
+      figures.draw_all(tmp_path)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+  path = tmp_path / "figures" / "a.png"
+  files.write_atomically(path, b"old")
+
+  def fail(self, content):
+    with open(self, "wb") as file:
+      file.write(content[:1])
+    raise OSError("no space left")
+
+  monkeypatch.setattr(pathlib.Path, "write_bytes", fail)
+  with pytest.raises(OSError, match="no space"):
+    files.write_atomically(path, b"new")
+  assert path.read_bytes() == b"old"
+  assert os.listdir(path.parent) == ["a.png"]
+
+
+def test_table_arrangement():
+  rows = [
+    result_row("student", "nominal", "batch", 0.8),
+    result_row("student", "nominal", "running", 0.7),
+    result_row("teacher", "pgd20", "running", 0.2),
+    result_row("student", "pgd20", "running", 0.3),
+    result_row("student", "pgd20", "running", 0.4),  # evaluated again
+    result_row("student", "pgd20", "running", 0.1, epsilon=0.3),
+  ]
+  nominal, weak, strong = tables.columns(rows)
+  labels = [nominal.label, weak.label, strong.label]
+  assert labels == ["nominal", "pgd20 (epsilon=0.2)", "pgd20 (epsilon=0.3)"]
+  assert nominal.accuracy("student", "batch") == 0.8
+  assert nominal.accuracy("teacher", "running") is None
+  assert weak.accuracy("student", "running") == 0.4
+  assert strong.accuracy("student", "running") == 0.1
+  assert tables.series(rows) == [
+    ("teacher", "running"),
+    ("student", "running"),
+    ("student", "batch"),
+  ]
+
+
+@pytest.mark.parametrize(
+  ("value", "text"),
+  [
+    (8 / 255, "0.03137 = 8/255"),
+    (0.0314, "0.0314 = 8/255"),
+    (0.031, "0.031"),
+    (0.2, "0.2 = 51/255"),
+    (0.05, "0.05"),
+    (0.0, "0"),
+    (None, "none"),
+  ],
+)
+def test_sizes(value, text):
+  assert tables.size(value) == text
+
+
+def test_report_starts_without_matplotlib_and_jax():
+  code = (
+    "import sys, atat_jax.report; "
+    "print([m for m in ('matplotlib', 'jax') if m in sys.modules])"
+  )
+  root = pathlib.Path(__file__).parents[2]
+  result = subprocess.run(
+    [sys.executable, "-c", code],
+    cwd=root,
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  assert result.stdout.strip() == "[]"

@@ -1,0 +1,133 @@
+"""Metrics on disk: cut back to the step that a run resumes from."""
+
+import json
+import math
+import os
+import struct
+
+import jax
+import pytest
+import tensorboardX.proto.event_pb2 as events
+
+from atat_jax.training.writer import MetricsWriter, write_json
+
+
+def write_lines(directory, steps, **more):
+  with MetricsWriter(directory, 0) as writer:
+    for step in steps:
+      writer.write("train", step, {"loss": step / 2, **more})
+
+
+def lines(directory):
+  text = (directory / "metrics.jsonl").read_text()
+  assert text == "" or text.endswith("\n")
+  return [json.loads(line) for line in text.splitlines()]
+
+
+def board(directory):
+  """All scalars on a TensorBoard as (tag, step, value), file after file."""
+  found = []
+  for path in sorted((directory / "tensorboard").iterdir()):
+    data = path.read_bytes()
+    while data:  # length, its checksum, the event, its checksum
+      (size,) = struct.unpack("<Q", data[:8])
+      event = events.Event.FromString(data[12 : 12 + size])
+      data = data[16 + size :]
+      found += [
+        (value.tag, event.step, value.simple_value)
+        for value in event.summary.value
+      ]
+  return found
+
+
+def test_lines_are_json_with_split_and_step(tmp_path):
+  with MetricsWriter(tmp_path / "run", 0) as writer:
+    writer.write("train", 4, {"loss": 0.5, "epoch": 0.25})
+    # At once on disk: what follows may be a kill.
+    assert len(lines(tmp_path / "run")) == 1
+    writer.write("validation", 5, {"accuracy": 1.0, "attack": "pgd2: x"})
+  assert lines(tmp_path / "run") == [
+    {"split": "train", "step": 4, "loss": 0.5, "epoch": 0.25},
+    {"split": "validation", "step": 5, "accuracy": 1.0, "attack": "pgd2: x"},
+  ]
+
+
+def test_tensorboard_has_the_numbers_and_no_text(tmp_path):
+  with MetricsWriter(tmp_path, 0) as writer:
+    writer.write("train", 4, {"loss": 0.5})
+    writer.write("validation", 5, {"accuracy": 0.25, "attack": "pgd2: x"})
+  assert board(tmp_path) == [
+    ("train/loss", 4, 0.5),
+    ("validation/accuracy", 5, 0.25),
+  ]
+
+
+def test_resuming_drops_what_lies_beyond(tmp_path):
+  write_lines(tmp_path, [4, 8, 12, 16])
+  with MetricsWriter(tmp_path, 10) as writer:
+    assert [line["step"] for line in lines(tmp_path)] == [4, 8]
+    writer.write("train", 12, {"loss": 7.0})
+  assert [line["loss"] for line in lines(tmp_path)] == [2.0, 4.0, 7.0]
+
+
+def test_resuming_keeps_the_step_itself(tmp_path):
+  write_lines(tmp_path, [4, 8, 12])
+  with MetricsWriter(tmp_path, 8):
+    pass
+  assert [line["step"] for line in lines(tmp_path)] == [4, 8]
+
+
+@pytest.mark.parametrize(
+  "torn",
+  ['{"split": "train", "step": 8, "lo', '{"split": "tr', "{", "\0\0\0", "{}"],
+)
+def test_a_torn_line_is_dropped(tmp_path, torn):
+  write_lines(tmp_path, [4])
+  with (tmp_path / "metrics.jsonl").open("a") as file:
+    file.write(torn)
+  with MetricsWriter(tmp_path, 8) as writer:
+    writer.write("train", 8, {"loss": 1.0})
+  assert [line["step"] for line in lines(tmp_path)] == [4, 8]
+
+
+def test_a_new_run_drops_everything(tmp_path):
+  # It was killed before its first checkpoint: it begins again.
+  write_lines(tmp_path, [4, 8])
+  with MetricsWriter(tmp_path, 0):
+    pass
+  assert lines(tmp_path) == []
+
+
+def test_json_is_replaced_whole(tmp_path):
+  path = tmp_path / "sub" / "results.json"
+  write_json(path, {"rows": [1, 2]})
+  before = path.read_bytes()
+  assert json.loads(before) == {"rows": [1, 2]}
+  for bad in (math.nan, {1, 2}):
+    with pytest.raises((ValueError, TypeError)):
+      write_json(path, {"rows": bad})
+    assert path.read_bytes() == before
+  write_json(path, {"rows": []})
+  assert json.loads(path.read_text()) == {"rows": []}
+  assert [p.name for p in path.parent.iterdir()] == ["results.json"]
+
+
+def test_a_kill_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
+  path = tmp_path / "results.json"
+  write_json(path, {"rows": [1]})
+
+  def killed(*_):
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(os, "replace", killed)
+  with pytest.raises(KeyboardInterrupt):
+    write_json(path, {"rows": []})
+  assert json.loads(path.read_text()) == {"rows": [1]}
+
+
+def test_other_processes_write_nothing(tmp_path, monkeypatch):
+  monkeypatch.setattr(jax, "process_index", lambda: 1)
+  write_json(tmp_path / "config.json", {})
+  with MetricsWriter(tmp_path / "run", 0) as writer:
+    writer.write("train", 1, {"loss": 1.0})
+  assert list(tmp_path.iterdir()) == []

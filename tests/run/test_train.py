@@ -1,0 +1,483 @@
+"""Training end to end: resumed runs are bit-equal, and divergence is told."""
+
+import collections
+import contextlib
+import gzip
+import json
+import re
+import shutil
+import signal
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import tiny
+
+from atat_jax import (
+  checkpoints,
+  config,
+  evaluation,
+  objectives,
+  sharding,
+  state,
+  steps,
+  train,
+)
+from atat_jax.data.base import Dataset, Split
+from atat_jax.errors import TrainingDivergedError, UserError
+from atat_jax.interrupts import Interrupted
+from atat_jax.training import profile
+
+pytest_plugins = ("tiny",)
+
+ITEMS = ("params", "batch_stats", "opt_state", "run")
+
+
+def stored(directory, step, items=ITEMS):
+  """A checkpoint as Orbax alone reads it, by item and path."""
+  found = {}
+  with ocp.StandardCheckpointer() as checkpointer:
+    for item in items:
+      path = directory.absolute() / "checkpoints" / str(step) / item
+      leaves = jax.tree_util.tree_leaves_with_path(checkpointer.restore(path))
+      for where, leaf in leaves:
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+          leaf = jax.random.key_data(leaf)
+        found[item + jax.tree_util.keystr(where)] = np.asarray(leaf)
+  return found
+
+
+def assert_same_run(directory, expected, step, items=ITEMS):
+  """Bit-equal checkpoints and, but for the clock, equal metrics."""
+  a, b = stored(directory, step, items), stored(expected, step, items)
+  assert set(a) == set(b)
+  assert {item for item in items if any(k.startswith(item) for k in a)} == {
+    *items
+  }
+  for name in a:
+    assert a[name].dtype == b[name].dtype, name
+    assert np.array_equal(a[name], b[name]), name
+  assert tiny.metrics(directory / "metrics.jsonl") == tiny.metrics(
+    expected / "metrics.jsonl"
+  )
+
+
+def stop(workdir, step, seed, signum=signal.SIGTERM):
+  """Trains until the signal; how it says that it stopped."""
+  handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+  with (
+    tiny.signal_before(step, seed, signum),
+    pytest.raises(Interrupted) as stopped,
+  ):
+    tiny.run(workdir, "train")
+  assert stopped.value.signum == signum
+  assert handlers == [
+    signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)
+  ]
+  return str(stopped.value)
+
+
+def test_stopped_twice_and_killed_it_ends_the_same(finished, tmp_path):
+  workdir = tmp_path / "run"
+  teacher, made = workdir / "teacher", tiny.config()
+
+  # In the middle of an epoch, of a log interval and between validations.
+  message = stop(workdir, 6, tiny.teacher_seed(made), signal.SIGINT)
+  assert message.startswith("teacher: stopped at step 6 of 10")
+  assert str(teacher / "checkpoints") in message and "same command" in message
+  assert checkpoints.checkpoint_step(teacher, which="last") == 6
+  sums = stored(teacher, 6)["run['sums']['loss']"]
+  assert sums[1] == 2 * 128  # steps 5 and 6 wait for the log line of step 8
+  assert not (workdir / "checkpoints").exists()
+
+  message = stop(workdir, 13, made.seed)
+  assert message.startswith("student: stopped at step 13 of 20")
+  assert_same_run(teacher, finished.workdir / "teacher", tiny.TEACHER_STEPS)
+  lines = tiny.metrics(workdir / "metrics.jsonl")
+  assert lines[-1]["step"] == 12
+  # A checkpoint that nobody validated is the last, never the best.
+  assert checkpoints.checkpoint_step(workdir, which="last") == 13
+  assert checkpoints.checkpoint_step(workdir) in (5, 10)
+
+  # What a later kill leaves: lines beyond the checkpoint, the last one torn.
+  with (workdir / "metrics.jsonl").open("a") as file:
+    for step in (15, 16):
+      file.write(json.dumps({"split": "train", "step": step, "loss": 9}) + "\n")
+    file.write('{"split": "train", "step": 20, "lo')
+  # ... and a checkpoint that was being written.
+  half = workdir / "checkpoints" / "16.orbax-checkpoint-tmp-1"
+  shutil.copytree(workdir / "checkpoints" / "13", half)
+  shutil.rmtree(half / "opt_state")
+  tiny.run(workdir, "train")
+  assert_same_run(workdir, finished.workdir, tiny.STUDENT_STEPS)
+  best = checkpoints.checkpoint_step(finished.workdir)
+  assert checkpoints.checkpoint_step(workdir) == best
+
+
+def test_a_signal_at_a_stages_last_step_stops_the_run(tmp_path):
+  workdir = tmp_path / "run"
+  seed = tiny.teacher_seed(tiny.config())
+  with tiny.instant_steps():
+    message = stop(workdir, tiny.TEACHER_STEPS, seed)
+  assert message.startswith("teacher: ")
+  assert checkpoints.checkpoint_step(workdir / "teacher", which="last") == 10
+  assert not (workdir / "checkpoints").exists()
+
+
+def test_teacher_of_a_finished_run_on_more_devices(finished, tmp_path):
+  """The same numbers on two devices; and the teacher is not trained again."""
+  workdir = tmp_path / "run"
+  made = tiny.config(teacher_workdir=str(finished.workdir / "teacher"))
+  tiny.run(workdir, "train", made, num_devices=2)
+  assert not (workdir / "teacher").exists()
+  found = tiny.metrics(workdir / "metrics.jsonl")
+  expected = tiny.metrics(finished.workdir / "metrics.jsonl")
+  for a, b in zip(found, expected, strict=True):
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+      if isinstance(value, str):
+        assert value == b[name]
+      elif name.startswith("accuracy"):
+        assert value == pytest.approx(b[name], abs=0.05), (a["step"], name)
+      else:
+        # Rounding turns the sign of a few gradients in the attack (1e-4 after
+        # four steps), and that grows; statistics of half a batch would be off
+        # by per cents at once.
+        tolerance = 2e-3 if a["step"] <= 4 else 0.05
+        assert value == pytest.approx(b[name], rel=tolerance), (a["step"], name)
+
+
+def test_a_teacher_of_another_network_is_refused(finished, tmp_path):
+  teacher = str(finished.workdir / "teacher")
+  before = tiny.snapshot(finished.workdir)
+  made = tiny.config(model__width=2, teacher_workdir=teacher)
+  with pytest.raises(UserError, match=r"model\.width: 2.*teacher") as error:
+    tiny.run(tmp_path / "run", "train", made)
+  assert len(str(error.value).splitlines()) == 1
+  assert tiny.snapshot(finished.workdir) == before
+
+
+def test_a_teacher_that_does_not_exist_is_named(tmp_path):
+  made = tiny.config(teacher_workdir=str(tmp_path / "none"))
+  with pytest.raises(UserError, match="none has no checkpoints"):
+    tiny.run(tmp_path / "run", "train", made)
+  assert not (tmp_path / "none").exists()
+
+
+def test_the_student_starts_as_the_teacher(finished, tmp_path):
+  """Section 3.2 of the paper: parameters, and here running statistics too."""
+  workdir = tmp_path / "run"
+  made = tiny.config(teacher_workdir=str(finished.workdir / "teacher"))
+  with tiny.instant_steps():
+    tiny.run(workdir, "train", made)
+  student = stored(workdir, tiny.STUDENT_STEPS)
+  best = checkpoints.checkpoint_step(finished.workdir / "teacher")
+  teacher = stored(finished.workdir / "teacher", best)
+  names = [n for n in student if n.startswith(("params", "batch_stats"))]
+  assert names
+  for name in names:
+    np.testing.assert_array_equal(student[name], teacher[name])
+
+
+def test_it_compiles_while_it_warms_up_and_never_again(finished):
+  numbers = {
+    directory: [
+      (split, step, number)
+      for name, split, step, number in finished.compilations.lines
+      if name == directory
+    ]
+    for directory in ("teacher", "run")
+  }
+  for directory, total in (
+    ("teacher", tiny.TEACHER_STEPS),
+    ("run", tiny.STUDENT_STEPS),
+  ):
+    warm = next(n for s, _, n in numbers[directory] if s == "validation")
+    split, step, last = numbers[directory][-1]
+    assert (split, step) == ("validation", total)
+    assert last == warm, directory
+  evaluations = finished.compilations.evaluations
+  assert evaluations[-1][3] > evaluations[0][2]  # it does count
+  # The teacher's turn compiles one attack for each BatchNorm mode, whatever
+  # its steps; the student's weights are arguments of the same programs.
+  rows = evaluations[-12:]
+  teacher, student = rows[:6], rows[6:]
+  assert [row[:2] for row in teacher] == [row[:2] for row in student]
+  assert all(after == before for _, _, before, after in student)
+  for name, size, before, after in teacher:
+    if name == "pgd2":  # fgsm before it was the same program
+      assert after == before, size
+
+
+def test_no_function_compiles_twice(finished):
+  """But for single operations: they differ in what jax does not print."""
+  counted = collections.Counter(finished.compilations.programs)
+  names = collections.Counter(name for name, _ in counted)
+  assert names["dispatch"] == names["build"] == 2  # teacher and student
+  assert names["_pgd"] == 3  # validation, running and batch statistics
+  repeated = {
+    name: count
+    for (name, _), count in counted.items()
+    if count > 1 and not hasattr(jax.lax, name.lstrip("_"))
+  }
+  # Each stage has a schedule of its own, each set of options is tried once.
+  assert repeated in ({"schedule": 2}, {"schedule": 2, "probe": 2})
+
+
+@pytest.mark.slow
+def test_a_second_start_compiles_nothing(tmp_path, monkeypatch):
+  """All that is compiled is kept, and there is nothing new to keep."""
+  cache = tmp_path / "cache"
+  monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(cache))
+  with contextlib.closing(tiny.CommandLine(tmp_path)) as command_line:
+    entries = []
+    for name in ("first", "second"):
+      outcome = command_line(*tiny.flags(tmp_path / name))
+      assert not outcome.status, outcome.stderr
+      entries.append({path.name for path in cache.glob("*-cache")})
+  assert len(entries[0]) > 20
+  assert entries[0] == entries[1]
+
+
+def test_which_steps_go_together():
+  def sizes(*arguments, **keywords):
+    found = list(train.dispatches(*arguments, **keywords))
+    assert [numbers.start for numbers in found] == [
+      arguments[0] + sum(map(len, found[:i])) for i in range(len(found))
+    ]
+    return list(map(len, found))
+
+  assert sizes(0, 5, size=1, multiples=(2,)) == [1] * 5
+  assert sizes(0, 20, size=8, multiples=(100,)) == [8, 8, 4]
+  # Log lines every 5 steps, validations every 7, a trace of steps 10 to 11.
+  assert sizes(3, 16, size=4, multiples=(5, 7), others=(9, 11)) == [
+    2,
+    2,
+    2,
+    1,
+    1,
+    3,
+    1,
+    1,
+  ]
+  assert sizes(20, 20, size=4, multiples=(5,)) == []
+
+
+def test_a_profile_of_two_steps(tmp_path):
+  """With steps that only count: what they trace is not what is tested."""
+  made = tiny.config("standard", profile_steps=(3, 4))
+  with tiny.instant_steps():
+    tiny.run(tmp_path / "run", "train", made)
+  (trace,) = (tmp_path / "run/profile").rglob("perfetto_trace.json.gz")
+  with gzip.open(trace) as file:
+    assert json.load(file)["traceEvents"]
+  assert list(trace.parent.glob("*.xplane.pb"))  # for TensorBoard
+
+
+def test_a_profile_ends_with_the_run(tmp_path):
+  """An interrupted run leaves no recording behind that blocks the next one."""
+  trace = profile.Trace(tmp_path, (1, 9))
+  with pytest.raises(KeyError), trace:
+    trace.before(1, ())
+    raise KeyError
+  jax.profiler.start_trace(str(tmp_path / "again"))
+  jax.profiler.stop_trace()
+
+
+def test_divergence_keeps_the_last_good_checkpoint(command_line, tmp_path):
+  workdir = tmp_path / "run"
+  # At 0.65 of 10 steps the rate goes from 0.2 to 2e29.
+  outcome = command_line(
+    *tiny.flags(
+      workdir,
+      "--config.train.num_epochs=1",
+      "--config.train.schedule=piecewise",
+      "--config.train.boundaries=(0.65,)",
+      "--config.train.factor=1e30",
+      method="standard",
+    )
+  )
+  assert outcome.status == 1
+  errors = outcome.stderr.replace("\r", "\n").splitlines()
+  (line,) = [text for text in errors if text.startswith("error: ")]
+  assert errors[-1] == line and "Traceback" not in outcome.stderr
+  assert "step 5 is kept" in line and str(workdir / "checkpoints") in line
+  match = re.search(r"not finite at step (\d+): ([a-z_, ]+);", line)
+  assert match, line
+  # After the checkpoint, not after the log line that would have shown it.
+  assert 5 < int(match[1]) <= 8
+  assert set(match[2].split(", ")) <= {"cross_entropy", "gradient"}
+  assert checkpoints.checkpoint_step(workdir, which="last") == 5
+  _, variables = checkpoints.restore_model(workdir)
+  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(variables))
+  lines = tiny.metrics(workdir / "metrics.jsonl")
+  assert [text["step"] for text in lines] == [4, 5]
+  assert not (workdir / "results.json").exists()
+
+
+def test_divergence_counts_steps_as_log_lines_do(tmp_path):
+  made = tiny.config(
+    "standard",
+    train__learning_rate=1e30,
+    train__log_every_steps=1,
+    train__schedule="constant",
+  )
+  workdir = tmp_path / "run"
+  with pytest.raises(TrainingDivergedError) as error:
+    tiny.run(workdir, "train", made)
+  message = str(error.value)
+  assert len(message.splitlines()) == 1
+  assert "there is none yet" in message and "learning_rate" in message
+  lines = tiny.metrics(workdir / "metrics.jsonl")
+  step = int(re.search(r"at step (\d+)", message)[1])
+  # The lines before it were written, its own was not.
+  assert step == (lines[-1]["step"] if lines else 0) + 1
+  assert not list((workdir / "checkpoints").glob("[0-9]*"))
+
+
+# Methods.
+
+
+@pytest.mark.parametrize("method", ["atat", "atat_released"])
+def test_where_the_student_starts(method, tmp_path, monkeypatch):
+  """In the paper as the teacher, in the released code afresh."""
+  started = []
+
+  def create(*_, initial, **__):
+    started.append(initial)
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(state, "create", create)
+  plan = config.make_plan(tiny.config(method))
+  split = Split(np.zeros((200, 8, 8, 1), np.uint8), np.zeros(200, np.int32))
+  teacher = {"params": {}}
+  stage = train.Stage(
+    "student", "train", tmp_path, plan.config.train, plan.objective, teacher, 0
+  )
+  with pytest.raises(KeyboardInterrupt):
+    train._run(
+      plan,
+      stage,
+      Dataset(plan.spec, split, split, split),
+      sharding.make_mesh(jax.devices()[:1]),
+      None,
+    )
+  assert started == [teacher if method == "atat" else None]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "method", sorted({*objectives.OBJECTIVES} - {"atat", "standard"})
+)
+def test_every_method_trains_and_is_evaluated(method, tmp_path):
+  """From its configuration to the page; only those with a teacher train one."""
+  made = tiny.config(method)
+  tiny.run(tmp_path, made=made)
+  needs_teacher = objectives.create(method, **made.objective).needs_teacher
+  assert (tmp_path / "teacher").exists() == needs_teacher
+  lines = tiny.metrics(tmp_path / "metrics.jsonl")
+  for line in lines:
+    numbers = [v for v in line.values() if isinstance(v, int | float)]
+    assert np.isfinite(numbers).all()
+  train_lines = [line for line in lines if line["split"] == "train"]
+  assert train_lines[-1]["step"] == tiny.STUDENT_STEPS
+  assert train_lines[-1]["loss"] < train_lines[0]["loss"]
+  assert ("accuracy_clean" in train_lines[0]) == (method != "at")
+  assert (tmp_path / "report.html").exists()
+
+
+OPTIONS = {
+  "train__num_epochs": 1,
+  "train__schedule": "constant",
+  "train__accumulate_steps": 2,
+  "train__label_smoothing": 0.1,
+  "data__mix": "cutmix",
+  "data__extra_fraction": 0.25,
+}
+
+
+@pytest.fixture
+def validations(monkeypatch):
+  """Variables of each network that was validated, instead of accuracies."""
+  found = []
+
+  def accuracy(key, classifier, data, **kwargs):
+    found.append(jax.tree.map(np.array, jax.tree.leaves(classifier)))
+    return float(np.abs(found[-1][0].sum())) % 1  # a function of the weights
+
+  monkeypatch.setattr(evaluation, "accuracy", accuracy)
+  return found
+
+
+def of_item(found, item):
+  return {
+    name.removeprefix(f"{item}['params']").removeprefix(item): leaf
+    for name, leaf in found.items()
+    if name.startswith(item) and "batch_stats" not in name
+  }
+
+
+@pytest.mark.parametrize(
+  "average",
+  [
+    pytest.param({"train__ema_decay": 0.9}, marks=pytest.mark.slow),
+    {"train__swa_start": 0.4, "train__statistics_batches": 3},
+  ],
+  ids=["ema", "swa"],
+)
+def test_resumed_with_averages_and_extra_images_it_ends_the_same(
+  tmp_path, validations, average
+):
+  generator = np.random.default_rng(0)
+  np.savez(
+    tmp_path / "extra.npz",
+    image=generator.integers(0, 256, (50, 8, 8, 1), np.uint8),
+    label=generator.integers(0, 10, 50),
+  )
+  made = tiny.config(
+    "standard", **OPTIONS, **average, data__extra=str(tmp_path / "extra.npz")
+  )
+  whole, parts = tmp_path / "whole", tmp_path / "parts"
+  tiny.run(whole, "train", made)
+  first = list(validations)
+  with (
+    tiny.signal_before(8, made.seed),
+    pytest.raises(Interrupted),
+  ):
+    tiny.run(parts, "train", made)
+  # What was saved in between is not the trained weights either.
+  _, averaged = checkpoints.restore_model(parts, which="last")
+  _, trained = checkpoints.restore_model(parts, which="last", averaged=False)
+  for item in ("params", "batch_stats"):
+    assert not np.array_equal(
+      *(jax.tree.leaves(v[item])[-1] for v in (averaged, trained))
+    )
+  tiny.run(parts, "train", made)
+  assert_same_run(parts, whole, tiny.STEPS_PER_EPOCH, (*ITEMS, "ema"))
+
+  # Validated, selected and restored are the averaged weights.
+  items = stored(whole, tiny.STEPS_PER_EPOCH, (*ITEMS, "ema"))
+  raw, kept = of_item(items, "params"), of_item(items, "ema")
+  assert set(raw) == set(kept)
+  assert all(not np.array_equal(raw[name], kept[name]) for name in raw)
+  _, restored = checkpoints.restore_model(whole, which="last")
+  validated = {leaf.tobytes() for leaf in first[-1]}
+  for leaf in jax.tree.leaves(restored):
+    assert np.asarray(leaf).tobytes() in validated
+  for name, leaf in kept.items():
+    assert leaf.tobytes() in validated, name
+    assert raw[name].tobytes() not in validated, name
+
+
+def test_too_few_extra_images_are_told_before_training(tmp_path, monkeypatch):
+  np.savez(
+    tmp_path / "x.npz",
+    image=np.zeros((9, 8, 8, 1), np.uint8),
+    label=np.zeros(9, np.int32),
+  )
+  made = tiny.config("standard", data__extra=str(tmp_path / "x.npz"))
+  monkeypatch.delattr(steps, "make_train_step")
+  with pytest.raises(UserError, match=r"extra_fraction: 90 .* 9 in .*x\.npz"):
+    tiny.run(tmp_path / "run", "train", made)
+  assert not (tmp_path / "run").exists()

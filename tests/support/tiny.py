@@ -1,0 +1,356 @@
+"""The whole main job in seconds, for tests of what surrounds the training.
+
+The configuration is `configs/digits.py` with less of everything. Ten steps
+make an epoch; validation comes every five steps and a log line every four, so
+that every checkpoint but the last is in the middle of a log interval.
+
+Test modules import it and name it in `pytest_plugins`, which is for its
+fixtures (pytest complains of modules that it loads second, unless they say
+PYTEST_DONT_REWRITE).
+"""
+
+import hashlib
+import importlib.util
+import json
+import logging
+import os
+import pathlib
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import jax
+import pytest
+from ml_collections import ConfigDict
+
+from atat_jax import evaluation, pipeline, sharding, steps
+from atat_jax.data import batches
+from atat_jax.training import writer
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+STEPS_PER_EPOCH = 10
+TEACHER_STEPS, STUDENT_STEPS = 10, 20
+NUM_TEST, BATCH_SIZE, STATISTICS_SIZE = 70, 64, 40
+ATTACKS = ("nominal", "fgsm", "pgd2")
+
+_TRAINING = {
+  "batch_size": 128,
+  "log_every_steps": 4,
+  "validate_every_epochs": 0.5,
+}
+OVERRIDES = {
+  "data.validation_size": 128,
+  "model.width": 1,
+  "objective.num_steps": 1,
+  **{f"train.{key}": value for key, value in _TRAINING.items()},
+  **{f"teacher.{key}": value for key, value in _TRAINING.items()},
+  "train.num_epochs": 2,
+  "teacher.num_epochs": 1,
+  "evaluation.validation_attack": "pgd1",
+  "evaluation.attacks": ",".join(ATTACKS),
+  "evaluation.num_examples": NUM_TEST,
+  "evaluation.batch_size": BATCH_SIZE,
+  "evaluation.batch_statistics_size": STATISTICS_SIZE,
+  "figures.analyses": "attention",
+  "figures.attack": "pgd2",
+  "figures.num_images": 2,
+}
+STANDARD = {"objective.num_steps"}  # fields that `standard` does not have
+
+
+def load_config(name: str, method: str | None = None) -> ConfigDict:
+  """What `configs/<name>.py` returns, with its default method or another."""
+  path = ROOT / "configs" / f"{name}.py"
+  spec = importlib.util.spec_from_file_location(f"configs_{name}", path)
+  module = importlib.util.module_from_spec(spec)
+  found = list(sys.path)
+  try:
+    spec.loader.exec_module(module)
+  finally:
+    sys.path[:] = found
+  return module.get_config(*([method] if method else []))
+
+
+def config(method: str = "atat", **overrides: Any) -> ConfigDict:
+  """The tiny configuration; `train__num_epochs=3` changes `train.num_epochs`."""
+  made = load_config("digits", method)
+  for field, value in OVERRIDES.items():
+    if method != "standard" or field not in STANDARD:
+      made.update_from_flattened_dict({field: value})
+  for field, value in overrides.items():
+    made.update_from_flattened_dict({field.replace("__", "."): value})
+  return made
+
+
+def flags(
+  workdir: pathlib.Path | str,
+  *extra: str,
+  method: str = "atat",
+  mode: str | None = None,
+) -> list[str]:
+  """The same as arguments of `main.py`; `extra` comes last, so it wins."""
+  return [
+    f"--config=configs/digits.py:{method}",
+    f"--workdir={workdir}",
+    *([f"--mode={mode}"] if mode else []),
+    *(
+      f"--config.{field}={value}"
+      for field, value in OVERRIDES.items()
+      if method != "standard" or field not in STANDARD
+    ),
+    *extra,
+  ]
+
+
+@contextmanager
+def devices(number: int) -> Iterator[None]:
+  """Lets the modes use so many of the devices."""
+  make_mesh = sharding.make_mesh
+  chosen = jax.devices()[:number]
+  if len(chosen) < number:
+    pytest.skip(f"needs {number} devices, has {len(chosen)}")
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(sharding, "make_mesh", lambda: make_mesh(chosen))
+    yield
+
+
+def run(
+  workdir: pathlib.Path,
+  mode: str = "run",
+  made: ConfigDict | None = None,
+  *,
+  num_devices: int = 1,
+) -> None:
+  """`main.py` without its flags, in this process."""
+  with devices(num_devices):
+    pipeline.run(mode, made or config(), workdir)
+
+
+@contextmanager
+def signal_before(step: int, seed: int, signum: int = signal.SIGTERM):
+  """Sends this process a signal when it fetches the batch of a step.
+
+  Args:
+    step: From 1, as checkpoints and log lines count.
+    seed: Of the stage: `config.seed` is the student's.
+    signum: Which signal.
+  """
+  train_indices = batches.train_indices
+
+  def fetch(stage_seed: int, index: int, **sizes: int):
+    if (stage_seed, index) == (seed, step - 1):
+      os.kill(os.getpid(), signum)
+    return train_indices(stage_seed, index, **sizes)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(batches, "train_indices", fetch)
+    yield
+
+
+@contextmanager
+def instant_steps() -> Iterator[None]:
+  """Replaces the train step by one that only counts: nothing is compiled."""
+
+  def make_train_step(*_: Any, **__: Any) -> steps.TrainStep:
+    def step_fn(state: Any, *_: Any) -> Any:
+      sums = {name: value + 1 for name, value in state.sums.items()}
+      return state.replace(step=state.step + 1, sums=sums)
+
+    return step_fn
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(steps, "make_train_step", make_train_step)
+    yield
+
+
+def teacher_seed(made: ConfigDict) -> int:
+  """The stage's seed, which is not the student's."""
+  return made.seed + 1_000_003
+
+
+class Compilations(NamedTuple):
+  """How many programs had been compiled when something happened.
+
+  Attributes:
+    lines: Of each line of the metrics (directory, split, step, number).
+    evaluations: Of each accuracy (protocol, batch size, before, after).
+    programs: Each program's (name, shapes of its arguments).
+  """
+
+  lines: list[tuple[str, str, int, int]]
+  evaluations: list[tuple[str, int, int, int]]
+  programs: list[tuple[str, str]]
+
+
+class FinishedRun(NamedTuple):
+  """A run of the tiny configuration on one device; not to be changed.
+
+  Attributes:
+    workdir: Its directory.
+    compilations: What it compiled when.
+  """
+
+  workdir: pathlib.Path
+  compilations: Compilations
+
+  def copy(self, to: pathlib.Path) -> pathlib.Path:
+    """A copy that a test may change."""
+    return pathlib.Path(shutil.copytree(self.workdir, to))
+
+  @property
+  def results(self) -> dict[str, Any]:
+    """What `results.json` holds."""
+    return json.loads((self.workdir / "results.json").read_text())
+
+
+@contextmanager
+def noted_programs(programs: list[tuple[str, str]]) -> Iterator[None]:
+  """Notes what jax says that it compiles (or loads): (name, shapes)."""
+
+  class Handler(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+      found = re.match(r"Compiling jit\((.+?)\) with (.+)", record.getMessage())
+      if found:
+        programs.append((found[1], found[2]))
+
+  handler, logger = Handler(), logging.getLogger("jax")
+  logger.addHandler(handler)
+  try:
+    with jax.log_compiles():
+      yield
+  finally:
+    logger.removeHandler(handler)
+
+
+@pytest.fixture(scope="session")
+def finished(
+  tmp_path_factory: pytest.TempPathFactory, compilations: Callable[[], int]
+) -> FinishedRun:
+  """Teacher, student, evaluation, figures and report, made once for all."""
+  workdir = tmp_path_factory.mktemp("finished") / "run"
+  counts = Compilations([], [], [])
+  write, accuracy = writer.MetricsWriter.write, evaluation.accuracy
+
+  def counted_write(self: Any, split: str, step: int, values: Any) -> None:
+    directory = pathlib.Path(self._file.name).parent.name
+    counts.lines.append((directory, split, step, compilations()))
+    write(self, split, step, values)
+
+  def counted_accuracy(*args: Any, **kwargs: Any) -> float:
+    before = compilations()
+    value = accuracy(*args, **kwargs)
+    name, size = kwargs["protocol"].name, kwargs["batch_size"]
+    counts.evaluations.append((name, size, before, compilations()))
+    return value
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(writer.MetricsWriter, "write", counted_write)
+    patch.setattr(evaluation, "accuracy", counted_accuracy)
+    with noted_programs(counts.programs):
+      run(workdir)
+  return FinishedRun(workdir, counts)
+
+
+def snapshot(directory: pathlib.Path) -> dict[str, tuple[int, str]]:
+  """Every path below a directory: time of change and digest ("" of folders)."""
+  return {
+    str(path.relative_to(directory)): (
+      path.stat().st_mtime_ns,
+      hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "",
+    )
+    for path in sorted(directory.rglob("*"))
+  }
+
+
+def metrics(path: pathlib.Path) -> list[dict[str, Any]]:
+  """The lines of a `metrics.jsonl` but for what the clock says."""
+  lines = [json.loads(line) for line in path.read_text().splitlines()]
+  for line in lines:
+    line.pop("images_per_second", None)
+  return lines
+
+
+class Outcome(NamedTuple):
+  """How a process ended: its exit status and what it wrote."""
+
+  status: int
+  stdout: str
+  stderr: str
+
+
+# `python main.py` again and again, without importing everything each time:
+# nothing of JAX has started when the process forks.
+_SERVER = """
+import json, os, runpy, sys, traceback
+import jax, tensorboardX
+from atat_jax import pipeline
+sys.path.insert(0, os.getcwd())
+for line in sys.stdin:
+  arguments, out, err = json.loads(line)
+  child = os.fork()
+  if child == 0:
+    for path, stream in ((out, 1), (err, 2)):
+      os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+    sys.argv, status = ["main.py", *arguments], 0
+    try:
+      runpy.run_path("main.py", run_name="__main__")
+    except SystemExit as error:
+      status = error.code
+    except BaseException:
+      traceback.print_exc()
+      status = 1
+    if isinstance(status, str):
+      print(status, file=sys.stderr)
+      status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status or 0)  # tearing so much down takes a second
+  status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+  print(status, flush=True)
+"""
+
+
+class CommandLine:
+  """Runs `python main.py` in the repository, one after the other."""
+
+  def __init__(self, folder: pathlib.Path) -> None:
+    self._folder = folder
+    self._server = subprocess.Popen(
+      [sys.executable, "-W", "ignore", "-c", _SERVER],
+      cwd=ROOT,
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.DEVNULL,
+      text=True,
+    )
+
+  def __call__(self, *arguments: object) -> Outcome:
+    """Runs it to its end."""
+    out, err = self._folder / "stdout", self._folder / "stderr"
+    request = [list(map(str, arguments)), str(out), str(err)]
+    self._server.stdin.write(json.dumps(request) + "\n")
+    self._server.stdin.flush()
+    status = int(self._server.stdout.readline())
+    return Outcome(status, out.read_text(), err.read_text())
+
+  def close(self) -> None:
+    """Ends the process."""
+    self._server.stdin.close()
+    self._server.wait()
+    self._server.stdout.close()
+
+
+@pytest.fixture(scope="session")
+def command_line(
+  tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[CommandLine]:
+  """See `CommandLine`."""
+  made = CommandLine(tmp_path_factory.mktemp("output"))
+  yield made
+  made.close()

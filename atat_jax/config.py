@@ -56,7 +56,7 @@ class Plan(NamedTuple):
   objective: objectives.Objective
   validation: Protocol
   protocols: tuple[Protocol, ...]
-  figures: analyses.Settings
+  figures: analyses.FigureSettings
 
 
 def _tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -144,7 +144,7 @@ def make_plan(config: ConfigDict) -> Plan:
       "analyses": analyses.parse(figures["analyses"]),
       "attack": evaluation.parse(figures["attack"], **numbers),
     }
-    made = analyses.Settings(
+    made = analyses.FigureSettings(
       batch_size=settings.batch_size, seed=settings.seed, **numbers, **figures
     )
   return Plan(

@@ -269,7 +269,7 @@ def _read_class_names(path: str | None, num_classes: int) -> Sequence[str]:
 
 def explain(
   subject: Subject,
-  settings: analyses.Settings,
+  settings: analyses.FigureSettings,
   out: pathlib.Path,
   *,
   command: str = "",
@@ -324,7 +324,7 @@ def explain(
     page.facts(facts),
   ]
   text = page.document(f"{names} explained", body)
-  return files.write_atomically(out / "explain.html", text.encode())
+  return files.write_bytes(out / "explain.html", text.encode())
 
 
 # --- The command -------------------------------------------------------------
@@ -337,7 +337,8 @@ def _number(text: str) -> float:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
   defaults = {
-    field.name: field.default for field in dataclasses.fields(analyses.Settings)
+    field.name: field.default
+    for field in dataclasses.fields(analyses.FigureSettings)
   }
   flags = argparse.ArgumentParser(
     prog="python -m atat_jax.explain",
@@ -391,7 +392,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
   return args
 
 
-def _settings(args: argparse.Namespace) -> analyses.Settings:
+def _settings(args: argparse.Namespace) -> analyses.FigureSettings:
   attack = {field: getattr(args, field) for field in _ATTACK}
   if args.runs:
     attack = attack_of_runs(args.runs, attack)
@@ -401,14 +402,14 @@ def _settings(args: argparse.Namespace) -> analyses.Settings:
   every = ",".join(analyses.ANALYSES) if args.runs else _OF_FEW
   optional = {
     "indices": tuple(range(min(2, len(args.images) or 2))),
-    "rounds": analyses.Settings.rounds,
+    "rounds": analyses.FigureSettings.rounds,
     "epsilons": (),
   }
   several: dict[str, Any] = {
     name: tuple(getattr(args, name) or default)
     for name, default in optional.items()
   }
-  return analyses.Settings(
+  return analyses.FigureSettings(
     analyses=analyses.parse(args.figures or every),
     attack=evaluation.parse(args.attack, **attack),
     **attack,

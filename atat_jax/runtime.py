@@ -9,8 +9,9 @@ from collections.abc import Iterator
 import jax
 from absl import logging as absl_logging
 
-from atat_jax import compilation, interrupts
+from atat_jax import compilation
 from atat_jax.errors import UserError
+from atat_jax.training import interrupts
 
 
 @contextlib.contextmanager

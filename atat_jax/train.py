@@ -31,8 +31,8 @@ from atat_jax.data import Extra, batches
 from atat_jax.data.base import Dataset, Split
 from atat_jax.data.prefetch import Prefetcher
 from atat_jax.errors import TrainingDivergedError, UserError
-from atat_jax.interrupts import Interrupt, Interrupted
 from atat_jax.training import averaging
+from atat_jax.training.interrupts import Interrupt, Interrupted
 from atat_jax.training.profile import Trace
 from atat_jax.training.writer import MetricsWriter
 from atat_jax.typing import Variables

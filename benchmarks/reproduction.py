@@ -177,9 +177,9 @@ def main(argv: Sequence[str] | None = None) -> None:
   args = flags.parse_args(argv)
   if args.comparison is not None:
     pictures.read(args.comparison)  # refuses what is none
-    files.write_atomically(RESULTS, args.comparison.read_bytes())
+    files.write_bytes(RESULTS, args.comparison.read_bytes())
   text = generate(PAGE.read_text(encoding="utf-8"), RESULTS)
-  files.write_atomically(PAGE, text.encode())
+  files.write_bytes(PAGE, text.encode())
   sys.stdout.write(f"page: {PAGE}\n")
   if RESULTS.exists():
     drawn = pictures.draw_batch_statistics(RESULTS, ATTACK, FIGURES)

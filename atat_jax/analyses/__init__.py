@@ -1,7 +1,7 @@
 """Analyses behind the pictures, by name."""
 
 from atat_jax.analyses.attention import attention_maps, attention_rounds
-from atat_jax.analyses.base import ANALYSES, Settings, parse, write
+from atat_jax.analyses.base import ANALYSES, FigureSettings, parse, write
 from atat_jax.analyses.curvature import curvature
 from atat_jax.analyses.landscape import loss_landscape
 from atat_jax.analyses.shift import attention_shift
@@ -13,7 +13,7 @@ from atat_jax.analyses.steps import (
 
 __all__ = [
   "ANALYSES",
-  "Settings",
+  "FigureSettings",
   "attack_epsilons",
   "attack_steps",
   "attention_maps",

@@ -29,7 +29,7 @@ from atat_jax.typing import PyTree
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class FigureSettings:
   """What is computed, and with which numbers; checked when it is made.
 
   Attributes:
@@ -137,24 +137,24 @@ class Analysis(NamedTuple):
 
   stem: str
   function: Callable[..., dict[str, np.ndarray]]
-  images: Callable[[Settings, int], Sequence[int]]
-  arguments: Callable[[Settings, tuple[int, ...]], dict[str, Any]]
+  images: Callable[[FigureSettings, int], Sequence[int]]
+  arguments: Callable[[FigureSettings, tuple[int, ...]], dict[str, Any]]
   sharded: bool = True
 
 
-def _shown(settings: Settings, count: int) -> Sequence[int]:
+def _shown(settings: FigureSettings, count: int) -> Sequence[int]:
   return range(min(settings.num_images, count))
 
 
-def _followed(settings: Settings, count: int) -> Sequence[int]:
+def _followed(settings: FigureSettings, count: int) -> Sequence[int]:
   return range(min(settings.num_followed, count))
 
 
-def _sample(settings: Settings, count: int) -> Sequence[int]:
+def _sample(settings: FigureSettings, count: int) -> Sequence[int]:
   return range(min(settings.num_examples, count))
 
 
-def _attack(settings: Settings) -> dict[str, Any]:
+def _attack(settings: FigureSettings) -> dict[str, Any]:
   return {
     "epsilon": settings.epsilon,
     "step_size": settings.step_size,
@@ -162,11 +162,13 @@ def _attack(settings: Settings) -> dict[str, Any]:
   }
 
 
-def _batched(settings: Settings, **arguments: Any) -> dict[str, Any]:
+def _batched(settings: FigureSettings, **arguments: Any) -> dict[str, Any]:
   return {"batch_size": settings.batch_size, **arguments}
 
 
-def _radii(settings: Settings, shape: tuple[int, ...]) -> tuple[float, ...]:
+def _radii(
+  settings: FigureSettings, shape: tuple[int, ...]
+) -> tuple[float, ...]:
   if settings.epsilons:
     return settings.epsilons
   size = int(np.prod(shape))
@@ -235,7 +237,7 @@ def write(
   images: np.ndarray,
   labels: np.ndarray,
   *,
-  settings: Settings,
+  settings: FigureSettings,
   class_names: Sequence[str],
   mesh: Mesh,
 ) -> list[pathlib.Path]:

@@ -5,11 +5,16 @@ the whole batch and take its part.
 """
 
 import functools
+from collections.abc import Callable
 
+import jax
 import numpy as np
+from jax.sharding import Mesh
 
+from atat_jax import sharding
 from atat_jax.data import base
 from atat_jax.errors import UserError
+from atat_jax.typing import PyTree
 
 
 # Training asks for the same epoch many times over; a few more are kept for
@@ -87,3 +92,48 @@ def eval_batches(
   num_batches = -(-num_examples // batch_size)
   position = np.arange(num_batches * batch_size).reshape(num_batches, -1)
   return (position % num_examples).astype(np.int32), position < num_examples
+
+
+def map_batches(
+  function: Callable[..., PyTree],
+  *arrays: np.ndarray,
+  batch_size: int,
+  mesh: Mesh,
+  axis: int = 0,
+) -> PyTree:
+  """Applies a function batch by batch and joins its results on the host.
+
+  The last batch is filled up with the first examples; what it makes of them is
+  dropped.
+
+  Args:
+    function: (number of the batch, *batches on the devices) to a pytree of
+      arrays that have the batch along `axis`.
+    *arrays: Host arrays [N, ...], all of one length.
+    batch_size: Images at a time, B.
+    mesh: The devices; a batch is split over them.
+    axis: Axis of the examples in the results.
+
+  Returns:
+    The pytree, numpy arrays with N along `axis`.
+
+  Raises:
+    UserError: A size is below 1.
+  """
+  count = len(arrays[0])
+  indices, _ = eval_batches(count, batch_size)
+  found = [
+    sharding.to_host(
+      mesh,
+      function(
+        number, *(sharding.put_batch(mesh, array[rows]) for array in arrays)
+      ),
+    )
+    for number, rows in enumerate(indices)
+  ]
+
+  def join(*parts: np.ndarray) -> np.ndarray:
+    whole = np.concatenate(parts, axis)
+    return whole.take(range(count), axis)
+
+  return jax.tree.map(join, *found)

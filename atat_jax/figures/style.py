@@ -102,6 +102,6 @@ def save(fig: figure.Figure, path: pathlib.Path) -> pathlib.Path:
   for suffix, metadata in ((".png", None), (".pdf", {"CreationDate": None})):
     content = io.BytesIO()
     fig.savefig(content, format=suffix[1:], metadata=metadata)
-    files.write_atomically(path.with_suffix(suffix), content.getvalue())
+    files.write_bytes(path.with_suffix(suffix), content.getvalue())
     fig.set_layout_engine("none")  # found once is enough: it takes longest
   return path

@@ -63,7 +63,7 @@ def write_report(workdir: str | os.PathLike[str]) -> pathlib.Path:
     _run_section(run, config),
   ]
   text = page.document(title, body)
-  return files.write_atomically(workdir / "report.html", text.encode())
+  return files.write_bytes(workdir / "report.html", text.encode())
 
 
 def write_comparison(
@@ -86,7 +86,7 @@ def write_comparison(
   out = pathlib.Path(out)
   path = out.with_name(f"{out.name}.json")
   text = json.dumps(found, indent=1, allow_nan=False) + "\n"
-  files.write_atomically(path, text.encode())
+  files.write_bytes(path, text.encode())
   pictures = figures.draw_comparison(path)
   caption = (
     "Mean over training seeds; a bar is one standard error to either side."
@@ -97,7 +97,7 @@ def write_comparison(
   }
   return [
     *(
-      files.write_atomically(out.with_name(out.name + suffix), text.encode())
+      files.write_bytes(out.with_name(out.name + suffix), text.encode())
       for suffix, text in pages.items()
     ),
     path,

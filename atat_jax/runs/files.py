@@ -1,10 +1,12 @@
 """The files of a working directory: reading them, writing atomically."""
 
+import contextlib
 import dataclasses
 import json
 import os
 import pathlib
 import zipfile
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,15 +18,53 @@ MODELS = ("teacher", "student")
 KINDS = ("clean", "adversarial")
 
 
-def write_atomically(path: pathlib.Path, content: bytes) -> pathlib.Path:
-  """Writes a file so that a reader sees the old one or the new one, whole."""
+@contextlib.contextmanager
+def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
+  """Replaces a file at once: a reader sees the old one or the new one, whole.
+
+  Args:
+    path: The file to be written; its folder is made.
+
+  Yields:
+    Path of a temporary file beside it, with the same suffix. It takes the place
+    of `path` when the block ends, and is removed when the block fails.
+  """
   path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+  temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
   try:
-    temporary.write_bytes(content)
+    yield temporary
     os.replace(temporary, path)
   finally:
     temporary.unlink(missing_ok=True)
+
+
+def write_bytes(path: pathlib.Path, content: bytes) -> pathlib.Path:
+  """Writes a whole file or none; returns its path."""
+  with replacing(path) as temporary:
+    temporary.write_bytes(content)
+  return path
+
+
+def write_text(path: pathlib.Path, text: str) -> pathlib.Path:
+  """Writes a whole UTF-8 file or none; returns its path."""
+  return write_bytes(path, text.encode())
+
+
+def write_json(path: pathlib.Path, value: Any) -> pathlib.Path:
+  """Writes a whole JSON file or none; returns its path.
+
+  Raises:
+    ValueError: A number is not finite.
+  """
+  return write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def write_arrays(
+  path: pathlib.Path, arrays: Mapping[str, np.ndarray]
+) -> pathlib.Path:
+  """Writes a whole `.npz` file or none; returns its path."""
+  with replacing(path) as temporary:
+    np.savez(temporary, **arrays)  # type: ignore[arg-type]
   return path
 
 

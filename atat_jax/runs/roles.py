@@ -2,3 +2,6 @@
 
 TEACHER = "teacher"
 STUDENT = "student"
+
+MODELS = (TEACHER, STUDENT)
+"""The order in which a run's networks are shown."""

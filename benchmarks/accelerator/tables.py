@@ -310,7 +310,7 @@ def main(argv: Sequence[str] | None = None) -> None:
       print(f"taken in: {', '.join(take_in(args.source))}")
     for path in PAGES:
       text = generate(path.read_text(encoding="utf-8"))
-      files.write_atomically(path, text.encode())
+      files.write_bytes(path, text.encode())
       print(f"written: {path.relative_to(setting.ROOT)}")
   except UserError as error:
     sys.exit(f"error: {error}")

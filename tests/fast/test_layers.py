@@ -12,7 +12,7 @@ PACKAGE = ROOT / "atat_jax"
 # From the bottom up; the numbers are the layers of the design. A module imports
 # from rows above its own only. A new module or package must be given its place.
 LAYERS = (
-  "errors typing interrupts",  # ground
+  "errors typing",  # ground
   "runs",  # a working directory on disk
   "rng checks compilation sharding metrics",
   "batch_norm",

@@ -266,7 +266,7 @@ def test_what_is_there_is_not_computed_again(explained, capsys):
 def test_other_weights_or_images_are_another_result(tmp_path, small):
   network = (small.model, small.variables)
   images, labels = np.asarray(small.images), np.asarray(small.labels)
-  settings = analyses.Settings(
+  settings = analyses.FigureSettings(
     analyses=("landscape",),
     attack=evaluation.parse("pgd2", epsilon=0.1, step_size=0.05),
     epsilon=0.1,

@@ -11,7 +11,7 @@ import pytest
 import tiny
 
 from atat_jax import checkpoints
-from atat_jax.interrupts import (
+from atat_jax.training.interrupts import (
   SIGNALS,
   Interrupt,
   Interrupted,

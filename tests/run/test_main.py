@@ -12,7 +12,7 @@ import tiny
 
 from atat_jax import analyses, checkpoints, evaluate, evaluation, report, steps
 from atat_jax.errors import UserError
-from atat_jax.interrupts import Interrupted
+from atat_jax.training.interrupts import Interrupted
 
 pytest_plugins = ("tiny",)
 

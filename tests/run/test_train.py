@@ -26,8 +26,8 @@ from atat_jax import (
 )
 from atat_jax.data.base import Dataset, Split
 from atat_jax.errors import TrainingDivergedError, UserError
-from atat_jax.interrupts import Interrupted
 from atat_jax.training import profile
+from atat_jax.training.interrupts import Interrupted
 
 pytest_plugins = ("tiny",)
 

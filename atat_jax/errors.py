@@ -1,4 +1,7 @@
-"""Errors that are the user's to mend: one clear line, no traceback."""
+"""Errors that the user can fix: one clear line, no traceback."""
+
+import contextlib
+from collections.abc import Iterator
 
 
 class UserError(ValueError):
@@ -6,4 +9,17 @@ class UserError(ValueError):
 
 
 class TrainingDivergedError(UserError):
-  """A loss term or a gradient stopped being finite."""
+  """A loss term or a gradient is no longer finite."""
+
+
+@contextlib.contextmanager
+def in_section(name: str) -> Iterator[None]:
+  """Puts the name of a section before the field that a `UserError` names.
+
+  Args:
+    name: Name of the section, as in "train" for "train.batch_size".
+  """
+  try:
+    yield
+  except UserError as error:
+    raise UserError(f"{name}.{error}") from None

@@ -1,9 +1,9 @@
-"""Errors that are the user's to mend: one clear line, no traceback."""
+"""Errors that a user can fix; commands print them in one line, no traceback."""
 
 
 class UserError(ValueError):
-  """Bad input: names the field, its value and what is allowed."""
+  """Invalid input; the message names the field, its value and what is allowed."""
 
 
 class TrainingDivergedError(UserError):
-  """A loss term or a gradient stopped being finite."""
+  """A loss term or a gradient is no longer finite."""

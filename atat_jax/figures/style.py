@@ -1,15 +1,17 @@
-"""How every figure looks, and how it becomes a file."""
+"""Style that every figure shares, and writing a figure to a file."""
 
 import contextlib
 import io
+import itertools
 import pathlib
 import textwrap
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import matplotlib.style
 from matplotlib import figure, layout_engine
 
-from atat_jax.runs import files
+from atat_jax.runs import files, roles
 
 # Okabe and Ito's palette: told apart with every common kind of colour vision.
 BLACK = "#000000"
@@ -21,16 +23,26 @@ SKY = "#56B4E9"
 PURPLE = "#CC79A7"
 GREY = "#777777"
 
-# (colour, line, marker) of the n-th model: told apart without colour, too.
-LOOKS = (
-  (BLUE, "-", "o"),
-  (VERMILION, "--", "s"),
-  (GREEN, "-.", "^"),
-  (BLACK, ":", "D"),
-  (PURPLE, "-", "v"),
-  (ORANGE, "--", "P"),
-  (SKY, "-.", "X"),
-  (GREY, ":", "p"),
+
+class Look(NamedTuple):
+  """Colour, line style and marker of a model, told apart without colour too."""
+
+  color: str
+  line: str
+  marker: str
+
+
+_ROLE_LOOKS = {
+  roles.TEACHER: Look(ORANGE, "--", "s"),
+  roles.STUDENT: Look(BLUE, "-", "o"),
+}
+_OTHER_LOOKS = (
+  Look(GREEN, "-.", "^"),
+  Look(PURPLE, "-", "v"),
+  Look(BLACK, ":", "D"),
+  Look(VERMILION, "--", "X"),
+  Look(SKY, "-.", "P"),
+  Look(GREY, ":", "p"),
 )
 
 _STYLE = {
@@ -67,11 +79,30 @@ def new_figure(width: float, height: float, pad: float = 0.04) -> figure.Figure:
   return figure.Figure(figsize=(width, height), layout=layout)
 
 
-def look(number: int, *, marked: bool = False) -> dict[str, Any]:
-  """How the n-th model's line looks: arguments of `plot`."""
-  color, line, marker = LOOKS[number % len(LOOKS)]
-  found = {"color": color, "linestyle": line, "linewidth": 1.6}
-  return found | ({"marker": marker} if marked else {})
+def model_looks(names: Iterable[str]) -> dict[str, Look]:
+  """Returns one look a model, the same in every figure of these models.
+
+  Teacher and student have looks of their own; other models take theirs from a
+  fixed cycle, in the order of their names.
+
+  Args:
+    names: Names of the models, in any order.
+  """
+  known = dict.fromkeys(str(name) for name in names)
+  others = sorted(name for name in known if name not in _ROLE_LOOKS)
+  cycle = dict(zip(others, itertools.cycle(_OTHER_LOOKS), strict=False))
+  return {name: (_ROLE_LOOKS | cycle)[name] for name in known}
+
+
+def model_colors(names: Iterable[str]) -> dict[str, str]:
+  """Returns one colour a model; see `model_looks`."""
+  return {name: look.color for name, look in model_looks(names).items()}
+
+
+def line(look: Look, *, marked: bool = False) -> dict[str, Any]:
+  """Returns the arguments of `plot` that draw a model's line."""
+  found = {"color": look.color, "linestyle": look.line, "linewidth": 1.6}
+  return found | ({"marker": look.marker} if marked else {})
 
 
 def caption(fig: figure.Figure, text: str, size: float = 8) -> None:

@@ -57,22 +57,34 @@ def accuracy(classifier, split, mesh, **options):
 @pytest.mark.parametrize("batch_size", [1, 7, 23, 50])
 def test_accuracy_is_that_of_a_plain_loop(linear, split, mesh, batch_size):
   classifier, weights = linear
-  correct, robust = 0, 0
+  correct, robust = np.zeros((2, 3), int)
   for image, label in zip(split.images, split.labels, strict=True):
     x = image.reshape(-1) / 255.0
     logits = x @ weights
-    correct += logits.argmax() == label
+    correct[label] += logits.argmax() == label
     shares = np.exp(logits - logits.max())
     shares /= shares.sum()
     gradient = weights @ (shares - np.eye(3)[label])  # of the cross-entropy
     x = np.clip(x + 0.1 * np.sign(gradient), 0, 1)
-    robust += (x @ weights).argmax() == label
-  assert 0 < robust < correct < len(split.labels)
+    robust[label] += (x @ weights).argmax() == label
+  assert 0 < robust.sum() < correct.sum() < len(split.labels)
   for protocol, count in ((NOMINAL, correct), (FGSM, robust)):
     found = accuracy(
       classifier, split, mesh, protocol=protocol, batch_size=batch_size
     )
-    assert found == pytest.approx(count / len(split.labels), abs=1e-6)
+    assert found == pytest.approx(count.sum() / len(split.labels), abs=1e-6)
+    by_class, total = evaluation.class_counts(
+      jax.random.key(0),
+      classifier,
+      split,
+      protocol=protocol,
+      batch_size=batch_size,
+      num_classes=3,
+      mesh=mesh,
+    )
+    assert by_class.tolist() == count.tolist()
+    assert total.tolist() == np.bincount(split.labels).tolist()
+    assert found == by_class.sum() / total.sum()
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 10, 23, 24, 64])

@@ -6,13 +6,10 @@ import sys
 import time
 
 import jax
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from atat_jax import evaluate, report, sharding, train
 from atat_jax.config import make_plan
-from atat_jax.data import Dataset
-from atat_jax.plan import Plan
 from atat_jax.runs import configuration
 
 MODES = ("run", "train", "evaluate", "figures")
@@ -52,20 +49,13 @@ def run(mode: str, config: ConfigDict, workdir: pathlib.Path) -> None:
     train.train(plan, workdir, dataset, mesh, extra)
     _log.info("checkpoints: %s", workdir / "checkpoints")
   if mode in ("run", "evaluate"):
-    _evaluate(plan, workdir, dataset, mesh)
+    results = evaluate.evaluate(plan, workdir, dataset, mesh)
+    if jax.process_index() == 0:
+      sys.stdout.write(f"\n{report.results_table(results)}\n")
+      sys.stdout.write(f"results: {workdir / 'results.json'}\n")
   if mode == "run":
     _figures(workdir, redraw=report.is_old(workdir))
   _log.info("done in %.0f s", time.perf_counter() - began)
-
-
-def _evaluate(
-  plan: Plan, workdir: pathlib.Path, dataset: Dataset, mesh: Mesh
-) -> None:
-  results = evaluate.evaluate(plan, workdir, dataset, mesh)
-  if jax.process_index():
-    return
-  sys.stdout.write(f"\n{report.results_table(results)}\n")
-  sys.stdout.write(f"results: {workdir / 'results.json'}\n")
 
 
 def _figures(workdir: pathlib.Path, *, redraw: bool) -> None:

@@ -19,8 +19,9 @@ LAYERS = (
   "attacks",  # attack
   "objectives",  # method
   "state",
+  "checkpoints",
   "training",  # step
-  "steps checkpoints evaluation",  # judge
+  "steps evaluation",  # judge
   "figures runtime",  # show
   "analyses",
   "plan",

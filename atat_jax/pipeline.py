@@ -1,4 +1,4 @@
-"""The modes of `main.py`: what is done already is not done again."""
+"""The modes of `main.py`; finished work is not done again."""
 
 import logging
 import pathlib
@@ -18,12 +18,12 @@ _log = logging.getLogger(__name__)
 
 
 def run(mode: str, config: ConfigDict, workdir: pathlib.Path) -> None:
-  """Runs one mode and says where its results are.
+  """Runs one mode and prints where its results are.
 
   Args:
     mode: One of `MODES`; "run" does everything that is not done yet.
-    config: As `configs/default.py` makes it.
-    workdir: Holds everything that the run writes.
+    config: Configuration with the fields of `configs/default.py`.
+    workdir: Directory for everything that the run writes.
 
   Raises:
     UserError: Bad input, one clear line.

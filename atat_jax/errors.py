@@ -1,11 +1,11 @@
-"""Errors that the user can fix: one clear line, no traceback."""
+"""Errors that a user can fix; commands print them in one line, no traceback."""
 
 import contextlib
 from collections.abc import Iterator
 
 
 class UserError(ValueError):
-  """Bad input: names the field, its value and what is allowed."""
+  """Invalid input; the message names the field, its value and what is allowed."""
 
 
 class TrainingDivergedError(UserError):

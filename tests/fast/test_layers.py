@@ -22,8 +22,9 @@ LAYERS = (
   "checkpoints",
   "training",  # step
   "steps evaluation",  # judge
-  "figures runtime",  # show
+  "drawing runtime",  # show
   "analyses",
+  "figures",
   "plan",
   "config",
   "findings",
@@ -41,7 +42,7 @@ PLACES = {
   "tensorflow_datasets": ("data",),
   "sklearn": ("data",),
   "PIL": ("data",),
-  "matplotlib": ("figures",),
+  "matplotlib": ("drawing", "figures"),
   "tensorboardX": ("training",),
   "absl": ("runtime",),
   "tensorflow": (),

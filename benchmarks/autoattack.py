@@ -374,7 +374,7 @@ def _run(args: argparse.Namespace) -> None:
   from atat_jax.runs import files
   from benchmarks import original
 
-  attacks = list(versions.VERSIONS[args.version])
+  attacks = list(versions.VERSIONS[args.version].attacks)
   if args.attacks:
     attacks = args.attacks.split(",")
     for name in attacks:

@@ -12,6 +12,7 @@ from atat_jax import attacks, checkpoints, data, evaluation, models, sharding
 from atat_jax.data.base import Split
 from atat_jax.errors import UserError
 from atat_jax.rng import stream
+from atat_jax.runs import wording
 
 pytest_plugins = ("tiny",)
 
@@ -264,8 +265,10 @@ def test_names_of_protocols(name, expected):
   ) == expected
   described = found.describe()
   assert len(described.splitlines()) == 1
-  for number in expected[2:6]:
-    assert number is None or f"{number:.4g}" in described
+  for number in expected[2:4]:
+    assert number is None or wording.pixels(number) in described
+  for number in expected[4:6]:
+    assert number is None or str(number) in described
 
 
 @pytest.mark.parametrize(
@@ -467,7 +470,7 @@ def test_a_sound_evaluation_raises_no_flag():
     "margin_loss": False,
   }
   for rule in found.values():
-    assert set(rule) == {"rule", "value", "flag", "message"}
+    assert set(rule) == {"title", "rule", "value", "flag", "message"}
     assert isinstance(rule["flag"], bool)
   json.dumps(found, allow_nan=False)
 

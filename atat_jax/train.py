@@ -97,6 +97,7 @@ def _train_stage(
   extra: Extra | None,
 ) -> None:
   """Trains one network from its last checkpoint to its last step."""
+  teacher = _restore_teacher(plan, stage, workdir)
   per_epoch = len(dataset.train.labels) // stage.batch_size
   outline = Outline(
     name=stage.name,
@@ -119,7 +120,7 @@ def _train_stage(
       _log.info("%s: %s has all %d steps", name, outline.directory, total)
       return
     current, programs = _set_up(
-      plan, stage, workdir, dataset, mesh, extra, total
+      plan, stage, teacher, dataset, mesh, extra, total
     )
     if saved is not None:
       current = checkpointer.restore(current, saved)
@@ -130,7 +131,7 @@ def _train_stage(
 def _set_up(
   plan: Plan,
   stage: StagePlan,
-  workdir: pathlib.Path,
+  teacher: Variables | None,
   dataset: Dataset,
   mesh: Mesh,
   extra: Extra | None,
@@ -139,7 +140,6 @@ def _set_up(
   """Makes the state before the first step and the programs of a stage."""
   options = stage.make_options(total_steps)
   schedule, optimizer = stage.make_optimizer(total_steps)
-  teacher = _restore_teacher(plan, stage, workdir)
   fresh = state.create(
     plan.model,
     optimizer,
@@ -166,7 +166,14 @@ def _set_up(
   fresh, teacher, images, validation_images = sharding.put_replicated(
     mesh, (fresh, teacher, dataset.train, dataset.validation)
   )
-  draws = _make_draws(stage, len(images.labels), extra, mesh)
+  draws = BatchDraws(
+    stage.seed,
+    num_examples=len(images.labels),
+    batch_size=stage.batch_size,
+    num_extra=stage.num_extra,
+    extra=extra,
+    mesh=mesh,
+  )
   return fresh, loop.Programs(
     draw_extra=functools.partial(draws.images, size=stage.steps_per_dispatch),
     take_steps=functools.partial(
@@ -192,19 +199,6 @@ def _restore_teacher(
     workdir / plan.teacher, expected=plan.model_spec
   )
   return teacher
-
-
-def _make_draws(
-  stage: StagePlan, num_examples: int, extra: Extra | None, mesh: Mesh
-) -> BatchDraws:
-  return BatchDraws(
-    stage.seed,
-    num_examples=num_examples,
-    batch_size=stage.batch_size,
-    num_extra=stage.num_extra,
-    extra=extra,
-    mesh=mesh,
-  )
 
 
 def _take_steps(

@@ -186,12 +186,9 @@ def hyperparameters(method: str) -> dict[str, Any]:
   Raises:
     UserError: Unknown method.
   """
-  from atat_jax import checks
-  from benchmarks import methods
+  from atat_jax import objectives
 
-  known = methods.load(ROOT / "configs" / "default.py").METHODS
-  checks.choice("method", method, known)
-  return dict(known[method])
+  return objectives.defaults(method)
 
 
 def random_network(name: str, num_examples: int, seed: int) -> Network:

@@ -21,8 +21,9 @@ LAYERS = (
   "state",
   "training",  # step
   "steps checkpoints evaluation",  # judge
-  "figures runtime",  # show
+  "drawing runtime",  # show
   "analyses",
+  "figures",
   "plan",
   "config",
   "findings",
@@ -40,7 +41,7 @@ PLACES = {
   "tensorflow_datasets": ("data",),
   "sklearn": ("data",),
   "PIL": ("data",),
-  "matplotlib": ("figures",),
+  "matplotlib": ("drawing", "figures"),
   "tensorboardX": ("training",),
   "absl": ("runtime",),
   "tensorflow": (),

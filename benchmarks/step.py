@@ -347,7 +347,9 @@ def gradient_differences(ours: Ours) -> dict[str, float]:
     def gradient(variables: Any, teacher: Any, *arrays: Any) -> Any:
       images, adversarials, labels = arrays
       made = objectives.make_batch(images, labels, 10)
-      fixed = adversarial.Attacked(adversarials, variables["batch_stats"])
+      fixed = adversarial.InnerAttackResult(
+        adversarials, variables["batch_stats"]
+      )
       with mock.patch.object(type(objective), "attack", lambda *_: fixed):
         prepared = objective.prepare(
           jax.random.key(3), model, variables, teacher, made

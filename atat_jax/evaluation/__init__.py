@@ -1,6 +1,6 @@
-"""Honest evaluation: accuracy under named protocols, rules, audit."""
+"""Evaluation: accuracy under named protocols, rules that judge it, audit."""
 
-from atat_jax.evaluation.accuracies import accuracy
+from atat_jax.evaluation.accuracies import accuracy, class_counts
 from atat_jax.evaluation.auditing import audit
 from atat_jax.evaluation.protocols import Protocol, parse, parse_list
 from atat_jax.evaluation.rules import diagnose
@@ -9,6 +9,7 @@ __all__ = [
   "Protocol",
   "accuracy",
   "audit",
+  "class_counts",
   "diagnose",
   "parse",
   "parse_list",

@@ -2,10 +2,10 @@
 
 from collections.abc import Callable
 
-import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
-from atat_jax import compilation, metrics, rng, sharding
+from atat_jax import compilation, rng, sharding
 from atat_jax.attacks.base import as_pytree
 from atat_jax.data import augment, batches
 from atat_jax.data.base import Split
@@ -17,15 +17,86 @@ def _take(data: Split, indices: Array) -> tuple[Array, Array]:
   return augment.to_float(data.images[indices]), data.labels[indices]
 
 
-def _score(
-  classifier: Classifier, images: Array, labels: Array, mask: Array
-) -> metrics.Sums:
-  correct = classifier(images).argmax(-1) == labels
-  return metrics.from_examples({"accuracy": correct}, mask)
+def _is_correct(classifier: Classifier, images: Array, labels: Array) -> Array:
+  return classifier(images).argmax(-1) == labels
 
 
 _jitted_take = compilation.jit(_take)
-_jitted_score = compilation.jit(_score)
+_jitted_is_correct = compilation.jit(_is_correct)
+
+
+def _correct(
+  key: Array,
+  classifier: Classifier,
+  data: Split,
+  *,
+  protocol: Protocol,
+  batch_size: int,
+  mesh: Mesh,
+  on_batch: Callable[[int], object],
+) -> np.ndarray:
+  """Whether each image of a split is classified correctly, bool [N]."""
+  classifier = as_pytree(classifier)
+  num_examples = data.labels.shape[0]
+
+  def score(number: int, indices: Array) -> Array:
+    images, labels = _jitted_take(data, indices)
+    images = protocol.run(
+      rng.stream(key, "evaluation", number), classifier, images, labels
+    )
+    correct = _jitted_is_correct(classifier, images, labels)
+    on_batch(min(batch_size, num_examples - number * batch_size))
+    return correct
+
+  return batches.map_batches(
+    score,
+    np.arange(num_examples, dtype=np.int32),
+    batch_size=batch_size,
+    mesh=mesh,
+  )
+
+
+def class_counts(
+  key: Array,
+  classifier: Classifier,
+  data: Split,
+  *,
+  protocol: Protocol,
+  batch_size: int,
+  num_classes: int,
+  mesh: Mesh,
+  on_batch: Callable[[int], object] = lambda count: None,
+) -> tuple[np.ndarray, np.ndarray]:
+  """Counts a split's correctly classified images, class by class.
+
+  Args:
+    key: Random key; batch i draws from the i-th key of its stream.
+    classifier: Callable from images to logits; best a pytree.
+    data: Split to evaluate, resident on the devices.
+    protocol: Attack that the images undergo before they are classified.
+    batch_size: Images at a time; with batch statistics part of the protocol.
+    num_classes: Number of classes, K.
+    mesh: The devices.
+    on_batch: Called with the number of images done after every batch.
+
+  Returns:
+    Correctly classified images and all images of each class, int64 [K] each.
+    The sum of the first over the sum of the second is `accuracy`.
+  """
+  correct = _correct(
+    key,
+    classifier,
+    data,
+    protocol=protocol,
+    batch_size=batch_size,
+    mesh=mesh,
+    on_batch=on_batch,
+  )
+  labels = sharding.to_host(mesh, data.labels)
+  return (
+    np.bincount(labels[correct], minlength=num_classes),
+    np.bincount(labels, minlength=num_classes),
+  )
 
 
 def accuracy(
@@ -38,40 +109,30 @@ def accuracy(
   mesh: Mesh,
   on_batch: Callable[[int], object] = lambda count: None,
 ) -> float:
-  """Share of a split's images that are classified correctly.
+  """Computes the share of a split's images that are classified correctly.
 
   The last batch is filled up with the first images, so that batch statistics
-  are those of real images, and the fill is not counted.
+  are those of real images; the fill does not count.
 
   Args:
     key: Random key; batch i draws from the i-th key of its stream.
     classifier: Callable from images to logits; best a pytree.
-    data: The split, resident on the devices.
-    protocol: What is done to the images.
+    data: Split to evaluate, resident on the devices.
+    protocol: Attack that the images undergo before they are classified.
     batch_size: Images at a time; with batch statistics part of the protocol.
     mesh: The devices.
-    on_batch: Called with the number of examples done after every batch.
+    on_batch: Called with the number of images done after every batch.
 
   Returns:
-    In [0, 1].
+    Accuracy in [0, 1].
   """
-  classifier = as_pytree(classifier)
-  num_examples = data.labels.shape[0]
-  indices, mask = batches.eval_batches(num_examples, batch_size)
-  sums = metrics.zeros(("accuracy",))
-  for i in range(len(indices)):
-    images, labels = _jitted_take(data, sharding.put_batch(mesh, indices[i]))
-    images = protocol.run(
-      rng.stream(key, "evaluation", i), classifier, images, labels
-    )
-    sums = metrics.merge(
-      sums,
-      _jitted_score(
-        classifier, images, labels, sharding.put_batch(mesh, mask[i])
-      ),
-    )
-    on_batch(int(mask[i].sum()))
-  counted = int(jnp.asarray(sums["accuracy"])[1])
-  if counted != num_examples:
-    raise AssertionError(f"scored {counted} of {num_examples} examples")
-  return metrics.compute(sums)["accuracy"]
+  correct = _correct(
+    key,
+    classifier,
+    data,
+    protocol=protocol,
+    batch_size=batch_size,
+    mesh=mesh,
+    on_batch=on_batch,
+  )
+  return float(correct.mean())

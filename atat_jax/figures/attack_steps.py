@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from matplotlib import axes, figure, ticker
 
-from atat_jax.figures import style
+from atat_jax.drawing import style
 from atat_jax.runs import files
 
 _STEP_TICKS = (0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
@@ -41,10 +41,11 @@ def draw(path: pathlib.Path, directory: pathlib.Path) -> list[pathlib.Path]:
     known = [
       autoattack[name] for name in data["networks"] if name in autoattack
     ]
-    for number, name in enumerate(data["networks"]):
+    colors = style.model_colors(data["networks"])
+    for name in data["networks"]:
       if name in autoattack:
         accuracy = 100 * autoattack[name]["accuracy"]
-        color = style.look(number)["color"]
+        color = colors[name]
         ax.axhline(accuracy, color=color, linestyle=":", linewidth=1.2)
     ax.set_xscale("symlog", linthresh=1, linscale=0.4)
     ax.set_xlim(0, steps[-1])
@@ -129,14 +130,14 @@ def _axes(data: files.Arrays) -> tuple[figure.Figure, axes.Axes]:
 def _plot(
   ax: axes.Axes, data: files.Arrays, x: np.ndarray, *, marked: bool = False
 ) -> None:
-  for number, name in enumerate(data["networks"]):
+  for name, look in style.model_looks(data["networks"]).items():
     ax.plot(
       x,
       100 * data[f"{name}_accuracy"],
-      label=str(name),
+      label=name,
       markersize=4.5,
       clip_on=False,
-      **style.look(number, marked=marked),
+      **style.line(look, marked=marked),
     )
 
 

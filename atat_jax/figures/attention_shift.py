@@ -6,7 +6,7 @@ from collections.abc import Callable
 import numpy as np
 from matplotlib import axes, colors, figure, lines, ticker
 
-from atat_jax.figures import style
+from atat_jax.drawing import style
 from atat_jax.runs import files
 
 # Groups of fewer images say nothing of a network.
@@ -167,14 +167,14 @@ def _rounds(data: files.Arrays) -> figure.Figure:
   rounds = data["rounds"]
   fig, panels = _panels(data, 7.4, 6.6)
   for distance, ax in panels.items():
-    for number, name in enumerate(_networks(data)):
+    for name, look in style.model_looks(_networks(data)).items():
       mean, low, high = (
         data[f"{name}_{distance}_{what}"] for what in ("mean", "low", "high")
       )
-      look = style.look(number, marked=len(rounds) == 1)
-      ax.plot(rounds, mean, label=name, **look)
+      line = style.line(look, marked=len(rounds) == 1)
+      ax.plot(rounds, mean, label=name, **line)
       ax.fill_between(
-        rounds, low, high, color=look["color"], alpha=0.2, linewidth=0
+        rounds, low, high, color=look.color, alpha=0.2, linewidth=0
       )
     ax.set_ylim(bottom=0)
     ax.set_ylabel(_NAMES[distance][1])

@@ -5,7 +5,7 @@ import pathlib
 import numpy as np
 from matplotlib import axes
 
-from atat_jax.figures import style
+from atat_jax.drawing import style
 from atat_jax.runs import files
 
 
@@ -45,7 +45,7 @@ def draw(path: pathlib.Path, directory: pathlib.Path) -> list[pathlib.Path]:
 def _row(ax: axes.Axes, data: files.Arrays, number: int) -> None:
   name = data["networks"][number]
   values = np.abs(data[f"{name}_eigenvalue"])
-  color = style.look(number)["color"]
+  color = style.model_colors(data["networks"])[name]
   low, quarter, median, three_quarters, high = np.percentile(
     values[values > 0] if (values > 0).any() else [np.nan],
     [5, 25, 50, 75, 95],

@@ -12,8 +12,9 @@ from analysis_files import (
 )
 from PIL import Image
 
+from atat_jax.drawing import style
 from atat_jax.errors import UserError
-from atat_jax.figures import attack_steps, curvature, loss_landscape, style
+from atat_jax.figures import attack_steps, curvature, loss_landscape
 from atat_jax.runs import files
 
 
@@ -97,11 +98,11 @@ def test_lines_lie_at_the_accuracies(tmp_path):
 
   def long_rows():
     array = pixels(attack_steps.draw(path, tmp_path)[0])
-    marked = (array[..., 0] - array[..., 2] > 50).sum(axis=1)
+    marked = (array[..., 1] - array[..., 0] > 50).sum(axis=1)
     rows = np.flatnonzero(marked > 150)
     return len(np.split(rows, np.flatnonzero(np.diff(rows) > 5) + 1))
 
-  assert long_rows() == 1  # of vermilion: the line at 60 %
+  assert long_rows() == 1  # of green: the line at 60 %
   write_rows(tmp_path, autoattack_row())
   assert long_rows() == 2  # and AutoAttack's at 50 %
 
@@ -169,7 +170,13 @@ def test_any_number_of_networks(tmp_path, number, rows):
   assert 4.5 * rows < height < 4.5 * rows + 2
 
 
-def test_looks_differ():
-  assert len({look[0] for look in style.LOOKS}) == len(style.LOOKS)
-  assert len({look[2] for look in style.LOOKS}) == len(style.LOOKS)
-  assert style.look(0) == style.look(len(style.LOOKS))
+def test_each_model_has_one_look_whatever_the_order():
+  names = ["teacher", "mart", "student", "at", "trades", "tla", "fast", "alp"]
+  looks = style.model_looks(names)
+  assert len({look.color for look in looks.values()}) == len(names)
+  assert len({look.marker for look in looks.values()}) == len(names)
+  assert style.model_looks(reversed(names)) == looks
+  for some in (["student"], ["student", "other"], ["teacher", "student"]):
+    assert style.model_colors(some)["student"] == style.BLUE
+  assert style.model_colors(["teacher"]) == {"teacher": style.ORANGE}
+  assert len(style.model_looks(map(str, range(20)))) == 20  # colours come again

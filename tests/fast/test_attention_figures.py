@@ -8,9 +8,10 @@ from PIL import Image
 
 from atat_jax import analyses, evaluation, models
 from atat_jax.data.photographs import read_photograph
+from atat_jax.drawing import style
 from atat_jax.errors import UserError
 from atat_jax.evaluation.map_distances import DISTANCES
-from atat_jax.figures import attention, attention_shift, style
+from atat_jax.figures import attention, attention_shift
 
 
 def pixels(path):
@@ -143,13 +144,14 @@ def test_all_pictures_of_the_shift(tmp_path):
   names = [f"attention_shift_{k}.png" for k in (1, 2, 3, 4)]
   assert [p.name for p in paths] == names
   rounds = pixels(paths[0])
-  blue, red = (
-    np.argwhere(is_color(rounds, style.look(k)["color"])) for k in (0, 1)
+  colors = style.model_colors(["raw", "full"])
+  first, second = (
+    np.argwhere(is_color(rounds, colors[name])) for name in ("raw", "full")
   )
   half = len(rounds) // 2, rounds.shape[1] // 2
   ends = [
     some[(some < half).all(1) & (some[:, 1] > 0.8 * half[1])][:, 0].mean()
-    for some in (blue, red)
+    for some in (first, second)
   ]
   assert ends[0] < ends[1]  # all images of the first have moved
   for p in paths[1:]:

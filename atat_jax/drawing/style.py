@@ -1,0 +1,145 @@
+"""Style that every figure shares, and writing a figure to a file."""
+
+import contextlib
+import io
+import itertools
+import pathlib
+import textwrap
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from atat_jax.runs import files, roles
+
+if TYPE_CHECKING:
+  from matplotlib.axes import Axes
+  from matplotlib.figure import Figure
+else:  # matplotlib takes long to import
+  Axes = Figure = Any
+
+# Okabe and Ito's palette: told apart with every common kind of colour vision.
+BLACK = "#000000"
+BLUE = "#0072B2"
+GREEN = "#009E73"
+ORANGE = "#E69F00"
+VERMILION = "#D55E00"
+SKY = "#56B4E9"
+PURPLE = "#CC79A7"
+GREY = "#777777"
+
+
+class Look(NamedTuple):
+  """Colour, line style and marker of a model, told apart without colour too."""
+
+  color: str
+  line: str
+  marker: str
+
+
+_ROLE_LOOKS = {
+  roles.TEACHER: Look(ORANGE, "--", "s"),
+  roles.STUDENT: Look(BLUE, "-", "o"),
+}
+_OTHER_LOOKS = (
+  Look(GREEN, "-.", "^"),
+  Look(PURPLE, "-", "v"),
+  Look(BLACK, ":", "D"),
+  Look(VERMILION, "--", "X"),
+  Look(SKY, "-.", "P"),
+  Look(GREY, ":", "p"),
+)
+
+_STYLE = {
+  "font.size": 10,
+  "axes.titlesize": 11,
+  "axes.spines.top": False,
+  "axes.spines.right": False,
+  "axes.axisbelow": True,
+  "axes.grid": True,
+  "grid.color": "#dddddd",
+  "legend.frameon": False,
+  "legend.fontsize": 9,
+  "hatch.linewidth": 0.6,
+  "savefig.dpi": 140,
+  "pdf.fonttype": 42,  # text stays text
+}
+
+
+def context() -> contextlib.AbstractContextManager[None]:
+  """Returns a context in which figures are drawn and saved in this style."""
+  import matplotlib.style
+
+  # On top of the defaults, or a user's matplotlibrc would show through.
+  return matplotlib.style.context(["default", _STYLE])
+
+
+def new_figure(width: float, height: float, pad: float = 0.04) -> Figure:
+  """Returns a figure that belongs to no window and no pyplot.
+
+  Args:
+    width: Width in inches.
+    height: Height in inches.
+    pad: Space around each of its axes, in inches.
+  """
+  from matplotlib import figure, layout_engine
+
+  layout = layout_engine.ConstrainedLayoutEngine(w_pad=pad, h_pad=pad)
+  return figure.Figure(figsize=(width, height), layout=layout)
+
+
+def model_looks(names: Iterable[str]) -> dict[str, Look]:
+  """Returns one look a model, the same in every figure of these models.
+
+  Teacher and student have looks of their own; other models take theirs from a
+  fixed cycle, in the order of their names.
+
+  Args:
+    names: Names of the models, in any order.
+  """
+  known = dict.fromkeys(str(name) for name in names)
+  others = sorted(name for name in known if name not in _ROLE_LOOKS)
+  cycle = dict(zip(others, itertools.cycle(_OTHER_LOOKS), strict=False))
+  return {name: (_ROLE_LOOKS | cycle)[name] for name in known}
+
+
+def model_colors(names: Iterable[str]) -> dict[str, str]:
+  """Returns one colour a model; see `model_looks`."""
+  return {name: look.color for name, look in model_looks(names).items()}
+
+
+def line(look: Look, *, marked: bool = False) -> dict[str, Any]:
+  """Returns the arguments of `plot` that draw a model's line."""
+  found = {"color": look.color, "linestyle": look.line, "linewidth": 1.6}
+  return found | ({"marker": look.marker} if marked else {})
+
+
+def caption(fig: Figure, text: str, size: float = 8) -> None:
+  """Writes sentences below a figure, broken to its width.
+
+  Args:
+    fig: The figure.
+    text: The sentences.
+    size: Size of the letters, in points.
+  """
+  letters = int(fig.get_figwidth() * 72 / (0.52 * size))
+  text = "\n".join(textwrap.wrap(text[0].upper() + text[1:], letters))
+  fig.supxlabel(text, fontsize=size, color="#444444")
+
+
+def save(fig: Figure, path: pathlib.Path) -> pathlib.Path:
+  """Writes a figure as PNG and, beside it, as PDF; each atomically.
+
+  The same figure gives the same bytes: no date is written.
+
+  Args:
+    fig: The figure.
+    path: Path of the PNG file.
+
+  Returns:
+    That path.
+  """
+  for suffix, metadata in ((".png", None), (".pdf", {"CreationDate": None})):
+    content = io.BytesIO()
+    fig.savefig(content, format=suffix[1:], metadata=metadata)
+    files.write_bytes(path.with_suffix(suffix), content.getvalue())
+    fig.set_layout_engine("none")  # found once is enough: it takes longest
+  return path

@@ -25,6 +25,7 @@ from atat_jax.errors import UserError
 
 KEY = jax.random.key(3)
 EPSILON = {"linf": 0.05, "l2": 0.5, "l1": 3.0}
+NORMS = ("linf", "l2", "l1")
 SHAPES = [(7, 5, 1), (4, 4, 3), (3, 8, 2), (1, 1, 1)]
 
 # The first query of each level.

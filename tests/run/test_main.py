@@ -381,7 +381,7 @@ def test_autoattack_by_name(finished, tmp_path, monkeypatch):
 
   tiny.run(workdir, "figures")
   text = Page(workdir / "report.html").text
-  for part in (names[0], names[1], "version fast", "apgd-ce (cross_entropy"):
+  for part in (names[0], names[1], "version fast", "apgd-ce"):
     assert part in text, part
 
   forbid(monkeypatch, evaluate, "_measure")

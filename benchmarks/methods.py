@@ -30,7 +30,6 @@ from ml_collections import ConfigDict
 from atat_jax import objectives, pipeline, report, runtime
 from atat_jax.config import as_json, make_plan
 from atat_jax.errors import UserError
-from atat_jax.report.comparison import METHODS
 from atat_jax.runs import files
 from atat_jax.training.writer import write_json
 
@@ -56,9 +55,8 @@ class Run(NamedTuple):
 
 
 def methods_in_order() -> list[str]:
-  """All registered methods: the paper's and its peers, then any others."""
-  known = [name for name in METHODS if name in objectives.OBJECTIVES]
-  return list(dict.fromkeys([*known, *objectives.OBJECTIVES]))
+  """Lists all registered methods in the order of the registry."""
+  return list(objectives.OBJECTIVES)
 
 
 def add_config_flags(flags: argparse.ArgumentParser) -> None:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from atat_jax.errors import UserError
-from atat_jax.report import comparison, layout
+from atat_jax.report import layout
 from atat_jax.runs import files
 from atat_jax.runs.tables import markdown
 from benchmarks import setting, step
@@ -135,7 +135,7 @@ def _comparison(found: Found) -> str:
   if merged is None:
     return "No run has been evaluated yet."
   parts = []
-  for shown in comparison.tables(merged):
+  for shown in layout.tables(merged):
     notes = "\n".join(f"- {note}" for note in shown.notes)
     parts += [shown.heading, layout.table_as_markdown(shown), notes]
   return "\n\n".join(parts)

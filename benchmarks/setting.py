@@ -186,12 +186,9 @@ def hyperparameters(method: str) -> dict[str, Any]:
   Raises:
     UserError: Unknown method.
   """
-  from atat_jax import checks
-  from benchmarks import methods
+  from atat_jax import objectives
 
-  known = methods.load(ROOT / "configs" / "default.py").METHODS
-  checks.choice("method", method, known)
-  return dict(known[method])
+  return objectives.defaults(method)
 
 
 def random_network(name: str, num_examples: int, seed: int) -> Network:
@@ -333,7 +330,7 @@ def write(
     about: What `describe` returned.
     rows: Each with a "name" and, where a peer ran, a "ratio": peer / ours.
   """
-  from atat_jax.training import writer
+  from atat_jax.runs import files
 
   ratios = {row["name"]: row["ratio"] for row in rows if row.get("ratio")}
-  writer.write_json(path, {**about, "ratios": ratios, "rows": list(rows)})
+  files.write_json(path, {**about, "ratios": ratios, "rows": list(rows)})

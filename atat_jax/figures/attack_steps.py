@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from matplotlib import axes, figure, ticker
 
-from atat_jax.figures import style
+from atat_jax.drawing import style
 from atat_jax.runs import files
 
 _STEP_TICKS = (0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from matplotlib import axes, cm, figure, lines, patches
 
-from atat_jax.figures import style
+from atat_jax.drawing import style
 from atat_jax.runs import files
 
 _ROWS_PER_FIGURE = 6  # of maps

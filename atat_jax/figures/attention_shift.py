@@ -6,7 +6,7 @@ from collections.abc import Callable
 import numpy as np
 from matplotlib import axes, colors, figure, lines, ticker
 
-from atat_jax.figures import style
+from atat_jax.drawing import style
 from atat_jax.runs import files
 
 # Groups of fewer images say nothing of a network.

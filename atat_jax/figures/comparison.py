@@ -6,8 +6,8 @@ from typing import Any
 
 from matplotlib import axes, lines, ticker
 
+from atat_jax.drawing import style
 from atat_jax.errors import UserError
-from atat_jax.figures import style
 from atat_jax.runs import files, tables
 
 _COLUMNS = 2  # panels beside each other, so that they are read on a telephone

@@ -5,7 +5,7 @@ import pathlib
 import numpy as np
 from matplotlib import axes
 
-from atat_jax.figures import style
+from atat_jax.drawing import style
 from atat_jax.runs import files
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from matplotlib import axes, ticker
 
-from atat_jax.figures import style
+from atat_jax.drawing import style
 from atat_jax.runs import files
 
 Lines = list[dict[str, Any]]

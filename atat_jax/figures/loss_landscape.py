@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from matplotlib import axes, cm, colors, figure, ticker
 
-from atat_jax.figures import style
+from atat_jax.drawing import style
 from atat_jax.runs import files
 
 _COLUMNS = 3  # models beside each other

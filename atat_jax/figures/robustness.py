@@ -5,7 +5,7 @@ from typing import Any
 
 from matplotlib import axes, patches
 
-from atat_jax.figures import style
+from atat_jax.drawing import style
 from atat_jax.runs import files, tables
 
 _COLORS = {"teacher": style.ORANGE, "student": style.BLUE}

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import uuid
 import zipfile
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -38,7 +39,9 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
     of `path` when the block ends, and is removed when the block fails.
   """
   path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+  # A process id would not do: containers that share a disk share those, too.
+  unique = uuid.uuid4().hex
+  temporary = path.with_name(f".{path.stem}.{unique}.tmp{path.suffix}")
   try:
     yield temporary
     os.replace(temporary, path)
@@ -71,8 +74,8 @@ def write_arrays(
   path: pathlib.Path, arrays: Mapping[str, np.ndarray]
 ) -> pathlib.Path:
   """Writes a whole `.npz` file or none; returns its path."""
-  with replacing(path) as temporary:
-    np.savez(temporary, **arrays)  # type: ignore[arg-type]
+  with replacing(path) as temporary, temporary.open("wb") as file:
+    np.savez(file, **arrays)  # type: ignore[arg-type]
   return path
 
 

@@ -12,8 +12,9 @@ from analysis_files import (
 )
 from PIL import Image
 
+from atat_jax.drawing import style
 from atat_jax.errors import UserError
-from atat_jax.figures import attack_steps, curvature, loss_landscape, style
+from atat_jax.figures import attack_steps, curvature, loss_landscape
 from atat_jax.runs import files
 
 

@@ -8,9 +8,10 @@ from PIL import Image
 
 from atat_jax import analyses, evaluation, models
 from atat_jax.data.photographs import read_photograph
+from atat_jax.drawing import style
 from atat_jax.errors import UserError
 from atat_jax.evaluation.map_distances import DISTANCES
-from atat_jax.figures import attention, attention_shift, style
+from atat_jax.figures import attention, attention_shift
 
 
 def pixels(path):

@@ -11,8 +11,8 @@ from html_page import Page
 from PIL import Image
 
 from atat_jax import report
+from atat_jax.drawing import style
 from atat_jax.errors import UserError
-from atat_jax.figures import style
 from atat_jax.report import __main__ as command
 from atat_jax.report import comparison, merge, published
 

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from atat_jax import figures
+from atat_jax.drawing import style
 from atat_jax.errors import UserError
-from atat_jax.figures import style
 from atat_jax.runs import files
 
 CURVES = ("loss", "training", "validation", "learning_rate")

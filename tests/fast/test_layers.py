@@ -19,10 +19,12 @@ LAYERS = (
   "attacks",  # attack
   "objectives",  # method
   "state",
+  "checkpoints",
   "training",  # step
-  "steps checkpoints evaluation",  # judge
-  "figures runtime",  # show
+  "steps evaluation",  # judge
+  "drawing runtime",  # show
   "analyses",
+  "figures",
   "plan",
   "config",
   "findings",
@@ -35,12 +37,12 @@ RANKS = {name: rank for rank, row in enumerate(LAYERS) for name in row.split()}
 
 # Who may import what. Everything that is not named here is free.
 PLACES = {
-  "ml_collections": ("config", "train", "evaluate", "report", "pipeline"),
+  "ml_collections": ("config", "pipeline"),
   "orbax": ("checkpoints",),
   "tensorflow_datasets": ("data",),
   "sklearn": ("data",),
   "PIL": ("data",),
-  "matplotlib": ("figures",),
+  "matplotlib": ("drawing", "figures"),
   "tensorboardX": ("training",),
   "absl": ("runtime",),
   "tensorflow": (),

@@ -6,12 +6,15 @@ import itertools
 import pathlib
 import textwrap
 from collections.abc import Iterable
-from typing import Any, NamedTuple
-
-import matplotlib.style
-from matplotlib import figure, layout_engine
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from atat_jax.runs import files, roles
+
+if TYPE_CHECKING:
+  from matplotlib.axes import Axes
+  from matplotlib.figure import Figure
+else:  # matplotlib takes long to import
+  Axes = Figure = Any
 
 # Okabe and Ito's palette: told apart with every common kind of colour vision.
 BLACK = "#000000"
@@ -62,19 +65,23 @@ _STYLE = {
 
 
 def context() -> contextlib.AbstractContextManager[None]:
-  """The style, as a context to draw and save in."""
+  """Returns a context in which figures are drawn and saved in this style."""
+  import matplotlib.style
+
   # On top of the defaults, or a user's matplotlibrc would show through.
   return matplotlib.style.context(["default", _STYLE])
 
 
-def new_figure(width: float, height: float, pad: float = 0.04) -> figure.Figure:
-  """A figure that belongs to no window and no pyplot.
+def new_figure(width: float, height: float, pad: float = 0.04) -> Figure:
+  """Returns a figure that belongs to no window and no pyplot.
 
   Args:
-    width: in inches.
-    height: in inches.
-    pad: space around each of its axes, in inches.
+    width: Width in inches.
+    height: Height in inches.
+    pad: Space around each of its axes, in inches.
   """
+  from matplotlib import figure, layout_engine
+
   layout = layout_engine.ConstrainedLayoutEngine(w_pad=pad, h_pad=pad)
   return figure.Figure(figsize=(width, height), layout=layout)
 
@@ -105,27 +112,27 @@ def line(look: Look, *, marked: bool = False) -> dict[str, Any]:
   return found | ({"marker": look.marker} if marked else {})
 
 
-def caption(fig: figure.Figure, text: str, size: float = 8) -> None:
+def caption(fig: Figure, text: str, size: float = 8) -> None:
   """Writes sentences below a figure, broken to its width.
 
   Args:
-    fig: The figure; what is below it already, such as a legend, is written on.
+    fig: The figure.
     text: The sentences.
-    size: Of the letters, in points.
+    size: Size of the letters, in points.
   """
   letters = int(fig.get_figwidth() * 72 / (0.52 * size))
   text = "\n".join(textwrap.wrap(text[0].upper() + text[1:], letters))
   fig.supxlabel(text, fontsize=size, color="#444444")
 
 
-def save(fig: figure.Figure, path: pathlib.Path) -> pathlib.Path:
+def save(fig: Figure, path: pathlib.Path) -> pathlib.Path:
   """Writes a figure as PNG and, beside it, as PDF; each atomically.
 
   The same figure gives the same bytes: no date is written.
 
   Args:
-    fig: the figure.
-    path: of the PNG file.
+    fig: The figure.
+    path: Path of the PNG file.
 
   Returns:
     That path.

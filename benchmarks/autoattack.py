@@ -424,7 +424,7 @@ def _attacks(args: argparse.Namespace) -> list[str]:
   from atat_jax.attacks.autoattack import versions
 
   if not args.attacks:
-    return list(versions.VERSIONS[args.version])
+    return list(versions.VERSIONS[args.version].attacks)
   names = args.attacks.split(",")
   for name in names:
     checks.choice("attacks", name, versions.NAMES)

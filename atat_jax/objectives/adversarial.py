@@ -92,7 +92,7 @@ class InnerAttack(Objective):
     checks.epsilon(self.epsilon, self.norm)
     checks.positive("step_size", self.step_size)
     checks.positive("num_steps", self.num_steps, integer=True)
-    checks.choice("norm", self.norm, balls.NORMS)
+    checks.choice("norm", self.norm, balls.BALLS)
     checks.choice(
       "attack_loss", self.attack_loss, (*losses.ATTACK_LOSSES, "kl")
     )

@@ -26,7 +26,7 @@ from atat_jax import (
 )
 from atat_jax.data.base import Dataset, Split
 from atat_jax.errors import TrainingDivergedError, UserError
-from atat_jax.training import profile
+from atat_jax.training import outline, profile
 from atat_jax.training.interrupts import Interrupted
 
 pytest_plugins = ("tiny",)
@@ -240,9 +240,9 @@ def test_a_second_start_compiles_nothing(tmp_path, monkeypatch):
   assert entries[0] == entries[1]
 
 
-def test_which_steps_go_together():
+def test_steps_are_grouped_up_to_log_lines_validations_and_the_profile():
   def sizes(*arguments, **keywords):
-    found = list(train.dispatches(*arguments, **keywords))
+    found = list(outline.dispatches(*arguments, **keywords))
     assert [numbers.start for numbers in found] == [
       arguments[0] + sum(map(len, found[:i])) for i in range(len(found))
     ]
@@ -349,19 +349,20 @@ def test_where_the_student_starts(method, tmp_path, monkeypatch):
     raise KeyboardInterrupt
 
   monkeypatch.setattr(state, "create", create)
-  plan = config.make_plan(tiny.config(method))
-  split = Split(np.zeros((200, 8, 8, 1), np.uint8), np.zeros(200, np.int32))
   teacher = {"params": {}}
-  stage = train.Stage(
-    "student", "train", tmp_path, plan.config.train, plan.objective, teacher, 0
+  monkeypatch.setattr(
+    checkpoints, "restore_model", lambda *_, **__: (None, teacher)
   )
+  plan = config.make_plan(
+    tiny.config(method, teacher_workdir=str(tmp_path / "teacher"))
+  )
+  split = Split(np.zeros((200, 8, 8, 1), np.uint8), np.zeros(200, np.int32))
   with pytest.raises(KeyboardInterrupt):
-    train._run(
+    train.train(
       plan,
-      stage,
-      Dataset(plan.spec, split, split, split),
+      tmp_path / "run",
+      Dataset(plan.data.spec, split, split, split),
       sharding.make_mesh(jax.devices()[:1]),
-      None,
     )
   assert started == [teacher if method == "atat" else None]
 

@@ -195,7 +195,7 @@ def attack_steps(
   Raises:
     UserError: An argument of a wrong shape, dtype or range, by name.
   """
-  checks.choice("norm", norm, balls.NORMS)
+  checks.choice("norm", norm, balls.BALLS)
   checks.epsilon(epsilon, norm)
   checks.positive("step_size", step_size)
   named, data, found = _prepare(
@@ -300,7 +300,7 @@ def attack_epsilons(
   Raises:
     UserError: An argument of a wrong shape, dtype or range, by name.
   """
-  checks.choice("norm", norm, balls.NORMS)
+  checks.choice("norm", norm, balls.BALLS)
   radii = _increasing(epsilons, norm)
   named, data, found = _prepare(
     networks,

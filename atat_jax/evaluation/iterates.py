@@ -26,7 +26,7 @@ def check_settings(
     rounds: Numbers of steps, increasing, from 0.
     epsilon: Radius.
     step_size: Length of a step.
-    norm: One of `balls.NORMS`.
+    norm: One of `balls.BALLS`.
     loss: One of `losses.ATTACK_LOSSES`.
 
   Returns:
@@ -35,7 +35,7 @@ def check_settings(
   Raises:
     UserError: One of them is not allowed, by name.
   """
-  checks.choice("norm", norm, balls.NORMS)
+  checks.choice("norm", norm, balls.BALLS)
   checks.choice("loss", loss, losses.ATTACK_LOSSES)
   checks.epsilon(epsilon, norm)
   checks.positive("step_size", step_size)
@@ -95,7 +95,7 @@ def watch(
     epsilon: Radius.
     step_size: Length of a step.
     num_steps: Of the attack.
-    norm: One of `balls.NORMS`.
+    norm: One of `balls.BALLS`.
     loss: One of `losses.ATTACK_LOSSES`.
     random_start: Whether the start is a random point of the ball; otherwise it
       is the clean image.
@@ -165,7 +165,7 @@ def pgd_iterates(
     step_size: Length of a step.
     random_start: Whether the start is a random point of the ball; otherwise it
       is the clean image.
-    norm: One of `balls.NORMS`.
+    norm: One of `balls.BALLS`.
     loss: One of `losses.ATTACK_LOSSES`.
 
   Returns:

@@ -1,21 +1,21 @@
 """The contract of every data set in `data.DATASETS`.
 
-A toy data set, registered the way a new one is, goes through the same battery.
+A minimal data set, registered the way a new one is, goes through the same battery.
 """
 
+import minimal
 import numpy as np
 import pytest
-import toys
 
 from atat_jax import data
 from atat_jax.errors import UserError
 
-every_data_set = pytest.mark.parametrize("name", [*data.DATASETS, "toy"])
+every_data_set = pytest.mark.parametrize("name", [*data.DATASETS, "minimal"])
 
 
 @pytest.fixture(autouse=True)
-def _toy(monkeypatch):
-  toys.register_data_set(monkeypatch)
+def _minimal(monkeypatch):
+  minimal.register_data_set(monkeypatch)
 
 
 def _load(name, folder, **fields):

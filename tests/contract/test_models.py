@@ -1,16 +1,16 @@
 """The contract of every network in `models.MODELS`, and the classifier.
 
-A toy network, registered the way a new one is, goes through the same battery.
+A minimal network, registered the way a new one is, goes through the same battery.
 """
 
 import json
 
 import jax
 import jax.numpy as jnp
+import minimal
 import numpy as np
 import pytest
 import tiny
-import toys
 from flax import linen as nn
 from quick import jit
 
@@ -29,12 +29,12 @@ SMALL = {
 }
 IMAGES = jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)
 
-every_network = pytest.mark.parametrize("name", [*models.MODELS, "toy"])
+every_network = pytest.mark.parametrize("name", [*models.MODELS, "minimal"])
 
 
 @pytest.fixture(autouse=True)
-def _toy(monkeypatch):
-  toys.register_network(monkeypatch)
+def _minimal(monkeypatch):
+  minimal.register_network(monkeypatch)
 
 
 def _create(name: str, **fields) -> nn.Module:
@@ -105,21 +105,21 @@ def test_vgg_without_batch_norm_has_no_statistics():
 
 
 @pytest.mark.usefixtures("quick_compilation")
-def test_a_toy_network_trains_on_a_toy_data_set(monkeypatch, tmp_path):
-  """`--config.data.name=toy --config.model.name=toy`, and nothing else."""
-  toys.register_data_set(monkeypatch)
+def test_a_minimal_network_trains_on_a_minimal_data_set(monkeypatch, tmp_path):
+  """`--config.data.name=minimal --config.model.name=minimal` is enough."""
+  minimal.register_data_set(monkeypatch)
   config = tiny.config(
-    data__name="toy",
-    model__name="toy",
+    data__name="minimal",
+    model__name="minimal",
     train__num_epochs=1,
     train__validate_every_epochs=1.0,
     teacher__validate_every_epochs=1.0,
   )
   tiny.run(tmp_path, "train", config)
   model, variables = checkpoints.restore_model(tmp_path)
-  assert model == toys.Network(num_classes=toys.SPEC.num_classes)
-  images = jnp.zeros((2, *toys.SPEC.image_shape))
-  assert model.apply(variables, images).shape == (2, toys.SPEC.num_classes)
+  assert model == minimal.Network(num_classes=minimal.SPEC.num_classes)
+  images = jnp.zeros((2, *minimal.SPEC.image_shape))
+  assert model.apply(variables, images).shape == (2, minimal.SPEC.num_classes)
 
 
 def test_running_statistics_classify_an_image_by_itself(wrn):

@@ -1,4 +1,4 @@
-"""A toy network and a toy data set, registered the way new members are."""
+"""The smallest network and data set, registered the way new members are."""
 
 import jax
 import numpy as np
@@ -24,7 +24,7 @@ class Network(nn.Module):
 
 
 SPEC = base.DatasetSpec(
-  name="toy",
+  name="minimal",
   num_classes=3,
   image_shape=(6, 5, 2),
   class_names=("dark", "grey", "bright"),
@@ -39,22 +39,22 @@ def read(
   """Draws images whose class is their brightness."""
   del data_dir, cache_dir
   if source != "auto":
-    raise UserError(f"source={source!r}: must be 'auto' for toy")
+    raise UserError(f"source={source!r}: must be 'auto' for minimal")
   generator = np.random.default_rng(0)
   splits = []
   for size in (400, 90):
     labels = generator.integers(0, 3, size)
     noise = generator.integers(0, 86, (size, *SPEC.image_shape))
     images = (labels[:, None, None, None] * 85 + noise).astype(np.uint8)
-    splits.append(base.checked_split(SPEC, images, labels, where="toy"))
+    splits.append(base.checked_split(SPEC, images, labels, where="minimal"))
   return splits[0], splits[1]
 
 
 def register_network(patch: pytest.MonkeyPatch) -> None:
   """Adds the network to `models.MODELS`."""
-  patch.setitem(models.MODELS, "toy", Network)
+  patch.setitem(models.MODELS, "minimal", Network)
 
 
 def register_data_set(patch: pytest.MonkeyPatch) -> None:
   """Adds the data set to `data.DATASETS`."""
-  patch.setitem(data.DATASETS, "toy", base.Source(SPEC, read))
+  patch.setitem(data.DATASETS, "minimal", base.Source(SPEC, read))

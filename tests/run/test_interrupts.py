@@ -78,6 +78,7 @@ class Process:
       self._process = subprocess.Popen(
         [sys.executable, "main.py", *arguments],
         cwd=tiny.ROOT,
+        env={**os.environ, **tiny.QUICK},
         stdout=file,
         stderr=subprocess.STDOUT,
       )

@@ -397,7 +397,7 @@ def test_numbers_of_a_teacher_that_is_not_trained_are_checked_too():
 
 
 def test_an_objective_in_the_registry_is_configured_like_any_other(monkeypatch):
-  """Its dataclass alone says its fields and their defaults."""
+  """Its dataclass alone has its fields and their defaults."""
 
   @dataclasses.dataclass(frozen=True, kw_only=True)
   class Toy(objectives.OBJECTIVES["standard"]):

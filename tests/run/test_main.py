@@ -143,7 +143,7 @@ def test_results_obey_the_contract(finished):
     assert row["loss"] == ("cross_entropy" if attacked else None)
     assert row["num_restarts"] == (1 if attacked else None)
   for diagnostic in results["diagnostics"].values():
-    assert set(diagnostic) == {"rule", "value", "flag", "message"}
+    assert set(diagnostic) == {"title", "rule", "value", "flag", "message"}
     assert math.isfinite(diagnostic["value"])
   assert {name.split("_")[0] for name in results["diagnostics"]} == {
     "teacher",
@@ -174,7 +174,7 @@ def test_metrics_name_every_term(finished):
     )
     if line["split"] == "validation":
       assert 0 <= line["accuracy_adversarial"] <= line["accuracy_clean"] <= 1
-      assert line["attack"].startswith("pgd1: linf, epsilon 0.2")
+      assert line["attack"].startswith("pgd1: linf, epsilon 51/255")
       continue
     total = (  # Eq. (7)
       line["cross_entropy"]
@@ -381,7 +381,7 @@ def test_autoattack_by_name(finished, tmp_path, monkeypatch):
 
   tiny.run(workdir, "figures")
   text = Page(workdir / "report.html").text
-  for part in (names[0], names[1], "version fast", "apgd-ce (cross_entropy"):
+  for part in (names[0], names[1], "version fast", "apgd-ce"):
     assert part in text, part
 
   forbid(monkeypatch, evaluate, "_measure")

@@ -28,9 +28,9 @@ import jax
 import pytest
 from ml_collections import ConfigDict
 
-from atat_jax import evaluation, objectives, pipeline, sharding, steps
+from atat_jax import evaluation, objectives, pipeline, plan, sharding, steps
 from atat_jax.data import batches
-from atat_jax.training import writer
+from atat_jax.training import averaging, writer
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -121,6 +121,39 @@ def devices(number: int) -> Iterator[None]:
     yield
 
 
+_made: dict[Any, Any] = {}
+
+
+def _remembered(function: Callable[..., Any]) -> Callable[..., Any]:
+  """Wraps a maker of programs: the same arguments give the same program."""
+
+  def make(*args: Any, **kwargs: Any) -> Any:
+    key = (function, args, tuple(sorted(kwargs.items())))
+    if key not in _made:
+      _made[key] = function(*args, **kwargs)
+    return _made[key]
+
+  return make
+
+
+@contextmanager
+def shared_programs() -> Iterator[None]:
+  """Trainings of one plan share their compiled programs.
+
+  A new process would compile the same programs again, which costs most of a
+  tiny run's time.
+  """
+  with pytest.MonkeyPatch.context() as patch:
+    for owner, name in (
+      (plan.StagePlan, "make_optimizer"),
+      (steps, "make_train_step"),
+      (averaging, "make_statistics_pass"),
+    ):
+      if hasattr(owner, name):  # a test may have removed it
+        patch.setattr(owner, name, _remembered(getattr(owner, name)))
+    yield
+
+
 def run(
   workdir: pathlib.Path,
   mode: str = "run",
@@ -128,8 +161,8 @@ def run(
   *,
   num_devices: int = 1,
 ) -> None:
-  """Runs a mode of `main.py` in this process."""
-  with devices(num_devices):
+  """Runs a mode of `main.py` in this process, with `shared_programs`."""
+  with devices(num_devices), shared_programs():
     pipeline.run(mode, made or config(), workdir)
 
 
@@ -254,6 +287,7 @@ def finished(
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(writer.MetricsWriter, "write", counted_write)
     patch.setattr(evaluation, "class_counts", counted_evaluation)
+    _made.clear()  # this run compiles all of its programs
     with noted_programs(counts.programs):
       run(workdir)
   return FinishedRun(workdir, counts)

@@ -8,7 +8,7 @@ from matplotlib import axes, patches
 from atat_jax.drawing import style
 from atat_jax.runs import files, tables
 
-_THICKNESS = {"running": 0.84, "batch": 0.5}  # of a bar, in rows
+_THICKNESS = {"running": 0.84, "batch": 0.5}  # height of a bar, in rows
 
 
 def draw(workdir: pathlib.Path) -> list[pathlib.Path]:

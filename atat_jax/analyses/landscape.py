@@ -1,17 +1,23 @@
 """The loss around images, over the plane of two directions (Fig. 7)."""
 
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import Mesh
 
 from atat_jax import checks, compilation, losses, rng
+from atat_jax.analyses import base
+from atat_jax.drawing import style, surfaces
 from atat_jax.errors import UserError
 from atat_jax.evaluation.networks import Networks, classifiers
+from atat_jax.runs import files, wording
 from atat_jax.typing import Array, Classifier
 
 PAPER_INDICES = (1450, 7558)
-"""The test images of CIFAR-10 that the paper shows."""
+"""Test images of CIFAR-10 that the paper shows."""
 
 
 def _surface(
@@ -23,7 +29,7 @@ def _surface(
   *,
   rows: int,
 ) -> tuple[Array, Array, Array]:
-  """Losses and margins [n, P, P] over the plane, and sign(grad)."""
+  """Returns losses and margins [n, P, P] over the plane, and sign(grad)."""
 
   def total_loss(x: Array) -> Array:
     return losses.cross_entropy(classifier(x), labels).sum()
@@ -32,7 +38,7 @@ def _surface(
   count, side = len(images), len(coefficients)
   points = jnp.arange(count * side * side).reshape(-1, rows)
 
-  def look(point: Array) -> tuple[Array, Array]:
+  def measure(point: Array) -> tuple[Array, Array]:
     image, place = jnp.divmod(point, side * side)
     along, across = jnp.divmod(place, side)
 
@@ -44,7 +50,7 @@ def _surface(
     y = labels[image]
     return losses.cross_entropy(logits, y), losses.margin(logits, y)
 
-  value, margin = lax.map(look, points)
+  value, margin = lax.map(measure, points)
   shape = (count, side, side)
   return value.reshape(shape), margin.reshape(shape), gradient_direction
 
@@ -61,34 +67,32 @@ def loss_landscape(
   radius: float,
   num_points: int = 41,
   batch_size: int = 256,
+  mesh: Mesh | None = None,
 ) -> dict[str, np.ndarray]:
-  """Cross-entropy at x + a * sign(grad of the loss) + b * r for each image x.
+  """Returns cross-entropy at x + a sign(grad of the loss) + b r for images x.
 
   As in Fig. 7 of the paper, r is a Rademacher direction (each entry -1 or 1
-  with probability one half). sign(grad) is each network's own, at the clean
-  image: the paper writes it with the gradient of the model that it shows. r is
-  drawn for each image and shared by the networks. The paper does not say how
-  far a and b go; here both go from -radius to radius, so that with the radius
-  of an attack the edge b = 0, a = radius is FGSM's point but for the clip.
+  with probability one half), drawn for each image and shared by the networks.
+  sign(grad) is each network's own, at the clean image. The paper does not say
+  how far a and b go; here both go from -radius to radius, so that with the
+  radius of an attack the edge b = 0, a = radius is FGSM's point but for the
+  clip.
 
-  Points are not clipped to [0, 1]: the surface is of the network's loss over
-  its input space. Clipping would bend the plane wherever a pixel is near 0 or
-  1, and show edges and plateaus that are the clip's and not the network's. So
-  a point may lie outside the box, and be no image that an attack could make.
-
+  Points are not clipped to [0, 1]: clipping would bend the plane wherever a
+  pixel is near 0 or 1. So a point may be no image that an attack could make.
   One compiled program a network goes through all points, with exactly one
   forward pass a point, and one gradient an image.
 
   Args:
     key: Random key of the Rademacher directions.
     networks: Name to (module, variables); running statistics.
-    images: Float [n, H, W, C] in [0, 1]: those to look at, e.g. `PAPER_INDICES`
-      of CIFAR-10's test images.
+    images: Float [n, H, W, C] in [0, 1], e.g. those of `PAPER_INDICES`.
     labels: Integers [n]: the true classes.
     radius: Half the side of the square, in the unit of the pixels.
     num_points: P, points a side; odd, so that the image itself is one.
-    batch_size: The most points at a time. So many are taken as divide their
-      number: 82 of 41 x 41 points of 2 images.
+    batch_size: Largest number of points at a time. So many are taken as divide
+      their number: 82 of 41 x 41 points of 2 images.
+    mesh: Ignored: it is computed where the variables are.
 
   Returns:
     `networks` [m], `images` [n, H, W, C], `labels` int32 [n], `protocol`,
@@ -102,6 +106,7 @@ def loss_landscape(
   Raises:
     UserError: An argument of a wrong shape, dtype or range, by name.
   """
+  del mesh
   checks.positive("radius", radius)
   checks.positive("batch_size", batch_size, integer=True)
   checks.positive("num_points", num_points, integer=True)
@@ -115,25 +120,18 @@ def loss_landscape(
   random_direction = np.asarray(
     jax.random.rademacher(rng.stream(key, "rademacher"), images.shape, np.int8)
   )
+  rows = _largest_divisor(len(images) * num_points**2, batch_size)
   found = {
     "networks": np.array(list(named)),
     "images": images,
     "labels": labels,
-    "protocol": np.array(
-      "cross-entropy at x + a sign(gradient) + b Rademacher, not clipped to"
-      " [0, 1]; running statistics"
-    ),
+    "protocol": np.array(_PROTOCOL),
     "coefficients": coefficients,
     "random_direction": random_direction,
   }
   for name, classifier in named.items():
     value, margin, direction = _jitted(
-      classifier,
-      images,
-      labels,
-      random_direction,
-      coefficients,
-      rows=_largest_divisor(len(images) * num_points**2, batch_size),
+      classifier, images, labels, random_direction, coefficients, rows=rows
     )
     found[f"{name}_loss"] = np.asarray(value)
     found[f"{name}_margin"] = np.asarray(margin)
@@ -141,6 +139,96 @@ def loss_landscape(
   return found
 
 
+_PROTOCOL = (
+  "cross-entropy at x + a sign(gradient) + b Rademacher, not clipped to [0, 1];"
+  " running statistics"
+)
+
+
 def _largest_divisor(number: int, limit: int) -> int:
-  """Of the number, among those up to the limit."""
+  """Returns the largest divisor of a number up to a limit."""
   return max(n for n in range(1, min(number, limit) + 1) if number % n == 0)
+
+
+def _draw(data: files.Arrays, directory: pathlib.Path) -> list[pathlib.Path]:
+  """Draws a figure for each image: a surface and its contours a network.
+
+  Titles use `indices` [n] and `class_names` [K], where the file has them.
+  """
+  return [
+    _draw_image(data, image, directory / f"loss_landscape_{image + 1}.png")
+    for image in range(len(data["labels"]))
+  ]
+
+
+def _draw_image(
+  data: files.Arrays, image: int, path: pathlib.Path
+) -> pathlib.Path:
+  shown = [
+    surfaces.Surface(
+      name, data[f"{name}_loss"][image], data[f"{name}_margin"][image]
+    )
+    for name in base.network_names(data)
+  ]
+  unit = wording.pixels(float(data["coefficients"][-1]))
+  with style.context():
+    fig = surfaces.draw(
+      shown,
+      title=_title(data, image),
+      value_name="loss (nats)",
+      axis_names=("a, along sign(gradient)", "b, Rademacher"),
+    )
+    style.caption(
+      fig,
+      f"{data['protocol']}. a and b in units of {unit}. Surfaces: one scale for"
+      " all models; below: the loss in nats on each model's own scale. Cross: the"
+      " image. Thick line: where the prediction turns from right to wrong.",
+    )
+    return style.save(fig, path)
+
+
+def _title(data: files.Arrays, image: int) -> str:
+  number = int(data["indices"][image]) if "indices" in data else image + 1
+  label = data["labels"][image]
+  name = data["class_names"][label] if "class_names" in data else label
+  return f"loss around image {number} ({str(name).replace('_', ' ')})"
+
+
+def _find(data: files.Arrays) -> base.Finding:
+  parts = []
+  for name in base.network_names(data):
+    value = data[f"{name}_loss"]
+    middle = value.shape[1] // 2
+    along = value[:, -1, middle].mean() - value[:, middle, middle].mean()
+    wrong = (data[f"{name}_margin"] > 0).mean()
+    parts.append(
+      f"{name}: the loss changes by {along:+.2f} nats from the image to the end"
+      f" of the gradient's direction and reaches {value.max():.2f};"
+      f" {wording.percent(wrong)} of the plane is classified wrongly."
+    )
+  count = wording.plural(len(data["labels"]), "image")
+  unit = wording.pixels(float(data["coefficients"][-1]))
+  caption = (
+    "The loss around an image: a along the sign of the gradient, b along random"
+    f" signs, in units of {unit}. Surfaces: all models on one scale; below: each"
+    " on a scale of its own. Vermilion line: where the prediction turns wrong."
+    f" {data['protocol']}."
+  )
+  return base.Finding(
+    "Loss landscape",
+    f"Around {count}, on average. {' '.join(parts)}",
+    caption,
+  )
+
+
+ANALYSIS = base.Analysis(
+  stem="loss_landscape",
+  compute=loss_landscape,
+  arguments=lambda settings, _: {
+    "radius": settings.epsilon,
+    "num_points": settings.num_points,
+  },
+  images=lambda settings, _: settings.indices,
+  draw=_draw,
+  find=_find,
+)

@@ -40,7 +40,8 @@ def model_spec(
     for f in dataclasses.fields(model)
     if f.name not in ("parent", "name")
   }
-  fields["dtype"] = str(jnp.dtype(fields["dtype"]))
+  if "dtype" in fields:
+    fields["dtype"] = str(jnp.dtype(fields["dtype"]))
   return {"name": name, "fields": fields, "image_shape": list(image_shape)}
 
 

@@ -1,7 +1,7 @@
-"""Checks of arguments: one clear error at once, before any compilation.
+"""Checks of arguments: one clear error, before any compilation.
 
-Values are looked at only where they are concrete: inside jit a check of shape
-and dtype is all that is possible.
+Values are checked where they are concrete; inside jit only shapes and dtypes
+can be.
 """
 
 from collections.abc import Iterable
@@ -26,14 +26,14 @@ def _extremes(x: Array) -> Array:
 def _range(x: Array | np.ndarray) -> tuple[float, float]:
   found = _extremes(x) if isinstance(x, jax.Array) else None
   if found is None or isinstance(found, jax.core.Tracer):
-    host = np.asarray(x)  # numpy's, or a constant inside jit
+    host = np.asarray(x)  # a numpy array, or a constant inside jit
     return float(host.min()), float(host.max())
   low, high = np.asarray(found)  # one transfer
   return float(low), float(high)
 
 
 def inspect_images(x: Array | np.ndarray, name: str = "images") -> None:
-  """Checks [B, H, W, C] floating-point images in [0, 1], where they are."""
+  """Checks [B, H, W, C] floating-point images in [0, 1] without moving them."""
   if x.ndim != 4 or 0 in x.shape:
     raise UserError(
       f"{name}: shape {x.shape}; allowed: [B, H, W, C], not empty"
@@ -55,7 +55,7 @@ def inspect_labels(
   num_classes: int,
   name: str = "labels",
 ) -> None:
-  """Checks integer labels [B] in [0, num_classes), where they are."""
+  """Checks integer labels [B] in [0, num_classes) without moving them."""
   if x.shape != (batch_size,):
     raise UserError(
       f"{name}: shape {x.shape}; allowed: [{batch_size}], one per image"
@@ -87,7 +87,7 @@ def labels(
 
 
 def positive(name: str, value: object, *, integer: bool = False) -> None:
-  """Checks a finite number > 0 (traced values pass)."""
+  """Checks that a value is a finite number > 0; traced values pass."""
   if not _concrete(value):
     return
   number = value
@@ -104,13 +104,13 @@ def positive(name: str, value: object, *, integer: bool = False) -> None:
 
 
 def not_negative(name: str, value: object) -> None:
-  """Checks a finite number >= 0 (traced values pass)."""
+  """Checks that a value is a finite number >= 0; traced values pass."""
   if not (isinstance(value, int | float) and value == 0):
     positive(name, value)
 
 
 def epsilon(value: object, norm: str, name: str = "epsilon") -> None:
-  """Checks a radius: > 0, and at most 1, the range of a pixel, for linf."""
+  """Checks that a radius is > 0 and, for linf, at most 1, a pixel's range."""
   positive(name, value)
   if norm == "linf" and _concrete(value) and float(value) > 1:  # type: ignore[arg-type]
     raise UserError(
@@ -120,7 +120,7 @@ def epsilon(value: object, norm: str, name: str = "epsilon") -> None:
 
 
 def choice(name: str, value: str, allowed: Iterable[str]) -> None:
-  """Checks that a name is one of those known."""
+  """Checks that a value is one of the allowed names."""
   allowed = sorted(allowed)
   if value not in allowed:
     raise UserError(f"{name}: {value!r}; allowed: {', '.join(allowed)}")

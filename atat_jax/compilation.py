@@ -1,10 +1,9 @@
-"""How functions are compiled: `jit` with what is fast on this backend.
+"""Compilation: `jit` with the options that are fast on the backend at hand.
 
 XLA's CPU backend fuses convolutions and dots into library calls by default,
-which makes the backward passes of narrow convolutions several times slower
-than without. The option that turns this off is experimental, so it is probed
-once and left out where the installed jaxlib does not know it. Other backends
-get no options.
+which makes the backward passes of narrow convolutions several times slower. The
+option that turns this off is experimental, so that it is probed once and left
+out where the installed jaxlib does not know it. Other backends get no options.
 """
 
 import dataclasses
@@ -34,38 +33,38 @@ def _known(options: dict[str, Any]) -> bool:
 
 @functools.cache
 def compiler_options(*, once: bool = False) -> dict[str, Any]:
-  """The compiler options for the default backend, {} where none apply.
+  """Returns the compiler options for the default backend, {} if none apply.
 
   Args:
-    once: For a program that runs once, which should compile fast rather than
-      run fast.
+    once: Whether the program runs once, so that it should compile fast rather
+      than run fast.
 
   Returns:
-    Options of `jax.jit`.
+    Compiler options for `jax.jit`.
   """
   options = _ONCE if once else _FAST
   applies = jax.default_backend() == "cpu" and _known(options)
   return dict(options) if applies else {}
 
 
-# What jax is doing right now: nothing, at import; tracing, inside jit, grad or
-# vmap, even where only what a function closes over is traced.
+# JAX's trace state outside any transformation. It differs inside jit, grad and
+# vmap, even where only values that a function closes over are traced.
 _TOP_LEVEL = get_opaque_trace_state(convention="flax")
 
 
 def jit(
   function: Callable[..., Any], *, once: bool = False, **kwargs: Any
 ) -> Callable[..., Any]:
-  """`jax.jit` with `compiler_options()`, usable inside other transformations.
+  """Applies `jax.jit` with `compiler_options()`; nests in transformations.
 
-  jax accepts compiler options on the outermost jit only, so a call from inside
-  another jit, vmap or grad goes through a plain jit; the enclosing function's
-  options then hold for all of it.
+  JAX accepts compiler options on the outermost jit only, so that a call from
+  inside another jit, vmap or grad goes through a plain jit; the options of the
+  enclosing function then hold for all of it.
 
   Args:
     function: A pure function.
-    once: See `compiler_options`.
-    **kwargs: Passed to `jax.jit`.
+    once: Whether the program runs once, see `compiler_options`.
+    **kwargs: Arguments of `jax.jit`.
 
   Returns:
     The compiled function.
@@ -74,7 +73,7 @@ def jit(
 
   @functools.cache
   def outermost() -> Callable[..., Any]:
-    # Made at the first call: asking for the backend starts it.
+    # Asking for the backend starts it, so that this waits for the first call.
     options = compiler_options(once=once)
     return jax.jit(function, compiler_options=options, **kwargs)
 
@@ -84,32 +83,32 @@ def jit(
       return outermost()(*args, **kw)
     return nested(*args, **kw)
 
-  # As jax.jit's, for those who look at the program or time its compilation.
+  # Gives access to the program, and to its compilation time, as in jax.jit.
   call.lower = lambda *args, **kw: outermost().lower(*args, **kw)  # type: ignore[attr-defined]
   return call
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ByIdentity:
-  """Makes an unhashable value a static argument: equal only to itself."""
+  """Wrapper that makes an unhashable value hashable: equal only to itself."""
 
   value: Any
 
   def __call__(self, *args: Any, **kwargs: Any) -> Any:
-    """Calls the value."""
+    """Calls the wrapped value."""
     return self.value(*args, **kwargs)
 
   def __hash__(self) -> int:
-    """Of the very object."""
+    """Returns the identity of the wrapped value."""
     return id(self.value)
 
   def __eq__(self, other: object) -> bool:
-    """Whether it is the very object."""
+    """Returns whether both wrap the same object."""
     return isinstance(other, ByIdentity) and self.value is other.value
 
 
 def hashable(value: Any) -> Any:
-  """The value itself if it can be hashed, else a `ByIdentity` of it."""
+  """Returns the value itself if it can be hashed, else a `ByIdentity` of it."""
   try:
     hash(value)
   except TypeError:
@@ -125,8 +124,8 @@ def unwrap(value: Any) -> Any:
 def enable_persistent_cache() -> None:
   """Keeps compiled programs in the user's cache directory between runs.
 
-  All of them, also those that take less than the second from which on JAX keeps
-  them by default: the second start of a command compiles nothing.
+  JAX by default keeps only programs that take over a second to compile; here
+  all are kept, so that the second start of a command compiles nothing.
   `JAX_COMPILATION_CACHE_DIR` is respected where it is set.
   """
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)

@@ -1,9 +1,25 @@
-"""Errors that are the user's to mend: one clear line, no traceback."""
+"""Errors that a user can fix; commands print them in one line, no traceback."""
+
+import contextlib
+from collections.abc import Iterator
 
 
 class UserError(ValueError):
-  """Bad input: names the field, its value and what is allowed."""
+  """Invalid input; the message names the field, its value and what is allowed."""
 
 
 class TrainingDivergedError(UserError):
-  """A loss term or a gradient stopped being finite."""
+  """A loss term or a gradient is no longer finite."""
+
+
+@contextlib.contextmanager
+def in_section(name: str) -> Iterator[None]:
+  """Puts the name of a section before the field that a `UserError` names.
+
+  Args:
+    name: Name of the section, as in "train" for "train.batch_size".
+  """
+  try:
+    yield
+  except UserError as error:
+    raise UserError(f"{name}.{error}") from None

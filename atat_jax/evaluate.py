@@ -1,20 +1,17 @@
-"""Evaluation: teacher and student under every protocol, into `results.json`."""
+"""Evaluation: each network under every protocol, into `results.json`."""
 
-import datetime
-import importlib.metadata
 import json
 import logging
-import os
 import pathlib
 import re
-import sys
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
+from flax import linen as nn
 from jax.sharding import Mesh
 from tqdm import tqdm
 
@@ -22,94 +19,49 @@ from atat_jax import (
   analyses,
   attacks,
   checkpoints,
-  config,
   evaluation,
   models,
   sharding,
 )
-from atat_jax.config import Plan, as_json
-from atat_jax.data.base import Dataset, Split
-from atat_jax.errors import UserError
+from atat_jax.data import Dataset, Split
+from atat_jax.errors import UserError, in_section
 from atat_jax.evaluation import Protocol
-from atat_jax.runs import provenance
-from atat_jax.train import teacher_directory
-from atat_jax.training import writer
+from atat_jax.plan import Plan
+from atat_jax.runs import files, provenance
+from atat_jax.typing import Classifier, Variables
 
 _log = logging.getLogger(__name__)
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 
+Row = dict[str, Any]
 
-def _run_record(plan: Plan, steps: dict[str, int]) -> dict[str, Any]:
-  return {
-    "config": as_json(plan.config),
-    "command": " ".join(["python", *sys.argv]),
-    "commit": provenance.commit(),
-    "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    "devices": [device.device_kind for device in jax.devices()],
-    "cpus": os.cpu_count(),
-    "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
-    "checkpoints": {
-      name: {"step": step, "which": "best"} for name, step in steps.items()
-    },
-  }
-
-
-def _row(
-  plan: Plan, model: str, step: int, num_examples: int, mode: str, p: Protocol
-) -> dict[str, Any]:
-  """A row of the table, all but its result."""
-  settings = plan.config.evaluation
-  row = {
-    "model": model,
-    "dataset": plan.spec.name,
-    "split": "test",
-    "num_examples": num_examples,
-    "attack": p.name,
-    "norm": p.norm,
-    "epsilon": p.epsilon,
-    "step_size": p.step_size,
-    "num_steps": p.num_steps,
-    "num_restarts": p.num_restarts,
-    "loss": p.loss,
-    "batch_norm": mode,
-    "batch_size": (
-      settings.batch_statistics_size if mode == "batch" else settings.batch_size
-    ),
-    "seed": settings.seed,
-    "checkpoint_step": step,
-  }
-  if p.options:
-    row["options"] = dict(p.options)
-  return row
-
-
-def _identity(row: dict[str, Any]) -> str:
-  """What makes two rows the same measurement."""
-  # With running statistics the batch size changes nothing but the speed.
-  free = {"accuracy", "seconds", "attacks", "diagnostics"}
-  if row["batch_norm"] == "running":
-    free.add("batch_size")
-  return json.dumps(
-    {k: v for k, v in row.items() if k not in free}, sort_keys=True
-  )
+# Fields of a row that are its result.
+_MEASURED = {
+  "accuracy",
+  "class_accuracy",
+  "seconds",
+  "attacks",
+  "diagnostics",
+}
 
 
 def find_checkpoints(
   plan: Plan, workdir: pathlib.Path
 ) -> dict[str, tuple[pathlib.Path, int]]:
-  """The best checkpoint of each network of a run, as (directory, step).
+  """Finds the best checkpoint of each network of a run.
+
+  Args:
+    plan: Plan of the run.
+    workdir: Working directory of the run.
+
+  Returns:
+    Role of the network to (directory, step).
 
   Raises:
-    UserError: One is missing.
+    UserError: A network has no checkpoint.
   """
-  if plan.objective.needs_teacher:
-    teacher = teacher_directory(plan.config, workdir)
-    directories = {"teacher": teacher, "student": workdir}
-  else:
-    directories = {plan.config.method: workdir}
   return {
-    name: (directory, checkpoints.checkpoint_step(directory))
-    for name, directory in directories.items()
+    role: (workdir / place, checkpoints.checkpoint_step(workdir / place))
+    for role, place in plan.networks.items()
   }
 
 
@@ -119,8 +71,8 @@ def evaluate(
   """Computes the rows that `results.json` lacks, and the analyses.
 
   Args:
-    plan: The checked configuration.
-    workdir: The run's directory.
+    plan: Plan of the run.
+    workdir: Working directory of the run.
     dataset: The data; the test split is used.
     mesh: The devices.
 
@@ -129,140 +81,101 @@ def evaluate(
 
   Raises:
     UserError: A checkpoint is missing or of another network; the test split
-      has no image that an analysis is to show.
+      lacks an image that an analysis is to show.
   """
-  settings = plan.config.evaluation
-  with config.in_section("figures"):
+  with in_section("figures"):
     plan.figures.check_images(len(dataset.test.labels))
-  networks, steps = {}, {}
-  for name, (directory, step) in find_checkpoints(plan, workdir).items():
-    steps[name] = step
+  found = find_checkpoints(plan, workdir)
+  networks = {}
+  for role, (directory, step) in found.items():
     model, variables = checkpoints.restore_model(
       directory, step=step, expected=plan.model_spec
     )
-    networks[name] = (model, sharding.put_replicated(mesh, variables))
-
-  count = settings.num_examples or len(dataset.test.labels)
-  test = Split(*(array[:count] for array in dataset.test))
-  path = workdir / "results.json"
-  results = _read(path)
-  # Rows of other protocols stay, those of other checkpoints go.
-  rows = {
-    _identity(row): row
-    for row in results["rows"]
-    if steps.get(row["model"]) == row["checkpoint_step"]
-  }
-  todo = [
-    (name, mode, protocol)
-    for name in networks
-    for mode in settings.batch_norm
-    for protocol in plan.protocols
-  ]
-  data = sharding.put_replicated(mesh, test)
-  images, done = len(test.labels), True
-  with tqdm(
-    total=len(todo) * images,
-    unit="img",
-    desc="evaluate",
-    dynamic_ncols=True,
-    disable=jax.process_index() != 0,
-  ) as bar:
-    for name, mode, protocol in todo:
-      row = _row(plan, name, steps[name], images, mode, protocol)
-      if _identity(row) in rows:
-        bar.update(images)
-        continue
-      done = False
-      bar.set_postfix_str(f"{name} {mode} {protocol.name}")
-      began = time.perf_counter()
-      row |= _measure(
-        plan,
-        workdir,
-        models.classifier(*networks[name], batch_norm=mode),
-        data,
-        row,
-        protocol,
-        mesh,
-        bar.update,
-      )
-      row["seconds"] = round(time.perf_counter() - began, 3)
-      rows[_identity(row)] = row
-      results = _results(plan, steps, list(rows.values()))
-      writer.write_json(path, results)
-  if done:
-    _log.info("evaluate: %s has all %d rows", path, len(todo))
+    networks[role] = (model, sharding.put_replicated(mesh, variables))
+  table = _Table(
+    workdir / "results.json",
+    steps={role: step for role, (_, step) in found.items()},
+    record=_make_record(plan, found, networks),
+  )
+  _complete(table, plan, networks, dataset.test, mesh)
   analyses.write(
     workdir,
     networks,
     dataset.test.images,
     dataset.test.labels,
     settings=plan.figures,
-    class_names=plan.spec.class_names,
+    class_names=plan.data.spec.class_names,
     mesh=mesh,
   )
-  return results
+  return table.content
 
 
-def _state_path(workdir: pathlib.Path, row: dict[str, Any]) -> pathlib.Path:
-  """Of a row's AutoAttack: a kill loses a minute of hours of work.
-
-  Another checkpoint, seed or epsilon makes another row, so another file.
-  """
-  mark = zlib.crc32(_identity(row).encode())
-  name = f"{row['model']}-{row['batch_norm']}-{row['attack']}-{mark:08x}.npz"
-  return workdir / "autoattack" / re.sub(r"[^\w=.-]", "_", name)
-
-
-def _measure(
+def _make_record(
   plan: Plan,
-  workdir: pathlib.Path,
-  classifier: jax.tree_util.Partial,
-  data: Split,
-  row: dict[str, Any],
-  protocol: Protocol,
-  mesh: Mesh,
-  on_batch: Callable[[int], object],
+  found: Mapping[str, tuple[pathlib.Path, int]],
+  networks: Mapping[str, tuple[nn.Module, Variables]],
 ) -> dict[str, Any]:
-  """What is measured for a row."""
-  key = jax.random.key(plan.config.evaluation.seed)
-  if protocol.attack != "autoattack":
-    accuracy = evaluation.accuracy(
-      key,
-      classifier,
-      data,
-      protocol=protocol,
-      batch_size=row["batch_size"],
-      mesh=mesh,
-      on_batch=on_batch,
-    )
-    return {"accuracy": accuracy}
-  result = attacks.autoattack(
-    key,
-    classifier,
-    sharding.to_host(mesh, data.images).astype(np.float32) / 255.0,
-    sharding.to_host(mesh, data.labels),
-    batch_size=row["batch_size"],
-    mesh=mesh,
-    state_path=_state_path(workdir, row),
-    **protocol.arguments(),
+  """Record of configuration, code, machine and networks."""
+  return provenance.record(
+    [device.device_kind for device in jax.devices()],
+    config=plan.record,
+    checkpoints={
+      role: {"step": step, "which": "best"} for role, (_, step) in found.items()
+    },
+    num_parameters={
+      role: sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+      for role, (_, variables) in networks.items()
+    },
   )
-  on_batch(len(data.labels))
-  return {
-    "accuracy": result.accuracy,
-    "attacks": [
-      {
-        "attack": attack,
-        "numbers": result.protocol["attacks"].get(attack, ""),
-        "accuracy": accuracy,
-        "seconds": result.seconds.get(attack, 0.0),
-      }
-      for attack, accuracy in result.robust_accuracy.items()
-    ],
-    "diagnostics": result.diagnostics,
-  }
+
+
+class _Table:
+  """`results.json` while its rows are completed.
+
+  Rows of other protocols stay, rows of other checkpoints go.
+
+  Args:
+    path: The file.
+    steps: Role of each network to the step of its checkpoint.
+    record: Record of the run.
+  """
+
+  def __init__(
+    self, path: pathlib.Path, *, steps: dict[str, int], record: dict[str, Any]
+  ):
+    self.path, self.steps = path, steps
+    self._record = record
+    self.content = _read(path)
+    self._rows = {
+      _identity(row): row
+      for row in self.content["rows"]
+      if steps.get(row["model"]) == row["checkpoint_step"]
+    }
+
+  def __contains__(self, row: Row) -> bool:
+    """Whether a row has been measured."""
+    return _identity(row) in self._rows
+
+  def add(self, row: Row) -> None:
+    """Adds a row and writes the file."""
+    self._rows[_identity(row)] = row
+    rows = list(self._rows.values())
+    self.content = {
+      "format": 1,
+      "run": self._record,
+      "rows": rows,
+      "diagnostics": {
+        f"{model}_{rule}": found
+        for model in self.steps
+        for rule, found in evaluation.diagnose(rows, model).items()
+      },
+    }
+    if jax.process_index() == 0:
+      files.write_json(self.path, self.content)
 
 
 def _read(path: pathlib.Path) -> dict[str, Any]:
+  """Reads `results.json`; {"rows": []} where there is none."""
   if not path.exists():
     return {"rows": []}
   try:
@@ -276,16 +189,170 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
     ) from None
 
 
-def _results(
-  plan: Plan, steps: dict[str, int], rows: list[dict[str, Any]]
-) -> dict[str, Any]:
-  return {
-    "format": 1,
-    "run": _run_record(plan, steps),
-    "rows": rows,
-    "diagnostics": {
-      f"{model}_{rule}": found
-      for model in steps
-      for rule, found in evaluation.diagnose(rows, model).items()
-    },
+def _identity(row: Row) -> str:
+  """Text that two rows share if they are the same measurement."""
+  free = set(_MEASURED)
+  if row["batch_norm"] == "running":
+    free.add("batch_size")  # it changes nothing but the speed
+  return json.dumps(
+    {k: v for k, v in row.items() if k not in free}, sort_keys=True
+  )
+
+
+def _complete(
+  table: _Table,
+  plan: Plan,
+  networks: Mapping[str, tuple[nn.Module, Variables]],
+  test: Split,
+  mesh: Mesh,
+) -> None:
+  """Measures the rows that a table lacks."""
+  settings = plan.evaluation
+  count = settings.num_examples or len(test.labels)
+  test = Split(*(array[:count] for array in test))
+  data, images = sharding.put_replicated(mesh, test), len(test.labels)
+  rows = [
+    (_make_row(plan, role, table.steps[role], images, mode, protocol), protocol)
+    for role in networks
+    for mode in settings.batch_norm
+    for protocol in settings.protocols
+  ]
+  if all(row in table for row, _ in rows):
+    _log.info("evaluate: %s has all %d rows", table.path, len(rows))
+  with tqdm(
+    total=len(rows) * images,
+    unit="img",
+    desc="evaluate",
+    dynamic_ncols=True,
+    disable=jax.process_index() != 0,
+  ) as bar:
+    for row, protocol in rows:
+      if row in table:
+        bar.update(images)
+        continue
+      bar.set_postfix_str(f"{row['model']} {row['batch_norm']} {row['attack']}")
+      began = time.perf_counter()
+      measured = _measure(
+        models.classifier(
+          *networks[row["model"]], batch_norm=row["batch_norm"]
+        ),
+        data,
+        protocol=protocol,
+        seed=settings.seed,
+        batch_size=row["batch_size"],
+        num_classes=plan.data.spec.num_classes,
+        state_path=_state_path(table.path.parent, row),
+        mesh=mesh,
+        on_batch=bar.update,
+      )
+      seconds = round(time.perf_counter() - began, 3)
+      table.add({**row, **measured, "seconds": seconds})
+
+
+def _make_row(
+  plan: Plan,
+  model: str,
+  step: int,
+  num_examples: int,
+  mode: str,
+  protocol: Protocol,
+) -> Row:
+  """A row of the table without its result."""
+  row = {
+    "model": model,
+    "dataset": plan.data.name,
+    "split": "test",
+    "num_examples": num_examples,
+    "attack": protocol.name,
+    "norm": protocol.norm,
+    "epsilon": protocol.epsilon,
+    "step_size": protocol.step_size,
+    "num_steps": protocol.num_steps,
+    "num_restarts": protocol.num_restarts,
+    "loss": protocol.loss,
+    "batch_norm": mode,
+    "batch_size": plan.evaluation.size_of_batch(mode),
+    "seed": plan.evaluation.seed,
+    "checkpoint_step": step,
   }
+  if protocol.options:
+    row["options"] = dict(protocol.options)
+  return row
+
+
+def _state_path(workdir: pathlib.Path, row: Row) -> pathlib.Path:
+  """File of a row's AutoAttack, which goes on there after a kill.
+
+  Another checkpoint, seed or epsilon makes another row, so another file.
+  """
+  mark = zlib.crc32(_identity(row).encode())
+  name = f"{row['model']}-{row['batch_norm']}-{row['attack']}-{mark:08x}.npz"
+  return workdir / "autoattack" / re.sub(r"[^\w=.-]", "_", name)
+
+
+def _measure(
+  classifier: Classifier,
+  data: Split,
+  *,
+  protocol: Protocol,
+  seed: int,
+  batch_size: int,
+  num_classes: int,
+  state_path: pathlib.Path,
+  mesh: Mesh,
+  on_batch: Callable[[int], object],
+) -> Row:
+  """Measures the accuracy of a row, as a whole and class by class."""
+  key = jax.random.key(seed)
+  if protocol.attack != "autoattack":
+    correct, count = evaluation.class_counts(
+      key,
+      classifier,
+      data,
+      protocol=protocol,
+      batch_size=batch_size,
+      num_classes=num_classes,
+      mesh=mesh,
+      on_batch=on_batch,
+    )
+    return {
+      "accuracy": float(correct.sum() / count.sum()),
+      "class_accuracy": _shares(correct, count),
+    }
+  labels = sharding.to_host(mesh, data.labels)
+  result = attacks.autoattack(
+    key,
+    classifier,
+    sharding.to_host(mesh, data.images).astype(np.float32) / 255.0,
+    labels,
+    batch_size=batch_size,
+    mesh=mesh,
+    state_path=state_path,
+    **protocol.arguments(),
+  )
+  on_batch(len(labels))
+  return {
+    "accuracy": result.accuracy,
+    "class_accuracy": _shares(
+      np.bincount(labels[np.asarray(result.robust)], minlength=num_classes),
+      np.bincount(labels, minlength=num_classes),
+    ),
+    "attacks": [
+      {
+        "attack": attack,
+        "numbers": result.protocol["attacks"].get(attack, ""),
+        "accuracy": accuracy,
+        "seconds": result.seconds.get(attack, 0.0),
+      }
+      for attack, accuracy in result.robust_accuracy.items()
+    ],
+    "diagnostics": result.diagnostics,
+  }
+
+
+def _shares(correct: np.ndarray, count: np.ndarray) -> list[float | None]:
+  """Accuracy of each class; None where a class has no image."""
+  return [
+    float(right / all_) if all_ else None
+    for right, all_ in zip(correct, count, strict=True)
+  ]

@@ -39,8 +39,7 @@ from atat_jax.data.photographs import read_photograph
 from atat_jax.errors import UserError
 from atat_jax.evaluation.networks import Networks
 from atat_jax.report import page
-from atat_jax.runs import files, provenance
-from atat_jax.training import writer
+from atat_jax.runs import configuration, files, provenance
 
 # Photographs are few: nothing is averaged over them unless it is asked for.
 _OF_FEW = "attention,rounds,landscape"
@@ -91,17 +90,6 @@ def run_names(workdirs: Sequence[pathlib.Path]) -> list[str]:
   return names
 
 
-def _read_config(workdir: pathlib.Path) -> dict[str, Any]:
-  """Of a run; of a teacher that a run has trained, that run's."""
-  for directory in (workdir, workdir.parent):
-    config = files.read_json(directory / "config.json")
-    if config is not None:
-      return config
-  raise UserError(
-    f"{workdir}: no run, it has no config.json; allowed: a --workdir of main.py"
-  )
-
-
 def _agreed(
   workdirs: Sequence[pathlib.Path], values: Sequence[Any], field: str
 ) -> Any:
@@ -129,14 +117,14 @@ def attack_of_runs(
   Raises:
     UserError: No run, runs of different data sets or attacks.
   """
-  configs = [_read_config(path) for path in workdirs]
-  _agreed(workdirs, [config["data"]["name"] for config in configs], "data.name")
+  configs = [configuration.read(path) for path in workdirs]
+  _agreed(workdirs, [config.data["name"] for config in configs], "data.name")
   return {
     field: value
     if value is not None
     else _agreed(
       workdirs,
-      [config["evaluation"][field] for config in configs],
+      [config.attack[field] for config in configs],
       f"evaluation.{field}",
     )
     for field, value in given.items()
@@ -161,21 +149,17 @@ def load_runs(
   names = run_names(workdirs)
   for path in workdirs:
     checkpoints.checkpoint_step(path)  # before data are loaded
-  where = _read_config(workdirs[0])["data"]
-  dataset = data.load(
-    where["name"],
-    data_dir=data_dir or where["dir"],
-    cache_dir=where["cache_dir"],
-    validation_size=where["validation_size"],
-    source=where["source"],
-  )
+  arguments = configuration.read(workdirs[0]).data
+  if data_dir:
+    arguments["data_dir"] = data_dir
+  dataset = data.load(**arguments)
   rows = []
   for name, path in zip(names, workdirs, strict=True):
     own = (files.read_results(path) or {"rows": []})["rows"]
     # A run of two networks: the other one is the teacher.
     rows += [{**row, "model": name} for row in own if row["model"] != "teacher"]
   return Subject(
-    what=f"{where['name']} test images",
+    what=f"{dataset.spec.name} test images",
     networks={
       name: checkpoints.restore_model(path)
       for name, path in zip(names, workdirs, strict=True)
@@ -290,7 +274,7 @@ def explain(
   """
   mesh = sharding.make_mesh()
   # Where the figures look for AutoAttack's accuracies.
-  writer.write_json(out / "results.json", {"format": 1, "rows": subject.rows})
+  files.write_json(out / "results.json", {"format": 1, "rows": subject.rows})
   paths = analyses.write(
     out,
     {

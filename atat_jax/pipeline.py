@@ -9,8 +9,11 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from atat_jax import data, evaluate, report, sharding, train
-from atat_jax.config import Plan, check_workdir, make_plan, write_config
+from atat_jax import evaluate, report, sharding, train
+from atat_jax.config import make_plan
+from atat_jax.data import Dataset
+from atat_jax.plan import Plan
+from atat_jax.runs import configuration
 
 MODES = ("run", "train", "evaluate", "figures")
 
@@ -34,23 +37,17 @@ def run(mode: str, config: ConfigDict, workdir: pathlib.Path) -> None:
   if mode == "figures":
     _figures(workdir, redraw=True)
     return
-  check_workdir(config, workdir)
+  configuration.check(plan.record, workdir)
   if mode == "evaluate":
     evaluate.find_checkpoints(plan, workdir)  # before data are loaded
   mesh = sharding.make_mesh()
-  dataset = data.load(
-    config.data.name,
-    data_dir=config.data.dir,
-    cache_dir=config.data.cache_dir,
-    validation_size=config.data.validation_size,
-    source=config.data.source,
-  )
+  dataset = plan.data.load()
   extra = None
   if mode in ("run", "train"):
-    if config.data.extra:
-      extra = data.extra.read(config.data.extra, plan.spec)
+    extra = plan.data.open_extra()
     train.check_sizes(plan, dataset, extra)
-  write_config(config, workdir)
+  if jax.process_index() == 0:
+    configuration.write(plan.record, workdir)
   if mode in ("run", "train"):
     train.train(plan, workdir, dataset, mesh, extra)
     _log.info("checkpoints: %s", workdir / "checkpoints")
@@ -62,7 +59,7 @@ def run(mode: str, config: ConfigDict, workdir: pathlib.Path) -> None:
 
 
 def _evaluate(
-  plan: Plan, workdir: pathlib.Path, dataset: data.Dataset, mesh: Mesh
+  plan: Plan, workdir: pathlib.Path, dataset: Dataset, mesh: Mesh
 ) -> None:
   results = evaluate.evaluate(plan, workdir, dataset, mesh)
   if jax.process_index():

@@ -1,4 +1,4 @@
-"""Random streams: derived from one key by name and step, never carried along.
+"""Random streams: keys derived from one key by name and step, never stored.
 
 A run is a pure function of (config, seed) however often it is restarted,
 because the key of every draw depends only on the run's key, the name of the
@@ -13,15 +13,15 @@ from atat_jax.typing import Array
 
 
 def stream(key: Array, name: str, step: Array | int = 0) -> Array:
-  """The key of the stream `name` at `step`.
+  """Returns the key of the stream `name` at `step`.
 
   Args:
-    key: The run's key (`jax.random.key(seed)`).
-    name: Name of the use, e.g. "attack" or "augmentation".
-    step: int32 scalar; may be traced.
+    key: Key of the run, `jax.random.key(seed)`.
+    name: Name of the stream, e.g. "attack" or "augmentation".
+    step: Number of the step, an int32 scalar; may be traced.
 
   Returns:
-    A key that is independent of other names' and other steps' keys.
+    A key that is independent of those of other names and other steps.
   """
   named = jax.random.fold_in(key, zlib.crc32(name.encode()))
   return jax.random.fold_in(named, step)

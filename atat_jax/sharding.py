@@ -1,4 +1,4 @@
-"""The mesh: one axis, `data`. The only module that knows it.
+"""Mesh with one axis, `data`; the only module that knows it.
 
 Parameters, optimizer state and the resident data set are replicated, batches
 are split over the axis. The same program runs on one device, on eight and on
@@ -16,7 +16,7 @@ from atat_jax.typing import PyTree
 
 
 def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
-  """A mesh over `devices` (default: all of them) with the axis `data`."""
+  """Makes a mesh over `devices` (default: all of them) with the axis `data`."""
   devices = jax.devices() if devices is None else devices
   # Auto, not the default Explicit axes: random starts are drawn inside jit,
   # and explicit shardings would then differ between a loop's input and output.
@@ -26,17 +26,22 @@ def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-  """Every device holds the whole array."""
+  """Returns the sharding in which every device holds the whole array."""
   return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(
   mesh: Mesh, batch_size: int, *, axis: int = 0
 ) -> NamedSharding:
-  """One axis split over the devices, or replicated where it does not divide.
+  """Returns the sharding of a batch: split, or replicated if not divisible.
 
-  Evaluation by batch statistics needs a batch of exactly 100 images, whatever
+  Evaluation by batch statistics needs batches of exactly 100 images, whatever
   the number of devices.
+
+  Args:
+    mesh: Devices over which the batch is split.
+    batch_size: Number of examples in the batch.
+    axis: Axis of the examples.
   """
   if batch_size % mesh.size:
     return replicated(mesh)
@@ -50,7 +55,7 @@ def put_replicated(mesh: Mesh, tree: PyTree) -> PyTree:
     return jax.device_put(tree, sharding)
 
   def put(leaf: jax.Array | np.ndarray) -> jax.Array:
-    # device_put takes addressable devices only, and numpy knows no keys.
+    # device_put accepts only addressable devices, and numpy has no keys.
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
       return jax.random.wrap_key_data(put(jax.random.key_data(leaf)))
     host = np.asarray(leaf)
@@ -60,15 +65,15 @@ def put_replicated(mesh: Mesh, tree: PyTree) -> PyTree:
 
 
 def put_batch(mesh: Mesh, array: np.ndarray, *, axis: int = 0) -> jax.Array:
-  """A global array; every process passes the whole and keeps its part.
+  """Puts a batch on the devices; each process passes all and keeps its part.
 
   Args:
-    mesh: The devices.
-    array: [B, ...], or [S, B, ...] with axis=1.
-    axis: The axis of the batch.
+    mesh: Devices over which the batch is split.
+    array: The whole batch, [B, ...], or [S, B, ...] with axis=1.
+    axis: Axis of the examples.
 
   Returns:
-    The array, split along that axis.
+    The global array, split along that axis.
   """
   sharding = batch_sharding(mesh, array.shape[axis], axis=axis)
   return jax.make_array_from_callback(
@@ -77,7 +82,7 @@ def put_batch(mesh: Mesh, array: np.ndarray, *, axis: int = 0) -> jax.Array:
 
 
 def to_host(mesh: Mesh, tree: PyTree) -> PyTree:
-  """The whole of global arrays as numpy arrays, in every process."""
+  """Returns global arrays as whole numpy arrays in every process."""
   if jax.process_count() > 1:
     tree = jax.jit(lambda x: x, out_shardings=replicated(mesh))(tree)
   return jax.tree.map(np.asarray, tree)

@@ -371,7 +371,7 @@ def _run(args: argparse.Namespace) -> None:
   cores = setting.start(args.threads, cache=args.compilation_cache)
   from atat_jax import checks
   from atat_jax.attacks.autoattack import versions
-  from atat_jax.training import writer
+  from atat_jax.runs import files
   from benchmarks import original
 
   attacks = list(versions.VERSIONS[args.version])
@@ -414,7 +414,7 @@ def _run(args: argparse.Namespace) -> None:
     found.append(compare(network, args, attacks, module))
     results["networks"] = [one.as_json() for one in found]
     if args.out is not None:
-      writer.write_json(args.out, results)
+      files.write_json(args.out, results)
   print(report(found))
   if args.out is not None:
     print(f"\nresults: {args.out}")

@@ -24,7 +24,6 @@ from typing import Any
 import jax
 
 from atat_jax import (
-  data,
   runtime,
   sharding,
   steps,
@@ -33,7 +32,7 @@ from atat_jax import (
 from atat_jax.config import make_plan
 from atat_jax.errors import UserError
 from atat_jax.runs import provenance, tables
-from atat_jax.training.writer import write_json
+from atat_jax.runs.files import write_json
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 REFERENCE = "at"
@@ -95,13 +94,7 @@ def measured() -> Iterator[list[MeasuredStep]]:
 def measure(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
   """Trains as configured, `workdir` being empty, and says what a step took."""
   plan = make_plan(config)
-  dataset = data.load(
-    config.data.name,
-    data_dir=config.data.dir,
-    cache_dir=config.data.cache_dir,
-    validation_size=config.data.validation_size,
-    source=config.data.source,
-  )
+  dataset = plan.data.load()
   with measured() as made:
     train.train(plan, workdir, dataset, sharding.make_mesh())
   step = made[-1]

@@ -28,11 +28,11 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from atat_jax import objectives, pipeline, report, runtime
-from atat_jax.config import as_json, make_plan
+from atat_jax.config import make_plan
 from atat_jax.errors import UserError
 from atat_jax.report.comparison import METHODS
 from atat_jax.runs import files
-from atat_jax.training.writer import write_json
+from atat_jax.runs.files import write_json
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 TEACHER = "standard"
@@ -201,7 +201,7 @@ def _marker(run: Run) -> pathlib.Path:
 
 
 def _as_json(run: Run) -> dict[str, Any]:
-  return {"configs": [as_json(config) for config in run.configs]}
+  return {"configs": [make_plan(config).record for config in run.configs]}
 
 
 def is_finished(run: Run) -> bool:

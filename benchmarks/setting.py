@@ -333,7 +333,7 @@ def write(
     about: What `describe` returned.
     rows: Each with a "name" and, where a peer ran, a "ratio": peer / ours.
   """
-  from atat_jax.training import writer
+  from atat_jax.runs import files
 
   ratios = {row["name"]: row["ratio"] for row in rows if row.get("ratio")}
-  writer.write_json(path, {**about, "ratios": ratios, "rows": list(rows)})
+  files.write_json(path, {**about, "ratios": ratios, "rows": list(rows)})

@@ -1,7 +1,8 @@
 """Data sets by name: uint8 images in three disjoint splits.
 
-`DATASETS` is a plain dict: a new data set is one module that describes itself
-and reads its official training and test splits, and one line here.
+Adding a data set is one file and one line in `DATASETS`: a module with a
+`DatasetSpec` and a function `read(*, data_dir, cache_dir, source)` that returns
+the official training and test splits (see `base.Source`).
 """
 
 from atat_jax.data import base, cifar, digits, extra
@@ -36,7 +37,7 @@ def _source(name: str) -> base.Source:
 
 
 def spec(name: str) -> DatasetSpec:
-  """The description of a data set, without reading it.
+  """Returns the description of a data set without reading it.
 
   Raises:
     UserError: No data set has this name.
@@ -61,11 +62,11 @@ def load(
   part of a larger one. The test split is the official one, untouched.
 
   Args:
-    name: A name in `DATASETS`.
-    data_dir: Where the data are: for CIFAR a directory with a tfds data set or
+    name: Name in `DATASETS`.
+    data_dir: Place of the data. For CIFAR a directory with a tfds data set or
       an official archive, or the path of an archive or of a decoded `.npz`;
       default `$TFDS_DATA_DIR` or `~/tensorflow_datasets`.
-    cache_dir: Where decoded copies are kept; default
+    cache_dir: Directory for decoded copies; default
       `$XDG_CACHE_HOME/atat_jax/data` or `~/.cache/atat_jax/data`.
     validation_size: Number of training images held out.
     source: "auto", or one kind of source, for CIFAR "tfds", "binary", "python".

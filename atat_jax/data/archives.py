@@ -1,6 +1,6 @@
-"""The official archives of CIFAR-10 and CIFAR-100, binary and python version.
+"""Reader of the official CIFAR archives, binary and python version.
 
-They are read in memory, member by member, and trusted in nothing: no file is
+Archives are read in memory, member by member, and not trusted: no file is
 extracted, and no pickle of the python version is executed.
 """
 
@@ -24,12 +24,12 @@ class Archive(NamedTuple):
   """Layout of an official archive.
 
   Attributes:
-    filename: Its official name.
-    folder: The folder inside that holds all files.
-    files: For each split the files with its images, in order.
-    labels: The labels stored with an image, in order; the last one is ours.
-      In the binary version one byte each, in the python version dict keys.
-    records: The most images that a file of the split may hold.
+    filename: Official name of the archive.
+    folder: Folder inside the archive that holds all files.
+    files: Files with the images of each split, in order.
+    labels: Labels stored with an image, in order; the last one is used. One
+      byte each in the binary version, dict keys in the python version.
+    records: Largest number of images in a file of each split.
   """
 
   filename: str
@@ -82,12 +82,12 @@ ARCHIVES: dict[str, dict[str, Archive]] = {
 
 
 class _Inert:
-  """Stands for whatever a pickle refers to: keeps what it is given, runs nothing.
+  """Stand-in for any object of a pickle: stores its arguments, runs nothing.
 
-  A pickle asks for callables by name, calls them, and hands state to the
-  results. Here every name becomes an `_Inert`, calling one gives another with
-  the arguments in it, and state is stored. What comes out is a tree of plain
-  values, from which `_pixels` takes an array after looking at all of it.
+  A pickle names callables, calls them and sets the state of the results. Here
+  every name becomes an `_Inert`, a call returns another one that holds the
+  arguments, and the state is stored. The result is a tree of plain values, which
+  `_pixels` checks before it makes an array of them.
   """
 
   __slots__ = ("args", "name", "state")
@@ -108,13 +108,13 @@ _ARRAY = (
   "numpy.core.multiarray._reconstruct",
   "numpy._core.multiarray._reconstruct",
 )
-# An array of bytes needs these names and no others; `_codecs.encode` is how
-# Python 3 writes bytes in the old protocols.
+# An array of bytes needs only these names; Python 3 writes bytes in the old
+# protocols through `_codecs.encode`.
 _NAMES = frozenset((*_ARRAY, "numpy.ndarray", "numpy.dtype", "_codecs.encode"))
 
 
 class _Unpickler(pickle.Unpickler):
-  """Reads the structure of a pickle without importing or calling anything."""
+  """Unpickler that imports and calls nothing."""
 
   def find_class(self, module: str, name: str) -> Any:
     full_name = f"{module}.{name}"
@@ -126,7 +126,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _pixels(node: Any) -> np.ndarray:
-  """The array that numpy would have rebuilt from a pickle: uint8 [N, 3072]."""
+  """Returns the array uint8 [N, 3072] that numpy would rebuild from a pickle."""
   if not isinstance(node, _Inert) or node.name not in _ARRAY:
     raise ValueError("'data' is not an array")
   _, shape, dtype, fortran_order, raw = node.state
@@ -151,7 +151,7 @@ def _decode_python(
   batch = _Unpickler(io.BytesIO(data), encoding="bytes").load()
   if not isinstance(batch, dict):
     raise ValueError("it does not hold a dict")
-  # Python 2 wrote byte strings, a copy made with Python 3 has text.
+  # Python 2 wrote byte strings; copies made with Python 3 hold text.
   batch = {
     key.decode() if isinstance(key, bytes) else key: value
     for key, value in batch.items()
@@ -181,7 +181,7 @@ def _decode_binary(
 def _decode_member(
   kind: str, layout: Archive, name: str, content: bytes
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Images uint8 [N, 32, 32, 3] and labels [N, len(layout.labels)]."""
+  """Decodes images uint8 [N, 32, 32, 3] and labels [N, len(layout.labels)]."""
   decode = _decode_python if kind == "python" else _decode_binary
   try:
     pixels, labels = decode(content, layout.labels)
@@ -195,7 +195,7 @@ def _decode_member(
     raise ValueError(
       f"{layout.folder}/{name}: {base.first_line(error)}"
     ) from error
-  # Stored as three planes, each row by row.
+  # The files store three colour planes, each row by row.
   images = pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
   return np.ascontiguousarray(images), labels
 
@@ -217,17 +217,17 @@ def _members(
         if found is None or not member.isfile():
           continue
         kind, name, records = found
-        # The header's size is believed only up to what such a file can have:
-        # the python version adds a file name and a label to each image.
+        # A header cannot make us read more than such a file can hold; the
+        # python version adds a file name and a label to each image.
         if member.size > records * (_PIXELS + 200) + 10_000:
           raise ValueError(
             f"{member.name} has {member.size} bytes, too many for"
             f" {records} images"
           )
         content = tar.extractfile(member)
-        assert content is not None  # it is a file
+        assert content is not None  # member.isfile()
         yield kind, name, content.read()
-    while stream.read(1 << 20):  # to the end, where the checksum is
+    while stream.read(1 << 20):  # gzip's checksum comes at the end
       pass
 
 
@@ -238,15 +238,15 @@ def read_archive(
 
   Args:
     path: A tar file compressed with gzip.
-    spec: `cifar.CIFAR10` or `cifar.CIFAR100`.
+    spec: Description of the data set, `cifar.CIFAR10` or `cifar.CIFAR100`.
     source: "binary" or "python" to accept only that version.
 
   Returns:
     For "train" and "test" the images, uint8 `[N, 32, 32, 3]`, and all labels,
-    `[N, L]`: with CIFAR-100 coarse and fine ones, with CIFAR-10 one column.
+    `[N, L]`: coarse and fine ones in CIFAR-100, one column in CIFAR-10.
 
   Raises:
-    UserError: Not such an archive, damaged, incomplete, or not as it should be.
+    UserError: Not such an archive, damaged, incomplete or malformed.
   """
   layouts = {
     kind: layout
@@ -257,7 +257,7 @@ def read_archive(
   try:
     for kind, name, content in _members(path, layouts):
       decoded[kind, name] = _decode_member(kind, layouts[kind], name, content)
-  # A damaged or hostile file can fail anywhere in gzip, tar and pickle.
+  # A damaged or hostile file can raise anything in gzip, tar and pickle.
   except Exception as error:
     raise UserError(
       f"{path}: not a usable {spec.name} archive: {base.first_line(error)}"

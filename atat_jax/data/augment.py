@@ -13,13 +13,13 @@ import jax.numpy as jnp
 def crop_flip(
   images: jax.Array, offsets: jax.Array, flips: jax.Array, *, padding: int
 ) -> jax.Array:
-  """Pads with zeros, crops to the old size, mirrors left to right.
+  """Pads with zeros, crops to the original size and mirrors left to right.
 
   Args:
-    images: `[B, H, W, C]`.
-    offsets: int32 `[B, 2]`: top and left corner of the crop in the padded
-      image, 0 to `2 * padding`; `padding` leaves the image where it was.
-    flips: bool `[B]`: which crops are mirrored.
+    images: Images `[B, H, W, C]`.
+    offsets: Top and left corner of the crop in the padded image, int32
+      `[B, 2]`, 0 to `2 * padding`; `padding` leaves the image in its place.
+    flips: Which crops are mirrored, bool `[B]`.
     padding: Pixels of zeros on every side.
 
   Returns:
@@ -39,11 +39,11 @@ def crop_flip(
 def pad_crop_flip(
   key: jax.Array, images: jax.Array, *, padding: int, flip: bool
 ) -> jax.Array:
-  """Random crop of the zero-padded image and random mirroring, per image.
+  """Crops the zero-padded images and mirrors them, at random per image.
 
   Args:
-    key: A PRNG key.
-    images: `[B, H, W, C]`.
+    key: Random key.
+    images: Images `[B, H, W, C]`.
     padding: Pixels of zeros on every side (the paper's code: 2, usual: 4); 0
       leaves every image in its place.
     flip: Whether images are mirrored left to right, each with probability 1/2.
@@ -66,5 +66,5 @@ def pad_crop_flip(
 
 
 def to_float(images: jax.Array) -> jax.Array:
-  """uint8 pixels to float32 in [0, 1]."""
+  """Converts uint8 pixels to float32 in [0, 1]."""
   return images.astype(jnp.float32) / 255.0

@@ -1,4 +1,4 @@
-"""What a data set is: description, arrays, fixed splits, decoded cache.
+"""Data sets: description, arrays, fixed splits and the cache of decoded copies.
 
 Images on the host are uint8 `[N, H, W, C]`, labels int32 `[N]`. Which images
 are held out is a property of the data, never of a run: the order used for it
@@ -12,16 +12,16 @@ import json
 import logging
 import os
 import pathlib
-import uuid
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
 
 from atat_jax.errors import UserError
+from atat_jax.runs import files
 
 _CACHE_FORMAT = 1
-# Any constant would do; changing it would change every validation split.
+# An arbitrary constant; changing it would change every validation split.
 _HOLD_OUT_KEY = (0x61746174, 0x73706C69)
 
 _log = logging.getLogger(__name__)
@@ -29,10 +29,10 @@ _log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class DatasetSpec:
-  """What is known about a data set without reading it.
+  """Description of a data set, known without reading it.
 
   Attributes:
-    name: The name in `DATASETS`.
+    name: Name in `DATASETS`.
     num_classes: Number of labels; labels are `0 .. num_classes - 1`.
     image_shape: `(height, width, channels)`.
     class_names: One name for every label.
@@ -66,10 +66,14 @@ class Dataset:
 
 
 class Source(NamedTuple):
-  """A member of `DATASETS`: its description and how to read it.
+  """Member of `DATASETS`.
 
-  `read(data_dir=, cache_dir=, source=)` returns the official training and test
-  splits, checked; the validation split is taken from the former by `load`.
+  Attributes:
+    spec: Description of the data set; its `name` is the key in `DATASETS`.
+    read: Function `read(*, data_dir, cache_dir, source)` that returns the
+      official training and test splits, checked by `checked_split`. `load`
+      takes the validation split from the former. A data set without a file
+      ignores the directories.
   """
 
   spec: DatasetSpec
@@ -77,16 +81,16 @@ class Source(NamedTuple):
 
 
 def first_line(error: Exception) -> str:
-  """What an exception says, cut to the one line that a user error may have."""
+  """Returns the first line of an exception's message, or its type's name."""
   lines = str(error).splitlines()
   return lines[0] if lines else type(error).__name__
 
 
 def permutation(num_examples: int, key: tuple[int, int]) -> np.ndarray:
-  """A permutation of `0 .. num_examples - 1`, int64, fixed by `key`.
+  """Returns a permutation of `0 .. num_examples - 1`, int64, fixed by `key`.
 
-  It sorts the raw output of the counter generator Philox. NumPy guarantees that
-  output for all versions, which it does not for `Generator.permutation`.
+  The permutation sorts the raw output of the counter generator Philox. NumPy
+  guarantees that output for all versions, unlike `Generator.permutation`.
 
   Args:
     num_examples: Length of the permutation.
@@ -97,7 +101,7 @@ def permutation(num_examples: int, key: tuple[int, int]) -> np.ndarray:
 
 
 def stratified_order(labels: np.ndarray) -> np.ndarray:
-  """A fixed random order whose every prefix has the classes in proportion.
+  """Returns a fixed random order whose prefixes have the classes in proportion.
 
   Args:
     labels: Integers `[N]`.
@@ -110,7 +114,7 @@ def stratified_order(labels: np.ndarray) -> np.ndarray:
   position = np.empty(len(labels))
   for label in np.unique(labels):
     members = np.flatnonzero(labels[shuffled] == label)
-    # The k-th of n members stands at the fraction (k + 1/2) / n of the order.
+    # Member k of n gets the fraction (k + 1/2) / n of the order.
     position[members] = (np.arange(len(members)) + 0.5) / len(members)
   return shuffled[np.argsort(position, kind="stable")]
 
@@ -123,8 +127,8 @@ def hold_out(split: Split, size: int) -> tuple[Split, Split]:
     size: Number of images to hold out.
 
   Returns:
-    The remaining `N - size` images and the `size` held out, both in the order
-    in which they stood.
+    The remaining `N - size` images and the `size` held out, both in their
+    original order.
 
   Raises:
     UserError: `size` is below 1 or leaves nothing.
@@ -144,16 +148,16 @@ def hold_out(split: Split, size: int) -> tuple[Split, Split]:
 def checked_split(
   spec: DatasetSpec, images: np.ndarray, labels: np.ndarray, *, where: str
 ) -> Split:
-  """Makes a `Split` of arrays read from outside, or says what is wrong.
+  """Checks arrays read from outside and makes a `Split` of them.
 
   Args:
-    spec: What the arrays have to agree with.
-    images: uint8 `[N, H, W, C]`.
-    labels: Any integers `[N]`.
-    where: Named in the error: which file, which split.
+    spec: Description that the arrays have to agree with.
+    images: Pixels, uint8 `[N, H, W, C]`.
+    labels: Labels `[N]` of any integer dtype.
+    where: File and split, for the error message.
 
   Returns:
-    The images as they are, the labels as int32.
+    The images unchanged, the labels as int32.
 
   Raises:
     UserError: Wrong dtype, shape or number, no images, labels out of range.
@@ -181,7 +185,7 @@ def checked_split(
 
 
 def cache_root(cache_dir: str | None) -> pathlib.Path:
-  """`cache_dir`, by default a folder in `$XDG_CACHE_HOME` or `~/.cache`."""
+  """Returns `cache_dir`, by default in `$XDG_CACHE_HOME` or `~/.cache`."""
   if cache_dir:
     return pathlib.Path(cache_dir).expanduser()
   root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
@@ -191,9 +195,9 @@ def cache_root(cache_dir: str | None) -> pathlib.Path:
 def cache_path(
   cache_dir: str | None, spec: DatasetSpec, origin: Mapping[str, object]
 ) -> pathlib.Path:
-  """The cache file for a source: one for each data set, kind and place.
+  """Returns the cache file for a data set from one kind of source in one place.
 
-  Files that change in their place replace their decoded copy, so that old
+  A source that changes in its place replaces its decoded copy, so that old
   copies do not pile up.
   """
   place = json.dumps([origin["kind"], origin["path"]])
@@ -209,37 +213,28 @@ def write_cache(
   *,
   origin: Mapping[str, object],
 ) -> None:
-  """Writes decoded arrays as an uncompressed `.npz`, at once or not at all.
+  """Writes decoded arrays as an uncompressed `.npz`, whole or not at all.
 
-  A directory that cannot be written costs time at the next start, nothing
-  else, so it is a warning in the log.
+  A directory that cannot be written costs only the time to decode again, so
+  that it is no error but a warning in the log.
 
   Args:
     path: File to write or replace.
     spec: Description of the data set.
     train: The official training split.
     test: The official test split.
-    origin: What identifies the files that were decoded; JSON values.
+    origin: Identity of the files that were decoded; JSON values.
   """
   header = {"format": _CACHE_FORMAT, "name": spec.name, "origin": origin}
-  partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+  arrays = {
+    "header": np.array(json.dumps(header, sort_keys=True)),
+    "train_images": train.images,
+    "train_labels": train.labels,
+    "test_images": test.images,
+    "test_labels": test.labels,
+  }
   try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-      with open(partial, "xb") as file:
-        np.savez(
-          file,
-          header=np.array(json.dumps(header, sort_keys=True)),
-          train_images=train.images,
-          train_labels=train.labels,
-          test_images=test.images,
-          test_labels=test.labels,
-        )
-        file.flush()
-        os.fsync(file.fileno())
-      os.replace(partial, path)
-    finally:
-      partial.unlink(missing_ok=True)
+    files.write_arrays(path, arrays)
   except OSError as error:
     _log.warning(
       "%s: cannot write the decoded copy of %s (%s); it will be decoded again"
@@ -256,18 +251,18 @@ def read_cache(
   *,
   origin: Mapping[str, object] | None = None,
 ) -> tuple[Split, Split]:
-  """Reads what `write_cache` wrote.
+  """Reads a decoded copy that `write_cache` wrote.
 
   Args:
     path: The `.npz` file.
-    spec: The data set that it must hold.
-    origin: If given, the cache must have been made from exactly this.
+    spec: Description of the data set that the file must hold.
+    origin: Identity of the files that it must have been made from; None: any.
 
   Returns:
     The official training and test splits.
 
   Raises:
-    UserError: Not readable, damaged, of another data set or other origin.
+    UserError: Not readable, damaged, another data set or another origin.
   """
   try:
     with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
@@ -276,7 +271,7 @@ def read_cache(
         raise ValueError(
           f"it holds {header['name']}, format {header['format']}"
         )
-      # Through JSON, as tuples come back as lists.
+      # JSON turns tuples into lists.
       if origin is not None and header["origin"] != json.loads(
         json.dumps(origin)
       ):
@@ -292,8 +287,7 @@ def read_cache(
       )
   except UserError:
     raise
-  # A damaged file can fail anywhere between the zip reader and the header
-  # parser; whatever it is, the file is no use.
+  # A damaged file can raise anything in the zip reader or the header parser.
   except Exception as error:
     raise UserError(
       f"{path}: not a decoded copy of {spec.name} that can be used"

@@ -1,4 +1,4 @@
-"""Which examples are in a batch: pure functions, no iterator, no state.
+"""Examples of each batch: pure functions, no iterator, no state.
 
 A resumed run needs the step and nothing else, and every process can compute
 the whole batch and take its part.
@@ -17,8 +17,8 @@ from atat_jax.errors import UserError
 from atat_jax.typing import PyTree
 
 
-# Training asks for the same epoch many times over; a few more are kept for
-# callers that look across its end.
+# Training asks for the same epoch many times; a few more are kept for callers
+# that look across its end.
 @functools.lru_cache(maxsize=4)
 def _epoch_permutation(seed: int, epoch: int, num_examples: int) -> np.ndarray:
   order = base.permutation(num_examples, (seed, epoch)).astype(np.int32)
@@ -36,16 +36,16 @@ def _check_sizes(num_examples: int, batch_size: int) -> None:
 def train_indices(
   seed: int, step: int, *, num_examples: int, batch_size: int
 ) -> np.ndarray:
-  """The examples of one training step.
+  """Returns the examples of one training step.
 
   An epoch is a permutation of all examples, drawn anew from `(seed, epoch)`;
-  what does not fill a batch at its end is left out of that epoch.
+  examples that do not fill a batch at its end are left out of that epoch.
 
   Args:
-    seed: The run's seed, 0 to 2**64 - 1.
+    seed: Seed of the run, 0 to 2**64 - 1.
     step: Number of the step, from 0, not reset between epochs.
     num_examples: Size of the training split.
-    batch_size: B, the global batch size.
+    batch_size: Global batch size, B.
 
   Returns:
     int32 `[B]`, read-only, without repetition.
@@ -72,18 +72,18 @@ def train_indices(
 def eval_batches(
   num_examples: int, batch_size: int
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Batches that show every example exactly once under the mask.
+  """Returns batches that show every example exactly once under the mask.
 
   The last batch is filled up from the first examples again, so that statistics
   over a batch remain those of real images.
 
   Args:
-    num_examples: N, the size of the split.
-    batch_size: B; may exceed N.
+    num_examples: Size of the split, N.
+    batch_size: Batch size, B; may exceed N.
 
   Returns:
     Indices int32 `[ceil(N / B), B]`, and the mask, bool of the same shape:
-    False where an example is there only to fill.
+    False where an example only fills the batch.
 
   Raises:
     UserError: A size is below 1.
@@ -103,37 +103,30 @@ def map_batches(
 ) -> PyTree:
   """Applies a function batch by batch and joins its results on the host.
 
-  The last batch is filled up with the first examples; what it makes of them is
-  dropped.
+  The last batch is filled up with the first examples again, and their results
+  are dropped.
 
   Args:
-    function: (number of the batch, *batches on the devices) to a pytree of
-      arrays that have the batch along `axis`.
+    function: Function of the number of the batch and of the batches on the
+      devices, to a pytree of arrays that have the batch along `axis`.
     *arrays: Host arrays [N, ...], all of one length.
-    batch_size: Images at a time, B.
-    mesh: The devices; a batch is split over them.
+    batch_size: Number of examples at a time, B; may exceed N.
+    mesh: Devices over which each batch is split.
     axis: Axis of the examples in the results.
 
   Returns:
-    The pytree, numpy arrays with N along `axis`.
+    The pytree, its leaves numpy arrays with N along `axis`.
 
   Raises:
     UserError: A size is below 1.
   """
   count = len(arrays[0])
   indices, _ = eval_batches(count, batch_size)
-  found = [
-    sharding.to_host(
-      mesh,
-      function(
-        number, *(sharding.put_batch(mesh, array[rows]) for array in arrays)
-      ),
-    )
-    for number, rows in enumerate(indices)
-  ]
-
-  def join(*parts: np.ndarray) -> np.ndarray:
-    whole = np.concatenate(parts, axis)
-    return whole.take(range(count), axis)
-
-  return jax.tree.map(join, *found)
+  results = []
+  for number, rows in enumerate(indices):
+    batch = [sharding.put_batch(mesh, array[rows]) for array in arrays]
+    results.append(sharding.to_host(mesh, function(number, *batch)))
+  return jax.tree.map(
+    lambda *parts: np.concatenate(parts, axis).take(range(count), axis),
+    *results,
+  )

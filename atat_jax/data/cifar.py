@@ -2,7 +2,7 @@
 
 Three sources hold the same images: a tensorflow-datasets directory in
 array_record form (read without TensorFlow), and the official archives in their
-binary and their python version. All give the images in the official order, so
+binary and their python version. All return the images in the official order, so
 that a run does not depend on where its data came from.
 
 Decoding takes seconds, so the arrays are kept as an `.npz` in a cache
@@ -68,16 +68,15 @@ CIFAR100 = base.DatasetSpec(
 
 
 def default_data_dir() -> pathlib.Path:
-  """Where tfds keeps data: `$TFDS_DATA_DIR` or `~/tensorflow_datasets`."""
+  """Returns tfds' own directory: `$TFDS_DATA_DIR` or `~/tensorflow_datasets`."""
   root = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
   return pathlib.Path(root).expanduser()
 
 
 def tfds_versions(data_dir: pathlib.Path, name: str) -> list[pathlib.Path]:
-  """Directories of prepared versions of a data set, the newest first.
+  """Returns the directories of a data set's prepared versions, newest first.
 
-  What an interrupted preparation leaves behind is called otherwise and not
-  found.
+  Leftovers of an interrupted preparation have other names and are not found.
   """
   versions = [
     path
@@ -91,14 +90,14 @@ def tfds_versions(data_dir: pathlib.Path, name: str) -> list[pathlib.Path]:
 
 
 def tfds_records(directory: pathlib.Path, name: str) -> list[pathlib.Path]:
-  """The array_record files of a prepared version; none in another form."""
+  """Returns the array_record files of a prepared version, [] if it has none."""
   return sorted(directory.glob(f"{name}-*.array_record*"))
 
 
 def _decode_records(
   records: Any, spec: base.DatasetSpec, split: str
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Images and labels `[N, 1]` of a data source with PNG bytes."""
+  """Decodes a data source of PNG bytes to images and labels `[N, 1]`."""
   from PIL import Image
 
   total = len(records)
@@ -109,7 +108,7 @@ def _decode_records(
     total=total,
     desc=f"decoding {spec.name} {split}, once",
     unit=" images",
-    disable=None,  # where nobody watches
+    disable=None,  # where the output is no terminal
   )
   with progress:
     for start in range(0, total, _CHUNK):
@@ -122,7 +121,7 @@ def _decode_records(
         images[i], labels[i] = image, record["label"]
         ids.append(record["id"])
       progress.update(len(chunk))
-  # tfds stores examples shuffled; ids carry the official number.
+  # tfds shuffles the examples; their ids carry the official number.
   order = np.argsort(np.array(ids))
   return images[order], labels[order]
 
@@ -130,7 +129,7 @@ def _decode_records(
 def _read_tfds(
   directory: pathlib.Path, spec: base.DatasetSpec
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-  """Reads `data_dir/name/version`; in the official order, not in tfds'."""
+  """Reads `data_dir/name/version` in the official order, not in tfds'."""
   try:
     import tensorflow_datasets as tfds
 
@@ -141,7 +140,7 @@ def _read_tfds(
         split=split,
         data_dir=str(directory.parent.parent),
         download=False,
-        # Decoded here: one image at a time through tfds takes twice as long.
+        # Decoding one image at a time through tfds takes twice as long.
         decoders={"image": tfds.decode.SkipDecoding()},
         builder_kwargs={"file_format": "array_record"},
       )
@@ -151,7 +150,7 @@ def _read_tfds(
       f"{directory}: reading it needs the Python packages tensorflow-datasets,"
       f" array_record and pillow ({base.first_line(error)})"
     ) from error
-  # Record files are read by C++ code with exceptions of its own.
+  # The C++ code that reads record files raises exceptions of its own.
   except Exception as error:
     raise UserError(
       f"{directory}: cannot be read as {spec.name} of tensorflow-datasets"
@@ -165,14 +164,14 @@ def _read_tfds(
 
 
 class _Found(NamedTuple):
-  """A source on disk: "cache" (a decoded copy), "tfds" or "archive"."""
+  """Source on disk of the kind "cache" (a decoded copy), "tfds" or "archive"."""
 
   kind: str
   path: pathlib.Path
   files: tuple[pathlib.Path, ...]
 
   def origin(self) -> dict[str, object]:
-    """What changes when the data change, without reading them."""
+    """Returns what changes whenever the data do, without reading them."""
     stats = [(file.name, file.stat()) for file in self.files]
     return {
       "kind": self.kind,
@@ -283,13 +282,13 @@ def read_cifar10(
     data_dir: A directory with a tfds data set or an official archive in it, or
       the path of an archive or of a decoded `.npz`; default
       `default_data_dir()`.
-    cache_dir: Where decoded copies are kept; default `base.cache_root(None)`.
-    source: "tfds", "binary" or "python", or "auto": the first of these that is
-      there.
+    cache_dir: Directory for decoded copies; default `base.cache_root(None)`.
+    source: "tfds", "binary" or "python", or "auto": the first of these that
+      exists.
 
   Returns:
     The training and the test split, in the official order. Sizes are those of
-    the files, which may hold a part of the data only.
+    the files, which may hold only a part of the data.
 
   Raises:
     UserError: Nothing found, or what was found is damaged or not this data set.
@@ -303,5 +302,5 @@ def read_cifar100(
   cache_dir: str | None = None,
   source: str = "auto",
 ) -> tuple[base.Split, base.Split]:
-  """Reads CIFAR-100 with its fine labels; otherwise as `read_cifar10`."""
+  """Reads CIFAR-100 with its fine labels; otherwise like `read_cifar10`."""
   return _read(CIFAR100, data_dir, cache_dir, source)

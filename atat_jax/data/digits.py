@@ -1,8 +1,8 @@
 """scikit-learn's bundled handwritten digits: real data without a download.
 
 1,797 images of 8 x 8 pixels (Alpaydin and Kaynak, UCI Optical Recognition of
-Handwritten Digits, the test part). They come without an official split, so a
-fixed stratified one makes it.
+Handwritten Digits, the test part). There is no official split, so that a fixed
+stratified one takes its place.
 """
 
 import numpy as np
@@ -31,9 +31,9 @@ def read(
   """Reads the digits: 1,437 training and 360 test images.
 
   Args:
-    data_dir: Not used, the data come with scikit-learn.
-    cache_dir: Not used.
-    source: Only "auto".
+    data_dir: Ignored, the data come with scikit-learn.
+    cache_dir: Ignored.
+    source: "auto", the only one.
 
   Returns:
     The training and the test split; images uint8 `[N, 8, 8, 1]`, the original
@@ -45,7 +45,7 @@ def read(
   del data_dir, cache_dir
   if source != "auto":
     raise UserError(f"source={source!r}: must be 'auto' for digits")
-  # Not needed by those who train on something else, and slow to import.
+  # Slow to import, and other data sets do not need it.
   from sklearn import datasets
 
   bunch = datasets.load_digits()

@@ -1,9 +1,9 @@
 """Extra training images, as many as the disk holds.
 
-A `.npz` file with `image` and `label` (as generated sets are published), or a
-directory of shards: such `.npz` files, or pairs `image<x>.npy`, `label<x>.npy`.
-Images are uint8 [N, H, W, C] and stay on the disk, mapped into memory; a batch
-reads its own. Labels are read at once.
+A `.npz` file with `image` and `label` (the form in which generated sets are
+published), or a directory of shards: such `.npz` files, or pairs
+`image<x>.npy`, `label<x>.npy`. Images are uint8 [N, H, W, C] and stay on the
+disk, mapped into memory; each batch reads its own. Labels are read at once.
 """
 
 import pathlib
@@ -21,10 +21,10 @@ _LOCAL_HEADER = struct.Struct("<4s22xHH")
 
 
 class Extra:
-  """Images in shards, numbered through.
+  """Images in shards with one numbering.
 
   Args:
-    shards: At least one; images may be memory maps.
+    shards: Shards in order, at least one; images may be memory maps.
   """
 
   def __init__(self, shards: Sequence[Split]):
@@ -33,17 +33,17 @@ class Extra:
     self._ends = np.cumsum([len(images) for images in self._images])
 
   def __len__(self) -> int:
-    """Number of images."""
+    """Returns the number of images."""
     return len(self._labels)
 
   def take(self, indices: np.ndarray) -> Split:
-    """Reads images.
+    """Reads images into memory.
 
     Args:
       indices: Integers [E], 0 to N - 1.
 
     Returns:
-      uint8 [E, H, W, C] and int32 [E], in memory.
+      Images uint8 [E, H, W, C] and labels int32 [E].
     """
     images = np.empty((len(indices), *self._images[0].shape[1:]), np.uint8)
     shards = np.searchsorted(self._ends, indices, side="right")
@@ -59,13 +59,13 @@ def read(path: str | pathlib.Path, spec: DatasetSpec) -> Extra:
 
   Args:
     path: A `.npz` file or a directory.
-    spec: The data set that they are to be mixed with.
+    spec: Description of the data set that they extend.
 
   Returns:
-    The images; nothing but headers and labels has been read.
+    The images; only headers and labels have been read.
 
   Raises:
-    UserError: Nothing there, compressed, damaged, wrong shape, dtype or label.
+    UserError: No such file, compressed, damaged, wrong shape, dtype or label.
   """
   path = pathlib.Path(path).expanduser()
   if path.is_dir():
@@ -100,7 +100,7 @@ def _read_shard(path: pathlib.Path, spec: DatasetSpec) -> Split:
       images = _map_member(path, "image.npy")
   except UserError:
     raise
-  # A damaged file can fail anywhere in the zip reader and the header parser.
+  # A damaged file can raise anything in the zip reader or the header parser.
   except Exception as error:
     raise UserError(
       f"extra: {path} cannot be used ({type(error).__name__}:"
@@ -110,7 +110,7 @@ def _read_shard(path: pathlib.Path, spec: DatasetSpec) -> Split:
 
 
 def _map_member(path: pathlib.Path, name: str) -> np.ndarray:
-  """Maps an array that lies uncompressed in a zip file."""
+  """Maps an array that is stored uncompressed in a zip file into memory."""
   with zipfile.ZipFile(path) as archive:
     member = archive.getinfo(name)
   if member.compress_type != zipfile.ZIP_STORED:
@@ -122,8 +122,8 @@ def _map_member(path: pathlib.Path, name: str) -> np.ndarray:
     )
   with path.open("rb") as file:
     file.seek(member.header_offset)
-    # The local header: its name and extra field may differ in length from
-    # those of the directory at the end.
+    # Name and extra field of the local header may differ in length from those
+    # in the directory at the end.
     magic, *lengths = _LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size))
     if magic != b"PK\3\4":
       raise ValueError("no zip header where there should be one")

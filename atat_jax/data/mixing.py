@@ -1,8 +1,8 @@
 """Mixup and CutMix on the device, inside the jitted step.
 
 Each image is mixed with one partner, given by a random permutation of the
-batch, in a ratio of its own. An attack needs one class to leave, so that the
-label becomes that of the larger part, while the targets hold both.
+batch, in a ratio of its own. The targets hold both classes. An attack needs a
+single class to move away from: the label becomes that of the larger part.
 """
 
 import jax
@@ -15,7 +15,7 @@ MIXES = ("none", "mixup", "cutmix")
 
 
 def check(name: str, alpha: float) -> None:
-  """Refuses an unknown name, or an alpha that is not positive."""
+  """Checks the name of the mix, and that alpha is positive."""
   checks.choice("mix", name, MIXES)
   checks.positive("mix_alpha", alpha)
 
@@ -23,18 +23,18 @@ def check(name: str, alpha: float) -> None:
 def boxes(
   share: Array, centers: Array, height: int, width: int
 ) -> tuple[Array, Array]:
-  """CutMix's boxes (Yun et al., 2019): what is taken from the partner.
+  """Places CutMix's boxes of pixels from the partner (Yun et al., 2019).
 
   A box has sqrt(1 - share) of each side and is cut off at the borders.
 
   Args:
-    share: [B] in [0, 1]: what is to remain of an image.
-    centers: int32 [B, 2], rows and columns.
-    height: H.
-    width: W.
+    share: Share of the image that is to remain, [B] in [0, 1].
+    centers: Row and column of each centre, int32 [B, 2].
+    height: Height of the images.
+    width: Width of the images.
 
   Returns:
-    bool [B, H, W], True in the box, and the share that does remain, [B].
+    Mask bool [B, H, W], True in the box, and the share that remains, [B].
   """
   side = jnp.sqrt(1 - share)
 
@@ -60,16 +60,16 @@ def mix(
   name: str,
   alpha: float,
 ) -> tuple[Array, Array, Array]:
-  """Mixes a batch with itself.
+  """Mixes each image of a batch with another one.
 
   Args:
     key: Random key.
-    images: Float [B, H, W, C] in [0, 1].
-    labels: int32 [B].
-    targets: [B, K].
-    name: "mixup" (Zhang et al., 2018): a x + (1 - a) x'; "cutmix": a box of
-      x', whose share of the pixels is 1 - a; "none": nothing is done.
-    alpha: a is drawn from Beta(alpha, alpha), for each image.
+    images: Images, floating point [B, H, W, C] in [0, 1].
+    labels: Labels, int32 [B].
+    targets: Target probabilities, [B, K].
+    name: "mixup" (Zhang et al., 2018): a x + (1 - a) x'; "cutmix": x with a box
+      of x' that has the share 1 - a of the pixels; "none": no change.
+    alpha: Parameter of Beta(alpha, alpha), from which each image's a is drawn.
 
   Returns:
     Images, labels (of the larger part, the image's own where both are equal)
@@ -83,7 +83,7 @@ def mix(
   partner = jax.random.permutation(order_key, batch)
   if name == "mixup":
     a = share[:, None, None, None]
-    # Rounding must not leave [0, 1].
+    # Rounding could leave [0, 1].
     mixed = jnp.clip(a * images + (1 - a) * images[partner], 0.0, 1.0)
   else:
     centers = jax.random.randint(

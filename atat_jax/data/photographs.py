@@ -1,4 +1,4 @@
-"""Photographs as ImageNet's networks expect them."""
+"""Reader of photographs for ImageNet networks."""
 
 import pathlib
 
@@ -14,16 +14,16 @@ def read_photograph(
   """Reads a photograph, resizes it and crops its centre, as torchvision does.
 
   The shorter side becomes `resize` pixels (bilinear, antialiased, rounded to
-  8 bits), the longer one in proportion. Photographs that a camera has stored
-  turned, and says so (EXIF), are set upright.
+  8 bits), the longer one in proportion. A photograph is rotated upright if its
+  EXIF data say how.
 
   Args:
-    path: An image that Pillow can read; grey ones get three equal channels.
-    resize: Length of the shorter side.
-    crop: Side of the square, at most `resize`.
+    path: Image file that Pillow can read; grey ones get three equal channels.
+    resize: Length of the shorter side in pixels.
+    crop: Side of the square crop in pixels, at most `resize`.
 
   Returns:
-    float32 [crop, crop, 3] in [0, 1]; the networks normalise it themselves.
+    The image, float32 [crop, crop, 3] in [0, 1]; the networks normalise it.
 
   Raises:
     UserError: Not an image, or a crop larger than the image.

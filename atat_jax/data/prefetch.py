@@ -1,4 +1,4 @@
-"""The next batches are read while the device computes."""
+"""Reading the next batches while the device computes."""
 
 import collections
 import contextlib
@@ -11,12 +11,12 @@ T = TypeVar("T")
 
 
 class Prefetcher(contextlib.AbstractContextManager[Any], Generic[A, T]):
-  """Calls a function on a thread, a few calls ahead of who wants the results.
+  """Calls a function on a thread, a few calls ahead of the consumer.
 
   Args:
-    function: What to call.
-    arguments: With what, in order.
-    depth: Results that may wait.
+    function: Function of one argument.
+    arguments: Arguments of the calls, in order.
+    depth: Largest number of results computed ahead.
   """
 
   def __init__(
@@ -39,11 +39,11 @@ class Prefetcher(contextlib.AbstractContextManager[Any], Generic[A, T]):
       return
 
   def get(self) -> T:
-    """The next result, or the exception that there was instead."""
+    """Returns the next result, or raises the exception of its call."""
     result = self._waiting.popleft().result()
     self._submit()
     return result
 
   def __exit__(self, *error: object) -> None:
-    """Ends the thread."""
+    """Stops the thread and drops calls that have not begun."""
     self._pool.shutdown(cancel_futures=True)

@@ -2,18 +2,16 @@
 
     python -m atat_jax.data.prepare cifar10 --data_dir=DIR [--archive=PATH]
 
-The builder of tensorflow-datasets cannot do it alone: it unpacks the archive
-and encodes PNG through TensorFlow. Here the archive is read by `cifar` and the
-images are encoded by Pillow; everything else (features, names, keys, order,
-files) stays with the stock builder, so that `tfds.data_source` reads the result
-like any other.
+The builder of tensorflow-datasets unpacks the archive and encodes PNG through
+TensorFlow. Here `archives` reads the archive and Pillow encodes the images;
+everything else (features, names, keys, order, files) is left to the stock
+builder, so that `tfds.data_source` reads the result like any other.
 """
 
 import argparse
 import hashlib
 import http.client
 import io
-import os
 import pathlib
 import sys
 import urllib.request
@@ -25,13 +23,14 @@ import tqdm
 
 from atat_jax.data import archives, base, cifar
 from atat_jax.errors import UserError
+from atat_jax.runs import files
 
 _BLOCK = 1 << 18
 _TIMEOUT_SECONDS = 60
 
 
 class Download(NamedTuple):
-  """An official archive: where it is, its size in bytes and its SHA-256."""
+  """Official archive: its address, size in bytes and SHA-256."""
 
   url: str
   size: int
@@ -51,7 +50,7 @@ DOWNLOADS: dict[str, Download] = {
   ),
 }
 
-_SPECS = {"cifar10": cifar.CIFAR10, "cifar100": cifar.CIFAR100}
+_SPECS = {spec.name: spec for spec in (cifar.CIFAR10, cifar.CIFAR100)}
 
 _COARSE_NAMES = """
   aquatic_mammals fish flowers food_containers fruit_and_vegetables
@@ -70,16 +69,16 @@ def _is_complete(path: pathlib.Path, wanted: Download) -> bool:
 
 
 def download(wanted: Download, directory: pathlib.Path) -> pathlib.Path:
-  """Downloads an archive, unless it is there already.
+  """Downloads an archive unless the directory already holds it.
 
   The file gets its name only when size and SHA-256 are right.
 
   Args:
-    wanted: What to download.
-    directory: Where to put it.
+    wanted: Archive to download.
+    directory: Directory of the downloaded file.
 
   Returns:
-    The path of the archive.
+    Path of the archive.
 
   Raises:
     UserError: The server cannot be reached or sends something else.
@@ -88,43 +87,41 @@ def download(wanted: Download, directory: pathlib.Path) -> pathlib.Path:
   if _is_complete(path, wanted):
     print(f"{path} is there already, its checksum is right")
     return path
-  partial = path.with_name(f"{path.name}.{os.getpid()}.part")
-  digest = hashlib.sha256()
-  size = 0
   try:
-    directory.mkdir(parents=True, exist_ok=True)
-    with (
-      open(partial, "wb") as file,
-      urllib.request.urlopen(wanted.url, timeout=_TIMEOUT_SECONDS) as response,
-      tqdm.tqdm(
-        total=wanted.size,
-        desc=f"downloading {path.name}",
-        unit="B",
-        unit_scale=True,
-      ) as progress,
-    ):
-      # One block too many is enough to know that the file is not the right one.
-      while size <= wanted.size and (block := response.read(_BLOCK)):
-        file.write(block)
-        digest.update(block)
-        size += len(block)
-        progress.update(len(block))
-    if (size, digest.hexdigest()) != (wanted.size, wanted.sha256):
-      raise UserError(
-        f"{wanted.url}: wrong content ({size} bytes, SHA-256"
-        f" {digest.hexdigest()}), expected {wanted.size} bytes, SHA-256"
-        f" {wanted.sha256}; try again, or pass a good copy with --archive=PATH"
-      )
-    os.replace(partial, path)
+    with files.replacing(path) as partial:
+      _fetch(wanted, partial, description=f"downloading {path.name}")
   except (OSError, http.client.HTTPException) as error:
     raise UserError(
       f"{wanted.url}: cannot be downloaded to {directory}"
       f" ({base.first_line(error)}); download it elsewhere and pass it with"
       " --archive=PATH"
     ) from error
-  finally:
-    partial.unlink(missing_ok=True)
   return path
+
+
+def _fetch(wanted: Download, path: pathlib.Path, *, description: str) -> None:
+  """Writes the content at an address to a file and checks size and SHA-256."""
+  digest = hashlib.sha256()
+  size = 0
+  with (
+    open(path, "wb") as file,
+    urllib.request.urlopen(wanted.url, timeout=_TIMEOUT_SECONDS) as response,
+    tqdm.tqdm(
+      total=wanted.size, desc=description, unit="B", unit_scale=True
+    ) as progress,
+  ):
+    # One block too many is enough to know that the content is wrong.
+    while size <= wanted.size and (block := response.read(_BLOCK)):
+      file.write(block)
+      digest.update(block)
+      size += len(block)
+      progress.update(len(block))
+  if (size, digest.hexdigest()) != (wanted.size, wanted.sha256):
+    raise UserError(
+      f"{wanted.url}: wrong content ({size} bytes, SHA-256"
+      f" {digest.hexdigest()}), expected {wanted.size} bytes, SHA-256"
+      f" {wanted.sha256}; try again, or pass a good copy with --archive=PATH"
+    )
 
 
 def _png(image: np.ndarray) -> bytes:
@@ -136,7 +133,7 @@ def _png(image: np.ndarray) -> bytes:
 
 
 def _version(name: str) -> str:
-  """The version that the installed tfds prepares."""
+  """Returns the version that the installed tfds prepares."""
   import tensorflow_datasets as tfds
 
   return str(tfds.builder_cls(name).VERSION)
@@ -147,12 +144,12 @@ def _builder(
   data_dir: pathlib.Path,
   splits: dict[str, tuple[np.ndarray, np.ndarray]],
 ) -> Any:
-  """The stock tfds builder, with the two steps replaced that need TensorFlow.
+  """Makes the stock tfds builder without the two steps that need TensorFlow.
 
   Args:
-    spec: The data set.
+    spec: Description of the data set.
     data_dir: Root of the tfds data directory.
-    splits: From `archives.read_archive`.
+    splits: Images and labels of `archives.read_archive`.
   """
   import tensorflow_datasets as tfds
 
@@ -176,7 +173,7 @@ def _builder(
     def _generate_examples(
       self, split_prefix: str, arrays: tuple[np.ndarray, np.ndarray]
     ) -> Iterator[tuple[int, dict[str, Any]]]:
-      # Keys and ids as in the stock builder, so that the order is its own too.
+      # The stock builder's keys and ids give its order, too.
       keys = self._cifar_info.label_keys
       for i, (image, labels) in enumerate(zip(*arrays, strict=True)):
         yield (
@@ -197,7 +194,7 @@ def prepare(
   data_dir: str | None = None,
   archive: str | None = None,
 ) -> pathlib.Path:
-  """Makes `data_dir` hold a data set that `tfds.data_source` reads.
+  """Prepares a data set in `data_dir` so that `tfds.data_source` reads it.
 
   The data set appears under its name only when it is complete. The downloaded
   archive stays in `data_dir/downloads`.
@@ -206,15 +203,15 @@ def prepare(
     name: "cifar10" or "cifar100".
     data_dir: Root of the tfds data directory; default
       `cifar.default_data_dir()`.
-    archive: An official archive (binary or python version) to use instead of
+    archive: Official archive (binary or python version) to use instead of
       downloading it.
 
   Returns:
-    The directory of the prepared version.
+    Directory of the prepared version.
 
   Raises:
-    UserError: Unknown name, a download that failed, an archive that is not what
-      it should be, or a directory that cannot be used.
+    UserError: Unknown name, a failed download, a damaged or wrong archive, or
+      a directory that cannot be used.
   """
   if name not in _SPECS:
     raise UserError(f"name={name!r}: must be one of {', '.join(_SPECS)}")
@@ -250,7 +247,7 @@ def prepare(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-  """Command line: prints what it does, ends with status 1 after an error."""
+  """Runs the command line; exits with status 1 after an error."""
   parser = argparse.ArgumentParser(
     prog="python -m atat_jax.data.prepare",
     description="Downloads CIFAR and prepares it for tensorflow-datasets.",

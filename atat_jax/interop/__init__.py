@@ -1,4 +1,4 @@
-"""Weights of PyTorch networks, from files, without PyTorch."""
+"""Weights of PyTorch networks, read from files without PyTorch."""
 
 from atat_jax.interop.torch_weights import load_torch, read_state_dict
 

@@ -1,13 +1,13 @@
-"""Tensors from a file that `torch.save` has written, without running it.
+"""Reader of files that `torch.save` has written; runs no code in them.
 
 A checkpoint is a pickle, a program that may call any function of the machine it
 is read on. Here it can name only what a state dict needs: ordered dicts, and
 tensors and their storages, which become plain descriptions. Anything else is
 refused before it is called. The numbers are read afterwards.
 
-Both containers are known: a zip archive (PyTorch 1.6 and later), and pickles
-one after another with the storages behind them (before, and still the format of
-some of torchvision's weights).
+Both containers are supported: the zip archive of PyTorch 1.6 and later, and the
+older sequence of pickles followed by the storages, which some of torchvision's
+weights still have.
 """
 
 import collections
@@ -41,13 +41,13 @@ _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 
 
 class _Dtype(NamedTuple):
-  """Stands for a class of storages."""
+  """Stand-in for a class of storages."""
 
   name: str
 
 
 class _Storage(NamedTuple):
-  """Numbers beside each other: which, and how many."""
+  """Contiguous numbers: their dtype, the storage's key and how many there are."""
 
   dtype: str
   key: str
@@ -55,7 +55,7 @@ class _Storage(NamedTuple):
 
 
 class _Tensor(NamedTuple):
-  """A view of a storage, as `torch._utils._rebuild_tensor` is told of it."""
+  """View of a storage: the arguments of `torch._utils._rebuild_tensor`."""
 
   storage: _Storage
   offset: int
@@ -63,8 +63,8 @@ class _Tensor(NamedTuple):
   strides: tuple[int, ...]
 
 
-# Instances without attributes stand for functions: a pickle may set attributes
-# of whatever it can name.
+# Instances without attributes stand for functions, since a pickle may set
+# attributes of anything that it can name.
 class _RebuildTensor:
   __slots__ = ()
 
@@ -118,7 +118,7 @@ def _array(
   last = tensor.offset + sum((n - 1) * stride for n, stride in steps)
   if math.prod(tensor.shape) and last >= storage.size:
     raise ValueError(f"element {last} of {storage.size}")
-  # A view: a file can make a tensor of any size from one number.
+  # A copy could exhaust memory: strides of 0 make any size from one number.
   return np.lib.stride_tricks.as_strided(
     storage[tensor.offset :],
     tensor.shape,
@@ -128,7 +128,7 @@ def _array(
 
 
 def _arrays(tree: Any, read: Callable[[_Storage], np.ndarray]) -> Any:
-  """The tree with arrays instead of descriptions."""
+  """Replaces the descriptions of tensors in a tree by arrays."""
   if isinstance(tree, _Tensor):
     return _array(tree, read)
   if isinstance(tree, Mapping):
@@ -146,7 +146,7 @@ def _numbers(data: bytes, storage: _Storage, order: str) -> np.ndarray:
 
 def _read_zip(path: pathlib.Path) -> Any:
   with zipfile.ZipFile(path) as archive:
-    # All entries lie in one folder, which is named as the file once was.
+    # All entries lie in one folder, named like the file when it was saved.
     names = archive.namelist()
     (program,) = (name for name in names if name.endswith("/data.pkl"))
     folder = program.removesuffix("data.pkl")
@@ -172,7 +172,7 @@ def _read_legacy(path: pathlib.Path) -> Any:
 
     if load() != _LEGACY_MAGIC:
       raise ValueError("no magic number")
-    load()  # version of the protocol
+    load()  # the protocol's version
     order = "little" if load()["little_endian"] else "big"
     tree = load()
     storages: dict[str, bytes] = {}
@@ -193,13 +193,13 @@ def _storages(tree: Any) -> list[_Storage]:
 
 
 def read(path: pathlib.Path) -> Any:
-  """What was saved, with numpy arrays for tensors.
+  """Reads what was saved, with numpy arrays for tensors.
 
   Args:
-    path: A file by `torch.save`.
+    path: File written by `torch.save`.
 
   Returns:
-    The dict that was saved: of arrays, or with such dicts in it.
+    The saved dict of arrays, possibly nested.
 
   Raises:
     UserError: The file is damaged or of another format, or its pickle asks for
@@ -211,6 +211,6 @@ def read(path: pathlib.Path) -> Any:
     raise UserError(f"{path}: {error}") from None
   except OSError:
     raise
-  except Exception as error:  # a pickle can fail in any way
+  except Exception as error:  # a pickle can raise anything
     reason = " ".join(f"{type(error).__name__}: {error}".split())
     raise UserError(f"{path}: no PyTorch checkpoint ({reason})") from None

@@ -1,6 +1,6 @@
-"""What PyTorch's networks call our layers.
+"""PyTorch's names of the layers of the networks in `models`.
 
-torchvision's names for VGG, ResNet and DenseNet; those of Rice et al. (2020)
+They are torchvision's for VGG, ResNet and DenseNet; those of Rice et al. (2020)
 for the PreActResNet; those of TRADES, which RobustBench shares, for the Wide
 ResNet with `shortcut="conv"`.
 """
@@ -22,7 +22,14 @@ _SAME = {name: name for name in ("conv1", "bn1", "conv2", "bn2")}
 def _units(
   stage_sizes: Iterable[int], prefix: str, parts: dict[str, str]
 ) -> dict[str, str]:
-  """Names inside units: `prefix` with {stage} from 1, {unit} from 0."""
+  """Returns the names of layers inside residual or dense units.
+
+  Args:
+    stage_sizes: Number of units in each stage.
+    prefix: PyTorch's name of a unit with {stage} (from 1) and {unit} (from 0)
+      or {number} (from 1) in it.
+    parts: Our name to PyTorch's name of each layer inside a unit.
+  """
   return {
     f"stage{stage}_unit{unit + 1}_{ours}": (
       f"{prefix.format(stage=stage, unit=unit, number=unit + 1)}.{theirs}"
@@ -34,7 +41,7 @@ def _units(
 
 
 def _vgg(stage_sizes: Sequence[int], step: int) -> dict[str, str]:
-  """Numbered in one sequence; each convolution takes `step` places."""
+  """Returns VGG's names, numbered in one sequence, `step` for a convolution."""
   names = {
     "hidden1": "classifier.0",
     "hidden2": "classifier.3",
@@ -66,21 +73,21 @@ def _densenet(stage_sizes: Sequence[int]) -> dict[str, str]:
 
 
 def layer_names(model: nn.Module) -> dict[str, str]:
-  """PyTorch's names of the layers of a network.
+  """Returns PyTorch's names of the layers of a network.
 
   Args:
-    model: One of `models.MODELS`.
+    model: Network of one of the classes in `models`.
 
   Returns:
-    {"stage1_unit1_conv1": "layer1.0.conv1", ...}; it may name more layers than
-    the network has.
+    Our names to PyTorch's, {"stage1_unit1_conv1": "layer1.0.conv1", ...},
+    possibly of more layers than the network has.
 
   Raises:
     UserError: There is no PyTorch network like it.
   """
   match model:
     case VGG16():
-      # Behind each convolution an activation, before it perhaps BatchNorm.
+      # An activation follows each convolution, with BatchNorm between if any.
       return _vgg(model.stage_sizes, 3 if model.use_batch_norm else 2)
     case ResNet18():
       parts = _SAME | {"conv3": "conv3", "bn3": "bn3"}

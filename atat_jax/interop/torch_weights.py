@@ -1,4 +1,4 @@
-"""From a PyTorch state dict to the variables of our networks."""
+"""Conversion of PyTorch state dicts to the variables of the networks here."""
 
 import pathlib
 import re
@@ -8,13 +8,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import safetensors
 from flax import linen as nn
 
 from atat_jax.errors import UserError
-from atat_jax.interop import safetensors, torch_file, torch_names
+from atat_jax.interop import torch_file, torch_names
 from atat_jax.typing import Variables
 
-# Where training scripts put the state dict among other things.
+# Keys under which training scripts save the state dict beside other things.
 _ENTRIES = ("state_dict", "model_state_dict", "model")
 
 _LEAVES = {
@@ -29,6 +30,20 @@ _LEAVES = {
 _UNUSED = re.compile(r"(.*\.)?num_batches_tracked|sub_block1\..*")
 
 
+def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
+  # safetensors reports any file that it cannot open as missing; Python's own
+  # error tells a directory or a lack of permission.
+  with path.open("rb"):
+    pass
+  try:
+    # NumPy knows the dtype bfloat16 once JAX has been imported.
+    with safetensors.safe_open(path, framework="numpy") as file:
+      return {name: file.get_tensor(name) for name in file.keys()}
+  except Exception as error:  # also dtypes that NumPy lacks, e.g. 8-bit floats
+    reason = " ".join(str(error).split())
+    raise UserError(f"{path}: no safetensors file ({reason})") from None
+
+
 def _is_state_dict(tree: Any) -> bool:
   return (
     isinstance(tree, Mapping)
@@ -41,21 +56,23 @@ def read_state_dict(path: pathlib.Path | str) -> dict[str, np.ndarray]:
   """Reads a PyTorch state dict; no code in the file is run.
 
   Args:
-    path: `.safetensors`, or what `torch.save` wrote: the state dict, or a
-      checkpoint that has it as `state_dict`, `model_state_dict` or `model`.
+    path: A `.safetensors` file, or one written by `torch.save`: the state dict,
+      or a checkpoint that has it as `state_dict`, `model_state_dict` or
+      `model`.
 
   Returns:
-    Arrays by name, as they are stored; the prefix `module.` of a
-    `DataParallel` network is taken off.
+    Arrays by name in their stored dtype, without the prefix `module.` of a
+    `DataParallel` network.
 
   Raises:
-    UserError: No such file, a damaged one, one of another format, or a pickle
-      that asks for more than tensors in dicts.
+    UserError: No such file, a damaged one, another format, or a pickle that
+      asks for more than tensors in dicts.
   """
   path = pathlib.Path(path)
   is_safetensors = path.suffix == ".safetensors"
+  read = _read_safetensors if is_safetensors else torch_file.read
   try:
-    tree = (safetensors if is_safetensors else torch_file).read(path)
+    tree = read(path)
   except OSError as error:
     raise UserError(f"{path}: {error.strerror}") from None
   if isinstance(tree, Mapping) and not _is_state_dict(tree):
@@ -67,7 +84,7 @@ def read_state_dict(path: pathlib.Path | str) -> dict[str, np.ndarray]:
     )
   if all(name.startswith("module.") for name in tree):
     tree = {name.removeprefix("module."): x for name, x in tree.items()}
-  # Up to version 0.4 torchvision called norm1 of a dense layer norm.1.
+  # torchvision up to 0.4 wrote norm.1 for norm1 of a dense layer.
   return {
     re.sub(r"(denselayer\d+\.\w+)\.(?=[12]\.)", r"\1", name): x
     for name, x in tree.items()
@@ -75,7 +92,7 @@ def read_state_dict(path: pathlib.Path | str) -> dict[str, np.ndarray]:
 
 
 def _to_flax(x: np.ndarray, leaf: str) -> np.ndarray:
-  """[F, C, k, k] to [k, k, C, F], [F, C] to [C, F]."""
+  """Transposes kernels: [F, C, k, k] to [k, k, C, F], [F, C] to [C, F]."""
   if leaf == "kernel" and x.ndim in (2, 4):
     return x.T if x.ndim == 2 else x.transpose(2, 3, 1, 0)
   return x
@@ -84,27 +101,27 @@ def _to_flax(x: np.ndarray, leaf: str) -> np.ndarray:
 def load_torch(
   path: pathlib.Path | str, model: nn.Module, *, num_channels: int = 3
 ) -> Variables:
-  """Loads PyTorch weights into one of our networks.
+  """Loads PyTorch weights into one of the networks here.
 
-  Read are torchvision's VGG-16 (with and without BatchNorm), ResNet-18, -50 and
-  DenseNet-121, the PreActResNet-18 of Rice et al. (2020), and Wide ResNets with
-  the names of TRADES. Those are networks like
+  Supported are torchvision's VGG-16 (with and without BatchNorm), ResNet-18,
+  -50 and DenseNet-121, the PreActResNet-18 of Rice et al. (2020), and Wide
+  ResNets with the names of TRADES. The latter are networks like
   `create("wide_resnet", depth=34, width=10, shortcut="conv", padding="symmetric",
   activation="relu", normalization="none", batch_norm_epsilon=1e-5)`.
 
   Args:
-    path: See `read_state_dict`. No code in the file is run.
-    model: One of `models.MODELS`, with the fields of the network that was
-      saved; num_classes too.
-    num_channels: Of the images.
+    path: File of weights, see `read_state_dict`. No code in it is run.
+    model: Network of one of the classes in `models`, with the fields (also
+      num_classes) of the network that was saved.
+    num_channels: Number of channels of the images.
 
   Returns:
     {"params": ..., "batch_stats": ...}, float32; the latter only where the
     network has BatchNorm.
 
   Raises:
-    UserError: See `read_state_dict`; tensors that are missing, that are left
-      over or that have another shape: all are named.
+    UserError: See `read_state_dict`. Tensors that are missing, left over or of
+      another shape are all named.
   """
   names = torch_names.layer_names(model)
   tensors = read_state_dict(path)
@@ -128,13 +145,13 @@ def load_torch(
   variables = jax.tree_util.tree_map_with_path(take, expected)
   left = [name for name in tensors if not _UNUSED.fullmatch(name)]
   problems = [
-    f"{what} {', '.join(found)}"
-    for what, found in (
+    f"{problem} {', '.join(tensor_names)}"
+    for problem, tensor_names in (
       ("missing:", missing),
       ("not of this network:", left),
       ("of another shape (as flax has it):", misshapen),
     )
-    if found
+    if tensor_names
   ]
   if problems:
     raise UserError(

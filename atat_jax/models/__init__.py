@@ -1,6 +1,18 @@
-"""Networks: `create` one by name, wrap it as a classifier with `classifier`.
+"""Networks: `create` makes one by name, `classifier` wraps it for an attack.
 
-Adding a network is one file and one line in `MODELS`.
+Adding a network is one file and one line in `MODELS`. What its class must be:
+
+- a linen module whose fields all have defaults, among them `num_classes`;
+- `__call__(images, *, train=False)`: images [B, H, W, C] in [0, 1], normalised
+  inside the network, to float32 logits [B, num_classes];
+- with a submodule that returns a tensor [B, h, w, C] for attention to tap; the
+  last such tensor is the default (`base.Features` gives a tensor a name).
+
+Everything else is optional. BatchNorm statistics, if any, are in `batch_stats`.
+Fields of `config.model` that the class does not have are ignored; `mean` and
+`std` are the data set's where `config.model.normalization` is "dataset".
+Fields must be hashable and, but for `dtype`, survive JSON (a tuple may become a
+list). `base.Network` brings the fields and the layers of the networks here.
 """
 
 import dataclasses
@@ -30,7 +42,7 @@ MODELS: dict[str, type[nn.Module]] = {
 
 
 def field_names(name: str) -> tuple[str, ...]:
-  """The fields that `create` takes for a network.
+  """Returns the fields that `create` takes for a network.
 
   Raises:
     UserError: No network has this name.
@@ -44,7 +56,7 @@ def create(name: str, **fields: Any) -> nn.Module:
   """Makes a network.
 
   Args:
-    name: One of `MODELS`.
+    name: Name in `MODELS`.
     **fields: Fields of that module, e.g. depth=32, width=10.
 
   Returns:
@@ -52,7 +64,7 @@ def create(name: str, **fields: Any) -> nn.Module:
     `model.apply(variables, images, train=False)` the logits.
 
   Raises:
-    UserError: Unknown name or field, or a value that makes no network.
+    UserError: Unknown name or field, or a field's value is out of range.
   """
   known = field_names(name)
   for field in fields:
@@ -62,7 +74,7 @@ def create(name: str, **fields: Any) -> nn.Module:
 
 @dataclasses.dataclass(frozen=True)
 class _Forward:
-  """Compares by value, so that new weights find the compiled program."""
+  """Forward pass that compares by value: new weights do not recompile it."""
 
   model: nn.Module | compilation.ByIdentity
   batch_norm: BatchNormMode
@@ -78,17 +90,17 @@ def classifier(
   *,
   batch_norm: BatchNormMode = "running",
 ) -> jax.tree_util.Partial:
-  """A callable from images [B, H, W, C] to logits [B, K], itself a pytree.
+  """Wraps a network and its variables as a function of images alone.
 
   Args:
     model: A linen module.
-    variables: Its collections; they are the leaves of the pytree, so that
-      changing weights does not recompile an attack.
+    variables: The module's collections. They are the leaves of the returned
+      pytree, so that changing weights does not recompile an attack.
     batch_norm: "running", or "batch": the statistics of the batch at hand,
       which can overstate robustness.
 
   Returns:
-    A `jax.tree_util.Partial`.
+    A `jax.tree_util.Partial` from images [B, H, W, C] to logits [B, K].
 
   Raises:
     UserError: Unknown mode.

@@ -1,4 +1,4 @@
-"""What the networks share: normalised input, layers by name, the head."""
+"""Base classes of the networks: normalised input, named layers, the head."""
 
 from collections.abc import Sequence
 
@@ -12,11 +12,11 @@ from atat_jax.typing import Array
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-"""Those that torchvision's weights were trained with."""
+"""Standard deviation of ImageNet's pixels, as torchvision's weights expect."""
 
 
 class Features(nn.Module):
-  """The identity, with a name: the place where attention is tapped."""
+  """Identity with a name: makes a tensor tappable by attention."""
 
   def __call__(self, x: Array) -> Array:
     """Returns x."""
@@ -26,8 +26,8 @@ class Features(nn.Module):
 def standardize_images(images: Array) -> Array:
   """Subtracts each image's mean and divides by its standard deviation.
 
-  As `tf.image.per_image_standardization`: the deviation is floored at
-  1 / sqrt(H * W * C) in pixels of 0 to 255, here scaled to [0, 1].
+  Same formula as `tf.image.per_image_standardization`: the deviation is floored
+  at 1 / sqrt(H * W * C) in pixels of 0 to 255, here scaled to [0, 1].
 
   Args:
     images: [B, H, W, C] in [0, 1].
@@ -35,21 +35,21 @@ def standardize_images(images: Array) -> Array:
   Returns:
     [B, H, W, C].
   """
-  # Over one long axis: on CPU a fifth of what three short ones take.
+  # On CPU reducing one long axis takes a fifth of the time of three short ones.
   flat = images.reshape(images.shape[0], -1)
   centred = flat - flat.mean(-1, keepdims=True)
   variance = jnp.square(centred).mean(-1, keepdims=True)
   floor = 1.0 / (255.0**2 * images[0].size)
-  # The floor goes under the root: its gradient at a constant image is finite.
+  # Flooring inside the root keeps the gradient at a constant image finite.
   standardized = centred / jnp.sqrt(jnp.maximum(variance, floor))
   return standardized.reshape(images.shape)
 
 
 def check_sizes(name: str, sizes: Sequence[int]) -> None:
-  """Checks a tuple of integers >= 1, one for each stage.
+  """Checks that sizes are integers >= 1, one for each stage.
 
   Raises:
-    UserError: It is empty or holds anything else.
+    UserError: The tuple is empty or holds anything else.
   """
   if not sizes or not all(isinstance(n, int) and n >= 1 for n in sizes):
     raise UserError(
@@ -58,22 +58,24 @@ def check_sizes(name: str, sizes: Sequence[int]) -> None:
 
 
 class Network(nn.Module):
-  """The fields of all networks, and their layers.
+  """Base class with the fields and the layers that all networks share.
 
-  Images [B, H, W, C] in [0, 1] to logits float32 [B, num_classes]. The tensor
-  of the last convolution, before pooling, is always tappable as `features`.
+  Maps images [B, H, W, C] in [0, 1] to float32 logits [B, num_classes]. The
+  tensor of the last convolution, before pooling, is always tappable as
+  `features`.
 
   Attributes:
-    num_classes: K.
-    normalization: "dataset" (subtract mean, divide by std), "per_image" (see
-      `standardize_images`) or "none".
+    num_classes: Number of classes, K.
+    normalization: Normalisation of the input: "dataset" (subtract mean, divide
+      by std), "per_image" (see `standardize_images`) or "none".
     mean: Per-channel mean of the data set's pixels in [0, 1].
     std: Per-channel standard deviation.
     batch_norm_momentum: Decay of the running statistics; PyTorch's momentum
       0.1 is 0.9 here.
-    batch_norm_epsilon: Added to the variance.
-    dtype: Of the convolutions; parameters, statistics and logits stay float32.
-    convolution: See `convolution.convolve`.
+    batch_norm_epsilon: Constant added to the variance.
+    dtype: Dtype of the convolutions; parameters, statistics and logits stay
+      float32.
+    convolution: Form of the convolutions, see `convolution.convolve`.
   """
 
   num_classes: int = 1000
@@ -86,7 +88,7 @@ class Network(nn.Module):
   convolution: str = "auto"
 
   def __post_init__(self) -> None:
-    """Refuses fields that make no network."""
+    """Checks the fields."""
     checks.positive("num_classes", self.num_classes, integer=True)
     checks.positive("batch_norm_epsilon", self.batch_norm_epsilon)
     if not 0 < self.batch_norm_momentum < 1:
@@ -156,14 +158,14 @@ class Network(nn.Module):
     )(x)
 
   def _stem(self, x: Array, features: int, train: bool) -> Array:
-    """ImageNet's: a quarter of the height and of the width."""
+    """Applies ImageNet's stem: a quarter of the height and of the width."""
     x = self._conv("stem", features, 2, 7)(x)
     x = nn.relu(self._norm(x, "stem_bn", train))
     return nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
 
   def _head(self, x: Array) -> Array:
-    """Logits [B, K] of vectors [B, n] or, pooled, of a tensor [B, h, w, C]."""
-    # Pooled and classified in float32: attacks need exact logits.
+    """Maps vectors [B, n], or a tensor [B, h, w, C] to be pooled, to logits."""
+    # Attacks need exact logits, so that pooling and head run in float32.
     x = x.astype(jnp.promote_types(jnp.float32, x.dtype))
     if x.ndim == 4:
       x = x.mean((1, 2))
@@ -175,19 +177,21 @@ class Network(nn.Module):
 
 
 class ResidualNetwork(Network):
-  """Stages of residual units `_unit(x, name, features, stride, train)`.
+  """Base class of networks with stages of residual units.
+
+  A subclass defines the unit, `_unit(x, name, features, stride, train)`.
 
   Attributes:
-    stage_sizes: Residual units in each stage; the channels double from stage
-      to stage, and all but the first halve the height and the width.
-    base_channels: Of the first stage.
+    stage_sizes: Number of residual units in each stage. Channels double from
+      stage to stage; every stage but the first halves height and width.
+    base_channels: Channels of the first stage.
   """
 
   stage_sizes: tuple[int, ...] = (2, 2, 2, 2)
   base_channels: int = 64
 
   def __post_init__(self) -> None:
-    """Refuses fields that make no network."""
+    """Checks the fields."""
     check_sizes("stage_sizes", self.stage_sizes)
     checks.positive("base_channels", self.base_channels, integer=True)
     super().__post_init__()

@@ -3,8 +3,8 @@
 On CPU, XLA runs the transposed convolutions that autodiff makes on a slow path
 (inside loops a single-threaded one). Written out as ordinary NHWC x HWIO
 convolutions, with operands transposed explicitly, they take the fast path in
-loops too. What is faster still as products of matrices is written so: few
-channels, the input gradient of a stride, many channels (`winograd`). GPU and
+loops too. Three cases are faster still as matrix products: few channels, the
+input gradient of a strided convolution, and many channels (`winograd`). GPU and
 TPU need none of this and get plain XLA convolutions.
 """
 
@@ -29,16 +29,16 @@ CONVOLUTIONS = ("auto", "canonical", "xla")
 def explicit_padding(
   padding: str, size: tuple[int, ...], kernel: int, stride: int
 ) -> Padding:
-  """Rows and columns to add on each side.
+  """Returns the rows and columns of zeros to add on each side.
 
   Args:
     padding: "same" is TensorFlow's rule, as in the paper's code: as much as
       the output size ceil(n / stride) needs, the odd one below and to the
-      right. "symmetric" is PyTorch's `padding=kernel // 2`. They differ at
-      stride 2 only.
+      right. "symmetric" is PyTorch's `padding=kernel // 2`. They differ only
+      where the stride is above 1.
     size: Height and width of the input.
     kernel: Side of the kernel.
-    stride: Stride.
+    stride: Stride of both axes.
 
   Returns:
     ((top, bottom), (left, right)).
@@ -61,27 +61,27 @@ def _xla(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
 
 
 def _is_thin(x: Array, stride: int) -> bool:
-  # A network's first convolution: XLA's takes twice as long for so few channels
-  # as products of matrices do, its transpose three times.
+  # XLA takes twice as long as matrix products for a network's first convolution
+  # with its few channels, and three times as long for the transpose.
   return x.shape[-1] <= 4 and stride == 1 and x.dtype != jnp.bfloat16
 
 
 def _thin(x: Array, kernel: Array, padding: Padding) -> Array:
-  """Columns of pixels beside each other, a product for each row of the kernel."""
+  """Convolves with stride 1 as one matrix product for each row of the kernel."""
   size, _, _, features = kernel.shape
   x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
   height, width = (n - size + 1 for n in x.shape[1:3])
   columns = [x[:, :, j : j + width] for j in range(size)]
-  beside = jnp.concatenate(columns, axis=-1)
+  windows = jnp.concatenate(columns, axis=-1)
   rows = [
-    beside[:, i : i + height] @ kernel[i].reshape(-1, features)
+    windows[:, i : i + height] @ kernel[i].reshape(-1, features)
     for i in range(size)
   ]
   return functools.reduce(jnp.add, rows)
 
 
 def _thin_input_gradient(g: Array, kernel: Array, padding: Padding) -> Array:
-  """What each pixel of g gives to each pixel under the kernel, then the sums."""
+  """Returns the input gradient of `_thin`: one product, then shifted sums."""
   size, _, channels, features = kernel.shape
   last = size - 1
   margins = [(last - before, last - after) for before, after in padding]
@@ -89,7 +89,7 @@ def _thin_input_gradient(g: Array, kernel: Array, padding: Padding) -> Array:
   height, width = (n - last for n in g.shape[1:3])
   parts = g @ kernel.reshape(-1, features).T
   parts = parts.reshape(*g.shape[:3], size, size, channels)
-  # The kernel's pixel (i, j) is met from as far on the other side.
+  # The transpose reads the kernel's pixel (i, j) mirrored.
   shifted = [
     parts[:, last - i : last - i + height, last - j : last - j + width, i, j]
     for i in range(size)
@@ -98,23 +98,23 @@ def _thin_input_gradient(g: Array, kernel: Array, padding: Padding) -> Array:
   return functools.reduce(jnp.add, shifted)
 
 
-def _spread(
+def _overlap_add(
   parts: list[Array], axis: int, size: int, stride: int, before: int
 ) -> Array:
-  """Adds up parts[a][i] at stride * i + a - before, for every a and i.
+  """Adds up parts[a][i] at position stride * i + a - before, for all a and i.
 
   Args:
-    parts: A part for each place of the kernel, of equal shapes.
-    axis: The axis that i counts and that is spread.
-    size: What becomes its length.
-    stride: Stride.
-    before: Padding before the first place.
+    parts: One array for each offset a in the kernel, all of one shape.
+    axis: Axis of the positions i.
+    size: Length of the axis in the result.
+    stride: Stride of the convolution.
+    before: Rows or columns of padding before the first pixel.
 
   Returns:
-    The sums, length `size` along the axis.
+    The sums, with length `size` along the axis.
   """
-  # Places of one remainder lie beside each other: plain shifts make their sums,
-  # and the remainders are interleaved at the end.
+  # Positions with the same remainder modulo the stride are contiguous: their
+  # sums are plain shifts, and the remainders are interleaved at the end.
   length = -(-size // stride)
   remainders = []
   for remainder in range(stride):
@@ -137,22 +137,24 @@ def _spread(
 def _strided_input_gradient(
   g: Array, kernel: Array, stride: int, padding: Padding, size: tuple[int, ...]
 ) -> Array:
-  """What each pixel of g gives to the pixels under the kernel, then the sums.
+  """Returns the input gradient of a strided convolution.
 
-  Spreading g by the stride and convolving it, as XLA does, multiplies stride**2
-  times as often, mostly by zero.
+  One matrix product gives the contribution of each pixel of g to every pixel
+  under the kernel; overlapping contributions are added. Dilating g by the
+  stride and convolving it, as XLA does, takes stride**2 times as many
+  multiplications, most of them by zero.
   """
   side, _, channels, features = kernel.shape
   parts = g @ kernel.reshape(-1, features).T
   parts = parts.reshape(*g.shape[:3], side, side, channels)
   (top, _), (left, _) = padding
   rows = [
-    _spread(
+    _overlap_add(
       [parts[..., i, j, :] for j in range(side)], 2, size[1], stride, left
     )
     for i in range(side)
   ]
-  return _spread(rows, 1, size[0], stride, top)
+  return _overlap_add(rows, 1, size[0], stride, top)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -182,17 +184,18 @@ def _canonical_bwd(
       g, kernel, stride, padding, x.shape[1:3]
     )
   else:
-    # Convolved with the kernel turned round and its channels exchanged.
-    turned = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
+    # The transpose is a convolution with the kernel flipped and its input and
+    # output channels exchanged.
+    flipped = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
     (top, bottom), (left, right) = padding
     margins = (last - top, last - bottom), (last - left, last - right)
-    x_gradient = _canonical(g, turned, 1, margins)
+    x_gradient = _canonical(g, flipped, 1, margins)
   kernel_padding = []
   for axis in (0, 1):
     before = padding[axis][0]
     dilated = (g.shape[1 + axis] - 1) * stride + 1
     kernel_padding.append((before, dilated + last - x.shape[1 + axis] - before))
-  # Kernel gradient: channels act as the batch, the batch as the channels.
+  # In the kernel gradient channels act as the batch, the batch as channels.
   kernel_gradient = lax.conv_general_dilated(
     x.transpose(3, 1, 2, 0),
     g.transpose(1, 2, 0, 3),
@@ -218,13 +221,13 @@ def convolve(
   """Convolves [B, H, W, C] with a square kernel [k, k, C, F].
 
   Args:
-    x: Input.
-    kernel: Kernel, of x's dtype.
+    x: Input [B, H, W, C].
+    kernel: Kernel [k, k, C, F], in x's dtype.
     stride: Stride of both axes.
     padding: "same" or "symmetric" (see `explicit_padding`).
     convolution: "canonical", "xla", or "auto": canonical on CPU, xla elsewhere.
-      The canonical form has no forward-mode derivative (`jax.jvp`); take "xla"
-      for that. Its reverse mode can be differentiated again.
+      The canonical form has no forward-mode derivative (`jax.jvp`); use "xla"
+      for that. Reverse mode can be differentiated again in both.
 
   Returns:
     [B, ceil(H / stride), ceil(W / stride), F].
@@ -238,7 +241,7 @@ def convolve(
 
 
 class Conv(nn.Module):
-  """A convolution: `kernel` [k, k, C, F] and, with `use_bias`, `bias` [F]."""
+  """Convolution with `kernel` [k, k, C, F] and, if `use_bias`, `bias` [F]."""
 
   features: int
   kernel_size: int = 3
@@ -250,8 +253,8 @@ class Conv(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
-    """[B, H, W, C] to [B, h, w, features]."""
-    # Normal with std sqrt(2 / (k * k * out)), as in the released code.
+    """Maps [B, H, W, C] to [B, h, w, features]."""
+    # The released code initialises with std sqrt(2 / (k * k * out)).
     kernel = self.param(
       "kernel",
       nn.initializers.variance_scaling(2.0, "fan_out", "normal"),

@@ -1,4 +1,4 @@
-"""DenseNet-121 (Huang et al., 2017), ImageNet's, as torchvision has it."""
+"""DenseNet-121 for ImageNet (Huang et al., 2017), as in torchvision."""
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -9,16 +9,17 @@ from atat_jax.typing import Array
 
 
 class DenseNet121(base.Network):
-  """Images [B, H, W, C] in [0, 1] to logits float32 [B, num_classes].
+  """DenseNet: images [B, H, W, C] in [0, 1] to float32 logits [B, num_classes].
 
   Tappable layers: `stage<s>`, the output of each dense block, and `features`,
   the last of them normalised and activated.
 
   Attributes:
-    stage_sizes: Units in each dense block.
+    stage_sizes: Number of units in each dense block.
     growth: Channels that each unit adds.
-    bottleneck: Channels between its two convolutions, in units of growth.
-    base_channels: Of the stem.
+    bottleneck: Channels between a unit's two convolutions, as a multiple of
+      growth.
+    base_channels: Channels of the stem.
   """
 
   stage_sizes: tuple[int, ...] = (6, 12, 24, 16)
@@ -27,7 +28,7 @@ class DenseNet121(base.Network):
   base_channels: int = 64
 
   def __post_init__(self) -> None:
-    """Refuses fields that make no network."""
+    """Checks the fields."""
     base.check_sizes("stage_sizes", self.stage_sizes)
     for name in ("growth", "bottleneck", "base_channels"):
       checks.positive(name, getattr(self, name), integer=True)
@@ -41,9 +42,8 @@ class DenseNet121(base.Network):
 
   @nn.compact
   def __call__(self, images: Array, *, train: bool = False) -> Array:
-    """One forward pass; `train` uses and moves the batch statistics."""
-    # Halved, rounding up, by the stem and its pool; then, rounding down, by
-    # each transition.
+    """Computes logits; `train` uses batch statistics and updates running ones."""
+    # Stem and pool halve the side rounding up, each transition rounding down.
     smallest = 4 * 2 ** (len(self.stage_sizes) - 1) - 3
     x = self._normalize(images, smallest)
     x = self._stem(x, self.base_channels, train)

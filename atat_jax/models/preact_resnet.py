@@ -1,6 +1,6 @@
 """PreActResNet-18 for CIFAR (He et al., "Identity Mappings", 2016).
 
-The network of Rice et al., "Overfitting in adversarially robust deep learning"
+Architecture of Rice et al., "Overfitting in adversarially robust deep learning"
 (2020), with BatchNorm before the head.
 """
 
@@ -11,16 +11,17 @@ from atat_jax.typing import Array
 
 
 class PreActResNet18(base.ResidualNetwork):
-  """Images [B, H, W, C] in [0, 1] to logits float32 [B, num_classes].
+  """PreActResNet: images [B, H, W, C] in [0, 1] to float32 logits [B, K].
 
   Tappable layers: `stage<s>_unit<u>`, the residual sums, and `features`, the
   last of them normalised and activated. The default mean and std are
-  CIFAR-10's. The stem has `base_channels` channels, too.
+  CIFAR-10's. The stem, too, has `base_channels` channels.
 
   Attributes:
     activated_shortcut: Whether a shortcut's convolution sees the activated
       input (Rice et al.) or the input itself (Wong et al., "Fast is better
-      than free", 2020). The weights do not tell: they have the same names.
+      than free", 2020). Weight files of both have the same names, so that a
+      file cannot tell.
   """
 
   num_classes: int = 10
@@ -42,7 +43,7 @@ class PreActResNet18(base.ResidualNetwork):
 
   @nn.compact
   def __call__(self, images: Array, *, train: bool = False) -> Array:
-    """One forward pass; `train` uses and moves the batch statistics."""
+    """Computes logits; `train` uses batch statistics and updates running ones."""
     x = self._conv("stem", self.base_channels)(self._normalize(images))
     x = self._stages(x, train)
     x = nn.relu(self._norm(x, "final_bn", train))

@@ -1,4 +1,4 @@
-"""ResNet-18 and ResNet-50 (He et al., 2016), ImageNet's, as torchvision has them."""
+"""ResNet-18 and -50 for ImageNet (He et al., 2016), as in torchvision."""
 
 from flax import linen as nn
 
@@ -7,14 +7,15 @@ from atat_jax.typing import Array
 
 
 class ResNet18(base.ResidualNetwork):
-  """Images [B, H, W, C] in [0, 1] to logits float32 [B, num_classes].
+  """ResNet: images [B, H, W, C] in [0, 1] to float32 logits [B, num_classes].
 
   Tappable layers: `stage<s>_unit<u>`, the activated residual sums, and
   `features`, the last of them.
 
   Attributes:
-    bottleneck: Units of 1x1, 3x3 (with the stride) and 1x1 convolutions with
-      four times the channels at the end; else of two 3x3 convolutions.
+    bottleneck: Whether a unit has 1x1, 3x3 (with the stride) and 1x1
+      convolutions, four times as many channels at its end, rather than two 3x3
+      convolutions.
   """
 
   bottleneck: bool = False
@@ -39,14 +40,14 @@ class ResNet18(base.ResidualNetwork):
 
   @nn.compact
   def __call__(self, images: Array, *, train: bool = False) -> Array:
-    """One forward pass; `train` uses and moves the batch statistics."""
+    """Computes logits; `train` uses batch statistics and updates running ones."""
     x = self._stem(self._normalize(images), self.base_channels, train)
     x = self._stages(x, train)
     return self._head(base.Features(name="features")(x))
 
 
 class ResNet50(ResNet18):
-  """The network of 50 layers."""
+  """ResNet with the sizes and bottleneck units of ResNet-50."""
 
   stage_sizes: tuple[int, ...] = (3, 4, 6, 3)
   bottleneck: bool = True

@@ -1,4 +1,4 @@
-"""VGG-16 (Simonyan and Zisserman, 2015), as torchvision has it."""
+"""VGG-16 (Simonyan and Zisserman, 2015), as in torchvision."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,13 +9,13 @@ from atat_jax.errors import UserError
 from atat_jax.models import base
 from atat_jax.typing import Array
 
-_GRID = 7  # of the last maps, whatever the size of the image
+_GRID = 7  # side of the pooled maps, whatever the size of the image
 
 
 def _bins(size: int) -> np.ndarray:
-  """[_GRID, size]: means over bins that cover the axis, as PyTorch cuts it.
+  """Returns the matrix [_GRID, size] of PyTorch's adaptive average pooling.
 
-  Bin i goes from floor(i n / 7) to ceil((i + 1) n / 7).
+  Bin i covers floor(i n / 7) to ceil((i + 1) n / 7) of an axis of length n.
   """
   means = np.zeros((_GRID, size))
   for i in range(_GRID):
@@ -25,17 +25,17 @@ def _bins(size: int) -> np.ndarray:
 
 
 class VGG16(base.Network):
-  """Images [B, H, W, C] in [0, 1] to logits float32 [B, num_classes].
+  """VGG: images [B, H, W, C] in [0, 1] to float32 logits [B, num_classes].
 
   Tappable layers: `stage<s>`, each stage's last activation before pooling, and
   `features`, the last of them. There is no dropout: fine-tuning would need it,
   explaining and attacking do not.
 
   Attributes:
-    stage_sizes: Convolutions in each stage.
-    stage_channels: Their channels.
-    hidden: Units of the two hidden dense layers.
-    use_batch_norm: Whether each convolution has one behind it.
+    stage_sizes: Number of convolutions in each stage.
+    stage_channels: Channels of each stage.
+    hidden: Units of each of the two hidden dense layers.
+    use_batch_norm: Whether BatchNorm follows each convolution.
   """
 
   stage_sizes: tuple[int, ...] = (2, 2, 3, 3, 3)
@@ -44,7 +44,7 @@ class VGG16(base.Network):
   use_batch_norm: bool = False
 
   def __post_init__(self) -> None:
-    """Refuses fields that make no network."""
+    """Checks the fields."""
     base.check_sizes("stage_sizes", self.stage_sizes)
     base.check_sizes("stage_channels", self.stage_channels)
     if len(self.stage_sizes) != len(self.stage_channels):
@@ -57,7 +57,7 @@ class VGG16(base.Network):
 
   @nn.compact
   def __call__(self, images: Array, *, train: bool = False) -> Array:
-    """One forward pass; `train` uses and moves the batch statistics."""
+    """Computes logits; `train` uses batch statistics and updates running ones."""
     x = self._normalize(images, smallest=2 ** len(self.stage_sizes))
     stages = zip(self.stage_sizes, self.stage_channels, strict=True)
     for stage, (size, channels) in enumerate(stages, start=1):
@@ -72,7 +72,7 @@ class VGG16(base.Network):
         x = base.Features(name="features")(x)
       x = nn.max_pool(x, (2, 2), (2, 2))
     rows, columns = (jnp.asarray(_bins(n), x.dtype) for n in x.shape[1:3])
-    # Channels first, then flat: so the dense layer's weights are laid out.
+    # PyTorch's dense weights expect channels first, then rows and columns.
     x = jnp.einsum("bhwc,ih,jw->bcij", x, rows, columns)
     x = x.reshape(x.shape[0], -1)
     for layer in (1, 2):
@@ -87,6 +87,6 @@ class VGG16(base.Network):
 
 
 class VGG16BN(VGG16):
-  """VGG-16 with BatchNorm behind every convolution."""
+  """VGG-16 with BatchNorm after every convolution."""
 
   use_batch_norm: bool = True

@@ -21,13 +21,13 @@ ACTIVATIONS = {"leaky_relu": nn.leaky_relu, "relu": nn.relu, "silu": nn.silu}
 
 
 def average_pool(x: Array, stride: int) -> Array:
-  """Means of squares beside each other.
+  """Averages non-overlapping squares.
 
-  As `nn.avg_pool` with a window of that stride, by plain sums: on CPU XLA's
-  windows, and what autodiff makes of them, are slower.
+  Equal to `nn.avg_pool` with a window of that stride, but by plain sums: on CPU
+  XLA's windows and their gradients are slower.
 
   Args:
-    x: [B, H, W, C]; `stride` divides H and W.
+    x: Input [B, H, W, C]; `stride` divides H and W.
     stride: Side of the squares.
 
   Returns:
@@ -42,21 +42,22 @@ def average_pool(x: Array, stride: int) -> Array:
 
 
 class WideResNet(Network):
-  """Images [B, H, W, C] in [0, 1] to logits float32 [B, num_classes].
+  """Wide ResNet: images [B, H, W, C] in [0, 1] to float32 logits [B, K].
 
   Tappable layers: `stage<s>_unit<u>` (the residual sums) and `features`, the
   tensor before global pooling that the paper calls the topmost convolution
-  layer. Fields besides these: see `Network`.
+  layer. `Network` describes the other fields.
 
   Attributes:
-    depth: 6n + 2, or 6n + 4 in the usual count: n units in each stage.
+    depth: Depth 6n + 2, or 6n + 4 in the usual count, for n units a stage.
     width: Factor on the channels of the stages, 16, 32, 64.
     activation: "leaky_relu", "relu" or "silu".
-    negative_slope: Of the leaky ReLU.
+    negative_slope: Slope of the leaky ReLU below zero.
     shortcut: "pad" (average pooling, zero channels on both sides; the paper)
       or "conv" (1x1 convolution of the activated input; the usual network).
-    strides: Of the three stages.
-    stem_channels: Channels of the first convolution and unit of the widths.
+    strides: Strides of the three stages.
+    stem_channels: Channels of the first convolution, and of the first stage
+      before `width` multiplies them.
     padding: "same" (TensorFlow's, the paper) or "symmetric" (PyTorch's).
   """
 
@@ -75,7 +76,7 @@ class WideResNet(Network):
   batch_norm_epsilon: float = 1e-3
 
   def __post_init__(self) -> None:
-    """Refuses fields that make no network."""
+    """Checks the fields."""
     checks.positive("depth", self.depth, integer=True)
     if self.depth < 8 or (self.depth - 2) % 6 not in (0, 2):
       raise UserError(
@@ -106,10 +107,10 @@ class WideResNet(Network):
   def _unit(
     self, x: Array, name: str, features: int, stride: int, train: bool
   ) -> Array:
-    """A pre-activation residual unit."""
+    """Applies a pre-activation residual unit."""
     widens = x.shape[-1] != features
-    # In the paper's network the very first unit shares its activation with the
-    # shortcut, in the usual one every unit that changes the width.
+    # In the paper's network only the very first unit feeds the activated input
+    # to its shortcut, in the usual one every unit that changes the width.
     shared = widens if self.shortcut == "conv" else name == "stage1_unit1"
     h = self._norm_act(x, f"{name}_bn1", train)
     shortcut = h if shared else x
@@ -136,7 +137,7 @@ class WideResNet(Network):
 
   @nn.compact
   def __call__(self, images: Array, *, train: bool = False) -> Array:
-    """One forward pass; `train` uses and moves the batch statistics."""
+    """Computes logits; `train` uses batch statistics and updates running ones."""
     x = self._normalize(images)
     x = self._conv("stem", self.stem_channels, padding=self.padding)(x)
     for stage, stride in enumerate(self.strides, start=1):

@@ -1,4 +1,4 @@
-"""Winograd's convolution F(2x2, 3x3): 16 multiplications where 36 were.
+"""Winograd convolution F(2x2, 3x3): 16 multiplications instead of 36.
 
 Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks" (2016). Each
 square of 2x2 outputs comes from 4x4 inputs: with x = B' d B and w = G g G',
@@ -13,7 +13,7 @@ from atat_jax.typing import Array
 
 _G = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
 
-# With fewer channels moving the data costs what the multiplications save.
+# With fewer channels, moving data costs more than the multiplications save.
 _MIN_CHANNELS = 64
 
 
@@ -23,16 +23,13 @@ def fits(
   stride: int,
   padding: tuple[tuple[int, int], tuple[int, int]],
 ) -> bool:
-  """Whether `convolve` can do it, and on CPU does it faster.
+  """Returns whether `convolve` applies and is faster on CPU than the direct sum.
 
   Args:
-    x: [B, H, W, C].
-    kernel: [k, k, C, F].
-    stride: Stride.
+    x: Input [B, H, W, C].
+    kernel: Kernel [k, k, C, F].
+    stride: Stride of both axes.
     padding: Rows and columns added on each side.
-
-  Returns:
-    Whether.
   """
   return (
     kernel.shape[:2] == (3, 3)
@@ -45,14 +42,14 @@ def fits(
 
 
 def convolve(x: Array, kernel: Array) -> Array:
-  """A 3x3 convolution of stride 1, with zeros around the image.
+  """Convolves with a 3x3 kernel, stride 1 and one row of zeros on each side.
 
   Args:
-    x: [B, H, W, C], H and W even.
-    kernel: [3, 3, C, F].
+    x: Input [B, H, W, C], H and W even.
+    kernel: Kernel [3, 3, C, F].
 
   Returns:
-    [B, H, W, F].
+    Output [B, H, W, F].
   """
   batch, height, width, channels = x.shape
   factors = jnp.asarray(_G, x.dtype)
@@ -69,7 +66,7 @@ def convolve(x: Array, kernel: Array) -> Array:
       _inputs(even[:, :, :-1], odd[:, :, :-1], even[:, :, 1:], odd[:, :, 1:])
     )
 
-  # Sixteen products; of each row's four the columns, then of the rows.
+  # Sixteen products, transformed along the columns first, then along the rows.
   products = []
   for a in range(4):
     four = [rows[a][b] @ weights[a, b] for b in range(4)]
@@ -79,10 +76,10 @@ def convolve(x: Array, kernel: Array) -> Array:
 
 
 def _inputs(a: Array, b: Array, c: Array, d: Array) -> list[Array]:
-  """B' along one axis: four neighbours to four sums."""
+  """Applies B' along one axis: four neighbours to four sums."""
   return [a - c, b + c, c - b, b - d]
 
 
 def _outputs(a: Array, b: Array, c: Array, d: Array) -> list[Array]:
-  """A' along one axis: four products to two outputs."""
+  """Applies A' along one axis: four products to two outputs."""
   return [a + b + c, b - c - d]

@@ -4,7 +4,6 @@ Adding a method is one file and one line in `OBJECTIVES`.
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 from atat_jax import checks
@@ -18,7 +17,7 @@ from atat_jax.objectives.standard import Standard
 from atat_jax.objectives.tla import TLA
 from atat_jax.objectives.trades import TRADES
 
-OBJECTIVES: dict[str, Callable[..., Objective]] = {
+OBJECTIVES: dict[str, type[Objective]] = {
   "standard": Standard,
   "at": AT,
   "alp": ALP,
@@ -44,10 +43,29 @@ def create(name: str, **fields: Any) -> Objective:
     UserError: Unknown name or field, or a value out of range.
   """
   checks.choice("method", name, OBJECTIVES)
-  known = [f.name for f in dataclasses.fields(OBJECTIVES[name])]  # type: ignore[arg-type]
+  objective: Any = OBJECTIVES[name]
+  known = [field.name for field in dataclasses.fields(objective)]
   for field in fields:
     checks.choice(f"hyperparameter of {name!r}", field, known)
-  return OBJECTIVES[name](**fields)
+  made: Objective = objective(**fields)
+  return made
+
+
+def defaults(name: str) -> dict[str, Any]:
+  """Default hyperparameters of an objective.
+
+  Args:
+    name: One of `OBJECTIVES`.
+
+  Returns:
+    Field to value, in the order of the fields.
+
+  Raises:
+    UserError: Unknown name.
+  """
+  checks.choice("method", name, OBJECTIVES)
+  objective: Any = OBJECTIVES[name]
+  return dataclasses.asdict(objective())
 
 
 __all__ = [
@@ -56,5 +74,6 @@ __all__ = [
   "Objective",
   "Outcome",
   "create",
+  "defaults",
   "make_batch",
 ]

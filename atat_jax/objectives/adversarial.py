@@ -16,7 +16,7 @@ from flax import linen as nn
 from atat_jax import batch_norm, checks, losses
 from atat_jax.attacks import balls, projected_gradient
 from atat_jax.errors import UserError
-from atat_jax.objectives.base import Batch
+from atat_jax.objectives.base import Batch, Objective
 from atat_jax.typing import Array, BatchNormMode, PyTree, Variables
 
 STARTS = ("uniform", "gaussian")
@@ -53,10 +53,11 @@ def check_weights(objective: object, *names: str) -> None:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class InnerAttack:
+class InnerAttack(Objective):
   """The inner maximisation: projected gradient ascent on the student.
 
-  Only the gradient with respect to the images is taken.
+  Only the gradient with respect to the images is taken. The defaults are those
+  of Madry et al.'s code and of the paper's.
 
   Attributes:
     epsilon: Radius, pixels in [0, 1].
@@ -73,14 +74,14 @@ class InnerAttack:
       statistics, as in the same codes; needs attack_batch_norm="batch".
   """
 
-  epsilon: float
-  step_size: float
-  num_steps: int
+  epsilon: float = 8 / 255
+  step_size: float = 2 / 255
+  num_steps: int = 7
   norm: str = "linf"
   attack_loss: str = "cross_entropy"
   attack_start: str = "uniform"
   attack_batch_norm: BatchNormMode = "batch"
-  attack_moves_statistics: bool = False
+  attack_moves_statistics: bool = True
 
   attacks = True
   sees_clean = True

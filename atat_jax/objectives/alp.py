@@ -9,6 +9,7 @@ under the untargeted attack of Madry et al., which is ours.
 """
 
 import dataclasses
+from typing import Any, ClassVar
 
 from flax import linen as nn
 
@@ -34,6 +35,11 @@ class ALP(PairedPasses):
 
   needs_teacher = False
   term_names = ("cross_entropy", "logit_pairing")
+  # The paper's, as for ATAT: no other is published for CIFAR.
+  cifar_training: ClassVar[dict[str, Any]] = {
+    "num_epochs": 52,
+    "batch_size": 32,
+  }
 
   def __post_init__(self) -> None:
     """Refuses values that make no objective."""

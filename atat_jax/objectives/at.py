@@ -6,6 +6,7 @@ The student sees adversarial images only.
 """
 
 import dataclasses
+from typing import Any, ClassVar
 
 from flax import linen as nn
 
@@ -22,6 +23,11 @@ class AT(InnerAttack):
   needs_teacher = False
   sees_clean = False
   term_names = ("cross_entropy",)
+  # 80,000 steps of 128 images; the rate falls at 40,000 and at 60,000.
+  cifar_training: ClassVar[dict[str, Any]] = {
+    "num_epochs": 209,
+    "batch_size": 128,
+  }
 
   def prepare(
     self,

@@ -5,7 +5,7 @@ hyperparameters. `prepare` does what is not differentiated (attack the student,
 ask the teacher), `loss` what is.
 """
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -67,7 +67,20 @@ class Outcome(NamedTuple):
 
 
 class Objective(Protocol):
-  """The contract of an entry of `OBJECTIVES`."""
+  """The contract of an entry of `OBJECTIVES`, a frozen dataclass.
+
+  Every field has a default: the value that the method's authors use. Inherit
+  from this class, or give all of its attributes.
+
+  Attributes:
+    cifar_training: Fields of `config.train` with which the authors train on
+      CIFAR, where they differ from the default configuration.
+    cifar_padding: Pixels of padding before the random crop on CIFAR, as the
+      authors have it.
+  """
+
+  cifar_training: ClassVar[dict[str, Any]] = {}
+  cifar_padding: ClassVar[int] = 2
 
   @property
   def needs_teacher(self) -> bool:

@@ -10,6 +10,7 @@ normalised by itself; gradients flow everywhere; the second logarithm is of
 """
 
 import dataclasses
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -34,12 +35,23 @@ class MART(PairedPasses):
   """
 
   beta: float = 6.0
+  epsilon: float = 0.031
+  step_size: float = 0.007
+  num_steps: int = 10
   attack_start: str = "gaussian"
   attack_batch_norm: BatchNormMode = "running"
+  attack_moves_statistics: bool = False
   student_batch_norm: str = "in_turn"
 
   needs_teacher = False
   term_names = ("cross_entropy", "margin", "kl")
+  # The rate falls in epoch 75 and again in epoch 90.
+  cifar_training: ClassVar[dict[str, Any]] = {
+    "num_epochs": 90,
+    "boundaries": (74 / 90, 89 / 90),
+    "weight_decay": 7e-4,
+  }
+  cifar_padding: ClassVar[int] = 4
 
   def __post_init__(self) -> None:
     """Refuses values that make no objective."""

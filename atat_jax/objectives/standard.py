@@ -5,12 +5,12 @@ import dataclasses
 from flax import linen as nn
 
 from atat_jax import batch_norm, losses
-from atat_jax.objectives.base import Batch, Outcome
+from atat_jax.objectives.base import Batch, Objective, Outcome
 from atat_jax.typing import Array, Variables
 
 
 @dataclasses.dataclass(frozen=True)
-class Standard:
+class Standard(Objective):
   """min E[CE(f(x), y)]."""
 
   needs_teacher = False

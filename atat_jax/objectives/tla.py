@@ -21,7 +21,7 @@ first positive; here it is the clean image.
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -68,10 +68,17 @@ class TLA(PairedPasses):
   margin: float = 0.03
   layer: str = ""
   attack_batch_norm: BatchNormMode = "running"
+  attack_moves_statistics: bool = False
   student_batch_norm: str = "in_turn"
 
   needs_teacher = False
   term_names = ("cross_entropy", "triplet", "embedding_square")
+  # At most 80,000 steps of 50 images. (The authors tune a network of AT; here
+  # the student starts afresh, with the schedule of AT.)
+  cifar_training: ClassVar[dict[str, Any]] = {
+    "num_epochs": 82,
+    "batch_size": 50,
+  }
 
   def __post_init__(self) -> None:
     """Refuses values that make no objective."""

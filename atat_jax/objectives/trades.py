@@ -10,6 +10,7 @@ the running statistics twice; here it does once.)
 """
 
 import dataclasses
+from typing import Any, ClassVar
 
 from flax import linen as nn
 
@@ -32,13 +33,23 @@ class TRADES(PairedPasses):
   """
 
   beta: float = 6.0
+  epsilon: float = 0.031
+  step_size: float = 0.007
+  num_steps: int = 10
   attack_loss: str = "kl"
   attack_start: str = "gaussian"
   attack_batch_norm: BatchNormMode = "running"
+  attack_moves_statistics: bool = False
   student_batch_norm: str = "in_turn"
 
   needs_teacher = False
   term_names = ("cross_entropy", "kl")
+  # The rate falls in epoch 75.
+  cifar_training: ClassVar[dict[str, Any]] = {
+    "num_epochs": 76,
+    "boundaries": (74 / 76,),
+  }
+  cifar_padding: ClassVar[int] = 4
 
   def __post_init__(self) -> None:
     """Refuses values that make no objective."""

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from atat_jax.report import page
 from atat_jax.report.merge import FIELDS
 from atat_jax.runs import tables as rows_lib
+from atat_jax.runs import wording
 
 _HEADINGS = {
   "running": "Running statistics: one fixed classifier",
@@ -268,7 +269,7 @@ def verdict(comparison: dict[str, Any]) -> list[str]:
     sentences.append(
       f"{dataset}, running statistics, {strongest.label} (of the attacks run on"
       f" every method the one that leaves least; {first['norm']}, epsilon"
-      f" {rows_lib.size(first['epsilon'])}, {first['num_examples']:,} images):"
+      f" {wording.pixels(first['epsilon'])}, {first['num_examples']:,} images):"
       f" {listed}. An attack only bounds robustness from above."
     )
   return sentences
@@ -280,14 +281,12 @@ def _all_tables(comparison: dict[str, Any]) -> list[Table]:
 
 
 def _plain(cell: Cell) -> str:
-  text = " ".join([cell.text, *(f"[{note}]" for note in cell.notes)])
-  return text.replace("|", "\\|").replace("\n", " ")
+  return " ".join([cell.text, *(f"[{note}]" for note in cell.notes)])
 
 
 def table_as_markdown(found: Table) -> str:
   """A table alone: neither heading nor notes."""
-  lines = [[name.replace("|", "\\|") for name in found.head]]
-  lines += [[_plain(cell) for cell in row] for row in found.rows]
+  lines = [found.head, *([_plain(cell) for cell in row] for row in found.rows)]
   return rows_lib.markdown(lines)
 
 

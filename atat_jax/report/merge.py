@@ -15,7 +15,7 @@ from typing import Any
 
 from atat_jax.errors import UserError
 from atat_jax.report import published
-from atat_jax.runs import files, tables, training_fields
+from atat_jax.runs import configuration, files, tables
 
 METHODS = (
   "standard",
@@ -134,11 +134,12 @@ def _read(workdir: pathlib.Path) -> Run:
       f" `python main.py --config=... --workdir={workdir}`"
     )
   record = results.get("run", {})
-  config = record.get("config") or files.read_json(workdir / "config.json")
-  if not config or "method" not in config:
-    raise UserError(f"workdir: {workdir} has no configuration of a run")
+  config = configuration.parse(
+    record.get("config") or files.read_json(workdir / "config.json") or {},
+    workdir,
+  )
   names = {row["model"] for row in results["rows"]}
-  network = "student" if "student" in names else config["method"]
+  network = "student" if "student" in names else config.method
   rows = [row for row in results["rows"] if row["model"] == network]
   if not rows:
     raise UserError(
@@ -146,27 +147,25 @@ def _read(workdir: pathlib.Path) -> Run:
       " evaluate first, with `python main.py --mode=evaluate --config=..."
       f" --workdir={workdir}`"
     )
-  training = training_fields.of(config)
   return Run(
     workdir=str(workdir),
-    method=config["method"],
-    seed=config.get("seed", 0),
+    method=config.method,
+    seed=config.seed,
     network=network,
-    training={k: v for k, v in training.items() if k not in _SEEDS},
+    training={k: v for k, v in config.training.items() if k not in _SEEDS},
     record=record,
     rows=rows,
-    seconds_per_step=_seconds_per_step(workdir, config),
+    seconds_per_step=_seconds_per_step(workdir, config.batch_size),
   )
 
 
 def _seconds_per_step(
-  workdir: pathlib.Path, config: dict[str, Any]
+  workdir: pathlib.Path, batch_size: int | None
 ) -> float | None:
   lines = files.read_metrics(workdir / "metrics.jsonl").get("train", [])
   rates = [
     line["images_per_second"] for line in lines if line.get("images_per_second")
   ]
-  batch_size = config.get("train", {}).get("batch_size")
   if not rates or not batch_size:
     return None
   return batch_size / statistics.median(rates)

@@ -16,7 +16,7 @@ from typing import Any
 from atat_jax import figures, findings
 from atat_jax.errors import UserError
 from atat_jax.report import comparison, page
-from atat_jax.runs import files, tables
+from atat_jax.runs import files, tables, wording
 
 
 def write_report(workdir: str | os.PathLike[str]) -> pathlib.Path:
@@ -192,7 +192,7 @@ def _robustness_sentence(attacked: list[tables.Column], model: str) -> str:
   low, high = _confidence(row["accuracy"], row["num_examples"])
   sentence = (
     f"Under {strongest.label}, {rank} ({row['norm']}, epsilon "
-    f"{tables.size(row['epsilon'])}), the {model} classifies "
+    f"{wording.pixels(row['epsilon'])}), the {model} classifies "
     f"{100 * row['accuracy']:.1f}% of {row['num_examples']:,} "
     f"{row['dataset']} {row['split']} images correctly (95% confidence: "
     f"{100 * low:.1f}% to {100 * high:.1f}%)"

@@ -1,1 +1,1 @@
-"""A run's working directory: its files, tables and provenance. Needs no JAX."""
+"""Working directory of a run: files, tables, provenance. Needs no JAX."""

@@ -1,10 +1,11 @@
-"""The files of a working directory: reading them, writing atomically."""
+"""Files of a working directory: their names, readers, the atomic writer."""
 
 import contextlib
 import dataclasses
 import json
 import os
 import pathlib
+import uuid
 import zipfile
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -12,25 +13,35 @@ from typing import Any
 import numpy as np
 
 from atat_jax.errors import UserError
+from atat_jax.runs.roles import MODELS
 
-# The order in which models are shown.
-MODELS = ("teacher", "student")
+CONFIG = "config.json"
+METRICS = "metrics.jsonl"
+RESULTS = "results.json"
+REPORT = "report.html"
+EXPLANATION = "explain.html"
+CHECKPOINTS = "checkpoints"
+FIGURES = "figures"
+TENSORBOARD = "tensorboard"
+
 KINDS = ("clean", "adversarial")
 
 
 @contextlib.contextmanager
 def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
-  """Replaces a file at once: a reader sees the old one or the new one, whole.
+  """Replaces a file atomically: a reader sees the old or the new one, whole.
 
   Args:
-    path: The file to be written; its folder is made.
+    path: File to be written; its folder is made.
 
   Yields:
     Path of a temporary file beside it, with the same suffix. It takes the place
     of `path` when the block ends, and is removed when the block fails.
   """
   path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+  # A process id would not do: containers that share a disk share those, too.
+  unique = uuid.uuid4().hex
+  temporary = path.with_name(f".{path.stem}.{unique}.tmp{path.suffix}")
   try:
     yield temporary
     os.replace(temporary, path)
@@ -72,7 +83,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any] | None:
   """Reads a JSON object; None if there is no such file.
 
   Raises:
-    UserError: the file does not hold a JSON object.
+    UserError: The file does not hold a JSON object.
   """
   if not path.exists():
     return None
@@ -89,9 +100,9 @@ def read_results(workdir: pathlib.Path) -> dict[str, Any] | None:
   """Reads `results.json`; None if the run has not been evaluated.
 
   Raises:
-    UserError: the file is damaged or of another format.
+    UserError: The file is damaged or of another format.
   """
-  path = workdir / "results.json"
+  path = workdir / RESULTS
   results = read_json(path)
   if results is not None and results.get("format") != 1:
     raise UserError(
@@ -103,16 +114,16 @@ def read_results(workdir: pathlib.Path) -> dict[str, Any] | None:
 def read_autoattack(
   workdir: pathlib.Path, epsilon: float, norm: str
 ) -> dict[str, dict[str, Any]]:
-  """AutoAttack's rows of `results.json`: of the fixed classifiers alone.
+  """Reads AutoAttack's rows of `results.json`, running statistics only.
 
   Args:
-    workdir: The directory of the file.
-    epsilon: The radius that the rows must have.
-    norm: The norm that they must have.
+    workdir: Directory of the file.
+    epsilon: Radius that the rows must have, pixels in [0, 1].
+    norm: Norm that the rows must have.
 
   Returns:
-    Model to row: that of the most images, and of those the lowest accuracy.
-    Empty if there is no such file.
+    {model: row}. Of several rows of a model, the one with the most images; of
+    those, the one with the lowest accuracy. Empty if there is no such file.
 
   Raises:
     UserError: The file is damaged or of another format.
@@ -137,11 +148,11 @@ def read_metrics(path: pathlib.Path) -> dict[str, list[dict[str, Any]]]:
   """Reads a `metrics.jsonl`.
 
   Args:
-    path: one JSON object a line, with "split" and "step".
+    path: File with one JSON object a line, each with "split" and "step".
 
   Returns:
-    {split: its lines in order of step}; empty if there is no such file. Where
-    a resumed run wrote a step again, the later line counts.
+    {split: lines in order of step}; empty if there is no such file. Where a
+    resumed run wrote a step again, the later line counts.
   """
   splits: dict[str, dict[int, dict[str, Any]]] = {}
   if not path.exists():
@@ -159,10 +170,10 @@ def read_metrics(path: pathlib.Path) -> dict[str, list[dict[str, Any]]]:
 
 
 class Arrays(dict[str, np.ndarray]):
-  """The arrays of a file by name; one that is not there is an error.
+  """Arrays of a file by name; a missing one raises a `UserError`.
 
   Attributes:
-    path: Of the file.
+    path: Path of the file.
   """
 
   def __init__(self, path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
@@ -177,10 +188,10 @@ class Arrays(dict[str, np.ndarray]):
 
 
 def read_arrays(path: pathlib.Path) -> Arrays | None:
-  """Reads an `.npz` of `atat_jax.evaluation`; None if there is no such file.
+  """Reads an `.npz` of arrays; None if there is no such file.
 
   Raises:
-    UserError: the file is damaged.
+    UserError: The file is damaged.
   """
   if not path.exists():
     return None
@@ -188,7 +199,7 @@ def read_arrays(path: pathlib.Path) -> Arrays | None:
     with np.load(path, allow_pickle=False) as archive:
       return Arrays(path, dict(archive))
   except (
-    AttributeError,  # a lone array, or an empty file's
+    AttributeError,  # a single array, or an empty file
     EOFError,
     OSError,
     ValueError,

@@ -8,7 +8,7 @@ LEVEL = 0.95
 
 
 def proportion(share: float, count: int) -> tuple[float, float]:
-  """Wilson's 95 % interval of a proportion; sound at 0 and 1 too.
+  """Returns Wilson's 95 % interval of a proportion, valid at 0 and 1 too.
 
   Args:
     share: Observed share of successes, in [0, 1].
@@ -24,7 +24,7 @@ def proportion(share: float, count: int) -> tuple[float, float]:
 
 
 def mean(values: np.ndarray, axis: int = -1) -> tuple[np.ndarray, np.ndarray]:
-  """Mean and its 95 % interval by the normal approximation.
+  """Returns a mean and its 95 % interval by the normal approximation.
 
   Args:
     values: Float [..., n, ...], independent along `axis`.

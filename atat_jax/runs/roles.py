@@ -1,7 +1,7 @@
-"""Names of the networks of a run, as its files and tables have them."""
+"""Names of the networks of a run, in its files and tables."""
 
 TEACHER = "teacher"
 STUDENT = "student"
 
 MODELS = (TEACHER, STUDENT)
-"""The order in which a run's networks are shown."""
+"""Order in which the networks of a run are shown."""

@@ -1,14 +1,14 @@
-"""The rows of `results.json`, arranged: models down, attacks across."""
+"""Rows of `results.json` arranged by attack, and tables in Markdown."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
-from atat_jax.runs import files
+from atat_jax.runs import roles, wording
 
 Row = dict[str, Any]
 
-# Running statistics first: they make a fixed classifier, so theirs are the
-# numbers that count.
+# Running statistics first: only they make a fixed classifier.
 BATCH_NORMS = ("running", "batch")
 
 BATCH_NORM_NAMES = {
@@ -18,7 +18,11 @@ BATCH_NORM_NAMES = {
 
 BATCH_WARNING = "paper's released protocol, can overstate robustness"
 
-# Rows that agree on these stand in one column.
+BATCH_NORM_HEADINGS = {
+  "running": "Running statistics: one fixed classifier",
+  "batch": f"Batch statistics: {BATCH_WARNING}",
+}
+
 COLUMN_FIELDS = (
   "attack",
   "dataset",
@@ -32,27 +36,22 @@ COLUMN_FIELDS = (
   "num_examples",
   "seed",
 )
+"""Fields on which the rows of a column agree."""
 
-# The columns of the paper's Tables 1 and 2.
+# Columns of the paper's Tables 1 and 2.
 _PAPER_ORDER = ("nominal", "fgsm", "ifgsm20", "pgd7", "pgd10", "pgd20")
 
-# How the numbers of a protocol are called, where an attack has them.
-_NUMBERS = {
-  "step_size": "step size",
-  "num_steps": "steps",
-  "num_restarts": "restarts",
-  "loss": "loss",
-}
+_LENGTHS = ("epsilon", "step_size")  # in units of the pixels
 
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-  """One attack with one protocol.
+  """Results of one attack with one protocol.
 
   Attributes:
-    label: name of the attack, and what tells it from its namesakes if any.
-    protocol: the first of its rows; what the rows share is read off it.
-    rows: {(model, batch_norm): row}; the last where a pair was written twice.
+    label: Name of the attack, with the fields that tell it from its namesakes.
+    protocol: First of the rows, for the fields that all of them share.
+    rows: {(model, batch_norm): row}; the last one where a pair occurs twice.
   """
 
   label: str
@@ -61,11 +60,11 @@ class Column:
 
   @property
   def nominal(self) -> bool:
-    """Whether the images are clean."""
+    """True if the images are clean."""
     return self.protocol["attack"] == "nominal"
 
   def accuracy(self, model: str, batch_norm: str) -> float | None:
-    """Accuracy in [0, 1]; None if it was not measured."""
+    """Returns an accuracy in [0, 1]; None if it was not measured."""
     row = self.rows.get((model, batch_norm))
     return None if row is None else row["accuracy"]
 
@@ -73,14 +72,14 @@ class Column:
 def columns(
   rows: list[Row], fields: tuple[str, ...] = COLUMN_FIELDS
 ) -> list[Column]:
-  """Groups rows of `results.json` by attack and protocol, in their order.
+  """Groups rows of `results.json` by attack and protocol.
 
   Args:
-    rows: The rows.
-    fields: What the rows of a column agree on.
+    rows: Rows of `results.json`.
+    fields: Fields on which the rows of a column agree.
 
   Returns:
-    The columns.
+    Columns in order of appearance.
   """
   groups: dict[tuple[Any, ...], list[Row]] = {}
   for row in rows:
@@ -98,7 +97,7 @@ def columns(
 
 
 def in_paper_order(found: list[Column]) -> list[Column]:
-  """The paper's columns first, as it has them; ensembles of attacks last."""
+  """Sorts columns: the paper's in its order, others, AutoAttack last."""
 
   def place(column: Column) -> int:
     attack = column.protocol["attack"]
@@ -109,31 +108,14 @@ def in_paper_order(found: list[Column]) -> list[Column]:
   return sorted(found, key=place)
 
 
-def markdown(lines: list[list[str]]) -> str:
-  """An aligned Markdown table: names to the left, numbers to the right.
-
-  Args:
-    lines: The head and the rows, all of one length.
-
-  Returns:
-    The table, without a line break at its end.
-  """
-  widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
-  rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-  return "\n".join(
-    "| "
-    + " | ".join(
-      [cells[0].ljust(widths[0])]
-      + [c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True)]
-    )
-    + " |"
-    for cells in [lines[0], rule, *lines[1:]]
-  )
+def strongest(found: list[Column], model: str) -> Column:
+  """Returns the column with a model's lowest accuracy, running statistics."""
+  return min(found, key=lambda c: c.rows[model, "running"]["accuracy"])
 
 
 def series(rows: list[Row]) -> list[tuple[str, str]]:
-  """The (model, batch_norm) pairs of the rows, in the order of the table."""
-  models = dict.fromkeys([*files.MODELS, *(row["model"] for row in rows)])
+  """Lists the (model, batch_norm) pairs of the rows in the order of a table."""
+  models = dict.fromkeys([*roles.MODELS, *(row["model"] for row in rows)])
   present = {(row["model"], row["batch_norm"]) for row in rows}
   return [
     (model, batch_norm)
@@ -143,51 +125,86 @@ def series(rows: list[Row]) -> list[tuple[str, str]]:
   ]
 
 
-def size(value: float | None) -> str:
-  """A perturbation size in [0, 1] as a decimal, and as k/255 if it is one."""
-  if value is None:
-    return "none"
-  levels = 255 * value
-  fraction = f" = {round(levels)}/255"
-  is_multiple = round(levels) >= 1 and abs(levels - round(levels)) < 0.02
-  return f"{value:.4g}" + (fraction if is_multiple else "")
+def markdown(lines: Sequence[Sequence[str]], align: str | None = None) -> str:
+  """Lays out a Markdown table with columns of equal width.
+
+  Args:
+    lines: Head and rows, all of one length.
+    align: "l" or "r" for each column. Default: left for columns with a cell
+      that starts with a letter, right for columns of numbers.
+
+  Returns:
+    Table, without a line break at its end.
+  """
+  cells = [[_escaped(cell) for cell in line] for line in lines]
+  columns = list(zip(*cells, strict=True))
+  if align is None:
+    align = "".join(
+      "l" if any(cell[:1].isalpha() for cell in column[1:]) else "r"
+      for column in columns
+    )
+  widths = [max(map(len, column)) for column in columns]
+  rule = [
+    "-" * width if side == "l" else "-" * (width - 1) + ":"
+    for width, side in zip(widths, align, strict=True)
+  ]
+  head, *rows = (
+    [
+      cell.ljust(width) if side == "l" else cell.rjust(width)
+      for cell, width, side in zip(line, widths, align, strict=True)
+    ]
+    for line in cells
+  )
+  return "\n".join(f"| {' | '.join(line)} |" for line in [head, rule, *rows])
 
 
-def protocol(column: Column) -> str:
-  """The protocol of a column in full, on one line of plain text."""
+def _escaped(cell: str) -> str:
+  return cell.replace("|", "\\|").replace("\n", " ")
+
+
+def attack(column: Column) -> str:
+  """Describes the attack of a column on one line of plain text."""
   first = column.protocol
   if column.nominal:
-    parts = ["clean images, no attack"]
-  else:
-    parts = [
-      f"norm {first.get('norm') or 'none'}",
-      f"epsilon {size(first.get('epsilon'))}",
-    ]
-    parts += [
-      f"{label} {_number(field, first[field])}"
-      for field, label in _NUMBERS.items()
-      if first.get(field) is not None
-    ]
-    parts += [
-      f"{option} {_text(value)}"
-      for option, value in first.get("options", {}).items()
-    ]
-    parts += [
-      f"{attack['attack']} ({attack['numbers']})"
-      for attack in first.get("attacks", [])
-      if attack["numbers"]
-    ]
-  rows = column.rows.values()
+    return "clean images, no attack"
+  parts = [
+    wording.attack(
+      norm=first.get("norm"),
+      epsilon=first.get("epsilon"),
+      step_size=first.get("step_size"),
+      num_steps=first.get("num_steps"),
+      num_restarts=first.get("num_restarts"),
+      loss=first.get("loss"),
+      unit="query" if first["attack"].startswith("square") else "step",
+      options=[
+        (option, _text(value))
+        for option, value in first.get("options", {}).items()
+      ],
+    ),
+    *(
+      f"{part['attack']} ({part['numbers']})"
+      for part in first.get("attacks", [])
+      if part["numbers"]
+    ),
+  ]
+  return ", ".join(parts)
+
+
+def images(column: Column) -> str:
+  """Describes the images and the seed of a column on one line of text."""
+  first, rows = column.protocol, column.rows.values()
   counts = " / ".join(
     f"{count:,}" for count in dict.fromkeys(row["num_examples"] for row in rows)
   )
   seeds = " / ".join(dict.fromkeys(_text(row.get("seed")) for row in rows))
-  parts += [
-    f"{counts} {first['dataset']} {first['split']} images",
-    f"BatchNorm {_batch_norms(column)}",
-    f"seed {seeds}",
-  ]
-  return ", ".join(parts)
+  return f"{counts} {first['dataset']} {first['split']} images, seed {seeds}"
+
+
+def protocol(column: Column) -> str:
+  """Describes the whole protocol of a column on one line of plain text."""
+  return (
+    f"{attack(column)}; {images(column)}; BatchNorm: {_batch_norms(column)}"
+  )
 
 
 def _batch_norms(column: Column) -> str:
@@ -205,19 +222,18 @@ def _batch_norms(column: Column) -> str:
 
 
 def _label(row: Row, firsts: list[Row], fields: tuple[str, ...]) -> str:
-  """The attack's name, with the fields that tell it from its namesakes."""
+  """Returns the attack's name, with the fields that differ in namesakes."""
   namesakes = [other for other in firsts if other["attack"] == row["attack"]]
-  differing = [
-    field
+  marks = [
+    f"{field}={_value(field, row.get(field))}"
     for field in fields
     if len({other.get(field) for other in namesakes}) > 1
   ]
-  marks = [f"{field}={_text(row.get(field))}" for field in differing]
   return f"{row['attack']} ({', '.join(marks)})" if marks else row["attack"]
 
 
-def _number(field: str, value: Any) -> str:
-  return size(value) if field == "step_size" else _text(value)
+def _value(field: str, value: Any) -> str:
+  return wording.pixels(value) if field in _LENGTHS else _text(value)
 
 
 def _text(value: object) -> str:

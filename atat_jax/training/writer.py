@@ -1,12 +1,7 @@
-"""Files that a run writes as it goes: metrics as JSON lines and TensorBoard.
-
-Only process 0 writes. Files that are rewritten are replaced at once, so that a
-kill leaves the old or the new one.
-"""
+"""Metrics of a training as JSON lines and on TensorBoard; process 0 writes."""
 
 import contextlib
 import json
-import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -14,29 +9,16 @@ from typing import Any
 import jax
 import tensorboardX
 
-
-def replace_text(path: pathlib.Path, text: str) -> None:
-  """Writes a whole file at once or not at all (process 0 only)."""
-  if jax.process_index():
-    return
-  path.parent.mkdir(parents=True, exist_ok=True)
-  partial = path.with_name(f".{path.name}.partial")
-  partial.write_text(text, encoding="utf-8")
-  os.replace(partial, path)
-
-
-def write_json(path: pathlib.Path, value: Any) -> None:
-  """Writes JSON at once or not at all; NaN is refused."""
-  replace_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+from atat_jax.runs import files
 
 
 class MetricsWriter(contextlib.AbstractContextManager[Any]):
-  """`metrics.jsonl` and `tensorboard/` of a training run, a context manager.
+  """Writer of `metrics.jsonl` and `tensorboard/`, a context manager.
 
   Args:
-    directory: The run's directory.
-    step: The step that the run starts or resumes from: what an interrupted run
-      wrote beyond it is dropped, for it will be computed again.
+    directory: Directory that holds both.
+    step: Step that the training starts or resumes from; later lines, left by an
+      interrupted run, are dropped, as they will be computed again.
   """
 
   def __init__(self, directory: pathlib.Path, step: int):
@@ -51,8 +33,8 @@ class MetricsWriter(contextlib.AbstractContextManager[Any]):
           if json.loads(line)["step"] <= step:
             kept.append(line + "\n")
         except (json.JSONDecodeError, KeyError):
-          break  # a line cut off by a kill, and nothing after it
-    replace_text(path, "".join(kept))
+          break  # a kill has cut this line off
+    files.write_text(path, "".join(kept))
     self._file = path.open("a", encoding="utf-8")
     self._board = tensorboardX.SummaryWriter(
       str(directory / "tensorboard"), purge_step=step + 1
@@ -61,7 +43,13 @@ class MetricsWriter(contextlib.AbstractContextManager[Any]):
   def write(
     self, split: str, step: int, values: Mapping[str, float | str]
   ) -> None:
-    """Appends a line and the scalars among `values`."""
+    """Appends a line, and its numbers to TensorBoard.
+
+    Args:
+      split: "train" or "validation".
+      step: Number of steps made.
+      values: Metrics and remarks by name.
+    """
     if not self._writes:
       return
     line = {"split": split, "step": step, **values}

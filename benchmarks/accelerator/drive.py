@@ -26,8 +26,8 @@ from typing import Any
 from atat_jax import report
 from atat_jax.errors import UserError
 from atat_jax.runs import files
+from atat_jax.runs.files import write_json
 from atat_jax.training.interrupts import Interrupted, raise_interrupted
-from atat_jax.training.writer import write_json
 from benchmarks.accelerator.entries import ENTRIES, Step
 from benchmarks.setting import ROOT, say
 

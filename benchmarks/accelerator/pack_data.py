@@ -27,7 +27,7 @@ from atat_jax import data
 from atat_jax.data import base
 from atat_jax.errors import UserError
 from atat_jax.runs import files
-from atat_jax.training.writer import write_json
+from atat_jax.runs.files import write_json
 
 COLUMNS = 50
 SHEET = 5000  # images

@@ -464,7 +464,7 @@ def test_a_map_without_contrast_has_a_finite_gradient(normalization):
 class Inverted:
   """Cross-entropy of negatives: a method as somebody else would add it."""
 
-  weight: float
+  weight: float = 1.0
 
   needs_teacher = False
   starts_from_teacher = False

@@ -13,6 +13,7 @@ from PIL import Image
 from atat_jax import report
 from atat_jax.drawing import style
 from atat_jax.errors import UserError
+from atat_jax.report import __main__ as command
 from atat_jax.report import comparison, merge, published
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -428,9 +429,9 @@ def test_layout_of_the_papers_tables(made):
   assert "paper 63.81" in page.text and "+5.0 ± 0.0" in page.text
   assert published.SOURCE in page.text
   for text in (
-    "pgd20: norm linf, epsilon 0.03137 = 8/255, step size 0.007843 = 2/255,"
-    " steps 20, restarts 1, loss cross_entropy, 10,000 cifar10 test images,"
-    " BatchNorm batch statistics of 100 images, seed 0",
+    "pgd20: linf, epsilon 8/255, 20 steps of 2/255, 1 restart, cross_entropy"
+    " loss; 10,000 cifar10 test images, seed 0; BatchNorm: batch statistics of"
+    " 100 images",
     "cifar10, running statistics, autoattack",
     "0123abcd",
   ):
@@ -480,7 +481,7 @@ def test_the_chart_shows_what_was_measured(made, tmp_path):
 
 def test_the_command(tmp_path, capsys):
   workdir = write_run(tmp_path / "a", rows())
-  report.main([str(workdir), "--out", str(tmp_path / "c")])
+  command.main([str(workdir), "--out", str(tmp_path / "c")])
   assert capsys.readouterr().out.splitlines()[0] == (
     f"comparison: {tmp_path / 'c.html'}"
   )

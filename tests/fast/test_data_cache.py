@@ -133,8 +133,8 @@ def test_a_cache_that_cannot_be_written_is_a_warning(source, tmp_path, caplog):
 
 
 def test_a_write_that_fails_leaves_nothing(source, tmp_path, monkeypatch):
-  def full(file, **arrays):
-    file.write(b"half of it")
+  def full(path, **arrays):
+    path.write_bytes(b"half of it")
     raise OSError(28, "No space left on device")
 
   monkeypatch.setattr(np, "savez", full)

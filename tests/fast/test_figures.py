@@ -1,10 +1,6 @@
 """Figures: real pictures that show the numbers in the files."""
 
 import json
-import os
-import pathlib
-import subprocess
-import sys
 
 import matplotlib
 import numpy as np
@@ -14,7 +10,7 @@ from PIL import Image
 from atat_jax import figures
 from atat_jax.drawing import style
 from atat_jax.errors import UserError
-from atat_jax.runs import files, tables
+from atat_jax.runs import files
 
 CURVES = ("loss", "training", "validation", "learning_rate")
 
@@ -183,22 +179,6 @@ def test_curves_survive_one_point_and_not_a_number(tmp_path):
   assert stems == ["curves_student_loss", "curves_student_validation"]
 
 
-def test_metrics_of_an_interrupted_run(tmp_path):
-  path = tmp_path / "metrics.jsonl"
-  path.write_text(
-    '{"split": "train", "step": 2, "loss": 5.0}\n'
-    '{"split": "train", "step": 3, "lo\n'  # killed here
-    '{"split": "train", "step": 1, "loss": 9.0}\n'
-    '{"split": "train", "step": 2, "loss": 4.0}\n'  # resumed from step 1
-    '"not an object"\n'
-    '{"split": "validation", "step": 2, "accuracy_clean": 0.5}'
-  )
-  metrics = files.read_metrics(path)
-  assert [line["loss"] for line in metrics["train"]] == [9.0, 4.0]
-  assert len(metrics["validation"]) == 1
-  assert files.read_metrics(tmp_path / "none.jsonl") == {}
-
-
 def test_attention_is_drawn_where_it_is(tmp_path):
   arrays = attention_arrays(models=("teacher",), n=1)
   clean, attacked = np.zeros((2, 1, 4, 4), np.float32)
@@ -270,74 +250,3 @@ def test_damaged_inputs_are_named(tmp_path):
     results.write_text(content)
     with pytest.raises(UserError, match=message):
       figures.draw_all(tmp_path)
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
-  path = tmp_path / "figures" / "a.png"
-  files.write_bytes(path, b"old")
-
-  def fail(self, content):
-    with open(self, "wb") as file:
-      file.write(content[:1])
-    raise OSError("no space left")
-
-  monkeypatch.setattr(pathlib.Path, "write_bytes", fail)
-  with pytest.raises(OSError, match="no space"):
-    files.write_bytes(path, b"new")
-  assert path.read_bytes() == b"old"
-  assert os.listdir(path.parent) == ["a.png"]
-
-
-def test_table_arrangement():
-  rows = [
-    result_row("student", "nominal", "batch", 0.8),
-    result_row("student", "nominal", "running", 0.7),
-    result_row("teacher", "pgd20", "running", 0.2),
-    result_row("student", "pgd20", "running", 0.3),
-    result_row("student", "pgd20", "running", 0.4),  # evaluated again
-    result_row("student", "pgd20", "running", 0.1, epsilon=0.3),
-  ]
-  nominal, weak, strong = tables.columns(rows)
-  labels = [nominal.label, weak.label, strong.label]
-  assert labels == ["nominal", "pgd20 (epsilon=0.2)", "pgd20 (epsilon=0.3)"]
-  assert nominal.accuracy("student", "batch") == 0.8
-  assert nominal.accuracy("teacher", "running") is None
-  assert weak.accuracy("student", "running") == 0.4
-  assert strong.accuracy("student", "running") == 0.1
-  assert tables.series(rows) == [
-    ("teacher", "running"),
-    ("student", "running"),
-    ("student", "batch"),
-  ]
-
-
-@pytest.mark.parametrize(
-  ("value", "text"),
-  [
-    (8 / 255, "0.03137 = 8/255"),
-    (0.0314, "0.0314 = 8/255"),
-    (0.031, "0.031"),
-    (0.2, "0.2 = 51/255"),
-    (0.05, "0.05"),
-    (0.0, "0"),
-    (None, "none"),
-  ],
-)
-def test_sizes(value, text):
-  assert tables.size(value) == text
-
-
-def test_report_starts_without_matplotlib_and_jax():
-  code = (
-    "import sys, atat_jax.report; "
-    "print([m for m in ('matplotlib', 'jax') if m in sys.modules])"
-  )
-  root = pathlib.Path(__file__).parents[2]
-  result = subprocess.run(
-    [sys.executable, "-c", code],
-    cwd=root,
-    capture_output=True,
-    text=True,
-    check=True,
-  )
-  assert result.stdout.strip() == "[]"

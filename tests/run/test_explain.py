@@ -15,6 +15,7 @@ from atat_jax import analyses, checkpoints, config, evaluation, explain, models
 from atat_jax import state as train_state
 from atat_jax.errors import UserError
 from atat_jax.optim import make_optimizer
+from atat_jax.runs import configuration
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 pytest_plugins = ("tiny",)
@@ -29,7 +30,7 @@ def runs(tmp_path_factory):
   for seed, method in enumerate(("standard", "at")):
     made = tiny.config(method)
     plan = config.make_plan(made)
-    config.write_config(made, folder / method)
+    configuration.write(plan.record, folder / method)
     state = train_state.create(
       plan.model,
       make_optimizer(lambda count: 0.1),
@@ -114,7 +115,7 @@ def test_runs_that_are_none(runs, tmp_path):
   refused([tmp_path / "nothing"], tmp_path / "nothing", "config.json")
   refused([runs / "at", runs / "at"], "runs", "once")
   empty = tmp_path / "empty"
-  config.write_config(tiny.config("at"), empty)
+  configuration.write(config.make_plan(tiny.config("at")).record, empty)
   refused([runs / "at", empty], empty, "checkpoints")
 
 
@@ -123,7 +124,9 @@ def test_runs_that_do_not_belong_together(runs, tmp_path):
     ("data", {"data__name": "cifar10"}, ["data.name", "'digits'", "'cifar10'"]),
     ("epsilon", {"evaluation__epsilon": 0.1}, ["evaluation.epsilon", "0.1"]),
   ):
-    config.write_config(tiny.config("at", **change), tmp_path / name)
+    configuration.write(
+      config.make_plan(tiny.config("at", **change)).record, tmp_path / name
+    )
     refused([runs / "at", tmp_path / name], *parts, tmp_path / name)
   # A number of the command settles it.
   given = {"epsilon": 0.3, "step_size": None, "norm": None}

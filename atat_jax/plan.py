@@ -1,0 +1,396 @@
+"""Plan of a run: typed, checked and frozen; it knows no configuration.
+
+`config.make_plan` turns a configuration into a plan. Each value is checked by
+the dataclass that holds it, before data are loaded or anything is compiled.
+"""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+
+from atat_jax import analyses, attention, checks, data, optim
+from atat_jax.data import mixing
+from atat_jax.errors import UserError
+from atat_jax.evaluation import Protocol
+from atat_jax.objectives import Objective
+from atat_jax.runs import roles
+from atat_jax.training.options import Options
+
+
+def check_seed(name: str, seed: int) -> None:
+  """Checks that a seed is a non-negative 32-bit integer.
+
+  Args:
+    name: Name of the field, for the message.
+    seed: The seed.
+
+  Raises:
+    UserError: The seed is out of range.
+  """
+  if not 0 <= seed < 2**31:
+    raise UserError(f"{name}: {seed}; allowed: 0 to {2**31 - 1}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataPlan:
+  """Data set, its location, and the images that a training batch is made of.
+
+  Attributes:
+    name: Name in `data.DATASETS`.
+    dir: Directory or file that holds the data; None: the usual place.
+    cache_dir: Directory of decoded copies; None: the user's cache.
+    source: Format that is read: "auto", or one that the data set knows.
+    validation_size: Number of training images held out for validation.
+    padding: Pixels of zero padding before the random crop; 0: no crop.
+    flip: Whether training images are mirrored at random.
+    mix: Name in `mixing.MIXES`.
+    mix_alpha: Parameter of the Beta distribution of the mixing ratio.
+    extra: File or directory of extra training images, or None.
+    extra_fraction: Share of extra images in a batch, where there are any.
+  """
+
+  name: str
+  dir: str | None
+  cache_dir: str | None
+  source: str
+  validation_size: int
+  padding: int
+  flip: bool
+  mix: str
+  mix_alpha: float
+  extra: str | None
+  extra_fraction: float
+
+  def __post_init__(self) -> None:
+    """Checks every field that can be checked without reading data."""
+    checks.choice("name", self.name, data.DATASETS)
+    checks.positive("validation_size", self.validation_size, integer=True)
+    if self.padding < 0:
+      raise UserError(f"padding: {self.padding}; allowed: >= 0")
+    mixing.check(self.mix, self.mix_alpha)
+    if not 0 < self.extra_fraction < 1:
+      raise UserError(
+        f"extra_fraction: {self.extra_fraction}; allowed: between 0 and 1"
+      )
+
+  @property
+  def spec(self) -> data.DatasetSpec:
+    """Description of the data set."""
+    return data.spec(self.name)
+
+  def load(self) -> data.Dataset:
+    """Loads the data set.
+
+    Raises:
+      UserError: The data are missing or damaged.
+    """
+    return data.load(
+      self.name,
+      data_dir=self.dir,
+      cache_dir=self.cache_dir,
+      validation_size=self.validation_size,
+      source=self.source,
+    )
+
+  def open_extra(self) -> data.Extra | None:
+    """Opens the extra images; None where the plan has none.
+
+    Raises:
+      UserError: The images are missing, damaged or of another kind.
+    """
+    return data.extra.read(self.extra, self.spec) if self.extra else None
+
+  def num_extra(self, batch_size: int) -> int:
+    """Number of extra images in a batch.
+
+    Args:
+      batch_size: Size of the whole batch.
+
+    Raises:
+      UserError: The batch is too small to hold both kinds of images.
+    """
+    if not self.extra:
+      return 0
+    number = round(self.extra_fraction * batch_size)
+    if not 0 < number < batch_size:
+      raise UserError(
+        f"batch_size: {batch_size}; allowed: large enough for both kinds of"
+        f" images, with data.extra_fraction = {self.extra_fraction}"
+      )
+    return number
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StagePlan:
+  """One network to train. Times are shares of the run until its length is known.
+
+  Attributes:
+    name: Role of the network: "teacher", "student", or the method of a run
+      that has no teacher.
+    section: Section of the configuration that holds its numbers, for messages.
+    directory: Directory of its files, relative to the working directory or
+      absolute.
+    objective: Objective that is minimised.
+    seed: Seed for this stage's initial weights, batches and attacks.
+    num_extra: Number of extra images in a batch.
+    mix: Name in `mixing.MIXES`.
+    mix_alpha: Parameter of the Beta distribution of the mixing ratio.
+    num_epochs: Number of epochs.
+    batch_size: Number of images in a batch, extra images included.
+    schedule: Name in `optim.SCHEDULES`.
+    learning_rate: Highest learning rate.
+    boundaries: Schedule "piecewise": shares of the run at which the rate falls.
+    factor: Schedule "piecewise": factor of each fall.
+    warmup_fraction: Schedules "cosine" and "one_cycle": share of the run in
+      which the rate rises.
+    momentum: Momentum of SGD.
+    nesterov: Whether the momentum is Nesterov's.
+    weight_decay: Weight decay of the kernels.
+    clip_norm: Largest norm of the gradient; 0: no clipping.
+    accumulate_steps: Number of parts of a batch that are computed in turn.
+    remat: Whether cheap results are recomputed rather than kept.
+    label_smoothing: Share of every target spread over all classes.
+    epsilon_warmup: Share of the run in which the attack's radius rises from 0.
+    awp_gamma: Size of the adversarial weight perturbation; 0: none.
+    awp_start: Share of the run before the first perturbation.
+    ema_decay: Decay of the exponential moving average of the weights; 0: none.
+    swa_start: Share of the run before the equal average of the weights; 0: no
+      such average.
+    statistics_batches: Number of batches that estimate the BatchNorm statistics
+      of averaged weights; 0: the statistics are averaged like the weights.
+    log_every_steps: Number of steps between log lines.
+    steps_per_dispatch: Number of steps in one program.
+    validate_every_epochs: Number of epochs between validations.
+  """
+
+  name: str
+  section: str
+  directory: pathlib.Path
+  objective: Objective
+  seed: int
+  num_extra: int
+  mix: str
+  mix_alpha: float
+  num_epochs: int
+  batch_size: int
+  schedule: str
+  learning_rate: float
+  boundaries: tuple[float, ...]
+  factor: float
+  warmup_fraction: float
+  momentum: float
+  nesterov: bool
+  weight_decay: float
+  clip_norm: float
+  accumulate_steps: int
+  remat: bool
+  label_smoothing: float
+  epsilon_warmup: float
+  awp_gamma: float
+  awp_start: float
+  ema_decay: float
+  swa_start: float
+  statistics_batches: int
+  log_every_steps: int
+  steps_per_dispatch: int
+  validate_every_epochs: float
+
+  def __post_init__(self) -> None:
+    """Checks all numbers, also those that the optimizer is made of."""
+    for field in (
+      "num_epochs",
+      "batch_size",
+      "log_every_steps",
+      "steps_per_dispatch",
+    ):
+      checks.positive(field, getattr(self, field), integer=True)
+    checks.positive("validate_every_epochs", self.validate_every_epochs)
+    if not all(
+      isinstance(share, int | float) and 0 < share < 1
+      for share in self.boundaries
+    ):
+      raise UserError(
+        f"boundaries: {self.boundaries}; allowed: shares of the run between 0"
+        " and 1"
+      )
+    for field in ("epsilon_warmup", "awp_start", "swa_start"):
+      share = getattr(self, field)
+      if not 0 <= share < 1:
+        raise UserError(
+          f"{field}: {share}; allowed: a share of the run, [0, 1)"
+        )
+    any_length = 1000
+    self.make_optimizer(any_length)
+    self.make_options(any_length)
+    if self.batch_size % self.accumulate_steps:
+      raise UserError(
+        f"accumulate_steps: {self.accumulate_steps}; allowed: a divisor of"
+        f" batch_size, {self.batch_size}"
+      )
+
+  def make_schedule(self, total_steps: int) -> optax.Schedule:
+    """Makes the learning-rate schedule.
+
+    Args:
+      total_steps: Number of steps of the run.
+
+    Raises:
+      UserError: A number is out of range.
+    """
+    return optim.make_schedule(
+      self.schedule,
+      learning_rate=self.learning_rate,
+      total_steps=total_steps,
+      boundaries=sorted(
+        {max(1, round(share * total_steps)) for share in self.boundaries}
+      ),
+      factor=self.factor,
+      warmup_fraction=self.warmup_fraction,
+    )
+
+  def make_optimizer(self, total_steps: int) -> optax.GradientTransformation:
+    """Makes the optimizer.
+
+    Args:
+      total_steps: Number of steps of the run.
+
+    Raises:
+      UserError: A number is out of range.
+    """
+    return optim.make_optimizer(
+      self.make_schedule(total_steps),
+      momentum=self.momentum,
+      nesterov=self.nesterov,
+      weight_decay=self.weight_decay,
+      clip_norm=self.clip_norm,
+    )
+
+  def make_options(self, total_steps: int) -> Options:
+    """Makes the options of the train step, with times in steps.
+
+    Args:
+      total_steps: Number of steps of the run.
+
+    Raises:
+      UserError: A number is out of range, or two options exclude each other.
+    """
+
+    def steps(share: float) -> int:
+      # 0 steps would turn the option off.
+      return max(1, round(share * total_steps)) if share else 0
+
+    return Options(
+      awp_gamma=self.awp_gamma,
+      awp_start=steps(self.awp_start),
+      ema_decay=self.ema_decay,
+      swa_start=steps(self.swa_start),
+      statistics_batches=self.statistics_batches,
+      label_smoothing=self.label_smoothing,
+      epsilon_warmup=steps(self.epsilon_warmup),
+      accumulate_steps=self.accumulate_steps,
+      remat=self.remat,
+      mix=self.mix,
+      mix_alpha=self.mix_alpha,
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluationPlan:
+  """Attacks that validate and evaluate a run.
+
+  Attributes:
+    validation: Protocol that chooses checkpoints, on the validation split.
+    protocols: Protocols of the table, on the test split.
+    batch_norm: BatchNorm modes of the table: "running", "batch".
+    batch_size: Number of images in a batch.
+    batch_statistics_size: Number of images in a batch in the mode "batch".
+    num_examples: Number of test images, from the first on; 0: all of them.
+    seed: Seed of the attacks.
+  """
+
+  validation: Protocol
+  protocols: tuple[Protocol, ...]
+  batch_norm: tuple[str, ...]
+  batch_size: int
+  batch_statistics_size: int
+  num_examples: int
+  seed: int
+
+  def __post_init__(self) -> None:
+    """Checks all numbers."""
+    check_seed("seed", self.seed)
+    for field in ("batch_size", "batch_statistics_size"):
+      checks.positive(field, getattr(self, field), integer=True)
+    if self.num_examples < 0:
+      raise UserError(f"num_examples: {self.num_examples}; allowed: >= 0")
+    if not self.batch_norm:
+      raise UserError("batch_norm: (); allowed: running, batch")
+    for mode in self.batch_norm:
+      checks.choice("batch_norm", mode, ("running", "batch"))
+
+  def size_of_batch(self, mode: str) -> int:
+    """Number of images in a batch in a BatchNorm mode."""
+    return self.batch_statistics_size if mode == "batch" else self.batch_size
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+  """Everything that a run does, checked before any of it is done.
+
+  Attributes:
+    data: Data set and augmentation.
+    model: Network; all networks of a run have the same architecture.
+    model_spec: The network as JSON (`checkpoints.model_spec`).
+    stages: Networks to train, in order; the last one is the run's own.
+    teacher: Directory of the teacher, relative to the working directory or
+      absolute; None: the method has no teacher.
+    evaluation: Attacks that validate and evaluate the run.
+    figures: Numbers of the analyses.
+    profile_steps: First and last step of the profile, from 1; (): no profile.
+    record: Configuration that the plan was made from, as plain JSON.
+  """
+
+  data: DataPlan
+  model: nn.Module
+  model_spec: dict[str, Any]
+  stages: tuple[StagePlan, ...]
+  teacher: pathlib.Path | None
+  evaluation: EvaluationPlan
+  figures: analyses.FigureSettings
+  profile_steps: tuple[int, ...]
+  record: dict[str, Any]
+
+  def __post_init__(self) -> None:
+    """Checks the profile, and that the objective's layers exist."""
+    steps = self.profile_steps
+    if steps and not (len(steps) == 2 and 1 <= steps[0] <= steps[1]):
+      raise UserError(
+        f"profile_steps: {steps}; allowed: (), or a first and a last step, from"
+        " 1"
+      )
+    layers = getattr(self.objective, "layers", ())
+    if layers:
+      images = jnp.zeros((1, *self.data.spec.image_shape))
+      variables = jax.eval_shape(self.model.init, jax.random.key(0), images)
+      names = attention.layer_names(self.model, variables, images)
+      try:
+        attention.check_layers(layers, names)
+      except UserError as error:
+        raise UserError(f"objective.{error}") from None
+
+  @property
+  def objective(self) -> Objective:
+    """Objective of the run's own network."""
+    return self.stages[-1].objective
+
+  @property
+  def networks(self) -> dict[str, pathlib.Path]:
+    """Role of each network of the run to its directory, the teacher first."""
+    teacher = {} if self.teacher is None else {roles.TEACHER: self.teacher}
+    last = self.stages[-1]
+    return {**teacher, last.name: last.directory}

@@ -1,0 +1,170 @@
+"""`config.json` of a working directory: writing, reading and comparing it."""
+
+import dataclasses
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from atat_jax.errors import UserError
+from atat_jax.runs import files
+
+FILE = "config.json"
+
+# Fields that the trained weights do not depend on.
+_FREE = (
+  "evaluation",
+  "figures",
+  "data.dir",
+  "data.cache_dir",
+  "data.source",
+  "profile_steps",
+  "train.steps_per_dispatch",
+  "teacher.steps_per_dispatch",
+)
+# Exceptions among them: they choose the checkpoint.
+_BOUND = (
+  "evaluation.validation_attack",
+  "evaluation.norm",
+  "evaluation.epsilon",
+  "evaluation.step_size",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Configuration:
+  """Configuration of a finished run, as far as others need it.
+
+  Attributes:
+    method: Name of the training method.
+    seed: Seed of the training.
+    batch_size: Number of images in a training batch; None: not recorded.
+    training: Dotted name of every field that the training depends on to its
+      value.
+    data: Arguments of `atat_jax.data.load`, its `name` included.
+    attack: epsilon, step_size and norm of the run's evaluation.
+  """
+
+  method: str
+  seed: int
+  batch_size: int | None
+  training: dict[str, Any]
+  data: dict[str, Any]
+  attack: dict[str, Any]
+
+
+def parse(tree: Mapping[str, Any], where: pathlib.Path) -> Configuration:
+  """Reads the configuration of a run.
+
+  Args:
+    tree: Content of `config.json`, or the copy in `results.json`.
+    where: Working directory, for the message.
+
+  Returns:
+    The configuration. Fields that an older version did not write are left out.
+
+  Raises:
+    UserError: The tree is not the configuration of a run.
+  """
+  if "method" not in tree:
+    raise UserError(f"workdir: {where} has no configuration of a run")
+  data, evaluation = tree.get("data", {}), tree.get("evaluation", {})
+  arguments = {
+    "name": "name",
+    "dir": "data_dir",
+    "cache_dir": "cache_dir",
+    "validation_size": "validation_size",
+    "source": "source",
+  }
+  return Configuration(
+    method=tree["method"],
+    seed=tree.get("seed", 0),
+    batch_size=tree.get("train", {}).get("batch_size"),
+    training=training_fields(tree),
+    data={arguments[k]: v for k, v in data.items() if k in arguments},
+    attack={
+      field: evaluation[field]
+      for field in ("epsilon", "step_size", "norm")
+      if field in evaluation
+    },
+  )
+
+
+def read(workdir: pathlib.Path) -> Configuration:
+  """Reads `config.json` of a run, or of the run whose teacher this is.
+
+  Args:
+    workdir: Working directory of a run, or its folder `teacher`.
+
+  Raises:
+    UserError: There is no such file, or it is damaged.
+  """
+  for directory in (workdir, workdir.parent):
+    tree = files.read_json(directory / FILE)
+    if tree is not None:
+      return parse(tree, directory)
+  raise UserError(
+    f"{workdir}: no run, it has no config.json; allowed: a --workdir of main.py"
+  )
+
+
+def training_fields(tree: Mapping[str, Any]) -> dict[str, Any]:
+  """Fields that make two trainings the same.
+
+  Args:
+    tree: Content of `config.json`.
+
+  Returns:
+    Dotted name of each field to its value.
+  """
+  return {
+    path: value
+    for path, value in _leaves(tree)
+    if path in _BOUND
+    or not any(path == f or path.startswith(f + ".") for f in _FREE)
+  }
+
+
+def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+  if isinstance(tree, Mapping):
+    for key, value in tree.items():
+      yield from _leaves(value, f"{path}.{key}" if path else key)
+  else:
+    yield path, tree
+
+
+def check(tree: Mapping[str, Any], workdir: pathlib.Path) -> None:
+  """Checks that a working directory is new, or holds the same training.
+
+  Args:
+    tree: Configuration of the run, as plain JSON.
+    workdir: Working directory; nothing in it is changed.
+
+  Raises:
+    UserError: The directory holds a run with another training.
+  """
+  stored = files.read_json(workdir / FILE)
+  if stored is None:
+    return
+  found = training_fields(stored)
+  for field, value in training_fields(tree).items():
+    if found.get(field) != value:
+      raise UserError(
+        f"config.{field}: {value!r}, but {workdir} holds a run with"
+        f" {found.get(field)!r}; use that or another --workdir"
+      )
+
+
+def write(tree: Mapping[str, Any], workdir: pathlib.Path) -> None:
+  """Writes `config.json`.
+
+  Args:
+    tree: Configuration of the run, as plain JSON.
+    workdir: Working directory; it is made if needed.
+
+  Raises:
+    UserError: The directory cannot be written.
+  """
+  try:
+    files.write_json(workdir / FILE, tree)
+  except OSError as error:
+    raise UserError(f"workdir: {workdir}: {error.strerror}") from None

@@ -1,0 +1,104 @@
+"""Batches of a stage as functions of the step: indices and extra images."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from atat_jax import sharding
+from atat_jax.data import Extra, Split, batches
+
+# Seeds of stages are below 2**32, so that no stage has this stream.
+_EXTRA_STREAM = 1 << 32
+
+
+class BatchDraws:
+  """Draws the batches of a stage; the same step always has the same batch.
+
+  With extra images a batch has fewer images of the training split, which then
+  takes more steps to be gone through; an epoch remains as many steps as
+  without.
+
+  Args:
+    seed: Seed of the stage.
+    num_examples: Number of training images.
+    batch_size: Number of images in a batch, extra images included.
+    num_extra: Number of extra images in a batch.
+    extra: Extra images, or None.
+    mesh: The devices.
+  """
+
+  def __init__(
+    self,
+    seed: int,
+    *,
+    num_examples: int,
+    batch_size: int,
+    num_extra: int,
+    extra: Extra | None,
+    mesh: Mesh,
+  ):
+    self._seed, self._extra, self._mesh = seed, extra, mesh
+    self._num_examples, self._num_extra = num_examples, num_extra
+    self._batch_size = batch_size
+
+  def _indices(self, number: int) -> np.ndarray:
+    return batches.train_indices(
+      self._seed,
+      number,
+      num_examples=self._num_examples,
+      batch_size=self._batch_size - self._num_extra,
+    )
+
+  def _images(self, number: int) -> Split | None:
+    """Extra images of a batch; they have epochs of their own."""
+    if self._extra is None:
+      return None
+    rows = batches.train_indices(
+      self._seed + _EXTRA_STREAM,
+      number,
+      num_examples=len(self._extra),
+      batch_size=self._num_extra,
+    )
+    return self._extra.take(rows)
+
+  def _put(
+    self, draw: Callable[[int], Any], numbers: Sequence[int], size: int
+  ) -> Any:
+    """Puts what each batch draws on the devices: [B, ...], or [size, B, ...]."""
+    found = [draw(number) for number in numbers]
+    if size == 1:
+      axis, (rows,) = 0, found
+    else:  # the last batch fills the rest, which no step reads
+      found += found[-1:] * (size - len(found))
+      axis, rows = 1, jax.tree.map(lambda *arrays: np.stack(arrays), *found)
+    return jax.tree.map(
+      lambda array: sharding.put_batch(self._mesh, array, axis=axis), rows
+    )
+
+  def indices(self, numbers: Sequence[int], size: int = 1) -> jax.Array:
+    """Indices into the training split.
+
+    Args:
+      numbers: Numbers of the batches, from 0; at most `size`.
+      size: Number of batches in the array.
+
+    Returns:
+      int32 [M] on the devices, or [size, M] where size > 1.
+    """
+    return self._put(self._indices, numbers, size)
+
+  def images(self, numbers: Sequence[int], size: int = 1) -> Split | None:
+    """Extra images.
+
+    Args:
+      numbers: Numbers of the batches, from 0; at most `size`.
+      size: Number of batches in the arrays.
+
+    Returns:
+      Images uint8 [E, H, W, C] and labels [E] on the devices, with an axis
+      [size, ...] in front where size > 1; None without extra images.
+    """
+    return self._put(self._images, numbers, size)

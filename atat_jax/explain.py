@@ -28,8 +28,6 @@ from atat_jax import (
   checks,
   data,
   evaluation,
-  figures,
-  findings,
   interop,
   models,
   runtime,
@@ -287,28 +285,22 @@ def explain(
     class_names=subject.class_names,
     mesh=mesh,
   )
-  drawn = figures.draw_analyses(out, out / "figures")
+  # What an earlier command has left in the directory is not of this page.
+  sections = analyses.sections(out, out / "figures", only=settings.analyses)
   names = ", ".join(subject.networks)
-  facts = {
-    "Devices": ", ".join(device.device_kind for device in jax.devices()),
-    "Commit": provenance.commit() or "not recorded",
-    "Files": ", ".join(path.name for path in drawn),
-  }
-  body = [
-    f"<h1>{page.escape(names)}</h1>",
-    f"<p class='soft'>Explained on {page.escape(subject.what)}</p>",
-    # What an earlier command has left in the directory is not of this page.
-    *(
-      findings.section(path, pictures)
-      for path, pictures in drawn.items()
-      if path in paths
-    ),
-    "<h2>How it was made</h2>",
-    f"<pre>{page.escape(command)}</pre>" if command else "",
-    page.facts(facts),
-  ]
-  text = page.document(f"{names} explained", body)
-  return files.write_bytes(out / "explain.html", text.encode())
+  text = page.render(
+    "explain.html.j2",
+    title=f"{names} explained",
+    subject=subject.what,
+    sections=sections,
+    command=command,
+    facts={
+      "Devices": ", ".join(device.device_kind for device in jax.devices()),
+      "Commit": provenance.commit() or "not recorded",
+      "Files": ", ".join(path.name for path in paths),
+    },
+  )
+  return files.write_text(out / "explain.html", text)
 
 
 # --- The command -------------------------------------------------------------
@@ -430,7 +422,7 @@ def main(argv: Sequence[str] | None = None) -> None:
       num_classes=args.num_classes,
       class_names=args.class_names,
     )
-  settings.check_images(len(subject.labels))
+  analyses.check_images(settings, len(subject.labels))
   words = sys.argv[1:] if argv is None else argv
   command = shlex.join(["python", "-m", "atat_jax.explain", *words])
   path = explain(subject, settings, args.out, command=command)

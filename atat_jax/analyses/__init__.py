@@ -83,9 +83,7 @@ def _check_names(names: Sequence[str]) -> None:
   for name in names:
     checks.choice("analyses", name, ANALYSES)
   if len(set(names)) < len(names):
-    raise UserError(
-      f"analyses: {','.join(names)!r}; allowed: each name once"
-    )
+    raise UserError(f"analyses: {','.join(names)!r}; allowed: each name once")
 
 
 def check_images(settings: FigureSettings, count: int) -> None:

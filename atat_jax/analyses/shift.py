@@ -277,15 +277,12 @@ def mean_band(values: np.ndarray, members: np.ndarray) -> dict[str, np.ndarray]:
     (`intervals.mean`). The mean of no member, and the band of fewer than two, is
     NaN.
   """
-  rows = []
-  for row, chosen in zip(values, members, strict=True):
+  found = np.full((3, len(values)), np.nan)
+  for place, (row, chosen) in enumerate(zip(values, members, strict=True)):
     if chosen.any():
-      mean, (low, high) = intervals.mean(row[chosen])
-      rows.append((mean, low, high))
-    else:
-      rows.append((np.nan, np.nan, np.nan))
-  mean, low, high = np.array(rows, np.float64).reshape(-1, 3).T
-  return {"mean": mean, "low": low, "high": high}
+      mean, ends = intervals.mean(row[chosen])
+      found[:, place] = mean, *ends
+  return dict(zip(("mean", "low", "high"), found, strict=True))
 
 
 # --- Pictures ----------------------------------------------------------------
@@ -395,7 +392,9 @@ def _row_names(data: files.Arrays, comparable: dict[str, int]) -> list[str]:
   last = len(data["rounds"]) - 1
   names = []
   for name, place in comparable.items():
-    fooled, kept = (data[f"{name}_{what}"][place] for what in ("fooled", "kept"))
+    fooled, kept = (
+      data[f"{name}_{what}"][place] for what in ("fooled", "kept")
+    )
     rounds = "" if place == last else f", {_rounds_text(data, place)}"
     names.append(
       f"{name}\n{fooled.sum():,} of {(fooled | kept).sum():,}{rounds}"

@@ -6,6 +6,7 @@ number of steps costs the longest attack and one more forward pass.
 """
 
 import pathlib
+from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
@@ -16,7 +17,7 @@ from atat_jax.attacks import balls
 from atat_jax.drawing import panels, style
 from atat_jax.evaluation import rules, sweeps
 from atat_jax.evaluation.networks import Networks
-from atat_jax.runs import files, wording
+from atat_jax.runs import files, tables, wording
 from atat_jax.typing import Array
 
 _TICKS = (0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
@@ -82,7 +83,11 @@ def attack_steps(
     batch_size=batch_size,
     mesh=mesh,
   )
-  attack = {"epsilon": epsilon, "step_size": step_size, "norm": norm}
+  attack: dict[str, Any] = {
+    "epsilon": epsilon,
+    "step_size": step_size,
+    "norm": norm,
+  }
   found = sweep.facts() | {
     "protocol": np.array(
       f"PGD, {wording.attack(**attack)}, random start, {loss} loss; running"
@@ -103,7 +108,7 @@ def attack_steps(
   return found
 
 
-def _autoattack(data: files.Arrays) -> dict[str, files.Row]:
+def _autoattack(data: files.Arrays) -> dict[str, tables.Row]:
   """Returns AutoAttack's rows of the networks, where a `results.json` has them."""
   rows = files.read_autoattack(
     data.path.parent, float(data["epsilon"]), str(data["norm"])

@@ -17,9 +17,9 @@ _CELL = 1.5  # inches
 _PAIR = 0.62  # height of the attacked image and its perturbation, in cells
 
 
-def draw(data: files.Attention, stem: str, directory: pathlib.Path) -> list[
-  pathlib.Path
-]:
+def draw(
+  data: files.Attention, stem: str, directory: pathlib.Path
+) -> list[pathlib.Path]:
   """Draws the maps of a few images on each figure.
 
   On the left the image and its true class, beside it the maps, each over what
@@ -47,7 +47,7 @@ def draw(data: files.Attention, stem: str, directory: pathlib.Path) -> list[
   num_maps = sum(not row.pair for row in rows)
   per_figure = max(1, _ROWS_PER_FIGURE // num_maps)
   per_figure = min(per_figure, len(data.images))
-  paths = []
+  paths: list[pathlib.Path] = []
   for start in range(0, len(data.images), per_figure):
     with style.context():
       fig = _figure(data, rows, start, per_figure)
@@ -300,9 +300,7 @@ def _map(
   return "right"
 
 
-def _mark_center(
-  ax: Axes, map_: np.ndarray, height: int, width: int
-) -> None:
+def _mark_center(ax: Axes, map_: np.ndarray, height: int, width: int) -> None:
   total = map_.sum(dtype=float)
   if not total > 0:
     return
@@ -330,9 +328,7 @@ def _frame(ax: Axes, mark: str, height: int, width: int) -> None:
   )
 
 
-def _title(
-  ax: Axes, text: str, color: str, weight: str = "normal"
-) -> None:
+def _title(ax: Axes, text: str, color: str, weight: str = "normal") -> None:
   # Long names ("aquarium fish") in smaller type, or neighbours would touch.
   size = style.letters(9, text, 18)
   text = text.replace("_", " ")

@@ -1,6 +1,6 @@
 """Parts of figures: lines over a sweep, rows with intervals, tables of colours."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -51,12 +51,13 @@ def lines(
 
 
 def ticks(
-  ax: Axes, places: Sequence[float], text: Callable[[float], str]
+  ax: Axes, places: Iterable[float], text: Callable[[float], str]
 ) -> None:
   """Sets the ticks of the horizontal axis to some places, and no others."""
   from matplotlib import ticker
 
-  ax.xaxis.set_major_locator(ticker.FixedLocator(list(places)))
+  places = list(places)
+  ax.xaxis.set_major_locator(ticker.FixedLocator(places))
   ax.xaxis.set_major_formatter(
     ticker.FixedFormatter([text(place) for place in places])
   )

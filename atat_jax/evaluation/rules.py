@@ -9,6 +9,9 @@ from typing import Any
 
 Row = Mapping[str, Any]
 
+CONVERGED = 0.02
+"""Largest fall in accuracy under more steps of an attack that has converged."""
+
 
 def _accuracies(rows: Sequence[Row], batch_norm: str) -> dict[str, float]:
   return {
@@ -111,7 +114,7 @@ def diagnose(rows: Sequence[Row], model: str) -> dict[str, dict[str, Any]]:
       "rule": f"accuracy under PGD({few}) minus under PGD({most}); flag above"
       " 0.02: the attack had not converged, more steps may lower it further",
       "value": before - after,
-      "flag": before - after > 0.02,
+      "flag": before - after > CONVERGED,
       "message": (
         f"From {few} to {most} steps the accuracy falls by"
         f" {100 * (before - after):.1f} points."

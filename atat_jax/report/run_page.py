@@ -13,7 +13,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from atat_jax import figures, findings
+from atat_jax import figures
 from atat_jax.errors import UserError
 from atat_jax.report import comparison, page
 from atat_jax.runs import files, tables, wording
@@ -37,6 +37,8 @@ def write_report(workdir: str | os.PathLike[str]) -> pathlib.Path:
   Raises:
     UserError: there is no `results.json`, or an input cannot be read.
   """
+  from atat_jax import analyses  # it imports JAX, which takes long
+
   workdir = pathlib.Path(workdir)
   results = files.read_results(workdir)
   if results is None:
@@ -47,7 +49,7 @@ def write_report(workdir: str | os.PathLike[str]) -> pathlib.Path:
   run = results.get("run", {})
   config = run.get("config") or files.read_json(workdir / "config.json") or {}
   bars, curves = figures.draw_results(workdir), figures.draw_curves(workdir)
-  analyses = figures.draw_analyses(workdir, workdir / "figures")
+  sections = analyses.sections(workdir, workdir / "figures")
   rows = results["rows"]
   title = _title(config, rows)
   date = run.get("date")
@@ -59,11 +61,19 @@ def write_report(workdir: str | os.PathLike[str]) -> pathlib.Path:
     _results_section(rows, bars),
     _diagnostics_section(results.get("diagnostics", {})),
     _curves_section(curves),
-    *(findings.section(path, drawn) for path, drawn in analyses.items()),
+    *(_analysis_section(section) for section in sections),
     _run_section(run, config),
   ]
   text = page.document(title, body)
   return files.write_bytes(workdir / "report.html", text.encode())
+
+
+def _analysis_section(section: Any) -> str:
+  return (
+    f"<h2>{page.escape(section.heading)}</h2>\n"
+    f"<p>{page.escape(section.sentence)}</p>\n"
+    f"{page.figure(section.pictures, section.caption, wide=section.wide)}"
+  )
 
 
 def write_comparison(

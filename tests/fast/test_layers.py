@@ -26,7 +26,6 @@ LAYERS = (
   "figures",
   "plan",
   "config",
-  "findings",
   "report",
   "train",  # modes
   "evaluate",

@@ -13,6 +13,12 @@ where such a loss surface turns, add nothing. And where the softmax is
 saturated, p near one class, the curvature vanishes: a network that is sure of
 itself on clean images looks flat there, and need not be robust. Attacked images
 show that; the landscape shows the kinks.
+
+Arrays: `networks` [m], `num_examples`, `protocol`, `tolerance`, and for each
+network `<name>_eigenvalue` float32 [n], in nats per squared unit of the pixels,
+`<name>_residual` float32 [n], `<name>_mean`, the mean eigenvalue, and
+`<name>_interval` float64 [2], its 95 % confidence interval by the normal
+approximation (NaN for one image).
 """
 
 import functools
@@ -150,13 +156,7 @@ def loss_curvature(
     mesh: The devices; None: all of them.
 
   Returns:
-    `networks` [m], `num_examples`, `protocol`, `tolerance`, and for each
-    network
-    `<name>_eigenvalue` float32 [n], in nats per squared unit of the pixels,
-    `<name>_residual` float32 [n],
-    `<name>_mean`, the mean eigenvalue, and
-    `<name>_interval` float64 [2], its 95 % confidence interval by the normal
-    approximation (NaN for one image).
+    The arrays that the module describes, by name.
 
   Raises:
     UserError: An argument of a wrong shape, dtype or range, by name.
@@ -183,12 +183,9 @@ def loss_curvature(
       tolerance=tolerance,
       num_iterations=num_iterations,
     )
+    size = min(batch_size, len(labels))
     eigenvalues, residuals = batches.map_batches(
-      measure,
-      images,
-      labels,
-      batch_size=min(batch_size, len(labels)),
-      mesh=mesh,
+      measure, images, labels, batch_size=size, mesh=mesh
     )
     mean, interval = intervals.mean(eigenvalues)
     found[f"{name}_eigenvalue"] = eigenvalues

@@ -1,4 +1,17 @@
-"""Accuracy against the radius of an attack."""
+"""Accuracy against the radius of an attack.
+
+In a ball that covers all images any classifier that has more than one answer
+can be fooled: accuracy that is left there is the attack's failure (vanishing or
+masked gradients), and casts doubt on every smaller radius. So does accuracy that
+rises with the radius.
+
+Arrays: `networks` [m], `num_examples`, `chance` (1 / K), `protocol`, `norm`,
+`epsilons` float64 [e], and for each network
+`<name>_accuracy` float64 [e] at the last iterate,
+`<name>_worst_case` float64 [e], the share of images that no iterate in this or a
+smaller ball has fooled, and
+`<name>_correct` bool [e, n], image by image, at the last iterate.
+"""
 
 import pathlib
 from collections.abc import Sequence
@@ -64,17 +77,13 @@ def attack_epsilons(
 ) -> dict[str, np.ndarray]:
   """Returns the accuracy under PGD with each of some radii of the ball.
 
-  A step is a quarter of each radius; no radius compiles anew. In a ball that
-  covers all images any classifier that has more than one answer can be fooled:
-  accuracy that is left there is the attack's failure (vanishing or masked
-  gradients), and casts doubt on every smaller radius. So does accuracy that
-  rises with the radius. The margin is the default because cross-entropy's own
-  gradient vanishes in float32 where a network is sure of itself.
+  A step is a quarter of each radius; no radius compiles anew. The margin is the
+  default because cross-entropy's own gradient vanishes in float32 where a
+  network is sure of itself.
 
   Args:
     key: Random key of the starts, the same for each radius.
-    networks: See `sweeps.prepare`, as `images`, `labels`, `num_steps`, `loss`,
-      `batch_size` and `mesh`.
+    networks: Name to (module, variables); more in `sweeps.prepare`.
     images: Float [n, H, W, C] in [0, 1].
     labels: Integers [n].
     epsilons: Radii in the unit of the pixels, increasing; 0 is no attack. See
@@ -86,12 +95,7 @@ def attack_epsilons(
     mesh: The devices.
 
   Returns:
-    `networks` [m], `num_examples`, `chance` (1 / K), `protocol`, `norm`,
-    `epsilons` float64 [e], and for each network
-    `<name>_accuracy` float64 [e] at the last iterate,
-    `<name>_worst_case` float64 [e], the share of images that no iterate in this
-    or a smaller ball has fooled, and
-    `<name>_correct` bool [e, n], image by image, at the last iterate.
+    The arrays that the module describes, by name.
 
   Raises:
     UserError: An argument of a wrong shape, dtype or range, by name.
@@ -99,31 +103,38 @@ def attack_epsilons(
   checks.choice("norm", norm, balls.NORMS)
   radii = _increasing(epsilons, norm)
   sweep = sweeps.prepare(
-    networks,
-    images,
-    labels,
-    num_steps=num_steps,
-    loss=loss,
-    batch_size=batch_size,
-    mesh=mesh,
+    networks, images, labels, num_steps, loss, batch_size, mesh
   )
   found = sweep.facts() | {
-    "protocol": np.array(
-      f"PGD, {norm}, {num_steps} steps of a quarter of epsilon, random start,"
-      f" {loss} loss; running statistics"
-    ),
+    "protocol": np.array(_describe(norm, num_steps, loss)),
     "norm": np.array(norm),
     "epsilons": np.array(radii),
   }
   attack = {"num_steps": num_steps, "norm": norm, "loss": loss}
   for name in sweep.classifiers:
-    by_radius = [_correct(sweep, name, key, r, attack) for r in radii]
-    last = np.array([correct[-1] for correct in by_radius])
-    never = [correct.all(0) for correct in by_radius]
-    found[f"{name}_accuracy"] = last.mean(-1)
-    found[f"{name}_worst_case"] = np.logical_and.accumulate(never).mean(-1)
-    found[f"{name}_correct"] = last
+    statistics = _statistics(
+      [_correct(sweep, name, key, radius, attack) for radius in radii]
+    )
+    found |= {f"{name}_{what}": value for what, value in statistics.items()}
   return found
+
+
+def _describe(norm: str, num_steps: int, loss: str) -> str:
+  return (
+    f"PGD, {norm}, {num_steps} steps of a quarter of epsilon, random start,"
+    f" {loss} loss; running statistics"
+  )
+
+
+def _statistics(by_radius: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+  """Returns one network's arrays, from who is right at each iterate [s, n]."""
+  last = np.array([correct[-1] for correct in by_radius])
+  never_fooled = [correct.all(0) for correct in by_radius]
+  return {
+    "accuracy": last.mean(-1),
+    "worst_case": np.logical_and.accumulate(never_fooled).mean(-1),
+    "correct": last,
+  }
 
 
 def _correct(
@@ -160,7 +171,7 @@ def _draw(data: files.Arrays, directory: pathlib.Path) -> list[pathlib.Path]:
       panels.ticks(ax, epsilons, "{:.3g}".format)
       ax.set_xlabel(f"epsilon, {data['norm']} (pixels in [0, 1])")
     left = ", ".join(_never_fooled(data)) or "no image of any model"
-    fig.legend(loc="outside upper center", ncols=3)
+    style.legend(fig, ax)
     style.caption(
       fig,
       f"{data['protocol']}. {panels.sample(int(data['num_examples']))} Never"

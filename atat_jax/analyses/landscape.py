@@ -1,4 +1,21 @@
-"""The loss around images, over the plane of two directions (Fig. 7)."""
+"""The loss around images, over the plane of two directions (Fig. 7).
+
+As in the paper, the second direction r is a Rademacher direction (each entry -1
+or 1 with probability one half), drawn for each image and shared by the networks.
+The first, sign(grad), is each network's own, at the clean image. The paper does
+not say how far a and b go; here both go from -radius to radius, so that with the
+radius of an attack the edge b = 0, a = radius is FGSM's point but for the clip.
+
+Points are not clipped to [0, 1]: clipping would bend the plane wherever a pixel
+is near 0 or 1. So a point may be no image that an attack could make.
+
+Arrays: `networks` [m], `images` [n, H, W, C], `labels` int32 [n], `protocol`,
+`coefficients` float32 [P], `random_direction` int8 [n, H, W, C], and for each
+network `<name>_loss` float32 [n, P, P] (image, a, b), in nats,
+`<name>_margin` float32 [n, P, P], the highest other logit minus the true class's
+(positive where the prediction is wrong), and
+`<name>_gradient_direction` int8 [n, H, W, C].
+"""
 
 import pathlib
 
@@ -71,15 +88,6 @@ def loss_landscape(
 ) -> dict[str, np.ndarray]:
   """Returns cross-entropy at x + a sign(grad of the loss) + b r for images x.
 
-  As in Fig. 7 of the paper, r is a Rademacher direction (each entry -1 or 1
-  with probability one half), drawn for each image and shared by the networks.
-  sign(grad) is each network's own, at the clean image. The paper does not say
-  how far a and b go; here both go from -radius to radius, so that with the
-  radius of an attack the edge b = 0, a = radius is FGSM's point but for the
-  clip.
-
-  Points are not clipped to [0, 1]: clipping would bend the plane wherever a
-  pixel is near 0 or 1. So a point may be no image that an attack could make.
   One compiled program a network goes through all points, with exactly one
   forward pass a point, and one gradient an image.
 
@@ -95,13 +103,7 @@ def loss_landscape(
     mesh: Ignored: it is computed where the variables are.
 
   Returns:
-    `networks` [m], `images` [n, H, W, C], `labels` int32 [n], `protocol`,
-    `coefficients` float32 [P], `random_direction` int8 [n, H, W, C], and for
-    each network
-    `<name>_loss` float32 [n, P, P] (image, a, b), in nats,
-    `<name>_margin` float32 [n, P, P], the highest other logit minus the true
-    class's (positive where the prediction is wrong), and
-    `<name>_gradient_direction` int8 [n, H, W, C].
+    The arrays that the module describes, by name.
 
   Raises:
     UserError: An argument of a wrong shape, dtype or range, by name.
@@ -113,13 +115,7 @@ def loss_landscape(
   if num_points % 2 == 0 or num_points < 3:
     raise UserError(f"num_points: {num_points}; allowed: odd, at least 3")
   named, images, labels, _ = classifiers(networks, images, labels)
-  # The point in the middle is 0 exactly.
-  coefficients = np.float32(radius) * np.linspace(
-    -1, 1, num_points, dtype=np.float32
-  )
-  random_direction = np.asarray(
-    jax.random.rademacher(rng.stream(key, "rademacher"), images.shape, np.int8)
-  )
+  coefficients, signs = _plane(key, images.shape, radius, num_points)
   rows = _largest_divisor(len(images) * num_points**2, batch_size)
   found = {
     "networks": np.array(list(named)),
@@ -127,16 +123,26 @@ def loss_landscape(
     "labels": labels,
     "protocol": np.array(_PROTOCOL),
     "coefficients": coefficients,
-    "random_direction": random_direction,
+    "random_direction": signs,
   }
   for name, classifier in named.items():
     value, margin, direction = _jitted(
-      classifier, images, labels, random_direction, coefficients, rows=rows
+      classifier, images, labels, signs, coefficients, rows=rows
     )
     found[f"{name}_loss"] = np.asarray(value)
     found[f"{name}_margin"] = np.asarray(margin)
     found[f"{name}_gradient_direction"] = np.asarray(direction).astype(np.int8)
   return found
+
+
+def _plane(
+  key: Array, shape: tuple[int, ...], radius: float, num_points: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Returns coefficients float32 [P] and Rademacher directions int8 [n, ...]."""
+  # The point in the middle is 0 exactly.
+  places = np.linspace(-1, 1, num_points, dtype=np.float32)
+  signs = jax.random.rademacher(rng.stream(key, "rademacher"), shape, np.int8)
+  return np.float32(radius) * places, np.asarray(signs)
 
 
 _PROTOCOL = (
@@ -170,21 +176,25 @@ def _draw_image(
     )
     for name in base.network_names(data)
   ]
-  unit = wording.pixels(float(data["coefficients"][-1]))
   with style.context():
     fig = surfaces.draw(
       shown,
       title=_title(data, image),
-      value_name="loss (nats)",
+      unit="nats",
       axis_names=("a, along sign(gradient)", "b, Rademacher"),
     )
     style.caption(
       fig,
-      f"{data['protocol']}. a and b in units of {unit}. Surfaces: one scale for"
+      f"{data['protocol']}. a and b in units of {_radius(data)}. Surfaces: one scale for"
       " all models; below: the loss in nats on each model's own scale. Cross: the"
       " image. Thick line: where the prediction turns from right to wrong.",
     )
     return style.save(fig, path)
+
+
+def _radius(data: files.Arrays) -> str:
+  # The file has it in float32.
+  return wording.pixels(float(f"{data['coefficients'][-1]:.6g}"))
 
 
 def _title(data: files.Arrays, image: int) -> str:
@@ -202,15 +212,14 @@ def _find(data: files.Arrays) -> base.Finding:
     along = value[:, -1, middle].mean() - value[:, middle, middle].mean()
     wrong = (data[f"{name}_margin"] > 0).mean()
     parts.append(
-      f"{name}: the loss changes by {along:+.2f} nats from the image to the end"
-      f" of the gradient's direction and reaches {value.max():.2f};"
+      f"{name}: the loss changes by {along:+.2g} nats from the image to the end"
+      f" of the gradient's direction and reaches {value.max():.2g};"
       f" {wording.percent(wrong)} of the plane is classified wrongly."
     )
   count = wording.plural(len(data["labels"]), "image")
-  unit = wording.pixels(float(data["coefficients"][-1]))
   caption = (
     "The loss around an image: a along the sign of the gradient, b along random"
-    f" signs, in units of {unit}. Surfaces: all models on one scale; below: each"
+    f" signs, in units of {_radius(data)}. Surfaces: all models on one scale; below: each"
     " on a scale of its own. Vermilion line: where the prediction turns wrong."
     f" {data['protocol']}."
   )

@@ -10,6 +10,10 @@ last tensor its sum before the ReLU is that class's logit up to a bias: an attac
 that lowers the logit must take from the map. Some correlation is therefore
 built in; the distances, which ignore scale, see only what the attack takes from
 one place more than from others.
+
+Arrays: `networks` [m], `distances` (see `map_distances.DISTANCES`), `rounds` [r],
+`labels` [n], `layer`, `protocol`, `confidence` (the bands in words), and for each
+network those of `summarize`, as `<name>_<array>`.
 """
 
 import functools
@@ -41,6 +45,8 @@ from atat_jax.typing import Array, Variables
 # Smaller groups of images say nothing of a network.
 _ENOUGH = 10
 _MOST_CLASSES = 20
+
+_CONFIDENCE = "95 %: 1.96 standard errors to either side"
 
 
 # --- Arrays ------------------------------------------------------------------
@@ -124,30 +130,25 @@ def attention_shift(
 ) -> dict[str, np.ndarray]:
   """Returns distances of the true class's maps between clean and attacked images.
 
-  One attack of PGD for each network; its iterates after the given rounds are
-  measured. Batches draw from the keys from which `evaluation.accuracy` draws.
+  Batches draw from the keys from which `evaluation.accuracy` draws.
 
   Args:
     key: Random key of the attacks' start.
     networks: Name to (module, variables); running statistics.
     images: Float [n, H, W, C] in [0, 1], any number.
     labels: Integers [n]: the true classes.
-    epsilon: See `iterates.WatchedAttack`, as the following.
+    epsilon: Radius; this and the next, see `iterates.WatchedAttack`.
     step_size: Length of a step.
-    rounds: r numbers of steps; 0 is the attack's start, so that with
-      `random_start` it says what noise does.
+    rounds: r numbers of steps; 0, the random start, says what noise does.
     norm: Norm of the ball.
     loss: Loss that the attack increases.
     random_start: Whether the start is random.
-    layer: A submodule that all the networks have; None: the last convolutional
-      tensor of each.
+    layer: A submodule of all the networks; None: the last convolutional tensor.
     batch_size: Images at a time, over all devices.
     mesh: The devices; None: all of them.
 
   Returns:
-    `networks` [m], `distances` (see `map_distances.DISTANCES`), `rounds` [r],
-    `labels` [n], `layer`, `protocol`, `confidence` (the bands in words), and for
-    each network the arrays of `summarize`, as `<name>_<array>`.
+    The arrays that the module describes, by name.
 
   Raises:
     UserError: An argument of a wrong shape, dtype, range or name.
@@ -160,26 +161,12 @@ def attention_shift(
   attacks_base.check_loss(loss, num_classes)
   layers = tapped_layers(networks, images, layer)
   mesh = sharding.make_mesh() if mesh is None else mesh
-  found = {
-    "networks": np.array(list(named)),
-    "distances": np.array(list(DISTANCES)),
-    "rounds": attack.steps,
-    "labels": labels,
-    "layer": np.array(", ".join(dict.fromkeys(layers.values()))),
-    "protocol": np.array(attack.describe()),
-    "confidence": np.array("95 %: 1.96 standard errors to either side"),
-  }
+  found = _facts(list(named), labels, layers, attack)
   for name, (model, _) in networks.items():
     (variables,) = sharding.put_replicated(mesh, named[name].args)
+    batch = {"variables": variables, "model": model, "layer": layers[name]}
     measured = batches.map_batches(
-      functools.partial(
-        _measure,
-        key=key,
-        variables=variables,
-        model=model,
-        layer=layers[name],
-        attack=attack,
-      ),
+      functools.partial(_measure, key=key, attack=attack, **batch),
       images,
       labels,
       batch_size=min(batch_size, len(labels)),
@@ -189,6 +176,24 @@ def attention_shift(
     statistics = summarize(measured, labels, num_classes)
     found |= {f"{name}_{what}": value for what, value in statistics.items()}
   return found
+
+
+def _facts(
+  names: list[str],
+  labels: np.ndarray,
+  layers: Mapping[str, str],
+  attack: iterates.WatchedAttack,
+) -> dict[str, np.ndarray]:
+  """Returns the arrays that are not of one network."""
+  return {
+    "networks": np.array(names),
+    "distances": np.array(list(DISTANCES)),
+    "rounds": attack.steps,
+    "labels": labels,
+    "layer": np.array(", ".join(dict.fromkeys(layers.values()))),
+    "protocol": np.array(attack.describe()),
+    "confidence": np.array(_CONFIDENCE),
+  }
 
 
 def summarize(
@@ -296,8 +301,8 @@ _TITLES = {
 _UNITS = {
   "cosine": "1 - cosine",
   "rank_correlation": "1 - Spearman's correlation",
-  "top_decile": "share of it that has moved",
-  "center_of_mass": "its way, in diagonals of the map",
+  "top_decile": "share that has moved",
+  "center_of_mass": "distance moved, in map diagonals",
 }
 _MARKS: dict[str, dict[str, Any]] = {
   "still right": {"marker": "o", "markerfacecolor": "white"},
@@ -381,8 +386,7 @@ def _rounds(data: files.Arrays) -> Figure:
     panels.integer_ticks(ax)
   for distance in list(axes)[2:]:
     axes[distance].set_xlabel("rounds of the attack (0: its start)")
-  handles, names = ax.get_legend_handles_labels()
-  fig.legend(handles, names, loc="outside upper center", ncols=4)
+  style.legend(fig, ax)
   _caption(fig, data, f"Bands: mean, {data['confidence']}.")
   return fig
 

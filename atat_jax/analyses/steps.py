@@ -3,6 +3,13 @@
 A hundred numbers of steps are one attack of a hundred steps that is watched:
 the pass that yields a step's gradient also says who is still right, so every
 number of steps costs the longest attack and one more forward pass.
+
+Arrays: `networks` [m], `num_examples`, `chance` (1 / K), `protocol`, `norm`,
+`epsilon`, `steps` int [s + 1] from 0, the random start, and for each network
+`<name>_clean`, the accuracy without attack,
+`<name>_accuracy` float64 [s + 1] at each iterate,
+`<name>_worst_case` float64 [s + 1], the share of images that no iterate so far
+has fooled, and `<name>_correct` bool [s + 1, n], image by image.
 """
 
 import pathlib
@@ -46,8 +53,7 @@ def attack_steps(
 
   Args:
     key: Random key of the starts.
-    networks: See `sweeps.prepare`, as `images`, `labels`, `num_steps`, `loss`,
-      `batch_size` and `mesh`.
+    networks: Name to (module, variables); more in `sweeps.prepare`.
     images: Float [n, H, W, C] in [0, 1].
     labels: Integers [n].
     epsilon: Radius of the ball, in the unit of the pixels. The paper: 8/255.
@@ -59,14 +65,7 @@ def attack_steps(
     mesh: The devices.
 
   Returns:
-    `networks` [m], `num_examples`, `chance` (1 / K), `protocol`, `norm`,
-    `epsilon`, `steps` int [num_steps + 1] from 0, the random start, and for
-    each network
-    `<name>_clean`, the accuracy without attack,
-    `<name>_accuracy` float64 [num_steps + 1] at each iterate,
-    `<name>_worst_case` float64 [num_steps + 1], the share of images that no
-    iterate so far has fooled, and
-    `<name>_correct` bool [num_steps + 1, n], image by image.
+    The arrays that the module describes, by name.
 
   Raises:
     UserError: An argument of a wrong shape, dtype or range, by name.
@@ -75,37 +74,42 @@ def attack_steps(
   checks.epsilon(epsilon, norm)
   checks.positive("step_size", step_size)
   sweep = sweeps.prepare(
-    networks,
-    images,
-    labels,
-    num_steps=num_steps,
-    loss=loss,
-    batch_size=batch_size,
-    mesh=mesh,
+    networks, images, labels, num_steps, loss, batch_size, mesh
   )
-  attack: dict[str, Any] = {
-    "epsilon": epsilon,
-    "step_size": step_size,
-    "norm": norm,
-  }
   found = sweep.facts() | {
-    "protocol": np.array(
-      f"PGD, {wording.attack(**attack)}, random start, {loss} loss; running"
-      " statistics"
-    ),
+    "protocol": np.array(_describe(norm, epsilon, step_size, loss)),
     "norm": np.array(norm),
     "epsilon": np.array(float(epsilon)),
     "steps": np.arange(num_steps + 1),
   }
+  attack: dict[str, Any] = {"epsilon": epsilon, "step_size": step_size}
+  attack |= {"num_steps": num_steps, "norm": norm, "loss": loss}
   for name in sweep.classifiers:
-    correct = sweep.correct_by_step(
-      name, key, num_steps=num_steps, loss=loss, **attack
-    )
-    found[f"{name}_clean"] = np.array(sweep.clean_correct(name).mean())
-    found[f"{name}_accuracy"] = correct.mean(-1)
-    found[f"{name}_worst_case"] = np.logical_and.accumulate(correct).mean(-1)
-    found[f"{name}_correct"] = correct
+    clean = sweep.clean_correct(name)
+    correct = sweep.correct_by_step(name, key, **attack)
+    statistics = _statistics(clean, correct)
+    found |= {f"{name}_{what}": value for what, value in statistics.items()}
   return found
+
+
+def _describe(norm: str, epsilon: float, step_size: float, loss: str) -> str:
+  numbers = wording.attack(norm=norm, epsilon=epsilon)
+  return (
+    f"PGD, {numbers}, steps of {wording.pixels(step_size)}, random start,"
+    f" {loss} loss; running statistics"
+  )
+
+
+def _statistics(
+  clean: np.ndarray, correct: np.ndarray
+) -> dict[str, np.ndarray]:
+  """Returns one network's arrays, from who is right without attack and at steps."""
+  return {
+    "clean": np.array(clean.mean()),
+    "accuracy": correct.mean(-1),
+    "worst_case": np.logical_and.accumulate(correct).mean(-1),
+    "correct": correct,
+  }
 
 
 def _autoattack(data: files.Arrays) -> dict[str, tables.Row]:
@@ -139,7 +143,7 @@ def _draw(data: files.Arrays, directory: pathlib.Path) -> list[pathlib.Path]:
     shown = [tick for tick in _TICKS if tick <= steps[-1]]
     panels.ticks(ax, shown, "{:g}".format)
     ax.set_xlabel("steps of PGD (0: the random start)")
-    fig.legend(loc="outside upper center", ncols=3)
+    style.legend(fig, ax)
     notes = [f"{data['protocol']}.", panels.sample(int(data["num_examples"]))]
     if autoattack:
       # By its own name: a run may have had two of its attacks only.
@@ -168,7 +172,7 @@ def _find(data: files.Arrays) -> base.Finding:
     f" {last} steps it falls by {100 * max(gains):.1f} points at most: "
     + (
       f"more than {middle} steps change little."
-      if max(gains) <= rules.CONVERGED
+      if max(gains) <= rules.CONVERGED + 1e-9  # of rounding
       else f"after {middle} steps the attack has not converged, and fewer steps"
       " overstate robustness."
     )

@@ -125,6 +125,18 @@ def line(look: Look, *, marked: bool = False) -> dict[str, Any]:
   return found | ({"marker": look.marker} if marked else {})
 
 
+def legend(fig: Figure, ax: Axes) -> None:
+  """Draws the legend of one of the axes above the figure, in rows that fit."""
+  handles, names = ax.get_legend_handles_labels()
+  fits = sum(len(name) + 6 for name in names) <= 12 * fig.get_figwidth()
+  fig.legend(
+    handles,
+    names,
+    loc="outside upper center",
+    ncols=len(names) if fits else 2,
+  )
+
+
 def letters(size: float, text: str, room: int) -> float:
   """Returns the size, less for a text of more letters than there is room."""
   return size * min(1, room / max(len(text), 1))

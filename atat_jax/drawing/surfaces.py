@@ -29,7 +29,7 @@ def draw(
   surfaces: list[Surface],
   *,
   title: str,
-  value_name: str,
+  unit: str,
   axis_names: tuple[str, str],
 ) -> Figure:
   """Draws each surface in space, on one common scale, and as contours on its own.
@@ -37,7 +37,7 @@ def draw(
   Args:
     surfaces: The surfaces, over the square from -1 to 1.
     title: Title of the figure.
-    value_name: Name of the values, with their unit.
+    unit: Unit of the values.
     axis_names: Names of the axes a and b.
 
   Returns:
@@ -54,7 +54,7 @@ def draw(
   for number, surface in enumerate(surfaces):
     row, column = divmod(number, across)
     upper = fig.add_subplot(grid[2 * row, column], projection="3d")
-    _in_space(upper, surface, norm, value_name)
+    _in_space(upper, surface, norm, unit)
     lower = fig.add_subplot(grid[2 * row + 1, column])
     _contours(fig, lower, surface)
     lower.set_xlabel(axis_names[0], fontsize=9)
@@ -63,7 +63,7 @@ def draw(
   return fig
 
 
-def _in_space(ax: Any, surface: Surface, norm: Any, value_name: str) -> None:
+def _in_space(ax: Any, surface: Surface, norm: Any, unit: str) -> None:
   from matplotlib import ticker
 
   place = _places(surface)
@@ -81,7 +81,8 @@ def _in_space(ax: Any, surface: Surface, norm: Any, value_name: str) -> None:
     rasterized=True,  # thousands of faces: a PDF of them is slow to show
   )
   low, high = surface.values.min(), surface.values.max()
-  ax.set_title(f"{surface.name}\n{low:.2g} to {high:.2g}", fontsize=10, pad=0)
+  title = f"{surface.name}\n{low:.2g} to {high:.2g} {unit}"
+  ax.set_title(title, fontsize=10, pad=0)
   ax.set_zlim(norm.vmin, norm.vmax)
   ax.view_init(elev=22, azim=-120)
   ax.set_box_aspect((1, 1, 0.85), zoom=0.9)
@@ -91,7 +92,7 @@ def _in_space(ax: Any, surface: Surface, norm: Any, value_name: str) -> None:
   ax.tick_params(labelsize=7, pad=-2)
   ax.set_xlabel("a", fontsize=9, labelpad=-8)
   ax.set_ylabel("b", fontsize=9, labelpad=-8)
-  ax.set_zlabel(value_name, fontsize=8, labelpad=-5)
+  ax.set_zlabel(unit, fontsize=8, labelpad=-5)
 
 
 def _contours(fig: Figure, ax: Axes, surface: Surface) -> None:

@@ -85,14 +85,12 @@ def attention_views(
     labels: Integers [n]: the true classes.
     attack: (classifier, images, labels) to attacked images by kind.
     description: The attack in words.
-    source: Name of the network for which the attacked images are made, the same
-      for all; None: each network's own.
-    layer: A submodule that all the networks have; None: the last convolutional
-      tensor of each.
-    mesh: The devices; None: all of them. Each computes everything.
+    source: See `analyses.attention_maps`, as the following.
+    layer: Layer of the maps.
+    mesh: The devices.
 
   Returns:
-    See `analyses.attention_maps`.
+    The arrays of `analyses.attention_maps`.
 
   Raises:
     UserError: An argument of a wrong shape, dtype, range or name.
@@ -121,18 +119,22 @@ def attention_views(
     inputs = {"clean": x, **attacked}
     found["kinds"] = np.array(list(inputs))
     (variables,) = placed[name].args
+    static = {"model": compilation.hashable(model), "layer": layers[name]}
     for kind, seen in inputs.items():
-      view = _jitted_view(
-        variables,
-        seen,
-        y,
-        model=compilation.hashable(model),
-        layer=layers[name],
-      )
-      probabilities, maps, pixels = sharding.to_host(mesh, (*view, seen))
-      if kind != "clean":
-        found[f"{name}_{kind}"] = pixels
-      found[f"{name}_{kind}_map"] = maps
-      found[f"{name}_{kind}_prediction"] = probabilities.argmax(-1)
-      found[f"{name}_{kind}_probability"] = probabilities.max(-1)
+      view = _jitted_view(variables, seen, y, **static)
+      arrays = _arrays(*sharding.to_host(mesh, (*view, seen)))
+      found |= {f"{name}_{kind}{what}": x for what, x in arrays.items()}
+    del found[f"{name}_clean"]  # the same for all: `images`
   return found
+
+
+def _arrays(
+  probabilities: np.ndarray, maps: np.ndarray, images: np.ndarray
+) -> dict[str, np.ndarray]:
+  """Returns the arrays of one network and kind of input, by their suffix."""
+  return {
+    "": images,
+    "_map": maps,
+    "_prediction": probabilities.argmax(-1),
+    "_probability": probabilities.max(-1),
+  }

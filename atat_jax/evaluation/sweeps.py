@@ -130,7 +130,6 @@ def prepare(
   networks: Networks,
   images: Array | np.ndarray,
   labels: Array | np.ndarray,
-  *,
   num_steps: int,
   loss: str,
   batch_size: int,

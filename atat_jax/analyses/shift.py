@@ -160,19 +160,14 @@ def attention_shift(
   named, images, labels, num_classes = classifiers(networks, images, labels)
   attacks_base.check_loss(loss, num_classes)
   layers = tapped_layers(networks, images, layer)
-  mesh = sharding.make_mesh() if mesh is None else mesh
   found = _facts(list(named), labels, layers, attack)
+  walk: dict[str, Any] = {"batch_size": min(batch_size, len(labels))}
+  walk["mesh"] = sharding.make_mesh() if mesh is None else mesh
   for name, (model, _) in networks.items():
-    (variables,) = sharding.put_replicated(mesh, named[name].args)
+    (variables,) = sharding.put_replicated(walk["mesh"], named[name].args)
     batch = {"variables": variables, "model": model, "layer": layers[name]}
-    measured = batches.map_batches(
-      functools.partial(_measure, key=key, attack=attack, **batch),
-      images,
-      labels,
-      batch_size=min(batch_size, len(labels)),
-      mesh=mesh,
-      axis=-1,
-    )
+    measure = functools.partial(_measure, key=key, attack=attack, **batch)
+    measured = batches.map_batches(measure, images, labels, axis=-1, **walk)
     statistics = summarize(measured, labels, num_classes)
     found |= {f"{name}_{what}": value for what, value in statistics.items()}
   return found

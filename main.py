@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from absl import app, flags
 from ml_collections import config_flags
 
+from atat_jax import pipeline, runtime
+
 _CONFIG = config_flags.DEFINE_config_file(
   "config",
   None,
@@ -19,13 +21,13 @@ _CONFIG = config_flags.DEFINE_config_file(
   lock_config=True,
 )
 _WORKDIR = flags.DEFINE_string(
-  "workdir", None, "Holds all that the run writes."
+  "workdir", None, "Directory for everything that the run writes."
 )
 _MODE = flags.DEFINE_enum(
   "mode",
   "run",
-  ["run", "train", "evaluate", "figures"],
-  "What to do; run: everything that is not done yet.",
+  pipeline.MODES,
+  "Part of the work to do; run: everything that is not done yet.",
 )
 _DISTRIBUTED = flags.DEFINE_bool(
   "distributed", False, "Join the other processes of a pod, cluster or job."
@@ -33,7 +35,7 @@ _DISTRIBUTED = flags.DEFINE_bool(
 
 
 def _parse(argv: Sequence[str]) -> list[str]:
-  """Flags, or one line that says what is wrong with them."""
+  """Parses the flags; ends with one line where they are wrong."""
   try:
     rest = flags.FLAGS(list(argv))
     if len(rest) > 1:
@@ -56,9 +58,6 @@ def _parse(argv: Sequence[str]) -> list[str]:
 def main(argv: Sequence[str]) -> None:
   """Sets the runtime up and runs the mode."""
   del argv
-  # After the flags: a typo is told before JAX has started.
-  from atat_jax import pipeline, runtime
-
   runtime.set_up(distributed=_DISTRIBUTED.value)
   with runtime.plain_exits():
     pipeline.run(_MODE.value, _CONFIG.value, pathlib.Path(str(_WORKDIR.value)))

@@ -1,11 +1,11 @@
-"""Checkpoints by Orbax, the only module that knows it.
+"""Checkpoints by Orbax; no other module knows Orbax.
 
 A checkpoint has separate items: `params`, `batch_stats`, `opt_state`, `run`
-(step, key, metrics under way), where weights are averaged `ema`, and `model`,
-the network's name and fields as JSON. So a model is rebuilt from disk alone,
-and evaluation reads only what it needs: the averaged weights where there are
-any. Training goes on from the others. Kept are the best by validation accuracy
-and the last.
+(step, key, metrics since the last log line), `ema` where weights are averaged,
+and `model`, the network's name and fields as JSON. A model is therefore rebuilt
+from disk alone, and evaluation reads only the averaged weights where there are
+any, while training resumes from the others. The best checkpoint by validation
+accuracy and the last one are kept.
 """
 
 import contextlib
@@ -21,11 +21,12 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from atat_jax import checks, models
 from atat_jax.errors import UserError
+from atat_jax.runs import files
 from atat_jax.state import TrainState
 from atat_jax.typing import Variables
 
 METRIC = "accuracy"
-"""In the metrics of a checkpoint: what "best" means."""
+"""Metric of a checkpoint that chooses the best one."""
 
 _RUN_FIELDS = ("step", "rng", "sums", "nonfinite")
 _AVERAGE = "ema"
@@ -34,7 +35,17 @@ _AVERAGE = "ema"
 def model_spec(
   name: str, model: nn.Module, image_shape: tuple[int, int, int]
 ) -> dict[str, Any]:
-  """A model as JSON: its name in `MODELS`, its fields, [H, W, C] of an image."""
+  """Describes a model as JSON.
+
+  Args:
+    name: Name in `models.MODELS`.
+    model: The network.
+    image_shape: Shape of an image, [H, W, C].
+
+  Returns:
+    "name", "fields" and "image_shape"; `restore_model` rebuilds the network
+    from them.
+  """
   fields = {
     f.name: getattr(model, f.name)
     for f in dataclasses.fields(model)
@@ -55,7 +66,7 @@ def _create(spec: dict[str, Any]) -> nn.Module:
 
 
 def _items(state: TrainState) -> dict[str, Any]:
-  """What Orbax stores by itself, by name."""
+  """Splits a state into the items that Orbax stores, by name."""
   items = {
     "params": state.params,
     "batch_stats": state.batch_stats,
@@ -63,13 +74,13 @@ def _items(state: TrainState) -> dict[str, Any]:
     "run": {name: getattr(state, name) for name in _RUN_FIELDS},
     _AVERAGE: state.ema,
   }
-  # Orbax stores no empty item: a network without BatchNorm has no statistics,
-  # most runs no average.
+  # Orbax stores no empty item: statistics of a network without BatchNorm, or
+  # the average of a run that averages no weights.
   return {name: tree for name, tree in items.items() if tree}
 
 
 def _directory(workdir: pathlib.Path | str) -> pathlib.Path:
-  return pathlib.Path(workdir).absolute() / "checkpoints"
+  return pathlib.Path(workdir).absolute() / files.CHECKPOINTS
 
 
 def _manager(directory: pathlib.Path, *, write: bool) -> ocp.CheckpointManager:
@@ -79,8 +90,8 @@ def _manager(directory: pathlib.Path, *, write: bool) -> ocp.CheckpointManager:
   return ocp.CheckpointManager(
     directory,
     options=ocp.CheckpointManagerOptions(
-      # Alone, BestN would delete the last one, and a resumed run would start
-      # from its best step.
+      # BestN alone would delete the last checkpoint, and a resumed run would
+      # start from its best one.
       preservation_policy=policies.AnyPreservationPolicy(
         [
           policies.LatestN(1),
@@ -91,8 +102,8 @@ def _manager(directory: pathlib.Path, *, write: bool) -> ocp.CheckpointManager:
       ),
       best_fn=metric,
       best_mode="max",
-      # A reader leaves a running training alone; a writer removes what a
-      # killed save has left. (Orbax's own read_only warns at every start.)
+      # A reader leaves a running training alone; a writer cleans up after a
+      # killed save. (Orbax's own read_only warns at every start.)
       create=write,
       cleanup_tmp_directories=write,
     ),
@@ -102,11 +113,11 @@ def _manager(directory: pathlib.Path, *, write: bool) -> ocp.CheckpointManager:
 class Checkpointer(contextlib.AbstractContextManager[Any]):
   """Saves and restores a training run in `<workdir>/checkpoints`.
 
-  A context manager: leaving it waits for what is still being written.
+  A context manager: leaving it waits until everything is written.
 
   Args:
-    workdir: The run's directory.
-    spec: Of the network (`model_spec`).
+    workdir: Working directory of the run.
+    spec: Description of the network (`model_spec`).
   """
 
   def __init__(self, workdir: pathlib.Path | str, spec: dict[str, Any]):
@@ -114,22 +125,22 @@ class Checkpointer(contextlib.AbstractContextManager[Any]):
     self._manager = _manager(_directory(workdir), write=True)
 
   def __exit__(self, *error: object) -> None:
-    """Waits for what is being written and closes."""
+    """Waits until everything is written, and closes."""
     self._manager.close()
 
   def latest_step(self) -> int | None:
-    """The last step saved, None where there is none."""
+    """Returns the step of the last checkpoint; None where there is none."""
     return self._manager.latest_step()
 
   def should_stop(self, step: int, signum: int) -> bool:
-    """Whether every process is to stop after this step.
+    """Decides whether every process stops after this step.
 
-    One process stops when it got a signal; several agree on a step through
+    A single process stops when it got a signal; several agree on a step through
     JAX's preemption service.
 
     Args:
-      step: The step just made.
-      signum: The signal this process got, or 0.
+      step: Step just made.
+      signum: Signal that this process got, or 0.
 
     Returns:
       The same answer in every process.
@@ -148,9 +159,10 @@ class Checkpointer(contextlib.AbstractContextManager[Any]):
     """Saves a state; returns while it is being written.
 
     Args:
-      state: The state after `step` updates.
-      step: Names the checkpoint.
-      accuracy: On the validation split; None: not measured, never the best.
+      state: State after `step` updates.
+      step: Number of updates, which names the checkpoint.
+      accuracy: Accuracy on the validation split; None: not measured, so that
+        this checkpoint is never the best.
       details: Further metrics, kept with the checkpoint.
     """
     items = {
@@ -166,19 +178,19 @@ class Checkpointer(contextlib.AbstractContextManager[Any]):
     )
 
   def restore(self, state: TrainState, step: int) -> TrainState:
-    """The state saved at `step`.
+    """Restores the state saved at a step.
 
     Args:
-      state: A state of the same structure; shapes, dtypes and shardings are
-        taken from it.
-      step: Which.
+      state: State of the same structure, which gives shapes, dtypes and
+        shardings.
+      step: Step of the checkpoint.
 
     Returns:
       The restored state.
 
     Raises:
-      UserError: The checkpoint is of another network, or only one of it and
-        `state` has averaged weights.
+      UserError: The checkpoint is of another network, or only one of the
+        checkpoint and `state` has averaged weights.
     """
     found = self._manager.restore(
       step, args=ocp.args.Composite(model=ocp.args.JsonRestore())
@@ -230,18 +242,18 @@ def _check_same_model(
 def checkpoint_step(
   workdir: pathlib.Path | str, *, step: int | None = None, which: str = "best"
 ) -> int:
-  """Which checkpoint `restore_model` reads.
+  """Finds the checkpoint that `restore_model` reads.
 
   Args:
-    workdir: The run's directory.
-    step: A step, or None.
+    workdir: Working directory of the run.
+    step: Step of the checkpoint; None: by `which`.
     which: "best" by validation accuracy, or "last".
 
   Returns:
-    The step of an existing checkpoint.
+    Step of an existing checkpoint.
 
   Raises:
-    UserError: There is none, or not at that step.
+    UserError: There is no checkpoint, or none at that step.
   """
   checks.choice("which", which, ("best", "last"))
   directory = _directory(workdir)
@@ -277,20 +289,20 @@ def restore_model(
   """Rebuilds a network and its variables from disk alone.
 
   Args:
-    workdir: The run's directory, e.g. "runs/atat"; "runs/atat/teacher" for the
-      teacher.
-    step: A step that was kept; None: by `which`.
+    workdir: Working directory of the run, for example "runs/atat"; its teacher
+      is in "runs/atat/teacher".
+    step: Step of a checkpoint that was kept; None: by `which`.
     which: "best" by (robust) validation accuracy, or "last".
-    expected: A `model_spec` that the network must have; None: any.
-    averaged: Averaged weights (EMA, SWA) where the run keeps any; they are what
-      it has validated. False: those that the optimizer has made.
+    expected: Description that the network must have (`model_spec`); None: any.
+    averaged: Whether averaged weights (EMA, SWA) are read where the run has
+      them, as they are the validated ones; False: the optimizer's weights.
 
   Returns:
-    The module, and {"params", "batch_stats"} on the default device; the latter
-    only where the network has BatchNorm.
+    The module, and its variables {"params", "batch_stats"} on the default
+    device, the latter only where the network has BatchNorm.
 
   Raises:
-    UserError: No such checkpoint, or of another network than `expected`.
+    UserError: There is no such checkpoint, or it is of another network.
   """
   step = checkpoint_step(workdir, step=step, which=which)
   manager = _manager(_directory(workdir), write=False)
@@ -311,7 +323,7 @@ def restore_model(
     )
     average = averaged and _has_average(manager, step)
     wanted = abstract
-    if average:  # one item, with an empty part where there is no BatchNorm
+    if average:  # a single item, whose part without BatchNorm is empty
       wanted = {_AVERAGE: {"batch_stats": {}, **abstract}}
     items = manager.restore(
       step,

@@ -92,11 +92,19 @@ def evaluate(
       directory, step=step, expected=plan.model_spec
     )
     networks[role] = (model, sharding.put_replicated(mesh, variables))
-  table = _Table(
-    workdir / "results.json",
-    steps={role: step for role, (_, step) in found.items()},
-    record=_make_record(plan, found, networks),
+  steps = {role: step for role, (_, step) in found.items()}
+  record = provenance.record(
+    [device.device_kind for device in jax.devices()],
+    config=plan.record,
+    checkpoints={
+      role: {"step": step, "which": "best"} for role, step in steps.items()
+    },
+    num_parameters={
+      role: sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+      for role, (_, variables) in networks.items()
+    },
   )
+  table = _Table(workdir / files.RESULTS, steps=steps, record=record)
   _complete(table, plan, networks, dataset.test, mesh)
   analyses.write(
     workdir,
@@ -108,25 +116,6 @@ def evaluate(
     mesh=mesh,
   )
   return table.content
-
-
-def _make_record(
-  plan: Plan,
-  found: Mapping[str, tuple[pathlib.Path, int]],
-  networks: Mapping[str, tuple[nn.Module, Variables]],
-) -> dict[str, Any]:
-  """Record of configuration, code, machine and networks."""
-  return provenance.record(
-    [device.device_kind for device in jax.devices()],
-    config=plan.record,
-    checkpoints={
-      role: {"step": step, "which": "best"} for role, (_, step) in found.items()
-    },
-    num_parameters={
-      role: sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
-      for role, (_, variables) in networks.items()
-    },
-  )
 
 
 class _Table:

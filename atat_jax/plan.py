@@ -233,8 +233,10 @@ class StagePlan:
         f" batch_size, {self.batch_size}"
       )
 
-  def make_schedule(self, total_steps: int) -> optax.Schedule:
-    """Makes the learning-rate schedule.
+  def make_optimizer(
+    self, total_steps: int
+  ) -> tuple[optax.Schedule, optax.GradientTransformation]:
+    """Makes the learning-rate schedule and the optimizer.
 
     Args:
       total_steps: Number of steps of the run.
@@ -242,7 +244,7 @@ class StagePlan:
     Raises:
       UserError: A number is out of range.
     """
-    return optim.make_schedule(
+    schedule = optim.make_schedule(
       self.schedule,
       learning_rate=self.learning_rate,
       total_steps=total_steps,
@@ -252,18 +254,8 @@ class StagePlan:
       factor=self.factor,
       warmup_fraction=self.warmup_fraction,
     )
-
-  def make_optimizer(self, total_steps: int) -> optax.GradientTransformation:
-    """Makes the optimizer.
-
-    Args:
-      total_steps: Number of steps of the run.
-
-    Raises:
-      UserError: A number is out of range.
-    """
-    return optim.make_optimizer(
-      self.make_schedule(total_steps),
+    return schedule, optim.make_optimizer(
+      schedule,
       momentum=self.momentum,
       nesterov=self.nesterov,
       weight_decay=self.weight_decay,

@@ -1,4 +1,4 @@
-"""What a process needs before any work: log, signals, cache, other processes."""
+"""Sets up the process of a command: log, signals, cache, other processes."""
 
 import contextlib
 import logging
@@ -16,7 +16,7 @@ from atat_jax.training import interrupts
 
 @contextlib.contextmanager
 def plain_exits() -> Iterator[None]:
-  """Bad input ends the process with one line, a stop with the signal's status."""
+  """Ends the process with one line on bad input, with its status on a signal."""
   try:
     yield
   except UserError as error:
@@ -37,7 +37,7 @@ def set_up(*, distributed: bool) -> None:
   log.setLevel(logging.INFO)
   log.addHandler(logging.StreamHandler())
   log.propagate = False
-  absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax tells every save
+  absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax logs every save
   for number in interrupts.SIGNALS:
     signal.signal(number, interrupts.raise_interrupted)
   compilation.enable_persistent_cache()

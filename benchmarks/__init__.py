@@ -1,1 +1,1 @@
-"""Measurements against other implementations; not part of the package."""
+"""Measurements of the package, alone and beside other implementations."""

@@ -1,17 +1,15 @@
-"""FGSM, PGD-20 and APGD-100 beside PyTorch, as notebooks call them.
+"""FGSM, PGD-20 and APGD-100 beside PyTorch, called as in a notebook.
 
   python -m benchmarks.attacks --reference=../auto-attack --model wrn-10-2 wrn-16-4
 
-The same network (running statistics), images and numbers of steps; both sides
-run in turn and the ratio is that of each pair of runs. A second ratio counts
-the first call of ours, which compiles, against the first of PyTorch's.
+Both sides attack the same network (running statistics) with the same images and
+numbers of steps. They run in turn and the ratio is the median over pairs of
+runs. A second ratio compares the first calls: ours compiles.
 """
 
 import argparse
 import importlib
 import itertools
-import pathlib
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -19,13 +17,17 @@ from typing import Any
 import numpy as np
 
 from atat_jax.errors import UserError
-from benchmarks import setting, timing
-from benchmarks.setting import number, say, whole
+from atat_jax.runs import tables
+from benchmarks.support import machine, networks, timing
+from benchmarks.support.machine import number, say, whole
 
 ATTACKS = ("fgsm", "pgd20", "apgd100")
 
 
-def _ours(network: setting.Network, attack: str, epsilon: float) -> Any:
+def _ours(
+  network: networks.Network, attack: str, epsilon: float
+) -> Callable[[], None]:
+  """Returns a function that attacks the images once by this package."""
   import jax
 
   from atat_jax import attacks, models
@@ -48,16 +50,16 @@ def _ours(network: setting.Network, attack: str, epsilon: float) -> Any:
 
 
 def _peer(
-  network: setting.Network, attack: str, epsilon: float
+  network: networks.Network, attack: str, epsilon: float
 ) -> Callable[[], None]:
+  """Returns a function that attacks the images once by PyTorch."""
   import jax
   import torch
 
-  from benchmarks import torch_step
-  from benchmarks.torch_wide_resnet import TorchWideResNet
+  from benchmarks.support import pytorch
 
   device = {"cpu": "cpu", "gpu": "cuda"}[jax.default_backend()]
-  module = TorchWideResNet(network.model, network.variables).to(device)
+  module = pytorch.TorchWideResNet(network.model, network.variables).to(device)
   images = torch.from_numpy(network.images.transpose(0, 3, 1, 2).copy())
   images = images.to(device)
   labels = torch.from_numpy(network.labels.astype(np.int64)).to(device)
@@ -74,9 +76,7 @@ def _peer(
       options = {"step_size": epsilon / 4, "num_steps": 20}
 
     def run() -> Any:
-      return torch_step.attack(
-        module, images, labels, epsilon=epsilon, **options
-      )
+      return pytorch.attack(module, images, labels, epsilon=epsilon, **options)
 
   def waited() -> None:
     run()
@@ -87,7 +87,7 @@ def _peer(
 
 
 def measure(
-  network: setting.Network,
+  network: networks.Network,
   attack: str,
   *,
   epsilon: float,
@@ -96,10 +96,10 @@ def measure(
   """Measures an attack on a network.
 
   Args:
-    network: With the images, one batch.
-    attack: Of `ATTACKS`.
-    epsilon: Radius.
-    repeats: Timed runs of each side, after the first.
+    network: Network and one batch of images.
+    attack: Name of the attack, one of `ATTACKS`.
+    epsilon: Radius of the linf ball.
+    repeats: Number of timed runs of each side, after the first.
 
   Returns:
     Plain values.
@@ -127,9 +127,7 @@ def measure(
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-  """A Markdown table of what `measure` returned."""
-  from benchmarks.comparison import markdown
-
+  """Tabulates results of `measure` in Markdown."""
   lines = [
     [
       row["name"],
@@ -157,52 +155,66 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     "peer's (ms)",
     "peer's / ours",
   ]
-  return markdown(header, lines)
+  return tables.markdown([header, *lines])
 
 
 def parser() -> argparse.ArgumentParser:
-  """The flags."""
-  made = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  """Makes the parser of the flags."""
+  made = machine.measurement_parser(__doc__)
   add = made.add_argument
   add(
     "--reference",
-    help="folder of a clone of fra31/auto-attack, for apgd100; default: the"
-    " installed package",
+    help="clone of fra31/auto-attack, for apgd100; default: the installed"
+    " package",
   )
   add("--model", nargs="+", default=["wrn-10-1"], metavar="wrn-DEPTH-WIDTH")
-  add("--attack", nargs="+", default=list(ATTACKS), choices=ATTACKS)
+  add(
+    "--attack",
+    nargs="+",
+    choices=ATTACKS,
+    help="default: all, without apgd100 where the original package is missing",
+  )
   add("--batch_size", type=whole, nargs="+", default=[128])
   add("--epsilon", type=number, default=8 / 255)
   add("--repeats", type=whole, default=7)
-  add("--threads", type=whole, help="cores of both; default: all allowed")
-  add("--out", type=pathlib.Path, help="JSON file for all of it")
   return made
+
+
+def _attacks(args: argparse.Namespace) -> list[str]:
+  """Chooses the attacks and makes the original package importable.
+
+  Raises:
+    UserError: The original package is needed and missing.
+  """
+  from benchmarks.support import original
+
+  chosen = list(args.attack or ATTACKS)
+  if "apgd100" in chosen:
+    try:
+      original.load(args.reference)
+    except UserError as error:
+      if args.attack or args.reference:
+        raise
+      chosen.remove("apgd100")
+      say(f"without apgd100: {error}")
+  return chosen
 
 
 def main(argv: Sequence[str] | None = None) -> None:
   """Runs the command."""
-  from benchmarks import original
-
   args = parser().parse_args(argv)
 
   def measured() -> Iterator[dict[str, Any]]:
+    attacks = _attacks(args)
     for model, batch_size in itertools.product(args.model, args.batch_size):
-      network = setting.random_network(model, batch_size, seed=0)
-      for attack in args.attack:
+      network = networks.random_network(model, batch_size, seed=0)
+      for attack in attacks:
         say(f"{attack}, {model}, {batch_size} images")
         yield measure(
           network, attack, epsilon=args.epsilon, repeats=args.repeats
         )
 
-  try:
-    cores = setting.start(args.threads, cache=False)
-    if "apgd100" in args.attack:
-      original.load(args.reference)
-    setting.report(measured(), table, cores=cores, out=args.out)
-  except UserError as error:
-    sys.exit(f"error: {error}")
+  machine.run(args, measured(), table, torch=True)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,14 @@
 """AutoAttack here and the original in PyTorch, side by side in one process.
 
   python benchmarks/autoattack.py --reference=../auto-attack --workdir=runs/atat \\
-    --num_examples=1000 --warm --out=benchmarks/results/autoattack.json
+    --num_examples=1000 --warm --out=autoattack.json
 
-The same network (the flax weights in a PyTorch module), the same images,
-batches, numbers of steps and cores; first ours, then the original. Prints the
-accuracies and the times of both, and writes all of it as JSON.
+Both attack the same network (the flax weights in a PyTorch module) with the same
+images, batches, numbers of steps and cores; ours runs first. Prints accuracies
+and times of both, and writes everything as JSON after each network.
 """
 
 import argparse
-import json
 import os
 import pathlib
 import sys
@@ -19,53 +18,68 @@ from typing import Any
 
 import numpy as np
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+if __name__ == "__main__" and not __package__:
+  # The script's folder leads the path, and in it "autoattack" is this file.
+  sys.path[0] = str(pathlib.Path(__file__).resolve().parents[1])
 
-if __name__ == "__main__":
-  # This folder leads the path of a script, and in it "autoattack" is this file.
-  kept = [
-    p for p in sys.path if pathlib.Path(p).resolve() != ROOT / "benchmarks"
-  ]
-  sys.path[:] = [str(ROOT), *kept]
-
-from atat_jax.errors import UserError  # noqa: E402
-from benchmarks import comparison, setting  # noqa: E402
-from benchmarks.setting import number, say, whole  # noqa: E402
+from atat_jax.errors import UserError
+from atat_jax.runs import files
+from benchmarks.support import comparison, machine, networks
+from benchmarks.support.machine import number, say, whole
 
 EPSILONS = {"linf": 8 / 255, "l2": 0.5, "l1": 12.0}
+"""Default radius for each norm."""
+
+_SETTINGS = (
+  "batch_size",
+  "num_steps",
+  "num_queries",
+  "seed",
+  "freeze",
+  "compilation_cache",
+)
 
 
 def named(text: str) -> tuple[str, str]:
-  """A run directory and its name: "name=path", or the path's last part."""
+  """Parses "name=path" or "path", whose last part is then the name."""
   name, separator, path = text.partition("=")
   if separator and name and "/" not in name:
     return name, path
   return pathlib.Path(text).resolve().name, text
 
 
-def parser() -> argparse.ArgumentParser:
-  """The flags."""
-  made = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
-  add = made.add_argument
+def _add_network_flags(parser: argparse.ArgumentParser) -> None:
+  add = parser.add_argument
   add(
     "--workdir",
     action="append",
     default=[],
     type=named,
     metavar="[NAME=]DIR",
-    help="run directory with a checkpoint (the best is taken); may be repeated",
+    help="run directory, whose best checkpoint is taken; may be repeated",
   )
   add(
     "--model",
     action="append",
     default=[],
     metavar="wrn-DEPTH-WIDTH",
-    help="a network of random weights on random images, for smoke tests",
+    help="network with random weights on random images, for smoke tests",
   )
-  add("--reference", metavar="DIR", help="folder that holds `autoattack`")
-  add("--data_dir", help="where the data are; default: as the run has it")
+  add("--data_dir", help="folder of the data; default: the run's")
+  add(
+    "--num_examples",
+    type=whole,
+    default=1000,
+    help="number of images, the first ones of the test split",
+  )
+
+
+def parser() -> argparse.ArgumentParser:
+  """Makes the parser of the flags."""
+  made = machine.measurement_parser(__doc__)
+  _add_network_flags(made)
+  add = made.add_argument
+  add("--reference", metavar="DIR", help="clone of fra31/auto-attack")
   add("--norm", choices=list(EPSILONS), default="linf")
   add("--epsilon", type=number, help="default: 8/255, 0.5 (l2), 12 (l1)")
   which = made.add_mutually_exclusive_group()
@@ -73,15 +87,12 @@ def parser() -> argparse.ArgumentParser:
     "--version", choices=["standard", "fast", "plus"], default="standard"
   )
   which.add_argument(
-    "--attacks", help="names separated by commas, with the standard numbers"
+    "--attacks",
+    help="names separated by commas, with the standard numbers of steps",
   )
-  add(
-    "--num_examples", type=whole, default=1000, help="first of the test split"
-  )
-  add("--batch_size", type=whole, default=250, help="of both")
-  add("--threads", type=whole, help="cores of both; default: all allowed")
-  add("--num_steps", type=whole, help="of APGD and FAB, on both sides")
-  add("--num_queries", type=whole, help="of Square, on both sides")
+  add("--batch_size", type=whole, default=250, help="images per batch")
+  add("--num_steps", type=whole, help="steps of APGD and FAB, on both sides")
+  add("--num_queries", type=whole, help="queries of Square, on both sides")
   add("--warm", action="store_true", help="run ours twice, to time it compiled")
   add(
     "--freeze",
@@ -92,49 +103,44 @@ def parser() -> argparse.ArgumentParser:
   add(
     "--compilation_cache",
     action="store_true",
-    help="let JAX's cache on disk stay on: the first run may not compile",
+    help="keep JAX's cache on disk on: the first run may not compile",
   )
   add("--seed", type=int, default=0)
-  add("--out", type=pathlib.Path, help="JSON file for all of it")
   return made
 
 
 def trained_network(
   name: str, workdir: str, num_examples: int, data_dir: str | None
-) -> setting.Network:
-  """A network from a run directory, on the test split of its data.
+) -> networks.Network:
+  """Restores a network from a run directory, with its test images.
 
   Args:
-    name: For the tables.
-    workdir: The directory, or the teacher's within one.
-    num_examples: At most so many, the first ones.
-    data_dir: Where the data are; None: as the run's configuration has it.
+    name: Name in the tables.
+    workdir: Run directory, or the teacher's within one.
+    num_examples: Largest number of images.
+    data_dir: Folder of the data; None: the run's.
 
   Returns:
     The network.
+
+  Raises:
+    UserError: No configuration beside the checkpoint.
   """
   from atat_jax import checkpoints, data
+  from atat_jax.runs import configuration
 
   folder = pathlib.Path(workdir).resolve()
   step = checkpoints.checkpoint_step(folder, which="best")
   model, variables = checkpoints.restore_model(folder, step=step)
-  model = model.clone(dtype=np.float32)  # as the original computes
-  configs = [f / "config.json" for f in (folder, folder.parent)]
-  path = next((path for path in configs if path.is_file()), None)
-  if path is None:
-    raise UserError(f"workdir: no config.json in {folder} or above it")
-  config = json.loads(path.read_text(encoding="utf-8"))["data"]
-  split = data.load(
-    config["name"],
-    data_dir=data_dir or config["dir"],
-    cache_dir=config["cache_dir"],
-    validation_size=config["validation_size"],
-    source=config["source"],
-  ).test
+  model = model.clone(dtype=np.float32)  # the original computes in float32
+  arguments = configuration.read(folder).data
+  if data_dir:
+    arguments["data_dir"] = data_dir
+  split = data.load(**arguments).test
   images = split.images[:num_examples].astype(np.float32) / 255
-  return setting.Network(
+  return networks.Network(
     name,
-    f"{workdir}, step {step}; {config['name']}, test split",
+    f"{workdir}, step {step}; {arguments['name']}, test split",
     model,
     variables,
     images,
@@ -143,17 +149,17 @@ def trained_network(
 
 
 class Ours:
-  """Runs the attacks of this package on one device.
+  """AutoAttack of this package on one device.
 
   Args:
-    network: What is attacked.
-    args: The flags.
-    attacks: The attacks' names.
+    network: Network and images to attack.
+    args: Flags of the command.
+    attacks: Names of the attacks.
   """
 
   def __init__(
     self,
-    network: setting.Network,
+    network: networks.Network,
     args: argparse.Namespace,
     attacks: Sequence[str],
   ):
@@ -177,15 +183,15 @@ class Ours:
     jax.monitoring.register_event_duration_secs_listener(self._on_event)
 
   def _on_event(self, event: str, seconds: float, **_: Any) -> None:
-    if event == setting.COMPILATION:
+    if event == machine.COMPILATION:
       self._compiled.append(seconds)
 
   def logits(self, images: np.ndarray) -> np.ndarray:
-    """Images [B, H, W, C] to logits [B, K]."""
+    """Computes logits [B, K] of images [B, H, W, C]."""
     return np.asarray(self._logits(self._classifier, images))
 
   def run(self) -> comparison.Side:
-    """Runs AutoAttack."""
+    """Runs the attacks."""
     import jax
 
     from atat_jax import sharding
@@ -222,16 +228,16 @@ class Ours:
 
 
 class Twin:
-  """The same network in PyTorch.
+  """Copy of a network in PyTorch.
 
   Args:
-    network: What is attacked.
+    network: Network to copy.
     device: "cpu" or "cuda".
-    freeze: Whether its weights ask for no gradients.
+    freeze: Whether gradients of the weights are turned off.
   """
 
-  def __init__(self, network: setting.Network, device: str, *, freeze: bool):
-    from benchmarks.torch_wide_resnet import TorchWideResNet
+  def __init__(self, network: networks.Network, device: str, *, freeze: bool):
+    from benchmarks.support.pytorch import TorchWideResNet
 
     self.device = device
     self.module = TorchWideResNet(network.model, network.variables).to(device)
@@ -239,7 +245,7 @@ class Twin:
       self.module.requires_grad_(False)
 
   def logits(self, images: np.ndarray) -> np.ndarray:
-    """Images [B, H, W, C] to logits [B, K]."""
+    """Computes logits [B, K] of images [B, H, W, C]."""
     import torch
 
     x = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
@@ -253,7 +259,7 @@ def _in_batches(logits: Any, images: np.ndarray, size: int) -> np.ndarray:
 
 
 def _largest(side: comparison.Side, images: np.ndarray, norm: str) -> float:
-  """The norm of the largest perturbation."""
+  """Returns the norm of the largest perturbation."""
   delta = np.abs(side.adversarial.astype(np.float64) - images)
   delta = delta.reshape(len(images), -1)
   lengths = {
@@ -265,12 +271,13 @@ def _largest(side: comparison.Side, images: np.ndarray, norm: str) -> float:
 
 
 def _tell(name: str, side: comparison.Side) -> None:
+  """Prints accuracies and time of a side."""
   accuracies = (f"{part} {100 * a:.2f} %" for part, a in side.accuracy.items())
   say(f"{name}: {', '.join(accuracies)}; {side.everything:.1f} s")
 
 
 def compare(
-  network: setting.Network,
+  network: networks.Network,
   args: argparse.Namespace,
   attacks: Sequence[str],
   module: Any,
@@ -278,19 +285,17 @@ def compare(
   """Runs both sides on a network, one after the other.
 
   Args:
-    network: What is attacked.
-    args: The flags.
-    attacks: The attacks' names.
+    network: Network and images to attack.
+    args: Flags of the command.
+    attacks: Names of the attacks.
     module: The original package.
 
   Returns:
-    What they found.
+    Results of both.
   """
   import jax
 
-  from benchmarks import original
-
-  images, labels, name = network.images, network.labels, network.name
+  images, name = network.images, network.name
   ours = Ours(network, args, attacks)
   device = {"cpu": "cpu", "gpu": "cuda"}[jax.default_backend()]
   twin = Twin(network, device, freeze=args.freeze)
@@ -298,52 +303,18 @@ def compare(
   distance = float(np.abs(ours.logits(first) - twin.logits(first)).max())
   say(f"{name}: logits of both differ by at most {distance:.1e}")
 
-  jax.clear_caches()  # a network before this one may have had the same programs
+  jax.clear_caches()  # an earlier network may have had the same programs
   load = {"ours": os.getloadavg()[0]}
   say(f"{name}: ours, {len(images)} examples, {', '.join(attacks)}")
-  cold = ours.run()
+  cold, warm = ours.run(), None
   _tell(f"{name}: ours", cold)
-  warm = None
   if args.warm:
     load["warm"] = os.getloadavg()[0]
-    say(f"{name}: ours again")
     warm = ours.run()
     _tell(f"{name}: ours, warm", warm)
-    if not np.array_equal(warm.robust, cold.robust):
-      say(f"{name}: WARNING: the two runs of ours differ")
   load["reference"] = os.getloadavg()[0]
-  say(f"{name}: reference")
-  reference = original.run(
-    module,
-    twin.module,
-    images,
-    labels,
-    epsilon=args.epsilon,
-    norm=args.norm,
-    version="plus" if args.version == "plus" else "standard",
-    attacks=attacks,
-    batch_size=args.batch_size,
-    seed=args.seed,
-    device=device,
-    num_steps=args.num_steps,
-    num_queries=args.num_queries,
-    say=lambda line: say(f"{name}: reference: {line}"),
-  )
+  reference = _run_reference(network, twin, args, attacks, module)
   _tell(f"{name}: reference", reference)
-
-  crossed = {}
-  for side, found, judge in (
-    ("ours", cold, twin.logits),
-    ("reference", reference, ours.logits),
-  ):
-    fallen = (found.adversarial != images).any((1, 2, 3))
-    logits = _in_batches(judge, found.adversarial, args.batch_size)
-    wrong = logits.argmax(-1) != labels
-    crossed[side] = {
-      "adversarial": int(fallen.sum()),
-      "fool_the_other_network": int((fallen & wrong).sum()),
-      "largest_perturbation": _largest(found, images, args.norm),
-    }
   return comparison.Comparison(
     name,
     args.norm,
@@ -354,13 +325,102 @@ def compare(
     details={
       "source": network.source,
       "largest_logit_difference": distance,
-      "images": crossed,
-      "repeatable": None
-      if warm is None
-      else bool(np.array_equal(warm.robust, cold.robust)),
+      "images": {
+        "ours": _transfer(network, cold, twin.logits, args),
+        "reference": _transfer(network, reference, ours.logits, args),
+      },
+      "repeatable": _repeatable(name, cold, warm),
       "load_average_at_start": load,
     },
   )
+
+
+def _repeatable(
+  name: str, cold: comparison.Side, warm: comparison.Side | None
+) -> bool | None:
+  """Whether two runs of ours agree; None if there was one only."""
+  if warm is None:
+    return None
+  same = bool(np.array_equal(warm.robust, cold.robust))
+  if not same:
+    say(f"{name}: WARNING: the two runs of ours differ")
+  return same
+
+
+def _run_reference(
+  network: networks.Network,
+  twin: Twin,
+  args: argparse.Namespace,
+  attacks: Sequence[str],
+  module: Any,
+) -> comparison.Side:
+  """Runs the original package on the PyTorch network."""
+  from benchmarks.support import original
+
+  adversary = original.make(
+    module,
+    twin.module,
+    epsilon=args.epsilon,
+    norm=args.norm,
+    version="plus" if args.version == "plus" else "standard",
+    attacks=attacks,
+    seed=args.seed,
+    device=twin.device,
+    num_steps=args.num_steps,
+    num_queries=args.num_queries,
+  )
+  return original.run(
+    module,
+    adversary,
+    network.images,
+    network.labels,
+    batch_size=args.batch_size,
+    say=lambda line: say(f"{network.name}: reference: {line}"),
+  )
+
+
+def _transfer(
+  network: networks.Network,
+  side: comparison.Side,
+  logits: Any,
+  args: argparse.Namespace,
+) -> dict[str, Any]:
+  """Counts a side's adversarial images, and those that fool the other network.
+
+  Args:
+    network: Network and clean images.
+    side: Result whose images are judged.
+    logits: Function of the other side's network.
+    args: Flags of the command.
+
+  Returns:
+    Plain values.
+  """
+  fooled = (side.adversarial != network.images).any((1, 2, 3))
+  found = _in_batches(logits, side.adversarial, args.batch_size)
+  wrong = found.argmax(-1) != network.labels
+  return {
+    "adversarial": int(fooled.sum()),
+    "fool_the_other_network": int((fooled & wrong).sum()),
+    "largest_perturbation": _largest(side, network.images, args.norm),
+  }
+
+
+def _attacks(args: argparse.Namespace) -> list[str]:
+  """Returns the names of the attacks.
+
+  Raises:
+    UserError: Unknown name.
+  """
+  from atat_jax import checks
+  from atat_jax.attacks.autoattack import versions
+
+  if not args.attacks:
+    return list(versions.VERSIONS[args.version].attacks)
+  names = args.attacks.split(",")
+  for name in names:
+    checks.choice("attacks", name, versions.NAMES)
+  return names
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -368,60 +428,41 @@ def _run(args: argparse.Namespace) -> None:
     raise UserError("workdir: missing; name a run with --workdir")
   if args.epsilon is None:
     args.epsilon = EPSILONS[args.norm]
-  cores = setting.start(args.threads, cache=args.compilation_cache)
-  from atat_jax import checks
-  from atat_jax.attacks.autoattack import versions
-  from atat_jax.runs import files
-  from benchmarks import original
+  machine.check_out(args.out)
+  cores = machine.start(args.threads, cache=args.compilation_cache)
+  from benchmarks.support import original
 
-  attacks = list(versions.VERSIONS[args.version])
-  if args.attacks:
-    attacks = args.attacks.split(",")
-    for name in attacks:
-      checks.choice("attacks", name, versions.NAMES)
-  module = original.load(args.reference)
-  networks = [
+  attacks, module = _attacks(args), original.load(args.reference)
+  todo = [
     trained_network(name, path, args.num_examples, args.data_dir)
     for name, path in args.workdir
   ]
-  networks += [
-    setting.random_network(name, args.num_examples, args.seed)
+  todo += [
+    networks.random_network(name, args.num_examples, args.seed)
     for name in args.model
   ]
-  settings = {
-    "version": None if args.attacks else args.version,
-    "attacks": attacks,
-    **{
-      name: getattr(args, name)
-      for name in (
-        "batch_size",
-        "num_steps",
-        "num_queries",
-        "seed",
-        "freeze",
-        "compilation_cache",
-      )
+  results = {
+    **machine.describe(cores),
+    "reference": {"sha256": original.digest(module)},
+    "settings": {
+      "version": None if args.attacks else args.version,
+      "attacks": attacks,
+      **{name: getattr(args, name) for name in _SETTINGS},
     },
   }
-  results = {
-    **setting.describe(cores),
-    "reference": {"sha256": original.digest(module)},
-    "settings": settings,
-    "networks": [],
-  }
   found: list[comparison.Comparison] = []
-  for network in networks:
+  for network in todo:
     found.append(compare(network, args, attacks, module))
-    results["networks"] = [one.as_json() for one in found]
     if args.out is not None:
-      files.write_json(args.out, results)
+      done = [one.as_json() for one in found]
+      files.write_json(args.out, results | {"networks": done})
   print(report(found))
   if args.out is not None:
     print(f"\nresults: {args.out}")
 
 
 def report(found: Sequence[comparison.Comparison]) -> str:
-  """The tables, and whether each side's images fool the other's network."""
+  """Returns the tables, and how each side's images transfer to the other."""
   lines = [
     comparison.parity_table(found),
     comparison.attack_table(found),
@@ -441,10 +482,8 @@ def report(found: Sequence[comparison.Comparison]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
   """Runs the command."""
   args = parser().parse_args(argv)
-  try:
+  with machine.plain_errors():
     _run(args)
-  except UserError as error:
-    sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -1,27 +1,27 @@
-"""Flags ratios that have become worse than those of a stored result.
+"""Flags ratios that are worse than those of a stored result.
 
-  python -m benchmarks.compare benchmarks/results/step_cpu.json new.json
+  python -m benchmarks.compare benchmarks/results/cpu/attacks.json new.json
 
-Looks at ratios to a peer measured in the same run, never at absolute times:
-those are the machine's. Exit status 1 where a ratio fell by more than
+Compares ratios to a peer measured in the same run, never absolute times, which
+depend on the machine. Exit status 1 where a ratio fell by more than
 `--tolerance`, or a stored one was not measured.
 """
 
-import argparse
 import json
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
 
 from atat_jax.errors import UserError
-from benchmarks.comparison import markdown
+from atat_jax.runs import tables
+from benchmarks.support import machine
 
 
 def read(path: pathlib.Path) -> dict[str, float]:
-  """The ratios of a result file: name to peer / ours.
+  """Reads the ratios of a result file: {name: peer / ours}.
 
   Raises:
-    UserError: No such file, or without ratios.
+    UserError: No such file, or no ratios in it.
   """
   try:
     found = json.loads(path.read_text(encoding="utf-8"))
@@ -36,7 +36,7 @@ def read(path: pathlib.Path) -> dict[str, float]:
 def worse(
   stored: Mapping[str, float], new: Mapping[str, float], tolerance: float
 ) -> list[str]:
-  """Names whose ratio fell by more than the tolerance, or is missing."""
+  """Returns the names whose ratio fell by too much, or is missing."""
   return [
     name
     for name, ratio in stored.items()
@@ -47,7 +47,7 @@ def worse(
 def table(
   stored: Mapping[str, float], new: Mapping[str, float], flagged: Sequence[str]
 ) -> str:
-  """A Markdown table of both, a row a measurement."""
+  """Tabulates both in Markdown, a row per measurement."""
   rows = []
   for name in dict.fromkeys([*stored, *new]):
     a, b = stored.get(name), new.get(name)
@@ -61,24 +61,20 @@ def table(
       ]
     )
   header = ["measurement", "stored peer / ours", "new", "change (%)", "flag"]
-  return markdown(header, rows)
+  return tables.markdown([header, *rows])
 
 
 def main(argv: Sequence[str] | None = None) -> None:
   """Runs the command."""
-  made = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  made = machine.parser(__doc__)
   made.add_argument("stored", type=pathlib.Path)
   made.add_argument("new", type=pathlib.Path)
   made.add_argument(
-    "--tolerance", type=float, default=0.1, help="share that may be lost"
+    "--tolerance", type=float, default=0.1, help="acceptable relative loss"
   )
   args = made.parse_args(argv)
-  try:
+  with machine.plain_errors():
     stored, new = read(args.stored), read(args.new)
-  except UserError as error:
-    sys.exit(f"error: {error}")
   flagged = worse(stored, new, args.tolerance)
   print(table(stored, new, flagged))
   if flagged:

@@ -2,17 +2,14 @@
 
   python benchmarks/costs.py --out=docs/results/costs.json
 
-Each method is trained for a few steps by the code that trains it always, in a
-temporary directory; its compiled step says how much memory it needs (XLA's own
-count: arguments, results and scratch space, less what is shared), and every
-step after the first is timed on its own. The methods take turns, several
-times over, so that a slow minute of the machine is no method's; it must have
-nothing else to do.
+Trains each method for a few steps with the usual training code, in a temporary
+directory. Memory is XLA's own count for the compiled step (arguments, results
+and scratch space, less what they share); every step after the first is timed.
+The methods take several turns, so that a slow minute of the machine affects all
+of them. The machine should have nothing else to do.
 """
 
-import argparse
 import contextlib
-import datetime
 import pathlib
 import statistics
 import sys
@@ -23,28 +20,28 @@ from typing import Any
 
 import jax
 
-from atat_jax import (
-  runtime,
-  sharding,
-  steps,
-  train,
-)
-from atat_jax.config import make_plan
-from atat_jax.errors import UserError
-from atat_jax.runs import provenance, tables
-from atat_jax.runs.files import write_json
+if __name__ == "__main__" and not __package__:  # run as a script
+  sys.path[0] = str(pathlib.Path(__file__).resolve().parents[1])
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+from atat_jax import runtime, sharding, steps, train
+from atat_jax.config import make_plan
+from atat_jax.runs import files, provenance, tables
+from benchmarks import methods
+from benchmarks.support import machine
+
 REFERENCE = "at"
 
 
 class MeasuredStep:
-  """A train step that notes what it needs.
+  """Train step that measures its memory and times.
+
+  Args:
+    step: Jitted train step.
 
   Attributes:
-    compile_seconds: Of tracing and compiling.
-    memory_bytes: Of the compiled step, on one device.
-    seconds: Of every step after the first.
+    compile_seconds: Seconds to trace and compile the step.
+    memory_bytes: Memory of the compiled step on one device.
+    seconds: Seconds of every step after the first.
   """
 
   def __init__(self, step: Callable[..., Any]):
@@ -54,7 +51,7 @@ class MeasuredStep:
     self.seconds: list[float] = []
 
   def __call__(self, *args: Any) -> Any:
-    """Makes a step, compiling at the first."""
+    """Makes a step; the first call compiles."""
     first = self._compiled is None
     if first:
       began = time.perf_counter()
@@ -76,7 +73,7 @@ class MeasuredStep:
 
 @contextlib.contextmanager
 def measured() -> Iterator[list[MeasuredStep]]:
-  """Within it every train step that is made is a measured one."""
+  """Replaces every train step made within the context by a measured one."""
   made: list[MeasuredStep] = []
   original = steps.make_train_step
 
@@ -92,7 +89,7 @@ def measured() -> Iterator[list[MeasuredStep]]:
 
 
 def measure(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
-  """Trains as configured, `workdir` being empty, and says what a step took."""
+  """Trains in an empty `workdir`; returns a step's time and memory."""
   plan = make_plan(config)
   dataset = plan.data.load()
   with measured() as made:
@@ -108,9 +105,10 @@ def measure(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
 
 
 def merge(turns: Sequence[dict[str, Any]]) -> dict[str, Any]:
-  """A method's turns as one row: the median; of compiling, the first.
+  """Merges a method's turns into one row, with the median time.
 
-  Later turns find the compiled program in the cache.
+  The compilation time is that of the first turn: later ones find the program in
+  the cache.
   """
   times = [turn["seconds_per_step"] for turn in turns]
   return turns[0] | {
@@ -121,7 +119,7 @@ def merge(turns: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def as_markdown(rows: list[dict[str, Any]]) -> str:
-  """The table; relative columns where the reference is among the rows."""
+  """Tabulates rows in Markdown, relative to `REFERENCE` if it is among them."""
   reference = next((r for r in rows if r["method"] == REFERENCE), None)
 
   def relative(row: dict[str, Any], field: str) -> str:
@@ -156,17 +154,14 @@ def as_markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-  """Measures the methods and writes what was found."""
-  from benchmarks import methods
-
-  flags = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  """Measures the methods and writes the results."""
+  flags = machine.parser(__doc__)
   methods.add_config_flags(flags)
   flags.add_argument("--epochs", type=int, default=2)
   flags.add_argument("--turns", type=int, default=5)
   flags.add_argument("--out", type=pathlib.Path, required=True)
   args = flags.parse_args(argv)
+  machine.check_out(args.out)
   turns: dict[str, list[dict[str, Any]]] = {}
   for _ in range(args.turns):
     with tempfile.TemporaryDirectory() as directory:
@@ -178,25 +173,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         config.train.validate_every_epochs = float(args.epochs)
         row = measure(config, run.workdir)
         turns.setdefault(row["method"], []).append(row)
-  rows = [merge(of_method) for of_method in turns.values()]
-  found = {
-    "command": " ".join(["python", *sys.argv]),
-    "commit": provenance.commit(),
-    "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-    "devices": [device.device_kind for device in jax.devices()],
-    "batch_size": config.train.batch_size,
-    "rows": rows,
-  }
-  write_json(args.out, found)
+  rows = [merge(turns_of_method) for turns_of_method in turns.values()]
+  found = provenance.record(
+    [device.device_kind for device in jax.devices()],
+    batch_size=config.train.batch_size,
+    rows=rows,
+  )
+  files.write_json(args.out, found)
   sys.stdout.write(f"{as_markdown(rows)}\nresults: {args.out}\n")
 
 
 if __name__ == "__main__":
-  sys.path.insert(0, str(ROOT))  # for the other scripts
   runtime.set_up(distributed=False)
-  try:
-    with tempfile.TemporaryDirectory() as empty:  # compiling is measured, too
-      jax.config.update("jax_compilation_cache_dir", empty)
-      main()
-  except UserError as error:
-    sys.exit(f"error: {error}")
+  with machine.plain_errors(), tempfile.TemporaryDirectory() as empty:
+    # An empty cache, because compilation is measured, too.
+    jax.config.update("jax_compilation_cache_dir", empty)
+    main()

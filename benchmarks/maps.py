@@ -1,40 +1,38 @@
-"""Attention maps of a network against its forward passes.
+"""Cost of attention maps relative to forward passes.
 
   python -m benchmarks.maps --model wrn-16-4 --num_examples=512 --out=maps.json
   python -m benchmarks.maps --model wrn-32-10 --num_examples=10000 \\
     --batch_size=250 --out=maps.json
   python -m benchmarks.maps --smoke
 
-Maps by `attention.grad_cam`, with its checks, at the last convolutional tensor,
-and the logits of the same images by the same network, in turn. Maps may cost
-1.1 times the forward passes. `--smoke` is small, only to see that it runs.
+Times `attention.grad_cam` with its checks, at the last convolutional tensor,
+and the same network's logits of the same images, in turn. Maps should cost at
+most 1.1 times as much. `--smoke` is a small run whose times mean nothing.
 """
 
 import argparse
-import pathlib
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from atat_jax.errors import UserError
-from benchmarks import setting, timing
-from benchmarks.setting import whole
+from atat_jax.runs import tables
+from benchmarks.support import machine, networks, timing
+from benchmarks.support.machine import whole
 
 LIMIT = 1.1
-"""Of the time of maps over that of forward passes."""
+"""Largest ratio of times, maps over forward passes, that is acceptable."""
 
 
 def sides(
-  network: setting.Network, num_batches: int
+  network: networks.Network, num_batches: int
 ) -> tuple[Callable[[], None], Callable[[], None]]:
-  """Maps and logits of a batch, `num_batches` times.
+  """Returns functions that compute maps and logits of the same images.
 
   Args:
-    network: With the images of the batch.
-    num_batches: How often.
+    network: Network and one batch of images.
+    num_batches: Number of times that the batch is processed.
 
   Returns:
-    Functions that return when all of it is done.
+    Functions that return when their work is done.
   """
   import jax
   import jax.numpy as jnp
@@ -68,15 +66,15 @@ def measure(
   """Measures a network with random weights.
 
   Args:
-    name: Such as "wrn-16-4".
-    num_examples: Maps, in batches; rounded up to whole ones.
-    batch_size: Images at a time.
-    repeats: Timed runs of each side.
+    name: Name of the network, such as "wrn-16-4".
+    num_examples: Number of maps, rounded up to whole batches.
+    batch_size: Images per batch.
+    repeats: Number of timed runs of each side.
 
   Returns:
     Plain values; the peer is the forward pass, "cost" maps over forward passes.
   """
-  network = setting.random_network(name, batch_size, 0)
+  network = networks.random_network(name, batch_size, 0)
   num_batches = -(-num_examples // batch_size)
   both = sides(network, num_batches)
   for side in both:
@@ -93,9 +91,7 @@ def measure(
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-  """A Markdown table, a row a network."""
-  from benchmarks.comparison import markdown
-
+  """Tabulates results of `measure` in Markdown, a row per network."""
   lines = [
     [
       row["name"],
@@ -115,41 +111,37 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     "maps / forward",
     "limit",
   ]
-  return markdown(header, lines)
+  return tables.markdown([header, *lines])
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-  """Runs the command."""
-  made = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+def parser() -> argparse.ArgumentParser:
+  """Makes the parser of the flags."""
+  made = machine.measurement_parser(__doc__)
   add = made.add_argument
   add("--model", nargs="+", default=["wrn-16-4"], metavar="wrn-DEPTH-WIDTH")
   add("--num_examples", type=whole, default=512)
   add("--batch_size", type=whole, default=64)
   add("--repeats", type=whole, default=7)
-  add("--threads", type=whole, help="cores; default: all allowed")
-  add("--smoke", action="store_true", help="small, only to see that it runs")
-  add("--out", type=pathlib.Path, help="JSON file for all of it")
-  args = made.parse_args(argv)
+  add("--smoke", action="store_true", help="small run, times mean nothing")
+  return made
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+  """Runs the command."""
+  args = parser().parse_args(argv)
   if args.smoke:
     args.model, args.repeats = ["wrn-8-1"], 1
     args.num_examples, args.batch_size = 4, 2
-
-  def measured() -> Iterator[dict[str, Any]]:
-    for model in args.model:
-      yield measure(
-        model,
-        num_examples=args.num_examples,
-        batch_size=args.batch_size,
-        repeats=args.repeats,
-      )
-
-  try:
-    cores = setting.start(args.threads, cache=False, torch=False)
-    setting.report(measured(), table, cores=cores, out=args.out)
-  except UserError as error:
-    sys.exit(f"error: {error}")
+  rows = (
+    measure(
+      model,
+      num_examples=args.num_examples,
+      batch_size=args.batch_size,
+      repeats=args.repeats,
+    )
+    for model in args.model
+  )
+  machine.run(args, rows, table)
 
 
 if __name__ == "__main__":

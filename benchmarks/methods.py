@@ -2,23 +2,22 @@
 
   python benchmarks/methods.py --workdir=runs/methods --seeds=0,1,2
 
-One process, so that a program is compiled once for all seeds. Killed or
-stopped, the same command goes on where it was; what is finished is skipped.
-The runs are in <workdir>/seed<seed>/<method>, each as `main.py` would leave it
-(`main.py --mode=figures` makes its own report), the comparison is
+Everything runs in one process, so that a program is compiled once for all seeds.
+After an interruption the same command continues; finished runs are skipped. Runs
+are in <workdir>/seed<seed>/<method>, as `main.py` would leave them (`main.py
+--mode=figures` makes the report of one run), the comparison is in
 <workdir>/comparison.{html,md,json}.
 
 The `standard` network of a seed is the teacher of the methods that need one.
-AutoAttack runs with running statistics only: it fills its batches anew as
-images fall, so that "the statistics of the batch" would mean nothing. By
-default it is its first two attacks on the first 240 test images, so that all
-ends within 45 minutes on two cores; the same command with
-`--running_attacks=autoattack --running_examples=0` adds the whole.
+AutoAttack runs with running statistics only: it refills its batches as images
+are fooled, so that batch statistics would be ill-defined. By default only its
+first two attacks run, on the first 240 test images, so that everything takes 45
+minutes on two cores; `--running_attacks=autoattack --running_examples=0` adds
+all four attacks on all images.
 """
 
 import argparse
 import ast
-import importlib.util
 import pathlib
 import sys
 import time
@@ -27,14 +26,17 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
+if __name__ == "__main__" and not __package__:  # run as a script
+  sys.path[0] = str(pathlib.Path(__file__).resolve().parents[1])
+
 from atat_jax import objectives, pipeline, report, runtime
 from atat_jax.config import make_plan
 from atat_jax.errors import UserError
-from atat_jax.report.comparison import METHODS
 from atat_jax.runs import files
-from atat_jax.runs.files import write_json
+from benchmarks.support import machine
+from benchmarks.support.machine import ROOT
+from benchmarks.support.networks import load_config
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 TEACHER = "standard"
 
 
@@ -42,11 +44,10 @@ class Run(NamedTuple):
   """One network to train and evaluate.
 
   Attributes:
-    method: Of `objectives.OBJECTIVES`.
-    seed: Of its training.
-    workdir: Holds all that it writes.
-    configs: Its configuration, once for each evaluation; they differ in
-      `evaluation` only.
+    method: Name in `objectives.OBJECTIVES`.
+    seed: Seed of the training.
+    workdir: Directory of everything that the run writes.
+    configs: Configuration of each evaluation; they differ in `evaluation` only.
   """
 
   method: str
@@ -55,59 +56,51 @@ class Run(NamedTuple):
   configs: tuple[ConfigDict, ...]
 
 
-def methods_in_order() -> list[str]:
-  """All registered methods: the paper's and its peers, then any others."""
-  known = [name for name in METHODS if name in objectives.OBJECTIVES]
-  return list(dict.fromkeys([*known, *objectives.OBJECTIVES]))
-
-
 def add_config_flags(flags: argparse.ArgumentParser) -> None:
-  """The flags that say what is trained."""
+  """Adds the flags that choose methods and configuration."""
   flags.add_argument(
     "--config", type=pathlib.Path, default=ROOT / "configs/digits.py"
   )
   flags.add_argument(
     "--methods",
     type=lambda text: text.split(","),
-    default=methods_in_order(),
-    help="standard is always among them; default: all",
+    default=list(objectives.OBJECTIVES),
+    help="names separated by commas; standard is always added; default: all",
   )
   flags.add_argument(
-    "--recipe", help="what follows the comma, as in cifar10.py:at,modern"
+    "--recipe", help="recipe after the comma, as in cifar10.py:at,modern"
   )
   flags.add_argument(
     "--set",
     action="append",
     default=[],
     metavar="FIELD=VALUE",
-    help="another value of a field of the configuration, for all methods that"
-    " have it, e.g. train.num_epochs=1",
+    help="overrides a field of the configuration, for all methods that have it,"
+    " such as train.num_epochs=1",
   )
 
 
 def parser() -> argparse.ArgumentParser:
-  """The flags."""
-  flags = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  """Makes the parser of the flags."""
+  flags = machine.parser(__doc__)
   flags.add_argument("--workdir", type=pathlib.Path, required=True)
   flags.add_argument("--seeds", type=_integers, default=[0, 1, 2])
   add_config_flags(flags)
   flags.add_argument(
     "--attacks",
     default="nominal,fgsm,ifgsm20,pgd20",
-    help="with running and with batch statistics",
+    help="attacks with running and with batch statistics",
   )
   flags.add_argument(
     "--running_attacks",
     default="autoattack-fast",
-    help="with running statistics only",
+    help="attacks with running statistics only",
   )
   flags.add_argument(
     "--running_examples",
     type=int,
     default=240,
-    help="first so many test images for those; 0: all",
+    help="number of test images for those, the first ones; 0: all",
   )
   return flags
 
@@ -124,18 +117,8 @@ def _integers(text: str) -> list[int]:
   return numbers
 
 
-def load(path: pathlib.Path) -> Any:
-  """A configuration file as a module."""
-  spec = importlib.util.spec_from_file_location(path.stem, path)
-  if spec is None or spec.loader is None or not path.exists():
-    raise UserError(f"config: {path}; allowed: a configuration file")
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
-
-
 def _override(config: ConfigDict, assignment: str) -> bool:
-  """Sets one field; False where the configuration does not have it."""
+  """Sets one field; returns False if the configuration does not have it."""
   field, equals, text = assignment.partition("=")
   *sections, name = field.split(".")
   for section in sections:
@@ -153,40 +136,49 @@ def _override(config: ConfigDict, assignment: str) -> bool:
   return True
 
 
+def _make_run(
+  args: argparse.Namespace, module: Any, method: str, seed: int
+) -> tuple[Run, set[str]]:
+  """Makes one run; also returns the overrides that its configuration has."""
+  directory = args.workdir / f"seed{seed}"
+  recipe = [args.recipe] if args.recipe else []
+  try:
+    config = module.get_config(",".join([method, *recipe]))
+  except ValueError as error:
+    raise UserError(str(error)) from None
+  used = {text for text in args.set if _override(config, text)}
+  config.seed = seed
+  config.evaluation.batch_norm = ("running", "batch")
+  config.evaluation.attacks = args.attacks
+  # The other analyses would take minutes for all runs together.
+  config.figures.analyses = "attention"
+  if make_plan(config).objective.needs_teacher:
+    config.teacher_workdir = str(directory / TEACHER)
+  configs = [config]
+  if args.running_attacks:
+    alone = ConfigDict(config.to_dict())
+    alone.evaluation.attacks = args.running_attacks
+    alone.evaluation.batch_norm = ("running",)
+    alone.evaluation.num_examples = args.running_examples
+    make_plan(alone)
+    configs.insert(0, alone)
+  return Run(method, seed, directory / method, tuple(configs)), used
+
+
 def make_runs(args: argparse.Namespace) -> list[Run]:
-  """The runs, a seed after the other, the teacher of each seed first.
+  """Makes the runs, ordered by seed, the teacher of each seed first.
 
   Raises:
     UserError: An unknown method or field, or a value out of range.
   """
-  module = load(args.config)
+  module = load_config(args.config)
   methods = list(dict.fromkeys([TEACHER, *args.methods]))
-  recipe = [args.recipe] if args.recipe else []
   runs, used = [], set()
   for seed in args.seeds:
-    directory = args.workdir / f"seed{seed}"
     for method in methods:
-      try:
-        config = module.get_config(",".join([method, *recipe]))
-      except ValueError as error:
-        raise UserError(str(error)) from None
-      used |= {text for text in args.set if _override(config, text)}
-      config.seed = seed
-      config.evaluation.batch_norm = ("running", "batch")
-      config.evaluation.attacks = args.attacks
-      # The others cost minutes for all runs: `python -m atat_jax.explain`.
-      config.figures.analyses = "attention"
-      if make_plan(config).objective.needs_teacher:
-        config.teacher_workdir = str(directory / TEACHER)
-      configs = [config]
-      if args.running_attacks:
-        alone = ConfigDict(config.to_dict())
-        alone.evaluation.attacks = args.running_attacks
-        alone.evaluation.batch_norm = ("running",)
-        alone.evaluation.num_examples = args.running_examples
-        make_plan(alone)
-        configs.insert(0, alone)
-      runs.append(Run(method, seed, directory / method, tuple(configs)))
+      run, fields = _make_run(args, module, method, seed)
+      runs.append(run)
+      used |= fields
   for text in args.set:
     if text not in used:
       raise UserError(
@@ -196,7 +188,7 @@ def make_runs(args: argparse.Namespace) -> list[Run]:
 
 
 def _marker(run: Run) -> pathlib.Path:
-  """The file that says with which configurations a run has ended."""
+  """Returns the file that holds the configurations of a finished run."""
   return run.workdir / "finished.json"
 
 
@@ -205,25 +197,25 @@ def _as_json(run: Run) -> dict[str, Any]:
 
 
 def is_finished(run: Run) -> bool:
-  """Whether the run has ended with the very same configurations."""
+  """Whether the run has finished with exactly these configurations."""
   results = run.workdir / "results.json"
   return results.exists() and files.read_json(_marker(run)) == _as_json(run)
 
 
 def execute(run: Run) -> None:
-  """Trains and evaluates what is not done yet."""
+  """Trains and evaluates as far as it is not done yet."""
   pipeline.run("train", run.configs[0], run.workdir)
   for config in run.configs:
     pipeline.run("evaluate", config, run.workdir)
-  write_json(_marker(run), _as_json(run))
+  files.write_json(_marker(run), _as_json(run))
 
 
 def remaining(
   todo: Sequence[Run], seconds: dict[str, list[float]]
 ) -> float | None:
-  """How long the runs will take, in s; None before the first has ended.
+  """Estimates the seconds that the runs will take; None before any has ended.
 
-  A method that has not run yet is taken for the mean of those that have.
+  A method that has not run yet counts as the mean of those that have.
   """
   measured = {name: sum(s) / len(s) for name, s in seconds.items()}
   if not measured:
@@ -237,7 +229,7 @@ def _minutes(seconds: float) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-  """Runs everything that is not finished, then writes the comparison."""
+  """Makes all unfinished runs, then writes the comparison."""
   args = parser().parse_args(argv)
   runs = make_runs(args)
   todo = [run for run in runs if not is_finished(run)]

@@ -2,24 +2,28 @@
 
   python benchmarks/reproduction.py runs/methods/comparison.json
 
-copies the comparison to docs/results/methods.json, replaces what stands on the
-page between the markers `<!-- generated: NAME -->` and `<!-- end -->`, and draws
-the figures into docs/figures. Without an argument the copy is read again. All
-else on the page is written by hand. What was not measured is said to be so.
+copies the comparison to docs/results/methods.json, replaces the text between the
+page's markers `<!-- generated: NAME -->` and `<!-- end -->`, and draws the
+figures into docs/figures. Without an argument it reads that copy again. A part
+without results says "Not measured yet."
 """
 
-import argparse
 import pathlib
 import sys
 from collections.abc import Sequence
 from typing import Any
 
+if __name__ == "__main__" and not __package__:  # run as a script
+  sys.path[0] = str(pathlib.Path(__file__).resolve().parents[1])
+
 from atat_jax.errors import UserError
 from atat_jax.figures import comparison as pictures
-from atat_jax.report import comparison, layout
+from atat_jax.report import layout
 from atat_jax.runs import files
+from benchmarks import costs, tables
+from benchmarks.support import machine
+from benchmarks.support.machine import ROOT
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "reproduction.md"
 RESULTS = ROOT / "docs" / "results" / "methods.json"
 FIGURES = ROOT / "docs" / "figures"
@@ -30,36 +34,34 @@ _NOT_MEASURED = "Not measured yet."
 
 
 def generate(page: str, results: pathlib.Path) -> str:
-  """The page with its measured parts as the results have them.
+  """Writes the page's measured parts.
 
   Args:
     page: Markdown with markers.
-    results: A `comparison.json`; it need not exist. Nor need `costs.json`
-      beside it, which `benchmarks/costs.py` writes.
+    results: A `comparison.json`, which may be missing, like `costs.json` beside
+      it, which `benchmarks/costs.py` writes.
 
   Returns:
-    The new text.
+    The new text of the page.
 
   Raises:
-    UserError: A marker with an unknown name, results that cannot be read.
+    UserError: A marker with an unknown name, or results that cannot be read.
   """
-  from benchmarks import setting
-
   found = pictures.read(results) if results.exists() else None
-  costs = files.read_json(results.with_name(COSTS))
+  costs_found = files.read_json(results.with_name(COSTS))
 
   def part(name: str) -> str:
-    measured = costs if name == "costs" else found
+    measured = costs_found if name == "costs" else found
     text = None if measured is None else PARTS[name](measured)
     return text or _NOT_MEASURED
 
-  return setting.fill(page, PARTS, part)
+  return tables.fill(page, PARTS, part)
 
 
 def _accuracies(found: dict[str, Any]) -> str:
   parts = []
   for dataset in layout.datasets(found):
-    for shown in comparison.tables(found):
+    for shown in layout.tables(found):
       if shown.heading.startswith(f"{dataset}."):
         notes = "\n".join(f"- {note}" for note in shown.notes)
         parts += [f"{shown.heading}", layout.table_as_markdown(shown), notes]
@@ -114,11 +116,11 @@ def _batch_statistics(found: dict[str, Any]) -> str:
 def _rows(
   found: dict[str, Any], dataset: str, batch_norm: str
 ) -> dict[str, dict[str, Any]]:
-  """Method to its row of the headline attack."""
+  """Returns {method: its row of the headline attack}."""
   rows = {}
   for column in layout.columns(found, dataset, batch_norm):
     if column.protocol["attack"] == ATTACK:
-      # The first column of that name only: protocols are not mixed.
+      # Protocols are not mixed: only the first column of that name counts.
       for label, _ in column.rows:
         rows.setdefault(label, column.rows[label, batch_norm])
       break
@@ -130,12 +132,10 @@ def _percent(row: dict[str, Any]) -> str:
 
 
 def _costs(found: dict[str, Any]) -> str:
-  from benchmarks import costs as step_costs
-
   return (
     f"Batches of {found['batch_size']} images; commit `{found['commit']}`,"
-    f" {found['date']}, devices: {', '.join(found['devices'])}.\n\n"
-    + step_costs.as_markdown(found["rows"])
+    f" {found['date'][:10]}, devices: {', '.join(found['devices'])}.\n\n"
+    + costs.as_markdown(found["rows"])
   )
 
 
@@ -165,18 +165,22 @@ PARTS = {
   "training": _training,
   "provenance": _provenance,
 }
-"""Name of a part to what writes it."""
+"""Function that writes each part."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
   """Writes the page and its figures."""
-  flags = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  flags = machine.parser(__doc__)
   flags.add_argument("comparison", nargs="?", type=pathlib.Path)
   args = flags.parse_args(argv)
   if args.comparison is not None:
-    pictures.read(args.comparison)  # refuses what is none
+    found = pictures.read(args.comparison)  # refuses another kind of file
+    for run in found["runs"]:
+      if not machine.is_committed(run["commit"]):
+        raise UserError(
+          f"comparison: {run['workdir']}, commit {run['commit']}; allowed: runs"
+          " of committed code"
+        )
     files.write_bytes(RESULTS, args.comparison.read_bytes())
   text = generate(PAGE.read_text(encoding="utf-8"), RESULTS)
   files.write_bytes(PAGE, text.encode())
@@ -188,8 +192,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-  sys.path.insert(0, str(ROOT))  # for the other scripts
-  try:
+  with machine.plain_errors():
     main()
-  except UserError as error:
-    sys.exit(f"error: {error}")

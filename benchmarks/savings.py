@@ -1,22 +1,21 @@
-"""What each way of doing less work saves: the step with and without it.
+"""Time and memory that each optimisation of the train step saves.
 
   python -m benchmarks.savings --model wrn-16-4 --out=savings.json
 
-Both sides of a pair run in turn; the ratio is without / with. Where a choice
-is built in, the wasteful way stands here.
+The step with and without it run in turn; the ratio is without / with. Where the
+package has no switch, the slow variant is implemented here.
 """
 
 import argparse
 import dataclasses
-import pathlib
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 from unittest import mock
 
-from atat_jax.errors import UserError
-from benchmarks import setting, step, timing
-from benchmarks.setting import whole
+from atat_jax.runs import tables
+from benchmarks import step
+from benchmarks.support import machine, timing
+from benchmarks.support.machine import whole
 
 Side = Callable[[], None]
 
@@ -32,7 +31,7 @@ def _option(base: step.Case, name: str, value: Any) -> step.Case:
 
 
 def _images_only(base: step.Case) -> tuple[step.Ours, step.Ours]:
-  """The other side's attack differentiates with respect to parameters, too."""
+  """Makes a step whose attack differentiates the parameters, too."""
   import jax
   import jax.numpy as jnp
 
@@ -42,7 +41,7 @@ def _images_only(base: step.Case) -> tuple[step.Ours, step.Ours]:
 
   def attack(
     self: Any, key: Any, model: Any, variables: Any, batch: Any
-  ) -> adversarial.Attacked:
+  ) -> adversarial.InnerAttackResult:
     def loss(params: Any, x: Any, stats: Any) -> Any:
       logits, _ = batch_norm.apply(
         model,
@@ -67,9 +66,9 @@ def _images_only(base: step.Case) -> tuple[step.Ours, step.Ours]:
     x, weights = jax.lax.fori_loop(
       0, self.num_steps, body, (start, variables["params"])
     )
-    # The compiler must not find them unused.
+    # Used in a way that the compiler cannot remove.
     used = sum(jnp.nan_to_num(w).sum() for w in jax.tree.leaves(weights))
-    return adversarial.Attacked(x + 0 * used, variables["batch_stats"])
+    return adversarial.InnerAttackResult(x + 0 * used, variables["batch_stats"])
 
   ours = step.Ours(base)
   with mock.patch.object(adversarial.InnerAttack, "attack", attack):
@@ -77,7 +76,7 @@ def _images_only(base: step.Case) -> tuple[step.Ours, step.Ours]:
 
 
 def _head_only(base: step.Case) -> tuple[Side, Side]:
-  """Logits and maps; the other side goes back to the images for them."""
+  """Computes logits and maps; the other side differentiates to the images."""
   import jax
 
   from atat_jax import attention, batch_norm, compilation
@@ -128,15 +127,15 @@ SAVINGS: dict[str, Callable[[step.Case], tuple[Side, Side]]] = {
 
 
 def measure(name: str, base: step.Case, *, repeats: int) -> dict[str, Any]:
-  """Measures a pair.
+  """Measures the step with and without an optimisation.
 
   Args:
-    name: Of `SAVINGS`.
-    base: The case that both sides start from.
-    repeats: Timed runs of each side.
+    name: Name of the optimisation, in `SAVINGS`.
+    base: Measurement that both sides derive from.
+    repeats: Number of timed runs of each side.
 
   Returns:
-    Plain values; seconds are of one train step, or one batch of maps.
+    Plain values; seconds per train step, or per batch of maps.
   """
   sides = SAVINGS[name](base)
   for side in sides:
@@ -160,8 +159,7 @@ def measure(name: str, base: step.Case, *, repeats: int) -> dict[str, Any]:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-  """A Markdown table, a row a saving."""
-  from benchmarks.comparison import markdown
+  """Tabulates results of `measure` in Markdown, a row per optimisation."""
 
   def megabytes(memory: int | None) -> str:
     return "-" if memory is None else f"{memory / 1e6:.0f}"
@@ -187,34 +185,31 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     "MB",
     "without (MB)",
   ]
-  return markdown(header, lines)
+  return tables.markdown([header, *lines])
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-  """Runs the command."""
-  made = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+def parser() -> argparse.ArgumentParser:
+  """Makes the parser of the flags."""
+  made = machine.measurement_parser(__doc__)
   add = made.add_argument
   add("--model", nargs="+", default=["wrn-10-1"], metavar="wrn-DEPTH-WIDTH")
   add("--saving", nargs="+", default=list(SAVINGS), choices=SAVINGS)
   add("--batch_size", type=whole, default=32)
   add("--repeats", type=whole, default=5)
-  add("--threads", type=whole, help="cores; default: all allowed")
-  add("--out", type=pathlib.Path, help="JSON file for all of it")
-  args = made.parse_args(argv)
+  return made
 
-  def measured() -> Iterator[dict[str, Any]]:
-    for model in args.model:
-      base = step.Case(model, batch_size=args.batch_size)
-      for name in args.saving:
-        yield measure(name, base, repeats=args.repeats)
 
-  try:
-    cores = setting.start(args.threads, cache=False, torch=False)
-    setting.report(measured(), table, cores=cores, out=args.out)
-  except UserError as error:
-    sys.exit(f"error: {error}")
+def main(argv: Sequence[str] | None = None) -> None:
+  """Runs the command."""
+  args = parser().parse_args(argv)
+  rows = (
+    measure(
+      name, step.Case(model, batch_size=args.batch_size), repeats=args.repeats
+    )
+    for model in args.model
+    for name in args.saving
+  )
+  machine.run(args, rows, table)
 
 
 if __name__ == "__main__":

@@ -1,24 +1,24 @@
-"""How the train step's time grows: with attack steps, batch, depth, width, devices.
+"""Growth of the step's time with attack steps, batch, depth, width and devices.
 
-  python -m benchmarks.scaling --out=benchmarks/results/scaling_cpu.json
+  python -m benchmarks.scaling --out=scaling.json
 
-One axis at a time from a base case; for each a line fitted by least squares,
-time = constant + slope * work, with the share of the constant at the base and
-how far the worst point is from the line.
+Varies one number at a time from a base case and fits time = constant + slope *
+work by least squares; reports the constant's share of the base case and the
+largest relative distance of a point from the line.
 """
 
 import argparse
 import dataclasses
-import pathlib
-import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from atat_jax.errors import UserError
-from benchmarks import setting, step, timing
-from benchmarks.setting import whole
+from atat_jax.runs import tables
+from benchmarks import step
+from benchmarks.support import machine, timing
+from benchmarks.support.machine import whole
 
 BASE = step.Case("wrn-10-1")
 SMOKE = step.Case("wrn-8-1", batch_size=4, num_steps=1, size=8)
@@ -32,7 +32,7 @@ VALUES: dict[str, tuple[int, ...]] = {
 
 
 def case(base: step.Case, axis: str, value: int) -> step.Case:
-  """The base case with one number changed."""
+  """Returns the base case with one number changed."""
   if axis in ("depth", "width"):
     _, depth, width = base.model.split("-")
     numbers = {"depth": depth, "width": width, axis: value}
@@ -46,13 +46,13 @@ def fit(work: Sequence[float], seconds: Sequence[float]) -> dict[str, float]:
   """Fits seconds = constant + slope * work.
 
   Args:
-    work: Of each point, at least two different ones.
-    seconds: Its time.
+    work: Work at each point, at least two different values.
+    seconds: Time at each point.
 
   Returns:
     "constant", "slope", and "worst": the largest |fit - seconds| / seconds.
   """
-  # Weighted by 1 / time: the short ones count as much as the long ones.
+  # Weighted by 1 / time, so that short times count as much as long ones.
   times = np.asarray(seconds, np.float64)
   columns = np.stack([np.ones(len(work)), np.asarray(work, np.float64)], 1)
   (constant, slope), *_ = np.linalg.lstsq(
@@ -69,7 +69,7 @@ def fit(work: Sequence[float], seconds: Sequence[float]) -> dict[str, float]:
 def measure(
   base: step.Case, axis: str, values: Sequence[int], repeats: int
 ) -> dict[str, Any]:
-  """A curve along one axis; its points are timed in turn."""
+  """Measures a curve along one axis; its points are timed in turn."""
   points = [step.Ours(case(base, axis, value)) for value in values]
   for point in points:
     point()
@@ -99,9 +99,7 @@ def _value(base: step.Case, axis: str) -> int:
 
 
 def table(curves: Sequence[dict[str, Any]]) -> str:
-  """A Markdown table, a row a point."""
-  from benchmarks.comparison import markdown
-
+  """Tabulates curves in Markdown, a row per point."""
   rows = []
   for curve in curves:
     for value, seconds, spread, flops, compiling in zip(
@@ -136,7 +134,7 @@ def table(curves: Sequence[dict[str, Any]]) -> str:
     "GFLOP/s",
     "compile (s)",
   ]
-  return markdown(header, rows)
+  return tables.markdown([header, *rows])
 
 
 def _line(curve: dict[str, Any]) -> str:
@@ -145,7 +143,7 @@ def _line(curve: dict[str, Any]) -> str:
 
 
 def _fits(curves: Sequence[dict[str, Any]]) -> str:
-  """The fitted lines, a list item each."""
+  """Lists the fitted lines in Markdown."""
   return "\n".join(
     f"- {curve['name']}: constant part"
     f" {1e3 * curve['fit']['constant']:.1f} ms"
@@ -158,25 +156,36 @@ def _fits(curves: Sequence[dict[str, Any]]) -> str:
 
 
 def page(curves: Sequence[dict[str, Any]]) -> str:
-  """The table of all points, and the lines below it."""
+  """Returns the table of all points, and the fitted lines below it."""
   return f"{table(curves)}\n\n{_fits(curves)}"
+
+
+def parser() -> argparse.ArgumentParser:
+  """Makes the parser of the flags."""
+  made = machine.measurement_parser(__doc__)
+  add = made.add_argument
+  add("--axis", nargs="+", choices=VALUES, default=list(VALUES))
+  add(
+    "--values",
+    nargs="+",
+    type=whole,
+    help="values along the one axis that is given",
+  )
+  add("--repeats", type=whole, default=9)
+  add("--smoke", action="store_true", help="tiny base case")
+  return made
 
 
 def main(argv: Sequence[str] | None = None) -> None:
   """Runs the command."""
   import jax
 
-  made = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
-  add = made.add_argument
-  add("--axis", nargs="+", choices=VALUES, default=list(VALUES))
-  add("--values", nargs="+", type=whole, help="of the one axis; default: ours")
-  add("--repeats", type=whole, default=9)
-  add("--smoke", action="store_true", help="a tiny base case")
-  add("--threads", type=whole, help="cores; default: all allowed")
-  add("--out", type=pathlib.Path, help="JSON file for all of it")
-  args = made.parse_args(argv)
+  args = parser().parse_args(argv)
+  with machine.plain_errors():
+    if args.values and len(args.axis) > 1:
+      raise UserError("values: given for several axes; allowed: with one")
+  if "num_devices" in args.axis:  # CPU devices share the cores
+    jax.config.update("jax_num_cpu_devices", max(VALUES["num_devices"]))
 
   def measured() -> Iterator[dict[str, Any]]:
     base = SMOKE if args.smoke else BASE
@@ -186,15 +195,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         values = [v for v in values if v <= jax.device_count()]
       yield measure(base, axis, values, args.repeats)
 
-  try:
-    if args.values and len(args.axis) > 1:
-      raise UserError("values: given for several axes; allowed: with one")
-    if "num_devices" in args.axis:  # CPU devices share the cores
-      jax.config.update("jax_num_cpu_devices", max(VALUES["num_devices"]))
-    cores = setting.start(args.threads, cache=False, torch=False)
-    setting.report(measured(), page, cores=cores, out=args.out, line=_line)
-  except UserError as error:
-    sys.exit(f"error: {error}")
+  machine.run(args, measured(), page, line=_line)
 
 
 if __name__ == "__main__":

@@ -2,28 +2,26 @@
 
   python -m benchmarks.step --model=wrn-16-4 --peer=eager --out=step.json
 
-Prints for every model, batch size, dtype and method the step's time, images a
-second, the model's operations and the share of the device's peak (MFU), the
-memory, the time to compile; with --peer both sides run in turn, on the same
-weights and images, and the ratio is that of each pair of runs.
+Prints for every model, batch size, dtype and method the step's time, images per
+second, the model's operations, their share of the device's peak (MFU), memory
+and compilation time. With --peer both sides run in turn on the same weights and
+images, and the ratio is the median over pairs of runs.
 """
 
 import argparse
 import dataclasses
 import itertools
-import pathlib
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
-from unittest import mock
 
 import numpy as np
 
 from atat_jax import checks
 from atat_jax.errors import UserError
-from benchmarks import setting, timing
-from benchmarks.setting import say, whole
+from atat_jax.runs import tables
+from benchmarks.support import machine, networks, timing
+from benchmarks.support.machine import say, whole
 
 ATTACK = {"epsilon": 8 / 255, "step_size": 2 / 255}
 LOSS = {"lambda1": 1.0, "lambda2": 0.1}
@@ -45,16 +43,16 @@ PEAKS = {
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """One measurement.
+  """Measurement to make.
 
   Attributes:
-    model: "wrn-DEPTH-WIDTH", or of `models.MODELS`.
-    method: Of `objectives.OBJECTIVES`.
-    batch_size: Of all devices together.
-    dtype: "float32" or "bfloat16".
-    num_steps: Of the attack.
+    model: "wrn-DEPTH-WIDTH", or a name in `models.MODELS`.
+    method: Name in `objectives.OBJECTIVES`.
+    batch_size: Images per step, over all devices.
+    dtype: Compute dtype, "float32" or "bfloat16".
+    num_steps: Steps of the attack.
     num_devices: Devices that share the batch.
-    steps_per_dispatch: Train steps in one call.
+    steps_per_dispatch: Train steps per call.
     size: Height and width of the images.
     options: Other fields of the objective, of the model (`model.<field>`), of
       `Options` (`train.<field>`).
@@ -72,7 +70,7 @@ class Case:
 
   @property
   def name(self) -> str:
-    """For tables and comparisons."""
+    """Name in tables and comparisons."""
     parts = [self.method, self.model, f"b{self.batch_size}", self.dtype]
     if self.method != "standard":
       parts.append(f"pgd{self.num_steps}")
@@ -86,56 +84,71 @@ class Case:
     return "/".join([*parts, *(f"{k}={v}" for k, v in self.options)])
 
 
+def _split_options(
+  options: tuple[tuple[str, Any], ...],
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+  """Splits a case's options into fields of objective, model and training."""
+  objective: dict[str, Any] = {}
+  sections: dict[str, dict[str, Any]] = {"model": {}, "train": {}}
+  for key, value in options:
+    section, _, field = key.partition(".")
+    if field:
+      sections[section][field] = value
+    else:
+      objective[key] = value
+  return objective, sections["model"], sections["train"]
+
+
+def _objective(case: Case, fields: dict[str, Any]) -> Any:
+  """Makes the case's objective, with the case's attack."""
+  from atat_jax import objectives
+
+  if case.method != "standard":
+    fields = fields | ATTACK | {"num_steps": case.num_steps}
+  return objectives.create(case.method, **fields)
+
+
 class Ours:
-  """The step of this package, compiled, with a state to run it on."""
+  """The step of this package, compiled, with a state to run it on.
+
+  Args:
+    case: Measurement to make.
+
+  Attributes:
+    model: Flax module of student and teacher.
+    objective: Training objective.
+    variables: Variables of the student before training.
+    teacher: Variables of the teacher; None: the method needs none.
+    pixels: uint8 [N, size, size, 3], images of one dispatch.
+    labels: int32 [N].
+    seconds_lowering: Seconds to trace and lower the step.
+    seconds_compiling: Seconds to compile it.
+  """
 
   def __init__(self, case: Case):
     import jax
     import jax.numpy as jnp
 
-    from atat_jax import (
-      compilation,
-      objectives,
-      optim,
-      sharding,
-      state,
-      steps,
-    )
-    from atat_jax.data.base import Split
+    from atat_jax import compilation, optim, sharding, state, steps
     from atat_jax.training.options import Options
 
     if case.num_devices > jax.device_count():
       raise UserError(
         f"devices: {case.num_devices}; allowed: up to {jax.device_count()}"
       )
-    fields = dict(case.options)
-    of_model, of_train = (
-      {
-        key.removeprefix(section): fields.pop(key)
-        for key in list(fields)
-        if key.startswith(section)
-      }
-      for section in ("model.", "train.")
-    )
     self.case = case
-    self.model = setting.network(
-      case.model, dtype=jnp.dtype(case.dtype), **of_model
+    fields, model_fields, train_fields = _split_options(case.options)
+    self.model = networks.network(
+      case.model, dtype=jnp.dtype(case.dtype), **model_fields
     )
-    fields = setting.hyperparameters(case.method) | fields
-    if case.method != "standard":
-      fields |= ATTACK | {"num_steps": case.num_steps}
-    self.objective = objectives.create(case.method, **fields)
-    mesh = sharding.make_mesh(jax.devices()[: case.num_devices])
-    generator = np.random.default_rng(0)
-    count = case.steps_per_dispatch * case.batch_size
-    shape = (case.size, case.size, 3)
-    self.pixels = generator.integers(0, 256, (count, *shape), dtype=np.uint8)
-    self.labels = generator.integers(0, 10, count).astype(np.int32)
-    images = jnp.zeros((1, *shape))
+    self.objective = _objective(case, fields)
+    self._make_examples()
+    images = jnp.zeros((1, *self.pixels.shape[1:]))
     init = compilation.jit(self.model.init, once=True)
     self.variables, self.teacher = init(jax.random.key(0), images), None
     if self.objective.needs_teacher:
       self.teacher = init(jax.random.key(1), images)
+    mesh = sharding.make_mesh(jax.devices()[: case.num_devices])
     optimizer = optim.make_optimizer(lambda _: 0.1)
     self._state = sharding.put_replicated(
       mesh,
@@ -155,35 +168,52 @@ class Ours:
       optimizer,
       mesh=mesh,
       num_classes=10,
-      options=Options(**of_train),
+      options=Options(**train_fields),
     )
-    indices = np.arange(count, dtype=np.int32)
-    self._rest: tuple[Any, ...] = (
+    self._arguments = self._put_arguments(mesh)
+    self._compile(step)
+
+  def _make_examples(self) -> None:
+    """Draws the images and labels of one dispatch."""
+    case, generator = self.case, np.random.default_rng(0)
+    count = case.steps_per_dispatch * case.batch_size
+    shape = (count, case.size, case.size, 3)
+    self.pixels = generator.integers(0, 256, shape, dtype=np.uint8)
+    self.labels = generator.integers(0, 10, count).astype(np.int32)
+
+  def _put_arguments(self, mesh: Any) -> tuple[Any, ...]:
+    """Puts the step's arguments after the state on the devices."""
+    from atat_jax import sharding
+    from atat_jax.data.base import Split
+
+    indices = np.arange(len(self.labels), dtype=np.int32)
+    fixed = (
       sharding.put_replicated(mesh, self.teacher),
       sharding.put_replicated(mesh, Split(self.pixels, self.labels)),
     )
-    if case.steps_per_dispatch == 1:
-      self._rest += (sharding.put_batch(mesh, indices),)
-    else:
-      rows = indices.reshape(case.steps_per_dispatch, -1)
-      rows = sharding.put_batch(mesh, rows, axis=1)
-      self._rest += (rows, None, np.int32(case.steps_per_dispatch))
+    dispatch = self.case.steps_per_dispatch
+    if dispatch == 1:
+      return (*fixed, sharding.put_batch(mesh, indices))
+    rows = sharding.put_batch(mesh, indices.reshape(dispatch, -1), axis=1)
+    return (*fixed, rows, None, np.int32(dispatch))
+
+  def _compile(self, step: Any) -> None:
     began = time.perf_counter()
-    lowered = step.lower(self._state, *self._rest)
+    lowered = step.lower(self._state, *self._arguments)
     self.seconds_lowering = time.perf_counter() - began
     began = time.perf_counter()
     self._step = lowered.compile()
     self.seconds_compiling = time.perf_counter() - began
 
   def __call__(self) -> None:
-    """One dispatch, waited for."""
+    """Runs one dispatch and waits for it."""
     import jax
 
-    self._state = self._step(self._state, *self._rest)
+    self._state = self._step(self._state, *self._arguments)
     jax.block_until_ready(self._state)
 
   def memory(self) -> dict[str, int | None]:
-    """Bytes: what the compiler plans, and what the device saw at its peak."""
+    """Returns the bytes that the compiler plans, and the peak on the device."""
     import jax
 
     plan = self._step.memory_analysis()
@@ -195,11 +225,11 @@ class Ours:
     }
 
   def flops(self) -> dict[str, float]:
-    """Operations of a step, and of one forward pass by two counts."""
+    """Counts operations of a step, and of one forward pass in two ways."""
     import jax
 
     from atat_jax import batch_norm
-    from benchmarks import flops
+    from benchmarks.support import flops
 
     case = self.case
     shape = self.pixels.shape[1:]
@@ -225,23 +255,26 @@ class Ours:
 
 
 class Peer:
-  """The same step in PyTorch, from the weights and images of ours."""
+  """The same step in PyTorch, from the weights and images of ours.
+
+  Args:
+    ours: Step of this package.
+    compiled: Whether the networks go through `torch.compile`.
+  """
 
   def __init__(self, ours: Ours, *, compiled: bool):
     import jax
     import torch
 
-    from benchmarks import torch_step
-    from benchmarks.torch_wide_resnet import TorchWideResNet
+    from benchmarks.support import pytorch
 
     case = ours.case
     device = {"cpu": "cpu", "gpu": "cuda"}[jax.default_backend()]
-    autocast = case.dtype == "bfloat16"
     self._device = device
     model = ours.model.clone(dtype="float32")
 
     def network(variables: Any) -> Any:
-      made = TorchWideResNet(model, variables).to(device)
+      made = pytorch.TorchWideResNet(model, variables).to(device)
       if device == "cuda":
         made = made.to(memory_format=torch.channels_last)
       return made
@@ -252,14 +285,14 @@ class Peer:
       torch.backends.cuda.matmul.allow_tf32 = True
       torch.backends.cudnn.allow_tf32 = True
       torch.backends.cudnn.benchmark = True
-    self._step = torch_step.Step(
+    self._step = pytorch.Step(
       case.method,
       self.student,
       self.teacher,
       attack_options=ATTACK | {"num_steps": case.num_steps},
       loss_options={k: dict(case.options).get(k, v) for k, v in LOSS.items()},
       compiled=compiled,
-      autocast=autocast,
+      autocast=case.dtype == "bfloat16",
     )
     batches = np.split(np.arange(len(ours.labels)), case.steps_per_dispatch)
     self._batches = [
@@ -271,7 +304,7 @@ class Peer:
     self.seconds_first = time.perf_counter() - began
 
   def images(self, images: np.ndarray) -> Any:
-    """[B, H, W, C] to a tensor [B, C, H, W]."""
+    """Converts images [B, H, W, C] to a tensor [B, C, H, W]."""
     import torch
 
     x = torch.from_numpy(images.transpose(0, 3, 1, 2).copy()).to(self._device)
@@ -280,7 +313,7 @@ class Peer:
     return x
 
   def labels(self, ours: Ours, batch: np.ndarray) -> Any:
-    """Of a batch."""
+    """Returns the labels of a batch as a tensor."""
     import torch
 
     return torch.from_numpy(ours.labels[batch].astype(np.int64)).to(
@@ -288,7 +321,7 @@ class Peer:
     )
 
   def __call__(self) -> None:
-    """As many steps as one dispatch of ours."""
+    """Makes as many steps as one dispatch of ours."""
     import torch
 
     for images, labels in self._batches:
@@ -298,114 +331,22 @@ class Peer:
 
 
 def gradient_differences(ours: Ours) -> dict[str, float]:
-  """How far both sides' gradients are apart, at the same adversarial images.
-
-  In float32 a few activations lie so close to the kink of the leaky ReLU that
-  rounding decides on which side, in either library. So the two are compared in
-  float64, where none does, and each one's float32 with that.
-
-  Args:
-    ours: A step with the method "atat".
-
-  Returns:
-    "float64": the largest difference of a parameter's gradient over its largest
-    value, the worst of all parameters. "ours_float32", "peer_float32": length
-    of the whole difference from PyTorch's float64 gradient over its length.
-  """
-  import jax
-  import jax.numpy as jnp
-  import torch
-
-  from atat_jax import compilation, objectives
-  from atat_jax.objectives import adversarial
-  from benchmarks import torch_step
-  from benchmarks.torch_wide_resnet import TorchWideResNet
+  """Compares the gradients of an ATAT step, see `support.gradients`."""
+  from benchmarks.support import gradients
 
   batch = slice(0, ours.case.batch_size)
-  pixels, labels = ours.pixels[batch] / np.float32(255), ours.labels[batch]
-  objective = ours.objective
-
-  def attacked(variables: Any, images: Any, labels: Any) -> Any:
-    made = objectives.make_batch(images, labels, 10)
-    key = jax.random.key(3)
-    return objective.attack(key, ours.model, variables, made).images_adv
-
-  images_adv = np.asarray(
-    compilation.jit(attacked)(ours.variables, pixels, labels)
+  return gradients.differences(
+    ours.model,
+    ours.objective,
+    ours.variables,
+    ours.teacher,
+    ours.pixels[batch] / np.float32(255),
+    ours.labels[batch],
   )
-
-  def flat(gradient: Any) -> dict[str, Any]:
-    """As weights of a network, so that both have the same names."""
-    network = TorchWideResNet(
-      ours.model, {**ours.variables, "params": gradient}, torch.float64
-    )
-    return {n: p.detach() for n, p in network.named_parameters()}
-
-  def our_gradient(dtype: str) -> dict[str, Any]:
-    model = ours.model.clone(dtype=jnp.dtype(dtype))
-
-    def gradient(variables: Any, teacher: Any, *arrays: Any) -> Any:
-      images, adversarials, labels = arrays
-      made = objectives.make_batch(images, labels, 10)
-      fixed = adversarial.Attacked(adversarials, variables["batch_stats"])
-      with mock.patch.object(type(objective), "attack", lambda *_: fixed):
-        prepared = objective.prepare(
-          jax.random.key(3), model, variables, teacher, made
-        )
-
-      def mean(params: Any) -> Any:
-        student = {**variables, "params": params}
-        return objective.loss(model, student, prepared, made).total.mean()
-
-      return jax.grad(mean)(variables["params"])
-
-    with jax.enable_x64(dtype == "float64"):
-      cast = jax.tree.map(
-        lambda x: jnp.asarray(np.asarray(x), dtype),
-        (ours.variables, ours.teacher, pixels, images_adv),
-      )
-      return flat(compilation.jit(gradient)(*cast, labels))
-
-  def peer_gradient(dtype: Any) -> dict[str, Any]:
-    def tensor(array: Any) -> Any:
-      return torch.from_numpy(array.transpose(0, 3, 1, 2).copy()).to(dtype)
-
-    student = TorchWideResNet(ours.model, ours.variables, dtype).train()
-    torch_step.atat_loss(
-      student,
-      TorchWideResNet(ours.model, ours.teacher, dtype),
-      tensor(pixels),
-      tensor(images_adv),
-      torch.from_numpy(labels.astype(np.int64)),
-      **{name: getattr(objective, name) for name in LOSS},
-    ).backward()
-    return {n: p.grad.double() for n, p in student.named_parameters()}
-
-  exact = peer_gradient(torch.float64)
-
-  def worst(found: dict[str, Any]) -> float:
-    return max(
-      float((found[n] - g).abs().max() / g.abs().max())
-      for n, g in exact.items()
-    )
-
-  def apart(found: dict[str, Any]) -> float:
-    squares = sum(
-      float((found[n] - g).square().sum()) for n, g in exact.items()
-    )
-    return (
-      squares / sum(float(g.square().sum()) for g in exact.values())
-    ) ** 0.5
-
-  return {
-    "float64": worst(our_gradient("float64")),
-    "ours_float32": apart(our_gradient("float32")),
-    "peer_float32": apart(peer_gradient(torch.float32)),
-  }
 
 
 def peak(dtype: str, num_devices: int) -> float | None:
-  """The devices' peak in FLOP/s, None where it is not known."""
+  """Returns the devices' peak in FLOP/s; None: not known."""
   import jax
 
   kind = jax.devices()[0].device_kind
@@ -422,10 +363,10 @@ def measure(
   """Measures a case.
 
   Args:
-    case: What.
-    peer: Of `PEERS`.
-    repeats: Timed runs of each side.
-    compile_only: Whether to time nothing.
+    case: Measurement to make.
+    peer: PyTorch's side, one of `PEERS`.
+    repeats: Number of timed runs of each side.
+    compile_only: Whether to compile and compare gradients only.
 
   Returns:
     Plain values.
@@ -461,7 +402,7 @@ def measure(
   row["flops_per_second"] = row["flops"]["step"] / row["seconds"]
   best = peak(case.dtype, case.num_devices)
   row["mfu"] = None if best is None else row["flops_per_second"] / best
-  row["memory"] = ours.memory()  # now with the peak
+  row["memory"] = ours.memory()  # again: the peak is known only now
   return row
 
 
@@ -471,9 +412,7 @@ def _gigabytes(memory: dict[str, int | None]) -> str:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-  """A Markdown table of what `measure` returned."""
-  from benchmarks.comparison import markdown
-
+  """Tabulates results of `measure` in Markdown."""
   header = [
     "step",
     "ms",
@@ -523,13 +462,11 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         *beside,
       ]
     )
-  return markdown(header, lines)
+  return tables.markdown([header, *lines])
 
 
 def gradient_table(rows: Sequence[dict[str, Any]]) -> str:
-  """A Markdown table of `gradient_differences`."""
-  from benchmarks.comparison import markdown
-
+  """Tabulates results of `gradient_differences` in Markdown."""
   names = ("float64", "ours_float32", "peer_float32")
   lines = [
     [row["name"], *(f"{row['gradient_differences'][n]:.1e}" for n in names)]
@@ -541,50 +478,37 @@ def gradient_table(rows: Sequence[dict[str, Any]]) -> str:
     "ours in float32",
     "PyTorch in float32",
   ]
-  return markdown(header, lines)
+  return tables.markdown([header, *lines])
 
 
-def parser() -> argparse.ArgumentParser:
-  """The flags."""
-  made = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
-  add = made.add_argument
-  several = {"nargs": "+"}
-  add(
+def add_case_flags(parser: argparse.ArgumentParser) -> None:
+  """Adds the flags from which `cases` makes measurements."""
+
+  def several(flag: str, **options: Any) -> None:
+    parser.add_argument(flag, nargs="+", **options)
+
+  several(
     "--model",
-    **several,
     default=["wrn-10-1"],
     help="wrn-DEPTH-WIDTH or, without a peer, any network of the package",
   )
-  add(
+  several(
     "--method",
-    **several,
     default=["atat"],
-    help="any method; with a peer standard, at, atat",
+    help=f"any method; with a peer {', '.join(PEER_METHODS)}",
   )
-  add("--batch_size", **several, type=whole, default=[32])
-  add(
-    "--dtype", **several, default=["float32"], choices=("float32", "bfloat16")
+  several("--batch_size", type=whole, default=[32])
+  several("--dtype", default=["float32"], choices=("float32", "bfloat16"))
+  several("--num_steps", type=whole, default=[7], help="steps of the attack")
+  several("--devices", type=whole, default=[1], metavar="N")
+  several("--steps_per_dispatch", type=whole, default=[1])
+  parser.add_argument(
+    "--size", type=whole, default=32, help="height and width of the images"
   )
-  add("--num_steps", **several, type=whole, default=[7], help="of the attack")
-  add("--devices", **several, type=whole, default=[1], metavar="N")
-  add("--steps_per_dispatch", **several, type=whole, default=[1])
-  add("--size", type=whole, default=32, help="height and width of the images")
-  add("--peer", default="none", choices=PEERS, help="PyTorch beside it")
-  add("--repeats", type=whole, default=7)
-  add(
-    "--compile_only",
-    action="store_true",
-    help="compile and compare gradients, time nothing",
-  )
-  add("--threads", type=whole, help="cores of both; default: all allowed")
-  add("--out", type=pathlib.Path, help="JSON file for all of it")
-  return made
 
 
 def cases(args: argparse.Namespace) -> list[Case]:
-  """All that the flags ask for."""
+  """Returns all combinations of the flags' values."""
   return [
     Case(model, method, batch_size, dtype, steps, devices, dispatch, args.size)
     for model, method, batch_size, dtype, steps, devices, dispatch in (
@@ -601,6 +525,21 @@ def cases(args: argparse.Namespace) -> list[Case]:
   ]
 
 
+def parser() -> argparse.ArgumentParser:
+  """Makes the parser of the flags."""
+  made = machine.measurement_parser(__doc__)
+  add_case_flags(made)
+  add = made.add_argument
+  add("--peer", default="none", choices=PEERS, help="PyTorch's side")
+  add("--repeats", type=whole, default=7)
+  add(
+    "--compile_only",
+    action="store_true",
+    help="compile and compare gradients, time nothing",
+  )
+  return made
+
+
 def main(argv: Sequence[str] | None = None) -> None:
   """Runs the command."""
   args = parser().parse_args(argv)
@@ -615,11 +554,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         compile_only=args.compile_only,
       )
 
-  try:
-    cores = setting.start(args.threads, cache=False, torch=args.peer != "none")
-    setting.report(measured(), table, cores=cores, out=args.out)
-  except UserError as error:
-    sys.exit(f"error: {error}")
+  machine.run(args, measured(), table, torch=args.peer != "none")
 
 
 if __name__ == "__main__":

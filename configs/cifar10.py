@@ -3,9 +3,9 @@
   python main.py --config=configs/cifar10.py:atat --workdir=runs/atat \
     --config.data.dir=/data/tfds
 
-Methods after the colon: atat (default), atat_released, standard, at, alp, tla,
-trades, mart. After a comma the recipe: paper (default), each method trained as
-its authors did, or modern, one training for all methods:
+After the colon a method, a name in `atat_jax.objectives.OBJECTIVES` (default:
+atat). After a comma the recipe: paper (default), each method trained as its
+authors did, or modern, one training for all methods:
 
   python main.py --config=configs/cifar10.py:trades,modern --workdir=runs/trades
 
@@ -13,9 +13,8 @@ The paper's ablation of Eq. (7) is four runs: this one, and with
 --config.objective.lambda1=0, --config.objective.lambda2=0, and both. Data: see
 `python -m atat_jax.data.prepare --help`.
 
-Expected time and numbers: not measured yet at this size; it needs an
-accelerator (benchmarks/accelerator/QUEUE.md, entry d). Published numbers:
-docs/reproduction.md. A small network on a CPU: docs/results.md.
+This size has not been trained here. Published numbers: docs/reproduction.md;
+measured ones, of smaller networks: docs/results.md.
 """
 
 import pathlib
@@ -28,7 +27,7 @@ import default
 
 
 def get_config(choice: str = "atat") -> ConfigDict:
-  """A method, and after a comma a recipe."""
+  """Returns the configuration of a method, and after a comma a recipe."""
   config = default.get_config(choice)
   config.data.name = "cifar10"
   default.make_cifar(config)

@@ -6,9 +6,7 @@
 Methods after the colon, recipes after a comma, and the ablation as in
 `cifar10.py`. Data: see `python -m atat_jax.data.prepare --help`.
 
-Expected time and numbers: not measured yet at this size; it needs an
-accelerator (benchmarks/accelerator/QUEUE.md, entry g is a smaller one). Published numbers:
-docs/reproduction.md.
+This size has not been trained here. Published numbers: docs/reproduction.md.
 """
 
 import pathlib
@@ -21,7 +19,7 @@ import default
 
 
 def get_config(choice: str = "atat") -> ConfigDict:
-  """As CIFAR-10; ATAT with the batch and the steps of the released code."""
+  """Returns the configuration; ATAT has the released code's batch and steps."""
   config = default.get_config(choice)
   config.data.name = "cifar100"
   default.make_cifar(config)

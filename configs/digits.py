@@ -5,9 +5,9 @@
 A teacher and an ATAT student, a WRN-8-2 on 8 x 8 pixels, attacked with
 epsilon 0.2 (a fifth of the range from black to white).
 
-Methods after a colon, as in configs/digits.py:trades: atat (default),
-atat_released, standard, at, alp, tla, trades, mart. All are trained alike; only
-atat and atat_released train a teacher. The paper's ablation of Eq. (7) is four
+After a colon a method, as in configs/digits.py:trades; a name in
+`atat_jax.objectives.OBJECTIVES` (default: atat). All are trained alike; only
+those that need a teacher train one. The paper's ablation of Eq. (7) is four
 runs: this one, and with --config.objective.lambda1=0,
 --config.objective.lambda2=0, and both.
 
@@ -36,7 +36,7 @@ import default
 
 
 def get_config(choice: str = "atat") -> ConfigDict:
-  """The default configuration, made small; one training for all methods."""
+  """Returns the default configuration, made small; all methods train alike."""
   config = default.get_config(choice, recipes=("modern",))
   config.data.update(name="digits", validation_size=180, padding=0, flip=False)
   config.model.update(depth=8, width=2, strides=(1, 1, 2))
@@ -52,14 +52,14 @@ def get_config(choice: str = "atat") -> ConfigDict:
     )
   config.teacher.num_epochs = 8
   config.train.num_epochs = 24
-  if config.method != "standard":
-    config.objective.update(
-      epsilon=0.2,
-      step_size=0.05,
-      num_steps=7,
-      attack_batch_norm="batch",
-      attack_moves_statistics=True,
-    )
+  default.update_attack(
+    config,
+    epsilon=0.2,
+    step_size=0.05,
+    num_steps=7,
+    attack_batch_norm="batch",
+    attack_moves_statistics=True,
+  )
   config.evaluation.update(epsilon=0.2, step_size=0.05, batch_size=360)
   # A few, in seconds; `python -m atat_jax.explain` makes all and larger ones.
   config.figures.update(

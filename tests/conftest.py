@@ -16,6 +16,7 @@ import jax.monitoring
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import quick
 from flax import linen as nn
 
 from atat_jax import compilation, models
@@ -100,7 +101,7 @@ def quick_compilation() -> Iterator[None]:
     patch.setattr(
       compilation,
       "compiler_options",
-      lambda **_: options | {"xla_backend_optimization_level": 0},
+      lambda **_: options | quick.OPTIONS,
     )
     yield
 

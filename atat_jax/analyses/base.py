@@ -114,7 +114,7 @@ class FigureSettings:
       )
     if not 0 <= self.seed < 2**31:
       raise UserError(f"seed: {self.seed}; allowed: 0 to {2**31 - 1}")
-    checks.choice("norm", self.norm, balls.NORMS)
+    checks.choice("norm", self.norm, balls.BALLS)
     checks.epsilon(self.epsilon, self.norm)
     checks.positive("step_size", self.step_size)
     _check_increasing("rounds", self.rounds)

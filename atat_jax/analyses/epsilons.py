@@ -100,7 +100,7 @@ def attack_epsilons(
   Raises:
     UserError: An argument of a wrong shape, dtype or range, by name.
   """
-  checks.choice("norm", norm, balls.NORMS)
+  checks.choice("norm", norm, balls.BALLS)
   radii = _increasing(epsilons, norm)
   sweep = sweeps.prepare(
     networks, images, labels, num_steps, loss, batch_size, mesh

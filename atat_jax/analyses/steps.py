@@ -70,7 +70,7 @@ def attack_steps(
   Raises:
     UserError: An argument of a wrong shape, dtype or range, by name.
   """
-  checks.choice("norm", norm, balls.NORMS)
+  checks.choice("norm", norm, balls.BALLS)
   checks.epsilon(epsilon, norm)
   checks.positive("step_size", step_size)
   sweep = sweeps.prepare(
@@ -171,10 +171,10 @@ def _find(data: files.Arrays) -> base.Finding:
     f" {wording.plural(last, 'step')}: {'; '.join(parts)}. From {middle} to"
     f" {last} steps it falls by {100 * max(gains):.1f} points at most: "
     + (
-      f"more than {middle} steps change little."
+      f"PGD had converged after {middle}."
       if max(gains) <= rules.CONVERGED + 1e-9  # of rounding
-      else f"after {middle} steps the attack has not converged, and fewer steps"
-      " overstate robustness."
+      else f"PGD had not converged after {middle}, and fewer steps overstate"
+      " robustness."
     )
   )
   caption = (

@@ -1,7 +1,9 @@
 """Attacks on any classifier: (key, classifier, images, labels, ...) to images.
 
 An attack sees a callable from images to logits and nothing else. Adding one is
-one file and one line in `ATTACKS`. `autoattack` runs an ensemble of them on any
+one file and one line in `ATTACKS`: protocols read its name, parameters, norms
+and losses from its signature (see `base.norms`), and the contract tests run on
+everything that is listed. `autoattack` runs an ensemble of attacks on any
 number of images and returns an `AutoAttackResult`.
 """
 

@@ -1,9 +1,9 @@
 """Auto-PGD (Croce and Hein, 2020; the l1 version Croce and Hein, 2021).
 
 Projected gradient ascent with momentum that halves its own step size and goes
-back to the best point where it no longer makes progress. One `step` looks at
-the classifier and then moves, so that step 0 is the starting point and a run
-of n steps looks n + 1 times.
+back to the best point when it no longer makes progress. One `step` evaluates
+the classifier and then moves, so that step 0 evaluates the starting point and a
+run of n steps needs n + 1 evaluations.
 """
 
 import dataclasses
@@ -12,46 +12,46 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from atat_jax import checks, losses
+from atat_jax import losses
 from atat_jax.attacks import balls, base, search
-from atat_jax.attacks.search import Problem, Settings
+from atat_jax.attacks.search import Problem, SearchSettings
 from atat_jax.attacks.simplex import project_l1
 from atat_jax.errors import UserError
 from atat_jax.typing import Array, Classifier
 
 MOMENTUM = 0.75
 RHO = 0.75
-"""Share of a window's steps that must raise the loss, or the step is halved."""
+"""Share of a window's steps that must raise the loss for the step to stay."""
 
-# The l1 version: sparse steps, whose size falls by a factor down to a floor.
+# The l1 version takes sparse steps, whose size falls by a factor to a floor.
 _L1_STEP_FACTOR = 1.5
 _L1_SMALLEST_STEP = 0.1
 
-# Radii, as multiples of epsilon, that an l1 run can shrink through.
+# Radii of the parts of an enlarged l1 run, as multiples of epsilon.
 _ENLARGED = (3.0, 2.0, 1.0)
 
 
-class State(NamedTuple):
-  """One row an example; x is looked at next, the rest has been seen.
+class APGDState(NamedTuple):
+  """State of runs, one row each; x is evaluated next.
 
   Attributes:
-    x: [B, H, W, C].
-    previous: The point before x.
-    best: The point of highest loss.
-    best_gradient: Its gradient.
-    best_loss: Its loss, [B].
+    x: Current iterate [B, H, W, C].
+    previous: Iterate before x.
+    best: Point of highest loss.
+    best_gradient: Gradient at `best`.
+    best_loss: Loss at `best`, [B].
     last_loss: Loss of the last point, [B]; 0 before there is one.
     checked_loss: `best_loss` at the last checkpoint.
     halved: bool [B]: whether the last checkpoint halved the step.
-    step_size: [B].
+    step_size: Step size, [B].
     rises: int32 [B]: steps since the last checkpoint that raised the loss.
     steps: int32 [B]: steps since the last checkpoint.
     window: int32 [B]: steps from the last checkpoint to the next.
     kept: int32 [B]: pixels that an l1 step moves.
     support: int32 [B]: pixels in which `best` differed from the image at the
       last checkpoint.
-    adversarial: What is returned.
-    fooled: bool [B].
+    adversarial: Images that the attack returns.
+    fooled: bool [B]: whether they are misclassified.
   """
 
   x: Array
@@ -92,20 +92,20 @@ def _support(x: Array, images: Array) -> Array:
 
 
 def _kept(support: Array) -> Array:
-  # Support / 1.5, rounded up. In integers: in floats a whole number can end up
-  # on either side, and does so differently from one compilation to the next.
+  # Support / 1.5, rounded up. Computed in integers, as in floats a whole number
+  # can be rounded either way, depending on how the program was compiled.
   return (2 * support + 2) // 3
 
 
 @dataclasses.dataclass(frozen=True)
 class APGD:
-  """The algorithm as a `search.Search`.
+  """APGD as a `search.Search`.
 
   Attributes:
     norm: "linf", "l2" or "l1".
     loss: One of `losses.ATTACK_LOSSES` or `losses.TARGETED_LOSSES`.
-    eot_samples: Gradients averaged at each point.
-    enlarged: l1 only: begin with three times epsilon, then twice, then
+    eot_samples: Number of gradients averaged at each point.
+    enlarged: l1 only: whether to run with three times epsilon, then twice, then
       epsilon, each part starting from the best point of the one before.
   """
 
@@ -114,25 +114,32 @@ class APGD:
   eot_samples: int = 1
   enlarged: bool = False
 
+  def __post_init__(self) -> None:
+    """Refuses an enlarged ball in norms other than l1."""
+    if self.enlarged and self.norm != "l1":
+      raise UserError(
+        f"enlarged: True with norm {self.norm!r}; allowed: with l1 only"
+      )
+
   @property
   def _radii(self) -> tuple[float, ...]:
     return _ENLARGED if self.enlarged else (1.0,)
 
   def num_evaluations(self, num_steps: int) -> int:
-    """Every part looks at its starting point too."""
+    """Steps, and one evaluation of every part's starting point."""
     return num_steps + len(self._radii)
 
   def _restart(
     self, x: Array, images: Array, epsilon: Array, num_steps: Array
-  ) -> State:
-    """The state of a part that begins at x."""
+  ) -> APGDState:
+    """Returns the state of a part that begins at x."""
     rows = jnp.zeros(images.shape[0], images.dtype)
-    # Losses are compared: in 16 bits too many would be equal.
+    # Losses are compared; in 16 bits too many would be equal.
     no_loss = rows.astype(jnp.promote_types(images.dtype, jnp.float32))
     integers = jnp.zeros(images.shape[0], jnp.int32)
     window = _percent(4 if self.norm == "l1" else 22, num_steps)
     largest_step = epsilon if self.norm == "l1" else 2 * epsilon
-    return State(
+    return APGDState(
       x=x,
       previous=x,
       best=x,
@@ -153,16 +160,16 @@ class APGD:
 
   def _continue(
     self, x: Array, images: Array, epsilon: Array, num_steps: Array
-  ) -> State:
-    """The state of an l1 part that begins at another part's result."""
+  ) -> APGDState:
+    """Returns the state of an l1 part that continues from another's best."""
     x = images + project_l1(x - images, images, epsilon)
     support = _support(x, images)
     return self._restart(x, images, epsilon, num_steps)._replace(
       kept=_kept(support), support=support
     )
 
-  def start(self, problem: Problem, settings: Settings) -> State:
-    """A random point on the ball's surface, clipped to [0, 1]."""
+  def start(self, problem: Problem, settings: SearchSettings) -> APGDState:
+    """Draws a point on the ball's surface, clipped to [0, 1]."""
     images, epsilon = problem.images, settings.epsilon
     draw = jax.random.uniform if self.norm == "linf" else jax.random.normal
     t = jax.vmap(lambda key: draw(key, images.shape[1:], images.dtype))(
@@ -186,11 +193,11 @@ class APGD:
     classifier: Classifier,
     key: Array,
     problem: Problem,
-    settings: Settings,
-    state: State,
+    settings: SearchSettings,
+    state: APGDState,
     i: Array,
-  ) -> State:
-    """Looks at x, keeps what is best, adapts the step and moves."""
+  ) -> APGDState:
+    """Evaluates x, keeps the best point, adapts the step size and moves."""
     logits, loss, gradient = base.evaluate(
       classifier,
       key,
@@ -215,19 +222,19 @@ class APGD:
     return self._next_part(state, moved, problem.images, settings, i)
 
   def _part(
-    self, i: Array, settings: Settings
+    self, i: Array, settings: SearchSettings
   ) -> tuple[Array, Array, Array, Array]:
-    """Where rows that have made i steps are.
+    """Locates rows that have made i steps within the parts of their run.
 
     Returns:
-      Radius [B, 1, 1, 1], steps made within the part [B], the part's steps [B],
-      and whether it is the last one [B].
+      Radius [B, 1, 1, 1], steps made within the part [B], steps of the part
+      [B], and whether it is the last part [B].
     """
     steps = jnp.zeros_like(i) + settings.num_steps
     radius = jnp.zeros_like(i, settings.epsilon.dtype) + settings.epsilon
     part = jnp.zeros_like(i)
     begins = jnp.zeros_like(i)
-    if self.enlarged:  # in three tenths, three tenths and the rest
+    if self.enlarged:  # three tenths of the steps, three tenths, and the rest
       first = jnp.minimum(-(-3 * steps // 10), steps // 2)
       part = jnp.minimum(i // (first + 1), 2)
       begins = part * (first + 1)
@@ -237,12 +244,12 @@ class APGD:
     return radius.reshape(-1, 1, 1, 1), i - begins, steps, last
 
   def _observe(
-    self, state: State, loss: Array, gradient: Array, *, first: Array
-  ) -> State:
-    """Keeps the best point; counts steps that raised the loss."""
+    self, state: APGDState, loss: Array, gradient: Array, *, first: Array
+  ) -> APGDState:
+    """Keeps the best point and counts the steps that raised the loss."""
     loss = loss.astype(state.best_loss.dtype)
     better = first | (loss > state.best_loss)
-    # The reference compares the loss of the first step with an empty entry, 0.
+    # Like the reference, which compares the first step's loss with 0.
     rises = state.rises + (~first & (loss > state.last_loss))
     return state._replace(
       best=search.select(better, state.x, state.best),
@@ -256,14 +263,14 @@ class APGD:
 
   def _move(
     self,
-    state: State,
+    state: APGDState,
     gradient: Array,
     images: Array,
     epsilon: Array,
     within: Array,
     num_steps: Array,
-  ) -> State:
-    """The checkpoint, where it is due, and the step."""
+  ) -> APGDState:
+    """Applies the checkpoint where it is due, and makes the step."""
     due = state.steps == state.window
     if self.norm == "l1":
       state, back = self._l1_checkpoint(state, due, images, epsilon)
@@ -296,16 +303,16 @@ class APGD:
 
     target = project(x + step_size * direction)
     share = search.rows(jnp.where(within > 0, MOMENTUM, 1.0), x).astype(x.dtype)
-    # The point before x stays where it was when x went back to the best one.
+    # `previous` is the iterate before x even where x went back to `best`.
     moved = project(
       x + (target - x) * share + (x - state.previous) * (1 - share)
     )
     return state._replace(x=moved, previous=x)
 
   def _checkpoint(
-    self, state: State, due: Array, num_steps: Array
-  ) -> tuple[State, Array]:
-    """Halves the step of rows without progress; they go back to their best."""
+    self, state: APGDState, due: Array, num_steps: Array
+  ) -> tuple[APGDState, Array]:
+    """Halves the step of rows without progress, which return to their best."""
     few = state.rises <= RHO * state.window
     stuck = ~state.halved & (state.checked_loss >= state.best_loss)
     halve = few | stuck
@@ -321,9 +328,9 @@ class APGD:
     ), back
 
   def _l1_checkpoint(
-    self, state: State, due: Array, images: Array, epsilon: Array
-  ) -> tuple[State, Array]:
-    """The full step again where the support shrinks, else a smaller one."""
+    self, state: APGDState, due: Array, images: Array, epsilon: Array
+  ) -> tuple[APGDState, Array]:
+    """Restores the full step where the support shrinks, else reduces it."""
     support = _support(state.best, images)
     shrinks = 20 * support < 19 * state.support  # below 95 percent
     full = jnp.zeros_like(state.step_size) + epsilon.reshape(-1)
@@ -339,13 +346,13 @@ class APGD:
 
   def _next_part(
     self,
-    state: State,
-    moved: State,
+    state: APGDState,
+    moved: APGDState,
     images: Array,
-    settings: Settings,
+    settings: SearchSettings,
     i: Array,
-  ) -> State:
-    """Where a part ends, the next begins at its best point."""
+  ) -> APGDState:
+    """Starts the next part at the best point where a part has ended."""
     _, within, steps, last = self._part(i, settings)
     radius, _, next_steps, _ = self._part(i + 1, settings)
     begun = self._continue(state.best, images, radius, next_steps)
@@ -373,31 +380,23 @@ def apgd(
     key: Random key of the starts.
     classifier: Callable from images to logits; see `pgd`.
     images: Float [B, H, W, C] in [0, 1].
-    labels: Integers [B].
+    labels: True classes, integers [B].
     epsilon: Radius of the ball, in the unit of the pixels.
-    num_steps: Gradient steps of a run.
+    num_steps: Number of gradient steps of a run.
     norm: "linf", "l2" or "l1" (the sparse steps of Croce and Hein, 2021).
-    loss: "cross_entropy", "margin" or "dlr" (away from the true class), or
-      "targeted_dlr" or "targeted_margin" (towards one class after the other).
-    num_targets: Classes that a targeted loss aims at: those of the highest
-      logits on the clean image, the true one aside; lowered to K - 1.
-    num_restarts: Runs (for each target).
+    loss: Name of the loss, as in `pgd`.
+    num_targets: Number of classes that a targeted loss aims at, as in `pgd`.
+    num_restarts: Number of runs (for each target).
     eot_samples: Gradients averaged at each point, for `Randomized` classifiers.
-    enlarged: l1 only: the radius shrinks from three times epsilon.
+    enlarged: l1 only: whether the radius shrinks from three times epsilon.
 
   Returns:
-    [B, H, W, C] in the ball and in [0, 1]: for an example that is misclassified
-    at some point visited, that point (without any attack, the image itself);
-    else the point of highest loss.
+    [B, H, W, C] in ball and box: misclassified if found, else of highest loss.
 
   Raises:
-    UserError: An argument of a wrong shape, dtype or range, or too few classes
-      for the loss, by name.
+    UserError: A wrong argument, or too few classes for the loss, by name.
   """
-  checks.choice("norm", norm, balls.NORMS)
-  checks.epsilon(epsilon, norm)
-  if enlarged and norm != "l1":
-    raise UserError(f"enlarged: True with norm {norm!r}; allowed: with l1 only")
+  base.check_norm(norm, epsilon)
   classifier, images, labels, num_classes = base.check_arguments(
     classifier,
     images,
@@ -405,8 +404,8 @@ def apgd(
     num_steps=num_steps,
     num_targets=num_targets,
     num_restarts=num_restarts,
+    eot_samples=eot_samples,
   )
-  checks.positive("eot_samples", eot_samples, integer=True)
   targeted = base.check_loss(loss, num_classes)
   return search.run(
     key,

@@ -1,7 +1,7 @@
-"""Balls: projections, random starts and steepest directions, by norm.
+"""Balls: projection, random start and direction of steepest ascent, by norm.
 
-Each function works on [B, H, W, C] and per example. Adding a norm is one entry
-in `NORMS`.
+Every function takes [B, H, W, C] and treats each example on its own. Adding a
+norm is one entry in `BALLS`.
 """
 
 from collections.abc import Callable
@@ -15,20 +15,25 @@ from atat_jax.attacks.simplex import project_l1
 from atat_jax.typing import Array, Scalar
 
 
-class Norm(NamedTuple):
-  """What an attack needs to know of a norm."""
+class Ball(NamedTuple):
+  """Operations on the ball of a norm.
+
+  Attributes:
+    project: (perturbation, images, epsilon) to the nearest perturbation in the
+      ball.
+    start: (key, images, epsilon) to a perturbation uniform in the ball.
+    direction: Gradient to the unit step that increases the loss most.
+  """
 
   project: Callable[[Array, Array, Scalar], Array]
-  """(perturbation, images, epsilon) to the nearest perturbation in the ball."""
   start: Callable[[Array, Array, Scalar], Array]
-  """(key, images, epsilon) to a perturbation uniform in the ball."""
   direction: Callable[[Array], Array]
-  """Gradient to the unit step that increases the loss most."""
 
 
 def length(norm: str, x: Array) -> Array:
-  """[B, ...] to [B]."""
-  # Over one long axis: on CPU a fifth of what several short ones take.
+  """Norm of each example, [B, ...] to [B]."""
+  # On CPU, reducing one long axis takes a fifth of the time of several short
+  # ones.
   x = x.reshape(x.shape[0], -1)
   if norm == "linf":
     return jnp.abs(x).max(-1)
@@ -38,12 +43,12 @@ def length(norm: str, x: Array) -> Array:
 
 
 def l2_length(x: Array) -> Array:
-  """[B, H, W, C] to [B, 1, 1, 1]."""
+  """Euclidean norm of each example, [B, H, W, C] to [B, 1, 1, 1]."""
   return length("l2", x).reshape(-1, 1, 1, 1)
 
 
 def l1_length(x: Array) -> Array:
-  """[B, H, W, C] to [B, 1, 1, 1]."""
+  """Sum of absolute values of each example, [B, H, W, C] to [B, 1, 1, 1]."""
   return length("l1", x).reshape(-1, 1, 1, 1)
 
 
@@ -72,18 +77,18 @@ def _l1_start(key: Array, images: Array, epsilon: Scalar) -> Array:
 
 
 def kth_smallest(x: Array, k: Array) -> Array:
-  """The k-th smallest of each row of x >= 0, k counted from 0, without sorting.
+  """Finds the k-th smallest entry of each row without sorting.
 
-  Floats that are not negative are ordered as their bits are, so the bits of the
-  answer are found from the highest down. On CPU a sort takes several times as
-  long.
+  Non-negative floats are ordered like their bit patterns, so the bits of the
+  answer are found one by one, the highest first. On CPU a sort takes several
+  times as long.
 
   Args:
-    x: [B, D], not negative.
-    k: int32 [B] in [0, D).
+    x: Non-negative floats [B, D].
+    k: Ranks, int32 [B] in [0, D), counted from 0.
 
   Returns:
-    [B].
+    Entries of these ranks, [B].
   """
   wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
   integer = jnp.int64 if wide.dtype == jnp.float64 else jnp.int32
@@ -104,11 +109,11 @@ def sparse_sign(gradient: Array, kept: Array) -> Array:
   """Signs of the largest entries, scaled to an l1 norm of 1.
 
   Args:
-    gradient: [B, H, W, C].
-    kept: int32 [B]: how many entries of each example, at least 1.
+    gradient: Gradients [B, H, W, C].
+    kept: Number of entries to keep of each example, int32 [B], at least 1.
 
   Returns:
-    [B, H, W, C].
+    Steps of l1 norm 1, [B, H, W, C].
   """
   absolute = jnp.abs(gradient)
   rank = jnp.clip(gradient[0].size - kept, 0, gradient[0].size - 1)
@@ -118,45 +123,45 @@ def sparse_sign(gradient: Array, kept: Array) -> Array:
 
 
 def _slide(gradient: Array) -> Array:
-  # SLIDE (Tramer and Boneh, 2019): the largest hundredth of the pixels.
+  # SLIDE (Tramer and Boneh, 2019) keeps the largest hundredth of the entries.
   kept = max(1, gradient[0].size // 100)
   return sparse_sign(gradient, jnp.full(gradient.shape[0], kept))
 
 
-NORMS: dict[str, Norm] = {
-  "linf": Norm(
+BALLS: dict[str, Ball] = {
+  "linf": Ball(
     project=lambda delta, images, epsilon: jnp.clip(delta, -epsilon, epsilon),
     start=_linf_start,
     direction=jnp.sign,
   ),
-  "l2": Norm(
-    # epsilon first: no division where the perturbation is zero.
+  "l2": Ball(
+    # The maximum avoids dividing by zero where the perturbation is zero.
     project=lambda delta, images, epsilon: (
       delta * (epsilon / jnp.maximum(l2_length(delta), epsilon))
     ),
     start=_l2_start,
     direction=lambda g: g / jnp.maximum(l2_length(g), 1e-12),
   ),
-  "l1": Norm(project=project_l1, start=_l1_start, direction=_slide),
+  "l1": Ball(project=project_l1, start=_l1_start, direction=_slide),
 }
 
 
 def project(
-  norm: Norm, images_adv: Array, images: Array, epsilon: Scalar
+  ball: Ball, images_adv: Array, images: Array, epsilon: Scalar
 ) -> Array:
-  """Into the epsilon-ball around `images` and into [0, 1].
+  """Projects images into the epsilon-ball around `images` and into [0, 1].
 
-  Clipping to the box comes last: it moves towards the clean image, so it never
-  leaves the ball.
+  Clipping to the box comes last: it moves pixels towards the clean image, so it
+  never leaves the ball.
 
   Args:
-    norm: The ball's norm.
-    images_adv: [B, H, W, C].
-    images: Centres, in [0, 1].
+    ball: Ball of the norm.
+    images_adv: Images to project, [B, H, W, C].
+    images: Centres of the balls, in [0, 1].
     epsilon: Radius.
 
   Returns:
-    [B, H, W, C].
+    Projected images, [B, H, W, C].
   """
-  delta = norm.project(images_adv - images, images, epsilon)
+  delta = ball.project(images_adv - images, images, epsilon)
   return jnp.clip(images + delta, 0.0, 1.0)

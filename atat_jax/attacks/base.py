@@ -1,6 +1,8 @@
 """What all attacks share: classifiers as pytrees, checks of their arguments."""
 
 import dataclasses
+import inspect
+import typing
 from collections.abc import Callable
 from typing import Any
 
@@ -9,17 +11,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from atat_jax import checks, compilation, losses
+from atat_jax.attacks import balls
 from atat_jax.errors import UserError
 from atat_jax.typing import Array, Classifier
+
+LOSSES = (*losses.ATTACK_LOSSES, *losses.TARGETED_LOSSES)
+"""Names of the losses that attacks can increase."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Randomized:
-  """A classifier that draws random numbers: `function(key, images)` to logits.
+  """Classifier that draws random numbers: `function(key, images)` to logits.
 
-  A pure function cannot be random by itself; this tells attacks to give it a
-  new key at every look. Called without a key it draws the same every time.
+  A pure function cannot be random by itself; this type tells attacks to pass a
+  new key at every evaluation. Called without a key it always draws the same.
 
   Attributes:
     function: A pytree callable, e.g. a `jax.tree_util.Partial`.
@@ -28,12 +34,33 @@ class Randomized:
   function: Any
 
   def __call__(self, images: Array, key: Array | None = None) -> Array:
-    """Images [B, H, W, C] to logits [B, K]."""
+    """Maps images [B, H, W, C] to logits [B, K]."""
     return self.function(jax.random.key(0) if key is None else key, images)
 
 
+def norms(attack: Callable[..., Any]) -> tuple[str, ...]:
+  """Names the norms that an attack supports, read from its signature.
+
+  An attack with a parameter `norm: str` supports all of `balls.BALLS`. One that
+  supports fewer says so by the annotation, e.g. `norm: Literal["l2"] = "l2"`;
+  one without the parameter is a linf attack.
+
+  Args:
+    attack: One of the functions in `attacks.ATTACKS`.
+
+  Returns:
+    Some of "linf", "l2", "l1".
+  """
+  parameter = inspect.signature(attack, eval_str=True).parameters.get("norm")
+  if parameter is None:
+    return ("linf",)
+  if typing.get_origin(parameter.annotation) is typing.Literal:
+    return typing.get_args(parameter.annotation)
+  return tuple(balls.BALLS)
+
+
 def apply(classifier: Classifier, key: Array, images: Array) -> Array:
-  """Logits [B, K], with fresh random numbers where the classifier draws any."""
+  """Computes logits [B, K]; a `Randomized` classifier draws from `key`."""
   if isinstance(classifier, Randomized):
     return classifier(images, key)
   return classifier(images)
@@ -47,15 +74,16 @@ def evaluate(
   *,
   eot_samples: int = 1,
 ) -> tuple[Array, Array, Array]:
-  """One look at the classifier: logits, loss and its gradient.
+  """Evaluates the classifier once: logits, loss and gradient.
 
   Args:
     classifier: Callable from images to logits.
-    key: For a `Randomized` classifier.
-    images: [B, H, W, C].
+    key: Random key for a `Randomized` classifier.
+    images: Images [B, H, W, C].
     loss_fn: Logits [B, K] to losses [B].
-    eot_samples: Gradients to average (expectation over transformation; Athalye
-      et al., 2018). Logits and losses are those of the last one.
+    eot_samples: Number of gradients to average (expectation over
+      transformation; Athalye et al., 2018). Logits and losses are those of the
+      last sample.
 
   Returns:
     Logits [B, K], losses [B], gradient of their sum [B, H, W, C].
@@ -83,10 +111,10 @@ def evaluate(
 
 
 def as_pytree(classifier: Classifier) -> Classifier:
-  """A classifier that jit takes as an argument.
+  """Turns a classifier into one that jit takes as an argument.
 
-  A `jax.tree_util.Partial` or a registered pytree passes through, its arrays
-  being arguments of the compiled program. A plain function becomes part of the
+  A `jax.tree_util.Partial` or a registered pytree passes through; its arrays
+  become arguments of the compiled program. A plain function becomes part of the
   program: the same function object is compiled once.
 
   Args:
@@ -108,20 +136,22 @@ def as_pytree(classifier: Classifier) -> Classifier:
   return jax.tree_util.Partial(compilation.hashable(classifier))
 
 
-# Only ever asked for shapes; as a jitted function its traces are cached.
+# Only used for its shape; unlike eval_shape of a plain function, the traces of
+# a jitted one are cached.
 _logits = jax.jit(lambda classifier, images: classifier(images))
 
 
 def check_arguments(
   classifier: Classifier, images: Array, labels: Array, **positive: Any
 ) -> tuple[Classifier, Array, Array, int]:
-  """Checks what every attack is given.
+  """Checks the arguments that every attack takes.
 
   Args:
     classifier: Callable from images to logits.
     images: Float [B, H, W, C] in [0, 1].
     labels: Integers [B] in [0, K).
-    **positive: Arguments that must be > 0; those named `num_...` must be integers.
+    **positive: Arguments that must be > 0; those named `num_...` or
+      `..._samples` must be integers.
 
   Returns:
     The classifier as a pytree, images, int32 labels, and K.
@@ -130,7 +160,8 @@ def check_arguments(
     UserError: Naming the argument, its value and what is allowed.
   """
   for name, value in positive.items():
-    checks.positive(name, value, integer=name.startswith("num_"))
+    integer = name.startswith("num_") or name.endswith("_samples")
+    checks.positive(name, value, integer=integer)
   classifier = as_pytree(classifier)
   images = checks.images(images)
   logits = _logits.eval_shape(classifier, images)
@@ -152,7 +183,7 @@ def check_arguments(
 def on_host(
   classifier: Classifier, images: Any, labels: Any
 ) -> tuple[Classifier, np.ndarray, np.ndarray, int]:
-  """Checks any number of images where they are: none visits the devices.
+  """Checks any number of images on the host, without moving them to a device.
 
   Args:
     classifier: Callable from images to logits.
@@ -175,21 +206,30 @@ def on_host(
   return classifier, images, labels, num_classes
 
 
+def check_norm(norm: str, epsilon: Any) -> None:
+  """Checks the name of a norm and the radius of its ball.
+
+  Raises:
+    UserError: Unknown norm, or a radius out of range.
+  """
+  checks.choice("norm", norm, balls.BALLS)
+  checks.epsilon(epsilon, norm)
+
+
 def check_loss(loss: str, num_classes: int) -> bool:
   """Checks the name of a loss and that there are enough classes for it.
 
   Args:
-    loss: Of `losses.ATTACK_LOSSES` or `losses.TARGETED_LOSSES`.
-    num_classes: K.
+    loss: One of `losses.ATTACK_LOSSES` or `losses.TARGETED_LOSSES`.
+    num_classes: Number of classes, K.
 
   Returns:
-    Whether it aims at one class after the other.
+    Whether the loss aims at one class after the other.
 
   Raises:
-    UserError: Unknown, or too few classes.
+    UserError: Unknown loss, or too few classes.
   """
-  allowed = {**losses.ATTACK_LOSSES, **losses.TARGETED_LOSSES}
-  checks.choice("loss", loss, allowed)
+  checks.choice("loss", loss, LOSSES)
   needed = losses.MIN_CLASSES.get(loss, 2)
   if num_classes < needed:
     raise UserError(

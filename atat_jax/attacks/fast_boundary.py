@@ -1,8 +1,8 @@
 """FAB, the fast adaptive boundary attack (Croce and Hein, 2020).
 
-It looks for the closest misclassified point: each step goes to the boundary of
-the classifier's linearisation, kept close to the clean image, and from a
-misclassified point a part of the way back.
+It searches for the closest misclassified point: each step goes to the decision
+boundary of the linearised classifier, biased towards the clean image, and from
+a misclassified point a part of the way back.
 """
 
 import dataclasses
@@ -12,9 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from atat_jax import checks
 from atat_jax.attacks import balls, base, hyperplane, search
-from atat_jax.attacks.search import Problem, Settings
+from atat_jax.attacks.search import Problem, SearchSettings
 from atat_jax.errors import UserError
 from atat_jax.typing import Array, Classifier
 
@@ -23,14 +22,16 @@ ETA = 1.05
 BETA = 0.9
 
 
-class State(NamedTuple):
-  """One row an example.
+class FABState(NamedTuple):
+  """State of runs, one row each.
 
   Attributes:
-    x: [B, H, W, C]: where the next step begins.
-    closest: The closest misclassified point so far.
-    distance: Its distance from the image, [B]; inf before there is one.
-    adversarial: What is returned: `closest`, or what lies towards it.
+    x: Current iterate [B, H, W, C].
+    closest: Closest misclassified point so far.
+    distance: Distance of `closest` from the image, [B]; inf before there is
+      one.
+    adversarial: Images that the attack returns: `closest`, or a point in the
+      ball towards it.
     fooled: bool [B]: whether `closest` is in the ball.
   """
 
@@ -45,7 +46,7 @@ _DUAL = {"linf": "l1", "l2": "l2", "l1": "linf"}
 
 
 def _into_ball(norm: str, x: Array, images: Array, epsilon: Array) -> Array:
-  """Towards the image until it is in the ball; the box is convex."""
+  """Moves x towards the image until it is in the ball."""
   delta = x - images
   if norm == "linf":
     delta = jnp.clip(delta, -epsilon, epsilon)
@@ -57,23 +58,23 @@ def _into_ball(norm: str, x: Array, images: Array, epsilon: Array) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class FAB:
-  """The algorithm as a `search.Search`.
+  """FAB as a `search.Search`.
 
   Attributes:
     norm: "linf", "l2" or "l1".
-    targeted: Towards `problem.targets` (FAB-T), or to the class whose boundary
-      is closest, which costs a backward pass for every class.
+    targeted: Whether to aim at `problem.targets` (FAB-T) rather than at the
+      class of the closest boundary, which costs a backward pass per class.
   """
 
   norm: str = "linf"
   targeted: bool = True
 
   def num_evaluations(self, num_steps: int) -> int:
-    """A step looks at two points."""
+    """Number of steps, each of which evaluates two points."""
     return num_steps
 
-  def start(self, problem: Problem, settings: Settings) -> State:
-    """The image; for restarts a random point halfway to the ball's surface."""
+  def start(self, problem: Problem, settings: SearchSettings) -> FABState:
+    """Starts at the image; restarts, halfway to the surface of the ball."""
     images = problem.images
     draw = jax.random.uniform if self.norm == "linf" else jax.random.normal
     t = jax.vmap(lambda key: draw(key, images.shape[1:], images.dtype))(
@@ -84,7 +85,7 @@ class FAB:
     random = jnp.clip(images + 0.5 * settings.epsilon * t, 0.0, 1.0)
     x = search.select(problem.restart > 0, random, images)
     rows = jnp.zeros(images.shape[0], images.dtype)
-    return State(
+    return FABState(
       x=x,
       closest=images,
       distance=rows + jnp.inf,
@@ -95,7 +96,7 @@ class FAB:
   def _boundary(
     self, classifier: Classifier, key: Array, problem: Problem, x: Array
   ) -> tuple[Array, Array]:
-    """f [B] and its gradient: f < 0 on the true class's side of a boundary."""
+    """Computes f [B] and its gradient; f < 0 where the true class wins."""
     labels = problem.labels
     rows = jnp.arange(len(labels))
 
@@ -139,11 +140,11 @@ class FAB:
     classifier: Classifier,
     key: Array,
     problem: Problem,
-    settings: Settings,
-    state: State,
+    settings: SearchSettings,
+    state: FABState,
     i: Array,
-  ) -> State:
-    """To the boundary, and back where that misclassifies."""
+  ) -> FABState:
+    """Goes to the boundary, and part of the way back if x is misclassified."""
     del i
     images, count = problem.images, len(problem.labels)
     first_key, second_key = jax.random.split(key)
@@ -176,7 +177,7 @@ class FAB:
     attempt = _into_ball(
       self.norm, search.select(found, closest, x), images, settings.epsilon
     )
-    return State(
+    return FABState(
       x=search.select(wrong, images + BETA * (x - images), x),
       closest=closest,
       distance=distance,
@@ -204,25 +205,25 @@ def fab(
     key: Random key of the restarts; the first run starts at the image.
     classifier: Callable from images to logits; see `pgd`.
     images: Float [B, H, W, C] in [0, 1].
-    labels: Integers [B].
-    epsilon: Radius: an example is fooled when a misclassified point is found
-      within it.
-    num_steps: Steps of a run.
+    labels: True classes, integers [B].
+    epsilon: Radius of the ball: an example is fooled when a misclassified point
+      is found in it.
+    num_steps: Number of steps of a run.
     norm: "linf", "l2" or "l1".
-    num_targets: Classes aimed at one after the other: those of the highest
-      logits on the clean image, the true one aside; lowered to K - 1.
-    num_restarts: Runs (for each target).
-    targeted: False: to the closest boundary of all, a backward pass a class.
+    num_targets: Number of classes aimed at one after the other: those of the
+      highest clean logits, the true one excepted; lowered to K - 1.
+    num_restarts: Number of runs (for each target).
+    targeted: Whether to aim at these classes, or at the closest boundary of
+      all, which costs a backward pass per class.
 
   Returns:
-    [B, H, W, C] in the ball and in [0, 1]; where no misclassified point was
-    found within the ball, the closest one found, brought into it.
+    [B, H, W, C] in the ball and in [0, 1]; if no misclassified point was found
+    in the ball, the closest one found, moved into it.
 
   Raises:
     UserError: An argument of a wrong shape, dtype or range, by name.
   """
-  checks.choice("norm", norm, balls.NORMS)
-  checks.epsilon(epsilon, norm)
+  base.check_norm(norm, epsilon)
   classifier, images, labels, num_classes = base.check_arguments(
     classifier,
     images,

@@ -1,13 +1,13 @@
 """The nearest point of a hyperplane within [0, 1]^D, in linf, l2 and l1.
 
-Nothing is sorted, which is slow under XLA. A coordinate moves towards the
-hyperplane, if it moves, at most to the face of the box. In linf and l2 the
-length moved is min(lambda u_i, room_i), with one lambda for the row and u_i = 1
-or |w_i|. What is gained by it is concave in lambda and piecewise linear, so
+Nothing is sorted, as sorting is slow under XLA. A coordinate that moves goes
+towards the hyperplane, at most to the face of the box. In linf and l2 it moves
+by min(lambda u_i, room_i), with one lambda for the row and u_i = 1 or |w_i|.
+The residual removed is a concave, piecewise linear function of lambda, so
 Newton's steps from 0 never overshoot and end on the solution; each at least
 halves the residual or the slope. In l1 the coordinates of the largest weights
-go to their faces, as many as are needed; the last weight needed is found in the
-bits of the numbers, from the highest down.
+go to their faces, as many as are needed; the last weight needed is found from
+the bits of the numbers, the highest first.
 """
 
 from collections.abc import Callable
@@ -17,9 +17,9 @@ from jax import lax
 
 from atat_jax.typing import Array
 
-# More than are ever needed: after so many, residual times slope is 4^-60 of
-# what it was.
-_MOST_STEPS = 60
+# More than are ever needed: after so many steps the product of residual and
+# slope has fallen by a factor of 4^60.
+_MAX_STEPS = 60
 
 
 def _newton(
@@ -28,13 +28,14 @@ def _newton(
   """Solves sum(weights * min(lambda * units, room)) = residuals for lambda.
 
   Args:
-    weights: [..., D] in [0, 1].
-    units: [..., D] in [0, 1], broadcasts.
-    room: [..., D] in [0, 1]; 0 where the weight is.
-    residuals: [..., 1], not negative.
+    weights: Absolute weights, [..., D] in [0, 1].
+    units: Distance moved for lambda = 1, [..., D] in [0, 1], broadcast.
+    room: Distance to the face of the box, [..., D] in [0, 1]; 0 where the
+      weight is 0.
+    residuals: Residuals, [..., 1], not negative.
 
   Returns:
-    [..., 1]; the largest number where all the room does not suffice.
+    Lambda [..., 1]; the largest number where all the room does not suffice.
   """
   largest = jnp.finfo(room.dtype).max
 
@@ -49,13 +50,13 @@ def _newton(
     new = jnp.clip(longer, length, largest)
     return step + 1, new, length
 
-  def goes_on(carry: tuple[Array, Array, Array]) -> Array:
+  def continues(carry: tuple[Array, Array, Array]) -> Array:
     step, new, old = carry
-    return (step < _MOST_STEPS) & (new > old).any()
+    return (step < _MAX_STEPS) & (new > old).any()
 
   start = jnp.zeros_like(residuals)
   first = body((jnp.int32(0), start, start))
-  return lax.while_loop(goes_on, body, first)[1]
+  return lax.while_loop(continues, body, first)[1]
 
 
 def _linf(weights: Array, room: Array, residuals: Array) -> Array:
@@ -69,7 +70,7 @@ def _l2(weights: Array, room: Array, residuals: Array) -> Array:
 
 
 def _l1(weights: Array, room: Array, residuals: Array) -> Array:
-  # Floats that are not negative are ordered as their bits are.
+  # Non-negative floats are ordered like their bit patterns.
   integer = jnp.int64 if weights.dtype == jnp.float64 else jnp.int32
   bits = lax.bitcast_convert_type(weights, integer)
   gains = weights * room
@@ -83,12 +84,12 @@ def _l1(weights: Array, room: Array, residuals: Array) -> Array:
     enough = above(middle) >= residuals
     return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
 
-  def goes_on(carry: tuple[Array, Array]) -> Array:
+  def continues(carry: tuple[Array, Array]) -> Array:
     low, high = carry
     return (high - low > 1).any()
 
   one = lax.bitcast_convert_type(jnp.ones_like(residuals), integer)
-  _, last = lax.while_loop(goes_on, body, (jnp.zeros_like(one), one))
+  _, last = lax.while_loop(continues, body, (jnp.zeros_like(one), one))
   at_last = bits == last
   left = residuals - above(last)
   gain = jnp.where(at_last, gains, 0).sum(-1, keepdims=True)
@@ -104,24 +105,24 @@ _MOVES: dict[str, Callable[[Array, Array, Array], Array]] = {
 
 
 def project(norm: str, points: Array, weights: Array, offsets: Array) -> Array:
-  """The smallest move of points onto hyperplanes that stays in [0, 1].
+  """Finds the smallest moves of points onto hyperplanes within [0, 1].
 
   Args:
-    norm: "linf", "l2" or "l1": what is smallest.
-    points: [B, D] in [0, 1].
-    weights: [B, D] of the hyperplanes weights . x = offsets, of any size.
-      Coordinates of weight 0 do not move.
-    offsets: [B].
+    norm: Norm of the move to be minimised: "linf", "l2" or "l1".
+    points: Points, [B, D] in [0, 1].
+    weights: Normals [B, D] of the hyperplanes weights . x = offsets, of any
+      length. Coordinates of weight 0 do not move.
+    offsets: Offsets [B] of the hyperplanes.
 
   Returns:
-    [B, D], to be added to points. Where the hyperplane does not meet the box,
-    as far towards it as the box allows; 0 where it is not defined (weights all
-    0 or not finite).
+    Moves [B, D], to be added to the points. If the hyperplane does not meet the
+    box, the move goes as far towards it as the box allows; it is 0 if the
+    hyperplane is not defined (weights all 0 or not finite).
   """
   dtype = jnp.promote_types(points.dtype, jnp.float32)
   t, w, b = (x.astype(dtype) for x in (points, weights, offsets))
   residuals = (b - (w * t).sum(-1))[..., None]
-  # In units of the largest weight, squares and quotients stay in range.
+  # Dividing by the largest weight keeps squares and quotients in range.
   scale = jnp.abs(w).max(-1, keepdims=True)
   usable = (scale > 0) & jnp.isfinite(scale) & ~jnp.isnan(residuals)
   scale = jnp.where(usable, scale, 1)

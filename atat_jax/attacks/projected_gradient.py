@@ -3,12 +3,14 @@
 FGSM (Goodfellow et al., 2015) is one step of epsilon from the clean image,
 I-FGSM (Kurakin et al., 2017) many small ones, PGD (Madry et al., 2018) starts
 at a random point of the ball. Only the gradient with respect to the images is
-taken. The number of steps is a traced value: sweeping it, epsilon or the step
-size compiles nothing.
+computed. The number of steps is a traced value: changing it, epsilon or the
+step size compiles nothing.
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +18,48 @@ from jax import lax
 
 from atat_jax import checks, compilation, losses, rng
 from atat_jax.attacks import balls, base, search
+from atat_jax.attacks.search import Attempt
 from atat_jax.errors import UserError
 from atat_jax.typing import Array, Classifier, Scalar
 
 State = TypeVar("State")
+GradientFn = Callable[[Array, State], tuple[Array, State]]
+
+
+def _averaged(
+  gradient_fn: GradientFn[State], samples: int
+) -> GradientFn[State]:
+  """Averages the gradients of several evaluations, one after the other."""
+  if samples == 1:
+    return gradient_fn
+
+  def averaged(images_adv: Array, state: State) -> tuple[Array, State]:
+    def sample(_: Array, carry: tuple[Array, State]) -> tuple[Array, State]:
+      total, state = carry
+      gradient, state = gradient_fn(images_adv, state)
+      return total + gradient / samples, state
+
+    first = jnp.zeros_like(images_adv), state
+    return lax.fori_loop(0, samples, sample, first)
+
+  return averaged
+
+
+def _loss(
+  loss: str | Callable[[Array], Array],
+  logits: Array,
+  labels: Array,
+  targets: Array | None,
+) -> Array:
+  if isinstance(loss, str):
+    return losses.attack_loss(loss, logits, labels, targets)
+  return loss(logits)
+
+
+def _accumulate(momentum: Scalar, total: Array, gradient: Array) -> Array:
+  """Adds a gradient to the decaying sum (Dong et al., 2018, Eq. 6)."""
+  size = balls.l1_length(gradient)
+  return momentum * total + gradient / jnp.maximum(size, 1e-12)
 
 
 def ascend(
@@ -39,100 +79,100 @@ def ascend(
   momentum: Scalar | None = None,
   eot_samples: int = 1,
 ) -> tuple[Array, State]:
-  """The loop of PGD. For use inside jit.
+  """Runs the loop of PGD; for use inside jit.
 
   Args:
-    logits_fn: (state, images) to (logits, state). The state is what a pass may
-      move, e.g. the running statistics of BatchNorm; () for a fixed classifier.
-    state: The state before the first pass.
+    logits_fn: (state, images) to (logits, state). The state is what a forward
+      pass may change, e.g. running statistics; () for a fixed classifier.
+    state: State before the first forward pass.
     start: First iterate [B, H, W, C].
     images: Clean images, centres of the balls.
-    labels: int32 [B]; the target classes where `targeted`.
+    labels: True classes, int32 [B]; the classes to reach if `targeted`.
     epsilon: Radius.
     step_size: Length of a step.
     num_steps: Number of gradient steps.
-    norm: One of `balls.NORMS`.
-    loss: One of `losses.ATTACK_LOSSES`, descended where `targeted`, or of
-      `losses.TARGETED_LOSSES`, which need `targets`; or logits [B, K] to
-      losses [B], which need no labels.
-    targeted: Whether labels are to be reached rather than left.
-    targets: int32 [B]: classes that a targeted loss aims at.
-    momentum: Decay of the sum of gradients, each scaled to an l1 norm of 1,
-      whose direction is taken (Dong et al., 2018, Eq. 6); None: the gradient's.
-    eot_samples: Gradients averaged at each point.
+    norm: Norm of the ball, one of `balls.BALLS`.
+    loss: One of `losses.ATTACK_LOSSES`, or of `losses.TARGETED_LOSSES` with
+      `targets`; or logits [B, K] to losses [B].
+    targeted: Whether labels are to be reached, by descending the loss.
+    targets: Classes that a targeted loss aims at, int32 [B].
+    momentum: Decay of the sum of gradients (see `pgd`); None: no sum.
+    eot_samples: Number of gradients averaged at each point.
 
   Returns:
     The last iterate [B, H, W, C] and the last state.
   """
-  ball = balls.NORMS[norm]
-  sign = -1.0 if targeted else 1.0
+  ball = balls.BALLS[norm]
 
   def objective(images_adv: Array, state: State) -> tuple[Array, State]:
     logits, state = logits_fn(state, images_adv)
-    if isinstance(loss, str):
-      value = losses.attack_loss(loss, logits, labels, targets)
-    else:
-      value = loss(logits)
-    return sign * value.sum(), state
+    value = _loss(loss, logits, labels, targets)
+    return (-1.0 if targeted else 1.0) * value.sum(), state
 
-  def gradient_fn(images_adv: Array, state: State) -> tuple[Array, State]:
-    one = jax.grad(objective, has_aux=True)
-    if eot_samples == 1:
-      return one(images_adv, state)
-
-    def sample(_: Array, carry: tuple[Array, State]) -> tuple[Array, State]:
-      total, state = carry
-      gradient, state = one(images_adv, state)
-      return total + gradient / eot_samples, state
-
-    first = jnp.zeros_like(images_adv), state
-    return lax.fori_loop(0, eot_samples, sample, first)
+  gradient_fn = _averaged(jax.grad(objective, has_aux=True), eot_samples)
 
   def body(_: Array, carry: Any) -> Any:
     images_adv, state, total = carry
     gradient, state = gradient_fn(images_adv, state)
     if momentum is not None:
-      size = balls.l1_length(gradient)
-      total = momentum * total + gradient / jnp.maximum(size, 1e-12)
-      gradient = total
+      gradient = total = _accumulate(momentum, total, gradient)
     step = step_size * ball.direction(gradient)
     images_adv = balls.project(ball, images_adv + step, images, epsilon)
     return images_adv, state, total
 
   total = () if momentum is None else jnp.zeros_like(start)
-  carry = lax.fori_loop(0, num_steps, body, (start, state, total))
-  return carry[0], carry[1]
+  return lax.fori_loop(0, num_steps, body, (start, state, total))[:2]
 
 
 def random_start(
   key: Array, images: Array, *, epsilon: Scalar, norm: str = "linf"
 ) -> Array:
-  """Uniform in the ball, clipped to [0, 1]."""
-  ball = balls.NORMS[norm]
+  """Draws points uniformly from the balls around `images`, clipped to [0, 1]."""
+  ball = balls.BALLS[norm]
   return jnp.clip(images + ball.start(key, images, epsilon), 0.0, 1.0)
 
 
-def _pgd(
+class _PGDNumbers(NamedTuple):
+  """Arguments of `pgd` that may change without a new compilation."""
+
+  epsilon: Any
+  step_size: Any
+  num_steps: Any
+  random_start: Any
+  momentum: Any
+  """None if there is none: a plain gradient needs no sum."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _PGDOptions:
+  """Arguments of `pgd` that are part of the compiled program."""
+
+  norm: str
+  loss: str
+  num_restarts: int
+  num_targets: int
+  eot_samples: int
+  targeted: bool = False
+
+  @property
+  def several_targets(self) -> bool:
+    """Whether the loss aims at one class after the other."""
+    return self.loss in losses.TARGETED_LOSSES
+
+
+def _attempt(
   key: Array,
   classifier: Classifier,
   images: Array,
   labels: Array,
-  epsilon: Array,
-  step_size: Array,
-  num_steps: Array,
-  use_random_start: Array,
-  momentum: Array | None,
+  numbers: _PGDNumbers,
+  options: _PGDOptions,
   *,
-  norm: str,
-  loss: str,
-  num_restarts: int,
-  num_targets: int,
-  targeted: bool,
-  eot_samples: int,
+  run: Array | int,
+  ranked: Array | None,
 ) -> Array:
+  """Makes one run and returns its last iterate."""
   randomized = isinstance(classifier, base.Randomized)
-  noise_key = rng.stream(key, "noise")
-  several_targets = loss in losses.TARGETED_LOSSES
 
   def logits_fn(state: Any, x: Array) -> tuple[Array, Any]:
     if not randomized:
@@ -140,79 +180,127 @@ def _pgd(
     now, later = jax.random.split(state)
     return base.apply(classifier, now, x), later
 
-  def attempt(run: Array | int, ranked: Array | None) -> Array:
-    # FGSM is so short that drawing numbers it does not want would show.
-    start = lax.cond(
-      use_random_start,
-      lambda: random_start(
-        rng.stream(key, "start", run), images, epsilon=epsilon, norm=norm
-      ),
-      lambda: images,
-    )
-    targets = None
-    if ranked is not None:
-      targets = jnp.take(ranked, run // num_restarts, axis=1)
-    images_adv, _ = ascend(
-      logits_fn,
-      rng.stream(noise_key, "run", run) if randomized else (),
-      start,
+  # FGSM is so short that drawing a start it does not use would show.
+  start = lax.cond(
+    numbers.random_start,
+    lambda: random_start(
+      rng.stream(key, "start", run),
       images,
-      labels,
-      epsilon=epsilon,
-      step_size=step_size,
-      num_steps=num_steps,
-      norm=norm,
-      loss=loss,
-      targeted=targeted,
-      targets=targets,
-      momentum=momentum,
-      eot_samples=eot_samples,
-    )
-    return images_adv
+      epsilon=numbers.epsilon,
+      norm=options.norm,
+    ),
+    lambda: images,
+  )
+  targets = None
+  if ranked is not None:
+    targets = jnp.take(ranked, run // options.num_restarts, axis=1)
+  noise_key = rng.stream(key, "noise")
+  return ascend(
+    logits_fn,
+    rng.stream(noise_key, "run", run) if randomized else (),
+    start,
+    images,
+    labels,
+    epsilon=numbers.epsilon,
+    step_size=numbers.step_size,
+    num_steps=numbers.num_steps,
+    norm=options.norm,
+    loss=options.loss,
+    targeted=options.targeted,
+    targets=targets,
+    momentum=numbers.momentum,
+    eot_samples=options.eot_samples,
+  )[0]
 
+
+def _pgd(
+  key: Array,
+  classifier: Classifier,
+  images: Array,
+  labels: Array,
+  numbers: _PGDNumbers,
+  *,
+  options: _PGDOptions,
+) -> Array:
+  """Makes all runs and keeps each example's strongest."""
+  noise_key = rng.stream(key, "noise")
   ranked = None
-  if several_targets:
+  if options.several_targets:
     clean = base.apply(classifier, rng.stream(noise_key, "clean"), images)
     ranked = search.ranked(clean)
-  num_runs = num_restarts * num_targets
+  attempt = functools.partial(
+    _attempt, key, classifier, images, labels, numbers, options, ranked=ranked
+  )
+  num_runs = options.num_restarts * options.num_targets
   if num_runs == 1:
-    return attempt(0, ranked)
-  measure = losses.ATTACK_LOSSES["margin" if several_targets else loss]
+    return attempt(run=0)
+  loss = "margin" if options.several_targets else options.loss
 
-  def strength(run: Array | int, images_adv: Array) -> tuple[Array, Array]:
+  def scored(run: Array | int, *_: Array) -> Attempt:
+    images_adv = attempt(run=run)
     score_key = rng.stream(noise_key, "score", run)
     logits = base.apply(classifier, score_key, images_adv)
-    fooled = (logits.argmax(-1) == labels) == targeted
-    value = measure(logits, labels)
-    return fooled, -value if targeted else value
+    fooled = (logits.argmax(-1) == labels) == options.targeted
+    value = losses.ATTACK_LOSSES[loss](logits, labels)
+    return Attempt(images_adv, fooled, -value if options.targeted else value)
 
-  def another(run: Array, best: tuple[Array, Array, Array]) -> tuple[Any, ...]:
-    images_adv = attempt(run, ranked)
-    fooled, value = strength(run, images_adv)
-    # A fooled example is stronger than one that is not, whatever its loss.
-    better = jnp.where(fooled == best[1], value > best[2], fooled)
-    return (
-      jnp.where(better[:, None, None, None], images_adv, best[0]),
-      jnp.where(better, fooled, best[1]),
-      jnp.where(better, value, best[2]),
-    )
-
-  first = attempt(0, ranked)
-  best = (first, *strength(0, first))
-  return lax.fori_loop(1, num_runs, another, best)[0]
+  return search.strongest(scored, scored(0), runs=(1, num_runs))
 
 
-_jitted = compilation.jit(
-  _pgd,
-  static_argnames=(
-    "norm",
-    "loss",
-    "num_restarts",
-    "num_targets",
-    "targeted",
-    "eot_samples",
-  ),
-)
+_jitted = compilation.jit(_pgd, static_argnames="options")
+
+
+def _checked_pgd(
+  key: Array,
+  classifier: Classifier,
+  images: Array,
+  labels: Array,
+  targets: Array | None,
+  numbers: _PGDNumbers,
+  options: _PGDOptions,
+) -> Array:
+  """Checks the arguments of `pgd` and runs it."""
+  base.check_norm(options.norm, numbers.epsilon)
+  checks.not_negative("momentum", numbers.momentum)
+  classifier, images, labels, num_classes = base.check_arguments(
+    classifier,
+    images,
+    labels,
+    step_size=numbers.step_size,
+    num_steps=numbers.num_steps,
+    num_restarts=options.num_restarts,
+    num_targets=options.num_targets,
+    eot_samples=options.eot_samples,
+  )
+  several_targets = base.check_loss(options.loss, num_classes)
+  if targets is not None:
+    if several_targets:
+      raise UserError(
+        f"targets: given with loss {options.loss!r}; allowed: with an"
+        " untargeted loss"
+      )
+    labels = checks.labels(targets, images.shape[0], num_classes, "targets")
+  momentum = numbers.momentum
+  use_momentum = not isinstance(momentum, int | float) or momentum > 0
+  num_targets = min(options.num_targets, num_classes - 1)
+  return _jitted(
+    key,
+    classifier,
+    images,
+    labels,
+    _PGDNumbers(
+      jnp.asarray(numbers.epsilon, images.dtype),
+      jnp.asarray(numbers.step_size, images.dtype),
+      jnp.asarray(numbers.num_steps, jnp.int32),
+      jnp.asarray(numbers.random_start, bool),
+      jnp.asarray(momentum, images.dtype) if use_momentum else None,
+    ),
+    options=dataclasses.replace(
+      options,
+      num_targets=num_targets if several_targets else 1,
+      targeted=targets is not None,
+    ),
+  )
 
 
 def pgd(
@@ -244,7 +332,7 @@ def pgd(
     classifier: Callable from images to logits; a pytree such as
       `models.classifier` returns, a plain function, or a `Randomized` one.
     images: Float [B, H, W, C] in [0, 1].
-    labels: Integers [B] in [0, K): the true classes.
+    labels: True classes, integers [B] in [0, K).
     epsilon: Radius of the ball, in the unit of the pixels (8/255).
     step_size: Length of a step, in the same unit.
     num_steps: Number of gradient steps.
@@ -252,60 +340,25 @@ def pgd(
     loss: "cross_entropy", "margin" or "dlr" (away from the true class), or
       "targeted_margin" or "targeted_dlr" (towards one class after the other).
     random_start: Whether to start uniformly in the ball or at the clean image.
-    num_restarts: Independent attempts (for each target); the strongest is kept
-      per example: a fooled one before others, then the one of higher loss.
-    targets: Integers [B]: classes to reach, by descending an untargeted loss;
-      None: any but the true one.
-    num_targets: Classes that a targeted loss aims at: those of the highest
-      logits on the clean image, the true one aside; lowered to K - 1.
+    num_restarts: Number of runs (for each target); the strongest is kept per
+      example: a fooled one before others, then the one of higher loss.
+    targets: Classes to reach by descending an untargeted loss, integers [B].
+    num_targets: Number of classes that a targeted loss aims at: those of the
+      highest clean logits, the true one excepted; lowered to K - 1.
     momentum: Decay of the sum of normalised gradients; 0: the gradient alone.
     eot_samples: Gradients averaged at each point, for `Randomized` classifiers.
 
   Returns:
-    [B, H, W, C] in the ball and in [0, 1]: the last iterate of the strongest
-    attempt.
+    Last iterates of the strongest runs, [B, H, W, C] in the ball and in [0, 1].
 
   Raises:
     UserError: An argument of a wrong shape, dtype or range, or too few classes
       for the loss, by name.
   """
-  checks.choice("norm", norm, balls.NORMS)
-  checks.epsilon(epsilon, norm)
-  checks.not_negative("momentum", momentum)
-  classifier, images, labels, num_classes = base.check_arguments(
-    classifier,
-    images,
-    labels,
-    step_size=step_size,
-    num_steps=num_steps,
-    num_restarts=num_restarts,
-    num_targets=num_targets,
-  )
-  checks.positive("eot_samples", eot_samples, integer=True)
-  several_targets = base.check_loss(loss, num_classes)
-  if targets is not None:
-    if several_targets:
-      raise UserError(
-        f"targets: given with loss {loss!r}; allowed: with an untargeted loss"
-      )
-    labels = checks.labels(targets, images.shape[0], num_classes, "targets")
-  use_momentum = not isinstance(momentum, int | float) or momentum > 0
-  return _jitted(
-    key,
-    classifier,
-    images,
-    labels,
-    jnp.asarray(epsilon, images.dtype),
-    jnp.asarray(step_size, images.dtype),
-    jnp.asarray(num_steps, jnp.int32),
-    jnp.asarray(random_start, bool),
-    jnp.asarray(momentum, images.dtype) if use_momentum else None,
-    norm=norm,
-    loss=loss,
-    num_restarts=num_restarts,
-    num_targets=min(num_targets, num_classes - 1) if several_targets else 1,
-    targeted=targets is not None,
-    eot_samples=eot_samples,
+  numbers = _PGDNumbers(epsilon, step_size, num_steps, random_start, momentum)
+  options = _PGDOptions(norm, loss, num_restarts, num_targets, eot_samples)
+  return _checked_pgd(
+    key, classifier, images, labels, targets, numbers, options
   )
 
 
@@ -323,18 +376,18 @@ def ifgsm(
 
   Args:
     key: Unused; every attack has the same signature.
-    classifier: See `pgd`.
+    classifier: Callable from images to logits; see `pgd`.
     images: Float [B, H, W, C] in [0, 1].
-    labels: Integers [B].
-    epsilon: Radius.
+    labels: True classes, integers [B].
+    epsilon: Radius of the ball, in the unit of the pixels.
     step_size: Length of a step.
     num_steps: Number of steps.
 
   Returns:
-    [B, H, W, C].
+    The last iterate, [B, H, W, C] in the ball and in [0, 1].
 
   Raises:
-    UserError: As `pgd`.
+    UserError: An argument of a wrong shape, dtype or range, by name.
   """
   return pgd(
     key,
@@ -360,16 +413,16 @@ def fgsm(
 
   Args:
     key: Unused; every attack has the same signature.
-    classifier: See `pgd`.
+    classifier: Callable from images to logits; see `pgd`.
     images: Float [B, H, W, C] in [0, 1].
-    labels: Integers [B].
+    labels: True classes, integers [B].
     epsilon: Length of the one step from the clean image.
 
   Returns:
-    [B, H, W, C].
+    Adversarial images, [B, H, W, C] in the ball and in [0, 1].
 
   Raises:
-    UserError: As `pgd`.
+    UserError: An argument of a wrong shape, dtype or range, by name.
   """
   return ifgsm(
     key,

@@ -1,12 +1,14 @@
-"""Attacks as loops with one state an example.
+"""Attacks as loops that keep one state per example.
 
-APGD, FAB and Square share this shape: a run begins at a point, looks at the
-classifier once a step, and ends when it has fooled it or has used up its
-steps. Nothing in a run depends on the other rows of a batch or on how far they
-are, so `run` can stop when all are done, and AutoAttack can hand a finished
-row's place to another example (`slots.py`) without a new compilation.
+APGD, FAB and Square share this shape: a run begins at a point, evaluates the
+classifier in every step, and ends when it has fooled the classifier or has used
+up its steps. Nothing in a run depends on the other rows of the batch or on how
+far they are, so `run` can stop when all are done, and AutoAttack can give the
+row of a finished run to another example (`autoattack/slots.py`) without a new
+compilation.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
@@ -19,14 +21,14 @@ from atat_jax.typing import Array, Classifier
 
 
 class Problem(NamedTuple):
-  """What runs are given, one row each.
+  """Input of the runs, one row each.
 
   Attributes:
-    keys: [B] random keys, one a run: neighbours change nothing.
-    images: [B, H, W, C] clean.
-    labels: int32 [B].
-    targets: int32 [B]; the class to reach, for attacks that have one.
-    restart: int32 [B]; 0 for the first attempt.
+    keys: [B] random keys, one per run, so that neighbours change nothing.
+    images: [B, H, W, C] clean images.
+    labels: int32 [B] true classes.
+    targets: int32 [B] classes to reach, for attacks that aim at one.
+    restart: int32 [B] number of the restart, 0 for the first.
   """
 
   keys: Array
@@ -36,24 +38,24 @@ class Problem(NamedTuple):
   restart: Array
 
 
-class Settings(NamedTuple):
+class SearchSettings(NamedTuple):
   """Numbers that may change without a new compilation.
 
   Attributes:
-    epsilon: Radius, of the images' dtype.
-    num_steps: int32.
+    epsilon: Radius, in the images' dtype.
+    num_steps: Number of steps, int32.
   """
 
   epsilon: Array
   num_steps: Array
 
 
-class State(Protocol):
-  """Of a run, one row each: a NamedTuple of arrays with these two among them."""
+class SearchState(Protocol):
+  """State of runs, one row each: a NamedTuple of arrays, these two included."""
 
   @property
   def adversarial(self) -> Array:
-    """[B, H, W, C] in ball and box: what the attack returns."""
+    """[B, H, W, C] in ball and box: the images that the attack returns."""
 
   @property
   def fooled(self) -> Array:
@@ -64,24 +66,24 @@ AnyState = TypeVar("AnyState", bound=Any)
 
 
 class Search(Protocol[AnyState]):
-  """An attack: a frozen dataclass of its options, hashable, so static in jit."""
+  """Attack algorithm: a frozen dataclass of its options, static in jit."""
 
   def num_evaluations(self, num_steps: int) -> int:
-    """Calls of `step` in a whole run (on the host)."""
+    """Number of calls of `step` in a whole run (computed on the host)."""
 
-  def start(self, problem: Problem, settings: Settings) -> AnyState:
-    """The state before the first look at the classifier."""
+  def start(self, problem: Problem, settings: SearchSettings) -> AnyState:
+    """Returns the state before the first evaluation of the classifier."""
 
   def step(
     self,
     classifier: Classifier,
     key: Array,
     problem: Problem,
-    settings: Settings,
+    settings: SearchSettings,
     state: AnyState,
     i: Array,
   ) -> AnyState:
-    """One step; i int32 [B] counts each row's steps so far, key is for EOT."""
+    """Makes one step; i int32 [B] counts each row's steps, key is for EOT."""
 
 
 def make_problem(
@@ -94,16 +96,16 @@ def make_problem(
   runs: Array,
   restarts: Array,
 ) -> Problem:
-  """Rows whose random numbers depend on the example and the run alone.
+  """Builds rows whose random numbers depend on example and run alone.
 
   Args:
-    key: Of the attack.
-    images: [B, H, W, C].
-    labels: int32 [B].
-    targets: int32 [B].
-    examples: int32 [B]: the number of each row's example in the data.
-    runs: int32 [B]: the number of its run.
-    restarts: int32 [B].
+    key: Random key of the attack.
+    images: Clean images [B, H, W, C].
+    labels: True classes, int32 [B].
+    targets: Classes to reach, int32 [B].
+    examples: Number of each row's example in the data, int32 [B].
+    runs: Number of each row's run, int32 [B].
+    restarts: Number of each row's restart, int32 [B].
 
   Returns:
     The problem.
@@ -117,12 +119,12 @@ def make_problem(
 
 
 def rows(mask: Array, x: Array) -> Array:
-  """A mask [B] shaped to go with x [B, ...]."""
+  """Reshapes a mask [B] to broadcast against x [B, ...]."""
   return mask.reshape(mask.shape + (1,) * (x.ndim - mask.ndim))
 
 
 def select(mask: Array, new: AnyState, old: AnyState) -> AnyState:
-  """Row by row, new where mask [B] and old elsewhere."""
+  """Selects row by row: new where mask [B], old elsewhere."""
   return jax.tree.map(lambda a, b: jnp.where(rows(mask, a), a, b), new, old)
 
 
@@ -131,25 +133,25 @@ def advance(
   classifier: Classifier,
   key: Array,
   problem: Problem,
-  settings: Settings,
+  settings: SearchSettings,
   state: AnyState,
   i: Array,
   *,
   limit: Array,
   count: Array | int,
 ) -> tuple[AnyState, Array]:
-  """At most `count` steps of every row that is neither done nor fooled.
+  """Makes at most `count` steps in every row that is neither done nor fooled.
 
   Args:
-    search: The attack.
+    search: Attack algorithm.
     classifier: Callable from images to logits.
-    key: For classifiers that are randomised.
-    problem: The rows.
-    settings: Epsilon and steps.
-    state: Where they are.
-    i: int32 [B]: steps that each row has made.
-    limit: int32: steps of a whole run.
-    count: Steps to make; fewer where all rows are finished before.
+    key: Random key for `Randomized` classifiers.
+    problem: Input of the runs.
+    settings: Radius and number of steps.
+    state: State of the runs.
+    i: Steps that each row has made, int32 [B].
+    limit: Steps of a whole run, int32.
+    count: Steps to make; fewer if all rows finish before.
 
   Returns:
     The state and i. Rows that are finished keep theirs.
@@ -171,17 +173,70 @@ def advance(
     )
     return select(runs, new, state), i + runs, done + 1
 
-  def goes_on(carry: tuple[AnyState, Array, Array]) -> Array:
+  def continues(carry: tuple[AnyState, Array, Array]) -> Array:
     state, i, done = carry
     return (done < count) & active(state, i).any()
 
-  state, i, _ = lax.while_loop(goes_on, body, (state, i, jnp.int32(0)))
+  state, i, _ = lax.while_loop(continues, body, (state, i, jnp.int32(0)))
   return state, i
 
 
 def ranked(logits: Array) -> Array:
-  """int32 [B, K - 1]: the classes from the second highest logit down."""
+  """Sorts the classes by their logits, the first left out: int32 [B, K - 1]."""
   return jnp.argsort(-logits, axis=-1)[:, 1:].astype(jnp.int32)
+
+
+class Attempt(NamedTuple):
+  """Images that a run returns and their strength.
+
+  Attributes:
+    images: [B, H, W, C].
+    fooled: bool [B].
+    value: Loss [B], larger for a stronger attempt.
+  """
+
+  images: Array
+  fooled: Array
+  value: Array
+
+
+def strongest(
+  attempt: Callable[[Array, Array], Attempt],
+  first: Attempt,
+  *,
+  runs: tuple[int, Array | int],
+  stop_when_fooled: bool = False,
+) -> Array:
+  """Makes runs one after the other and keeps each example's strongest.
+
+  A fooled example is stronger than one that is not, whatever its loss.
+
+  Args:
+    attempt: (number of the run, bool [B] examples fooled before it) to its
+      result.
+    first: Result to begin with.
+    runs: Number of the first run, and the number after the last.
+    stop_when_fooled: Whether to stop once every example is fooled.
+
+  Returns:
+    Images of the strongest attempts, [B, H, W, C].
+  """
+
+  def body(carry: tuple[Array, Attempt]) -> tuple[Array, Attempt]:
+    run, best = carry
+    new = attempt(run, best.fooled)
+    better = jnp.where(
+      new.fooled == best.fooled, new.value > best.value, new.fooled
+    )
+    return run + 1, select(better, new, best)
+
+  def continues(carry: tuple[Array, Attempt]) -> Array:
+    run, best = carry
+    more = run < runs[1]
+    return more & ~best.fooled.all() if stop_when_fooled else more
+
+  carry = jnp.int32(runs[0]), first
+  return lax.while_loop(continues, body, carry)[1].images
 
 
 def _run(
@@ -189,8 +244,7 @@ def _run(
   classifier: Classifier,
   images: Array,
   labels: Array,
-  epsilon: Array,
-  num_steps: Array,
+  settings: SearchSettings,
   limit: Array,
   num_restarts: Array,
   num_targets: Array,
@@ -198,20 +252,18 @@ def _run(
   search: Search[Any],
   loss: str,
 ) -> Array:
-  """All runs of an attack, one after the other, the best of each example."""
+  """Makes all runs of an attack, one after the other."""
   batch = jnp.arange(images.shape[0], dtype=jnp.int32)
-  settings = Settings(epsilon, num_steps)
   noise_key = rng.stream(key, "noise")
 
-  def strength(x: Array, run: Array | int) -> tuple[Array, Array]:
-    logits = base.apply(classifier, rng.stream(noise_key, "score", run), x)
+  def score(x: Array, number: Array | int) -> tuple[Array, Array]:
+    logits = base.apply(classifier, rng.stream(noise_key, "score", number), x)
     return logits, losses.ATTACK_LOSSES[loss](logits, labels)
 
-  logits, value = strength(images, 0)
+  logits, value = score(images, 0)
   targets = ranked(logits)
 
-  def attempt(carry: Any) -> Any:
-    run, best, fooled, value = carry
+  def attempt(run: Array, fooled: Array) -> Attempt:
     problem = make_problem(
       rng.stream(key, "run"),
       images,
@@ -232,24 +284,13 @@ def _run(
       limit=limit,
       count=limit,
     )
-    new_value = strength(state.adversarial, run + 1)[1]
-    # A fooled example is stronger than one that is not, whatever its loss.
-    better = ~fooled & (state.fooled | (new_value > value))
-    return (
-      run + 1,
-      jnp.where(rows(better, images), state.adversarial, best),
-      fooled | state.fooled,
-      jnp.where(better, new_value, value),
-    )
+    value = score(state.adversarial, run + 1)[1]
+    return Attempt(state.adversarial, state.fooled, value)
 
-  def goes_on(carry: Any) -> Array:
-    run, _, fooled, _ = carry
-    return (run < num_targets * num_restarts) & ~fooled.all()
-
-  # What is misclassified without any attack stays as it is.
-  fooled = logits.argmax(-1) != labels
-  first = (jnp.int32(0), images, fooled, value)
-  return lax.while_loop(goes_on, attempt, first)[1]
+  # An image that is misclassified without any attack stays as it is.
+  clean = Attempt(images, logits.argmax(-1) != labels, value)
+  num_runs = num_targets * num_restarts
+  return strongest(attempt, clean, runs=(0, num_runs), stop_when_fooled=True)
 
 
 _jitted = compilation.jit(_run, static_argnames=("search", "loss"))
@@ -268,20 +309,20 @@ def run(
   num_targets: int = 1,
   loss: str = "margin",
 ) -> Array:
-  """All runs of an attack on one batch; arguments as `base` has checked them.
+  """Makes all runs of an attack on a batch checked by `base.check_arguments`.
 
   Args:
     key: Random key.
     classifier: A pytree callable.
-    images: [B, H, W, C] in [0, 1].
-    labels: int32 [B].
-    search: The attack.
+    images: Clean images [B, H, W, C] in [0, 1].
+    labels: True classes, int32 [B].
+    search: Attack algorithm.
     epsilon: Radius.
-    num_steps: Steps of a run.
-    num_restarts: Runs for each target.
-    num_targets: Classes aimed at: those of the highest logits on the clean
-      image, the true one aside. 1 for attacks that aim at none.
-    loss: What tells which of several failed attempts is the strongest.
+    num_steps: Number of steps of a run.
+    num_restarts: Number of runs for each target.
+    num_targets: Number of classes aimed at: those of the highest logits on the
+      clean image, the true one excepted. 1 for untargeted attacks.
+    loss: Loss by which failed attempts are compared.
 
   Returns:
     [B, H, W, C]: the first misclassified point found for an example, else the
@@ -292,8 +333,9 @@ def run(
     classifier,
     images,
     labels,
-    jnp.asarray(epsilon, images.dtype),
-    jnp.asarray(num_steps, jnp.int32),
+    SearchSettings(
+      jnp.asarray(epsilon, images.dtype), jnp.asarray(num_steps, jnp.int32)
+    ),
     jnp.asarray(search.num_evaluations(num_steps), jnp.int32),
     jnp.asarray(num_restarts, jnp.int32),
     jnp.asarray(num_targets, jnp.int32),

@@ -1,7 +1,7 @@
-"""Square Attack (Andriushchenko et al., 2020), which asks for logits alone.
+"""Square Attack (Andriushchenko et al., 2020), which needs logits alone.
 
 A random search: each query changes a square window of the best point so far and
-is kept where it lowers the margin. The windows shrink on a fixed schedule.
+is kept if it lowers the margin. The windows shrink on a fixed schedule.
 """
 
 import dataclasses
@@ -14,30 +14,29 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from atat_jax import checks, losses
+from atat_jax import losses
 from atat_jax.attacks import base, search
-from atat_jax.attacks.search import Problem, Settings
+from atat_jax.attacks.search import Problem, SearchSettings
 from atat_jax.attacks.simplex import project_l1
 from atat_jax.typing import Array, Classifier, Scalar
-
-NORMS = ("linf", "l2", "l1")
 
 # The share of the image that a window covers is halved after these queries.
 _HALVED_AFTER = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 
-# What the l1 version projects onto, so that rounding stays within epsilon.
+# The l1 version projects onto a slightly smaller ball, so that rounding does
+# not leave the ball of radius epsilon.
 _L1_SHRINK = 1 - 1e-6
 
 _TINY = 1e-12
 
 
-class State(NamedTuple):
-  """One row an example.
+class SquareState(NamedTuple):
+  """State of runs, one row each.
 
   Attributes:
-    adversarial: The best point so far; before step 0 the initial one.
-    margin: z_y - max_{i != y} z_i there, [B].
-    fooled: bool [B].
+    adversarial: Best point so far; before step 0 the initial one.
+    margin: z_y - max_{i != y} z_i at that point, [B].
+    fooled: bool [B]: whether the margin is not positive.
   """
 
   adversarial: Array
@@ -46,13 +45,13 @@ class State(NamedTuple):
 
 
 class Draws(NamedTuple):
-  """The random choices of one query.
+  """Random choices of one query.
 
   Attributes:
-    rows: int32 [B, N]: the first row of each window; N is 1 for linf, else 2.
-    columns: int32 [B, N]: its first column.
+    rows: int32 [B, N]: first row of each window; N is 1 for linf, else 2.
+    columns: int32 [B, N]: first column of each window.
     signs: int32 [B, C], -1 or 1.
-    transposed: bool [B]: whether the stamp lies on its side (not for linf).
+    transposed: bool [B]: whether the stamp is transposed (unused for linf).
   """
 
   rows: Array
@@ -62,11 +61,11 @@ class Draws(NamedTuple):
 
 
 class _Stamp(NamedTuple):
-  """Two pyramids of opposite sign, one above the other, filling a window.
+  """Two pyramids of opposite sign, one above the other, that fill a window.
 
   A pyramid falls with the larger of the distances to its peak along the two
-  axes, so that it is the smaller of a function of the row and one of the
-  column, and a stamp is weight[row] * min(height[row], width[column]).
+  axes, so it is the minimum of a function of the row and one of the column, and
+  a stamp is weight[row] * min(height[row], width[column]).
   """
 
   weight: np.ndarray
@@ -78,7 +77,7 @@ class _Stamp(NamedTuple):
 
 
 def _make_stamp(side: int, norm: str) -> _Stamp:
-  """One of norm 1, to be placed in a window of `side` pixels."""
+  """Builds a stamp of norm 1 for a window of `side` pixels."""
   order = 2 if norm == "l2" else 1
   # Layer k covers the pixels at a distance < k from the peak.
   layers = np.arange(1, side // 2 + 2, dtype=float)
@@ -103,11 +102,11 @@ def _make_stamp(side: int, norm: str) -> _Stamp:
 def schedule(
   shape: tuple[int, ...], norm: str, p_init: float = 0.8
 ) -> list[int]:
-  """Sides of the window, level by level.
+  """Lists the sides of the windows, level by level.
 
   Args:
     shape: Height and width of the images.
-    norm: One of `NORMS`.
+    norm: "linf", "l2" or "l1".
     p_init: Share of the image that the first windows cover.
 
   Returns:
@@ -122,20 +121,21 @@ def schedule(
 
 
 def level(i: Array) -> Array:
-  """Where on the schedule rows are that have made i steps.
+  """Computes the level of the schedule after i steps.
 
   Args:
-    i: int32 [B]; step 0 looks at the initial point, step 1 is query 0.
+    i: Steps made, int32 [B]; step 0 evaluates the initial point, step 1 is
+      query 0.
 
   Returns:
-    int32 [B].
+    Levels, int32 [B].
   """
   return ((i - 1)[:, None] > np.array(_HALVED_AFTER)).sum(-1, dtype=jnp.int32)
 
 
 @functools.cache
 def _stamps(shape: tuple[int, ...], norm: str, p_init: float) -> np.ndarray:
-  """[3, levels, pixels]: the parts of each level's stamp, then zeros."""
+  """Tabulates the parts of each level's stamp, padded by 0: [3, levels, W]."""
   sides = schedule(shape, norm, p_init)
   table = np.zeros((3, len(sides), max(sides)))
   for row, side in enumerate(sides):
@@ -144,7 +144,7 @@ def _stamps(shape: tuple[int, ...], norm: str, p_init: float) -> np.ndarray:
 
 
 def _wide(images: Array) -> jnp.dtype:
-  """What to compute norms in."""
+  """Returns the dtype in which norms are computed."""
   return jnp.promote_types(images.dtype, jnp.float32)
 
 
@@ -161,26 +161,26 @@ def _rows(height: int) -> np.ndarray:
 
 
 def _columns(width: int, channels: int) -> np.ndarray:
-  """The column of each number in a row of an image, which is one vector.
+  """Column of each entry in a row of W * C numbers.
 
-  On CPU an axis of three channels would be slow.
+  A row is one vector because on CPU an axis of three channels would be slow.
   """
   return np.repeat(np.arange(width, dtype=np.int32), channels)
 
 
 def _within(first: Array, side: Array, places: np.ndarray) -> Array:
-  """bool [B, places]: which rows, or columns, a window covers."""
+  """Marks the rows, or columns, that a window covers: bool [B, places]."""
   last = first + side
   return (first[:, None] <= places) & (last[:, None] > places)
 
 
 @dataclasses.dataclass(frozen=True)
 class Square:
-  """The algorithm as a `search.Search`.
+  """Square Attack as a `search.Search`.
 
-  Step 0 looks at the initial point, each later step is one query. The original
+  Step 0 evaluates the initial point, each later step is one query. The original
   shares the place of a window and its signs among all images of a batch; here
-  each row draws its own, which is the same for one image and makes an image's
+  each row draws its own, which is equivalent for a single image and makes its
   result independent of its neighbours.
 
   Attributes:
@@ -192,11 +192,11 @@ class Square:
   p_init: float = 0.8
 
   def num_evaluations(self, num_steps: int) -> int:
-    """The initial point is looked at too."""
+    """Number of queries, and one for the initial point."""
     return num_steps + 1
 
-  def start(self, problem: Problem, settings: Settings) -> State:
-    """Vertical stripes (linf), or a grid of stamps (l2, l1)."""
+  def start(self, problem: Problem, settings: SearchSettings) -> SquareState:
+    """Starts with vertical stripes (linf) or a grid of stamps (l2, l1)."""
     images = problem.images
     draw = self._stripes if self.norm == "linf" else self._tiles
     draw = functools.partial(draw, shape=images.shape[1:])
@@ -206,18 +206,20 @@ class Square:
     else:
       x = self._into(delta, images, settings.epsilon)
     margin = jnp.full(images.shape[0], jnp.inf, _wide(images))
-    return State(x.astype(images.dtype), margin, jnp.zeros_like(margin, bool))
+    return SquareState(
+      x.astype(images.dtype), margin, jnp.zeros_like(margin, bool)
+    )
 
   def step(
     self,
     classifier: Classifier,
     key: Array,
     problem: Problem,
-    settings: Settings,
-    state: State,
+    settings: SearchSettings,
+    state: SquareState,
     i: Array,
-  ) -> State:
-    """One query, kept where the margin falls or is not positive."""
+  ) -> SquareState:
+    """Makes one query, kept if the margin falls or is not positive."""
     images = problem.images
     draws = self.draw(problem.keys, i, images)
     x = self.propose(draws, state.adversarial, images, settings.epsilon, i)
@@ -228,18 +230,18 @@ class Square:
     kept = initial | (margin < state.margin) | (margin <= 0)
     margin = jnp.where(kept, margin, state.margin)
     x = search.select(kept, x, state.adversarial)
-    return State(x, margin, margin <= 0)
+    return SquareState(x, margin, margin <= 0)
 
   def _sides(self, i: Array, images: Array) -> Array:
     sides = schedule(images.shape[1:3], self.norm, self.p_init)
     return jnp.asarray(sides, jnp.int32)[level(i)]
 
   def draw(self, keys: Array, i: Array, images: Array) -> Draws:
-    """The random choices of a query.
+    """Draws the random choices of a query.
 
     Args:
-      keys: [B] keys, one a run.
-      i: int32 [B]: steps made.
+      keys: Random keys [B], one per run.
+      i: Steps made, int32 [B].
       images: [B, H, W, C], for their shape.
 
     Returns:
@@ -249,8 +251,8 @@ class Square:
     windows = 1 if self.norm == "linf" else 2
     number = 2 * windows + channels + (self.norm != "linf")
     bits = jax.vmap(functools.partial(_bits, shape=(number,)))(keys, i)
-    # Uniform on 0 .. size - side - 1: never the last place, as the original.
-    # 24 bits are what a float32 holds: the product stays below size - side.
+    # Uniform on 0 .. size - side - 1: never the last place, as in the original.
+    # 24 bits are exact in float32, so the product stays below size - side.
     share = (bits[:, : 2 * windows] >> 8).astype(jnp.float32) * 2.0**-24
     side = self._sides(i, images)[:, None]
     return Draws(
@@ -263,21 +265,21 @@ class Square:
   def propose(
     self, draws: Draws, x: Array, images: Array, epsilon: Scalar, i: Array
   ) -> Array:
-    """The point of a query.
+    """Computes the point of a query.
 
     Args:
-      draws: The random choices.
-      x: The best point so far, [B, H, W, C].
-      images: Clean.
+      draws: Random choices of the query.
+      x: Best point so far, [B, H, W, C].
+      images: Clean images.
       epsilon: Radius.
-      i: int32 [B]: steps made.
+      i: Steps made, int32 [B].
 
     Returns:
-      [B, H, W, C] in the ball and in [0, 1].
+      Points in the ball and in [0, 1], [B, H, W, C].
     """
     if self.norm != "linf":
-      # Nothing to do in the first step; and a branch is a barrier too, without
-      # which the CPU computes the transfer anew in every use of it.
+      # The first step has nothing to transfer. The branch is also a barrier,
+      # without which XLA on CPU recomputes the transfer at every use of it.
       delta = (x - images).astype(_wide(images))
       delta = lax.cond(
         (i > 0).any(),
@@ -285,7 +287,7 @@ class Square:
         lambda: delta,
       )
       return self._into(delta, images, epsilon).astype(x.dtype)
-    # To the other end of the ball, one way for each channel.
+    # The window goes to one end of the ball, by one sign for each channel.
     _, height, width, channels = images.shape
     side = self._sides(i, images)
     rows = _within(draws.rows[:, 0], side, _rows(height))
@@ -300,20 +302,20 @@ class Square:
   def _transfer(
     self, draws: Draws, delta: Array, epsilon: Scalar, i: Array
   ) -> Array:
-    """Moves what two windows hold into the first, where a stamp is added."""
+    """Moves the norm of two windows into the first and adds a stamp there."""
     batch, height, width, channels = delta.shape
     flat = delta.reshape(batch, height, -1)
     l2 = self.norm == "l2"
-    # One-hot: which channel each number in a row of the image belongs to.
+    # One-hot channel of each number in a row of the image.
     channel = jnp.tile(jnp.eye(channels, dtype=delta.dtype), width)
     side = self._sides(i, delta)
 
     def spread(values: Array) -> Array:
-      """[B, C] to [B, 1, W * C]."""
+      """Repeats [B, C] along a row: [B, 1, W * C]."""
       return jnp.dot(values, channel, precision="highest")[:, None]
 
     def total(part: Array) -> Array:
-      """[B, H, W * C] to the sums of the channels, [B, C]."""
+      """Sums each channel of [B, H, W * C]: [B, C]."""
       part = jnp.square(part) if l2 else jnp.abs(part)
       return jnp.dot(part.sum(1), channel.T, precision="highest")
 
@@ -346,7 +348,7 @@ class Square:
     return moved.reshape(delta.shape)
 
   def _place_stamp(self, draws: Draws, images: Array, i: Array) -> Array:
-    """[B, H, W * C]: the stamp in the first window, garbage elsewhere."""
+    """Places the stamp in the first window; elsewhere values are undefined."""
     _, height, width, channels = images.shape
     table = _stamps((height, width), self.norm, self.p_init)
     parts = jnp.asarray(table, images.dtype)
@@ -367,7 +369,7 @@ class Square:
     return weight_row * weight_column * jnp.minimum(by_row, by_column)
 
   def _into(self, delta: Array, images: Array, epsilon: Scalar) -> Array:
-    """Onto the sphere of l2, or into the ball of l1, and into the box."""
+    """Projects onto the l2 sphere or into the l1 ball, and into the box."""
     if self.norm == "l1":
       return images + project_l1(delta, images, epsilon * _L1_SHRINK)
     flat = delta.reshape(len(delta), -1)
@@ -375,13 +377,13 @@ class Square:
     return jnp.clip(images + delta / (length + _TINY) * epsilon, 0, 1)
 
   def _stripes(self, key: Array, shape: tuple[int, ...]) -> Array:
-    """A sign for each column and channel, [1, W, C]."""
+    """Draws a sign for each column and channel, [1, W, C]."""
     return _signs(_bits(key, 0, (1, *shape[1:])))
 
   def _tiles(self, key: Array, shape: tuple[int, ...]) -> Array:
-    """A grid of 5 x 5 stamps, each turned and signed at random, [H, W, C].
+    """Draws a grid of 5 x 5 stamps, transposed and signed at random: [H, W, C].
 
-    On images that 5 does not divide, some pixels at the border stay free.
+    If 5 does not divide the size, some pixels at the border stay 0.
     """
     height, width, channels = shape
     side = min(max(height // 5, 1), width)
@@ -422,22 +424,20 @@ def square(
     key: Random key.
     classifier: Callable from images to logits; see `pgd`.
     images: Float [B, H, W, C] in [0, 1].
-    labels: Integers [B].
+    labels: True classes, integers [B].
     epsilon: Radius of the ball, in the unit of the pixels.
-    num_queries: Looks of a run at the classifier, the initial point aside.
+    num_queries: Number of queries of a run, the initial point not counted.
     norm: "linf", "l2" or "l1".
-    num_restarts: Runs.
+    num_restarts: Number of runs.
 
   Returns:
     [B, H, W, C] in the ball and in [0, 1]: the first misclassified point found
-    for an example (without any attack, the image itself); else the point of
-    the lowest margin.
+    (the clean image, if it is one), else the point of the lowest margin.
 
   Raises:
     UserError: An argument of a wrong shape, dtype or range, by name.
   """
-  checks.choice("norm", norm, NORMS)
-  checks.epsilon(epsilon, norm)
+  base.check_norm(norm, epsilon)
   classifier, images, labels, num_classes = base.check_arguments(
     classifier,
     images,

@@ -1,4 +1,4 @@
-"""Honest evaluation: accuracy under named protocols, rules, audit."""
+"""Evaluation: accuracy under named protocols, rules that judge it, audit."""
 
 from atat_jax.evaluation.accuracies import accuracy, class_counts
 from atat_jax.evaluation.auditing import audit

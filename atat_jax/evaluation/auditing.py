@@ -1,10 +1,21 @@
-"""Can this attack's result be believed? One call for any attack, any library.
+"""Audit of an attack's result, whatever attack or library it comes from.
 
 The checks follow "On Evaluating Adversarial Robustness" (Carlini et al., 2019)
 and the flags of the AutoAttack reference. They ask whether the images keep to
 the rules, whether the classifier is one that gradient attacks can judge, and
 whether a plain attack, given more steps or a larger ball, does what it must.
 A flag is a reason to look closer; no flag is no proof of robustness.
+
+The checks, in their order:
+  in_ball: whether the images are in the ball and in [0, 1];
+  probabilities, zero_gradients, randomized, batch_dependence: properties of the
+    classifier, see `attacks.diagnostics`;
+  rescored: whether the images score the same in another order and batch size;
+  steps: whether PGD fools more images with more steps;
+  attack_strength: whether the attack fools as many images as PGD;
+  epsilon: whether the accuracy falls to 0 as the ball grows;
+  noise: whether the attack fools more images than random noise.
+`batch_dependence` and `rescored` are left out for `Randomized` classifiers.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,13 +31,16 @@ from tqdm import tqdm
 from atat_jax import checks, compilation, losses, rng, sharding
 from atat_jax.attacks import balls, base, diagnostics
 from atat_jax.attacks.auto_pgd import apgd
-from atat_jax.attacks.diagnostics import Finding
+from atat_jax.attacks.diagnostics import Diagnostic, diagnostic
 from atat_jax.attacks.projected_gradient import pgd
+from atat_jax.data import batches
 from atat_jax.errors import UserError
+from atat_jax.runs import wording
 from atat_jax.typing import Array, Classifier
 
-# Of a randomised classifier: gradients averaged, and looks at a set of images.
-_EOT_SAMPLES = _LOOKS = 20
+# For a randomised classifier: gradients averaged at each point, and evaluations
+# of a set of images.
+_EOT_SAMPLES = _NUM_EVALUATIONS = 20
 _STEPS_FOR_RADII = 40
 _ROUNDING = 1e-6
 
@@ -46,153 +60,140 @@ def audit(
   num_noise: int = 50,
   mesh: Mesh | None = None,
   progress: bool = True,
-) -> dict[str, Finding]:
-  """Checks the images that an attack returned, and what they were made for.
+) -> dict[str, Diagnostic]:
+  """Checks the images that an attack returned, and their classifier.
 
   Some checks attack the classifier themselves, on the first `num_examples`
-  images that it classifies correctly: PGD with the margin loss, a step of a
-  quarter of the radius and a random start, the same for any number of steps.
-  In l1 it is APGD, as the sparse steps of PGD stall at the borders of the box.
-  Nothing compiles anew for other radii or numbers of steps.
-
-  A `Randomized` classifier is attacked through gradients averaged over 20
-  samples, which takes 20 times as long; an image counts by the share of 20
-  looks at which it is classified correctly.
+  images that it classifies correctly: by PGD with the margin loss, a step of a
+  quarter of the radius and a random start, whatever the number of steps. In l1
+  it is APGD, as the sparse steps of PGD stall at the borders of the box. Other
+  radii or numbers of steps compile nothing. A `Randomized` classifier is
+  attacked through gradients averaged over 20 samples; an image counts by the
+  share of 20 evaluations in which it is classified correctly.
 
   Args:
     key: Random key.
     classifier: Callable from images to logits; best a pytree such as
       `models.classifier` returns. `Randomized` if it draws random numbers.
-    images: Float [N, H, W, C] in [0, 1]: the clean ones.
-    labels: Integers [N]: the true classes.
-    adversarial: Float [N, H, W, C]: what the attack made of `images`, the
-      clean image or a failed attempt where it did not succeed.
+    images: Clean images, float [N, H, W, C] in [0, 1].
+    labels: True classes, integers [N].
+    adversarial: Images that the attack returned, float [N, H, W, C]: a clean
+      image or a failed attempt where it did not succeed.
     epsilon: Radius of the ball, in the unit of the pixels.
     norm: "linf", "l2" or "l1".
     batch_size: Images at a time, over all devices.
-    num_examples: How many images the attacks of the audit run on.
+    num_examples: Number of images on which the audit's own attacks run.
     num_steps: Two or more increasing numbers of steps of PGD.
-    num_noise: Random points of the ball's surface to try for each image.
+    num_noise: Number of random points on the ball's surface for each image.
     mesh: The devices; None: all of them.
-    progress: Whether to show a bar that says which check runs.
+    progress: Whether to show a progress bar that names the current check.
 
   Returns:
-    Check to its rule, number, flag, and message of one sentence:
-    "in_ball": are the images in the ball and in [0, 1];
-    "probabilities", "zero_gradients", "randomized", "batch_dependence": see
-    `attacks.diagnostics`;
-    "rescored": do the images score the same in another order and batch size;
-    "steps": does PGD find more with more steps;
-    "attack_strength": does the attack find what PGD finds;
-    "epsilon": does the accuracy fall to 0 as the ball grows;
-    "noise": does the attack find more than random noise.
-    "batch_dependence" and "rescored" are left out for `Randomized`.
+    Check to its title, rule, number, flag and message; see the module.
 
   Raises:
-    UserError: An argument of a wrong shape, dtype or range, by name; or no
-      image is classified correctly.
+    UserError: A wrong argument, by name; or no image is classified correctly.
   """
-  checks.choice("norm", norm, balls.NORMS)
-  checks.epsilon(epsilon, norm)
-  for name, value in (
-    ("batch_size", batch_size),
-    ("num_examples", num_examples),
-    ("num_noise", num_noise),
-  ):
-    checks.positive(name, value, integer=True)
+  base.check_norm(norm, epsilon)
+  _check_counts(batch_size, num_examples, num_noise)
   num_steps = _increasing(num_steps)
-  classifier, images, labels, _ = base.on_host(classifier, images, labels)
-  adversarial = _as_images(adversarial, images.shape)
-
-  mesh = sharding.make_mesh() if mesh is None else mesh
-  randomized = isinstance(classifier, base.Randomized)
-  classifier = sharding.put_replicated(mesh, classifier)
-  predict = diagnostics.Scorer(classifier, mesh)
-  batch_size = min(batch_size, len(images))
-  logits = predict(images, batch_size, rng.stream(key, "clean"))
-  chosen = np.flatnonzero(logits.argmax(-1) == labels)[:num_examples]
-  if not len(chosen):
-    raise UserError(
-      f"labels: the classifier gives none of the {len(labels)} images its"
-      " label; allowed: images of which it classifies some correctly"
-    )
-  radii = growing(epsilon, norm, images[0].size)
-  num_batches = -(-len(chosen) // min(batch_size, len(chosen)))
-  with tqdm(
-    total=num_batches
-    * (sum(num_steps) + num_noise + _STEPS_FOR_RADII * len(radii)),
-    unit="step",
-    desc="audit",
-    dynamic_ncols=True,
-    disable=not progress or jax.process_index() != 0,
-  ) as bar:
-    bar.set_postfix_str("images and classifier")
-    found = {"in_ball": in_ball(images, adversarial, epsilon, norm)}
-    adversarial = adversarial.astype(np.float32)
-    found |= diagnostics.of_classifier(
-      key,
-      classifier,
-      predict,
-      images,
-      labels,
-      logits,
-      batch_size=batch_size,
-      radius=epsilon if norm == "linf" else 8 / 255,
-    )
-    if not randomized:
-      robust = predict(adversarial, batch_size, key).argmax(-1) == labels
-      found["rescored"] = diagnostics.rescored(
-        rng.stream(key, "rescored"),
-        predict,
-        adversarial,
-        labels,
-        robust,
-        batch_size=max(1, batch_size // 2),
-      )
-    trials = _Trials(
-      rng.stream(key, "trials"),
-      classifier,
-      predict,
-      images[chosen],
-      labels[chosen],
-      mesh=mesh,
-      norm=norm,
-      batch_size=batch_size,
-      bar=bar,
-    )
-    given = trials.score(adversarial[chosen])
-    by_steps = [trials.attack("steps", epsilon, number) for number in num_steps]
-    found["steps"] = more_steps(num_steps, by_steps, trials.name)
-    found["attack_strength"] = attack_strength(
-      given, by_steps[-1], num_steps[-1], trials.name
-    )
-    by_radius: list[np.ndarray] = []
-    for radius in radii:
-      by_radius.append(trials.attack("epsilon", radius, _STEPS_FOR_RADII))
-      if _count(_standing(by_radius)) < 1:
-        break
-    found["epsilon"] = larger_balls(radii, by_radius, trials.name)
-    found["noise"] = against_noise(
-      trials.noise(epsilon, num_noise), given, by_steps[-1], num_noise
-    )
-    bar.total = bar.n  # the radii may not all have been needed
-    bar.set_postfix_str(f"{sum(f['flag'] for f in found.values())} flags")
+  data = base.on_host(classifier, images, labels)[:3]
+  adversarial = _as_images(adversarial, data[1].shape)
+  audited = _AuditedClassifier(
+    key, *data, norm=norm, batch_size=batch_size, mesh=mesh
+  )
+  trials = audited.trials(num_examples)
+  with trials.show_progress(progress, epsilon, num_steps, num_noise):
+    found = audited.check(adversarial, epsilon)
+    found |= trials.check(adversarial, epsilon, num_steps, num_noise, found)
   return found
+
+
+class _AuditedClassifier:
+  """Classifier under audit, with its images."""
+
+  def __init__(
+    self,
+    key: Array,
+    classifier: Classifier,
+    images: np.ndarray,
+    labels: np.ndarray,
+    *,
+    norm: str,
+    batch_size: int,
+    mesh: Mesh | None,
+  ):
+    self._key, self._images, self._labels = key, images, labels
+    self._norm, self._batch_size = norm, min(batch_size, len(images))
+    self._mesh = sharding.make_mesh() if mesh is None else mesh
+    self._classifier = sharding.put_replicated(self._mesh, classifier)
+    self._predict = diagnostics.Scorer(self._classifier, self._mesh)
+    self._logits = self._predict(
+      images, self._batch_size, rng.stream(key, "clean")
+    )
+
+  def trials(self, num_examples: int) -> "_Trials":
+    """Selects the images on which the audit's own attacks run."""
+    correct = np.flatnonzero(self._logits.argmax(-1) == self._labels)
+    if not len(correct):
+      raise UserError(
+        f"labels: the classifier gives none of the {len(self._labels)} images"
+        " its label; allowed: images of which it classifies some correctly"
+      )
+    return _Trials(
+      rng.stream(self._key, "trials"),
+      self._classifier,
+      self._predict,
+      self._images,
+      self._labels,
+      correct[:num_examples],
+      mesh=self._mesh,
+      norm=self._norm,
+      batch_size=self._batch_size,
+    )
+
+  def check(
+    self, adversarial: np.ndarray, epsilon: float
+  ) -> dict[str, Diagnostic]:
+    """Makes the checks that need no attack."""
+    found = {"in_ball": in_ball(self._images, adversarial, epsilon, self._norm)}
+    found |= diagnostics.diagnose_classifier(
+      self._key,
+      self._classifier,
+      self._predict,
+      self._images,
+      self._labels,
+      self._logits,
+      batch_size=self._batch_size,
+      radius=epsilon if self._norm == "linf" else 8 / 255,
+    )
+    if not isinstance(self._classifier, base.Randomized):
+      adversarial = adversarial.astype(np.float32)
+      logits = self._predict(adversarial, self._batch_size, self._key)
+      found["rescored"] = diagnostics.rescored(
+        rng.stream(self._key, "rescored"),
+        self._predict,
+        adversarial,
+        self._labels,
+        logits.argmax(-1) == self._labels,
+        batch_size=max(1, self._batch_size // 2),
+      )
+    return found
 
 
 def in_ball(
   images: np.ndarray, adversarial: np.ndarray, epsilon: float, norm: str
-) -> Finding:
-  """Whether adversarial images keep to the rules.
+) -> Diagnostic:
+  """Checks whether adversarial images are in the ball and in [0, 1].
 
   Args:
-    images: [N, H, W, C] in [0, 1].
-    adversarial: [N, H, W, C].
+    images: Clean images [N, H, W, C] in [0, 1].
+    adversarial: Adversarial images [N, H, W, C].
     epsilon: Radius.
     norm: "linf", "l2" or "l1".
 
   Returns:
-    The finding; its value is the largest distance among the finite images.
+    The diagnostic; its value is the largest distance among finite images.
   """
   order = {"linf": np.inf, "l2": 2, "l1": 1}[norm]
   distances, lows, highs = [], [], []
@@ -213,70 +214,72 @@ def in_ball(
     | ~(distance <= epsilon * (1 + 1e-5) + _ROUNDING)
     | ~((low >= -_ROUNDING) & (high <= 1 + _ROUNDING))
   )
-  flag = bool(broken.any())
-  seen = (
+  numbers = (
     f"the largest distance is {largest:.6g}, the radius {epsilon:.6g}, pixels"
     f" are in [{low[finite].min(initial=1.0):.6g},"
     f" {high[finite].max(initial=0.0):.6g}]"
   )
   if not finite.all():
-    seen += f", {int((~finite).sum())} images have pixels that are not finite"
-  return Finding(
+    count = wording.plural(int((~finite).sum()), "image")
+    numbers += f"; pixels that are not finite: {count}"
+  return diagnostic(
+    bool(broken.any()),
+    flagged=(
+      "Images break the rules of the attack",
+      f"{int(broken.sum())} of {len(broken)} images break the rules of the"
+      f" attack: {numbers}.",
+    ),
+    passed=(
+      "All images are in the ball",
+      f"All images are in the ball: {numbers}.",
+    ),
     rule=f"largest {norm} distance from the clean image, among finite images;"
     " flag if one is beyond epsilon (1 + 1e-5) + 1e-6, or a pixel more than"
     " 1e-6 outside [0, 1] or not finite",
     value=largest,
-    flag=flag,
-    message=(
-      f"{int(broken.sum())} of {len(broken)} images break the rules of the"
-      f" attack: {seen}."
-      if flag
-      else f"All images are in the ball: {seen}."
-    ),
   )
 
 
 def more_steps(
-  num_steps: Sequence[int], rights: Sequence[np.ndarray], attack: str = "PGD"
-) -> Finding:
-  """Whether an attack had converged.
+  num_steps: Sequence[int], correct: Sequence[np.ndarray], attack: str = "PGD"
+) -> Diagnostic:
+  """Checks whether an attack had converged.
 
   Args:
     num_steps: Increasing numbers of steps.
-    rights: For each, float [n]: who is still classified correctly.
-    attack: Its name.
+    correct: For each, whether the images are still classified correctly, float
+      [n].
+    attack: Name of the attack.
 
   Returns:
-    The finding.
+    The diagnostic.
   """
-  count = len(rights[0])
-  standing = [_count(right) for right in rights]
-  falls = [before - standing[-1] for before in standing[:-1]]
+  count = len(correct[0])
+  left = [_count(images) for images in correct]
+  falls = [before - left[-1] for before in left[:-1]]
   flags = [
     _is_more_than(fall, 0.01 if n else 0.02, count)
     for n, fall in enumerate(falls)
   ]
-  flag = any(flags)
   leaves = ", ".join(
-    f"{_percent(right)} after {number}"
-    for number, right in zip(num_steps, rights, strict=True)
+    f"{_percent(images)} after {number}"
+    for number, images in zip(num_steps, correct, strict=True)
   )
-  last = num_steps[-1]
-  return Finding(
-    rule=f"accuracy under {attack} with fewer steps minus with {last}, the"
-    f" largest; flag if it falls by more than 0.02 from {num_steps[0]} steps on, or by"
-    " more than 0.01 from any number between, and by at least 2 images",
-    value=max(falls) / count,
-    flag=flag,
-    message=(
-      f"Of {count} images {attack} leaves {leaves} steps"
-      + (
-        ": it needs that many, and a result of fewer steps overstates"
-        " robustness."
-        if flag
-        else ": it has converged."
-      )
+  summary = (
+    f"Of {wording.plural(count, 'image')} {attack} leaves {leaves} steps"
+  )
+  return diagnostic(
+    any(flags),
+    flagged=(
+      f"{attack} had not converged",
+      f"{summary}: it needs that many, and a result of fewer steps overstates"
+      " robustness.",
     ),
+    passed=(f"{attack} had converged", f"{summary}: it has converged."),
+    rule=f"accuracy under {attack} with fewer steps minus with {num_steps[-1]},"
+    f" the largest; flag if it falls by more than 0.02 from {num_steps[0]} steps"
+    " on, or by more than 0.01 from any number between, and by at least 2 images",
+    value=max(falls) / count,
   )
 
 
@@ -285,134 +288,150 @@ def attack_strength(
   strongest: np.ndarray,
   num_steps: int,
   attack: str = "PGD",
-) -> Finding:
-  """Whether an attack finds what a plain one finds.
+) -> Diagnostic:
+  """Checks whether an attack fools as many images as a plain one.
 
   Args:
-    given: Float [n]: who the attack leaves classified correctly.
-    strongest: Float [n]: who the plain attack leaves.
-    num_steps: Of the plain attack.
+    given: Whether images are still classified correctly under the attack, float
+      [n].
+    strongest: The same under the plain attack.
+    num_steps: Number of steps of the plain attack.
     attack: Name of the plain attack.
 
   Returns:
-    The finding.
+    The diagnostic.
   """
   gap = _count(given) - _count(strongest)
-  flag = _is_more_than(gap, 0.02, len(given))
-  leaves = (
-    f"of {len(given)} images the attack leaves {_percent(given)}, {attack}"
-    f" with {num_steps} steps {_percent(strongest)}"
+  numbers = (
+    f"of {wording.plural(len(given), 'image')} the attack leaves"
+    f" {_percent(given)}, {attack} with {wording.plural(num_steps, 'step')}"
+    f" {_percent(strongest)}"
   )
-  return Finding(
+  return diagnostic(
+    _is_more_than(gap, 0.02, len(given)),
+    flagged=(
+      f"The attack is weaker than {attack}",
+      f"The attack is weak: {numbers}.",
+    ),
+    passed=(
+      f"The attack is no weaker than {attack}",
+      f"The attack is no weaker than {attack}: {numbers}.",
+    ),
     rule=f"accuracy of the given images minus accuracy under {attack} with"
     f" {num_steps} steps, on the same images; flag above 0.02 and at least 2"
     " images",
     value=gap / len(given),
-    flag=flag,
-    message=(
-      f"The attack is weak: {leaves}."
-      if flag
-      else f"The attack is no weaker than {attack}: {leaves}."
-    ),
   )
 
 
 def larger_balls(
-  radii: Sequence[float], rights: Sequence[np.ndarray], attack: str = "PGD"
-) -> Finding:
-  """Whether the accuracy falls to 0 as the ball grows.
+  radii: Sequence[float], correct: Sequence[np.ndarray], attack: str = "PGD"
+) -> Diagnostic:
+  """Checks whether the accuracy falls to 0 as the ball grows.
 
-  The last ball holds every image there is, so that an image which survives
-  tells that the attack is blind, or that the classifier has one answer only.
+  The last ball holds every possible image, so an image that survives in it
+  shows that the attack is blind, or that the classifier has only one answer.
 
   Args:
-    radii: Growing; the last one covers all images.
-    rights: For each as far as was tried, float [n]: who is still classified
-      correctly.
-    attack: Its name.
+    radii: Increasing radii; the last ball covers all images.
+    correct: For each radius that was tried, whether the images are still
+      classified correctly, float [n].
+    attack: Name of the attack.
 
   Returns:
-    The finding.
+    The diagnostic.
   """
-  count = len(rights[0])
-  left = _standing(rights)
-  standing = np.array([_count(right) for right in rights])
-  rise = float((standing - np.minimum.accumulate(standing)).max())
-  survive, rises = _count(left) >= 1, rise > 2 + _ROUNDING
+  count = len(correct[0])
+  left = _still_correct(correct)
+  counts = np.array([_count(images) for images in correct])
+  rise = float((counts - np.minimum.accumulate(counts)).max())
   curve = ", ".join(
-    f"{_percent(right)} at {radius:.4g}"
-    for radius, right in zip(radii, rights, strict=False)
+    f"{_percent(images)} at {wording.pixels(radius)}"
+    for radius, images in zip(radii, correct, strict=False)
   )
-  if survive:
-    text = (
+  if _count(left) >= 1:
+    flagged = (
+      "Accuracy does not fall to 0 in larger balls",
       f"{_count(left):.4g} of {count} images survive even the ball that holds"
       f" every image ({curve}): gradients are masked, or the classifier gives"
-      " the same answer whatever the image."
-    )
-  elif rises:
-    text = (
-      f"{attack} finds less in a larger ball ({curve}): gradients mislead it."
+      " the same answer whatever the image.",
     )
   else:
-    text = f"Every image is fooled as the ball grows ({curve})."
-  return Finding(
+    flagged = (
+      "Accuracy rises as the ball grows",
+      f"{attack} fools fewer images in a larger ball ({curve}): gradients"
+      " mislead it.",
+    )
+  return diagnostic(
+    bool(_count(left) >= 1 or rise > 2 + _ROUNDING),
+    flagged=flagged,
+    passed=(
+      "Accuracy falls to 0 as the ball grows",
+      f"Every image is fooled as the ball grows ({curve}).",
+    ),
     rule=f"share of images that survive {attack} with {_STEPS_FOR_RADII} steps"
     " at every radius, from epsilon on, doubled until the ball holds every image"
     " or none survives; flag if 1 image or more does, or if the accuracy rises"
     " by more than 2 images above that at a smaller radius",
     value=_count(left) / count,
-    flag=bool(survive or rises),
-    message=text,
   )
 
 
 def against_noise(
   noise: np.ndarray, given: np.ndarray, strongest: np.ndarray, num_noise: int
-) -> Finding:
-  """Whether an attack finds more than chance.
+) -> Diagnostic:
+  """Checks whether an attack fools more images than random noise.
 
   Args:
-    noise: Float [n]: who is classified correctly at the worst random point.
-    given: Float [n]: who the attack leaves classified correctly.
-    strongest: Float [n]: who the plain attack leaves.
-    num_noise: Random points.
+    noise: Whether images are classified correctly at the worst random point,
+      float [n].
+    given: The same under the attack.
+    strongest: The same under the plain attack.
+    num_noise: Number of random points.
 
   Returns:
-    The finding.
+    The diagnostic.
   """
   count = len(given)
   by_noise, by_attack = _count(noise), _count(given)
   # In a tiny ball there may be nothing to find.
   nothing = min(by_noise, by_attack, _count(strongest)) > count - _ROUNDING
   flag = by_attack > _ROUNDING and by_noise <= by_attack + _ROUNDING
-  flag = flag and not nothing
-  leaves = (
-    f"of {count} images the worst of {num_noise} random points leaves"
-    f" {_percent(noise)}, the attack {_percent(given)}"
+  numbers = (
+    f"of {wording.plural(count, 'image')} the worst of"
+    f" {wording.plural(num_noise, 'random point')} leaves {_percent(noise)},"
+    f" the attack {_percent(given)}"
   )
-  if flag:
-    text = f"Random noise does as well as the attack: {leaves}."
-  elif nothing:
-    text = f"Nothing fools the classifier in this ball: {leaves}."
-  else:
-    text = f"The attack does better than random noise: {leaves}."
-  return Finding(
+  passed = (
+    "The attack does better than random noise",
+    f"The attack does better than random noise: {numbers}.",
+  )
+  if nothing:
+    passed = (
+      "Nothing fools the classifier in this ball",
+      f"Nothing fools the classifier in this ball: {numbers}.",
+    )
+  return diagnostic(
+    flag and not nothing,
+    flagged=(
+      "Random noise does as well as the attack",
+      f"Random noise does as well as the attack: {numbers}.",
+    ),
+    passed=passed,
     rule=f"accuracy at the worst of {num_noise} random points on the ball's"
     " surface minus accuracy of the given images, on the same images; flag if"
     " noise leaves no more than the attack and the attack leaves some, unless"
     " neither they nor the plain attack of the audit fool a single image",
     value=(by_noise - by_attack) / count,
-    flag=flag,
-    message=text,
   )
 
 
-def _count(right: np.ndarray) -> float:
-  return float(right.sum())
+def _count(correct: np.ndarray) -> float:
+  return float(correct.sum())
 
 
-def _percent(right: np.ndarray) -> str:
-  return f"{100 * float(right.mean()):.1f} %"
+def _percent(correct: np.ndarray) -> str:
+  return wording.percent(float(correct.mean()))
 
 
 def _is_more_than(images: float, share: float, count: int) -> bool:
@@ -420,21 +439,21 @@ def _is_more_than(images: float, share: float, count: int) -> bool:
   return images > share * count + _ROUNDING and images > 2 - _ROUNDING
 
 
-def _standing(rights: Sequence[np.ndarray]) -> np.ndarray:
-  # What fools in a ball is in every larger one.
-  return np.min(rights, axis=0)
+def _still_correct(correct: Sequence[np.ndarray]) -> np.ndarray:
+  # An image that fools in one ball is in every larger one.
+  return np.min(correct, axis=0)
 
 
 def growing(epsilon: float, norm: str, num_pixels: int) -> list[float]:
-  """Radii from epsilon on, doubled, to the one that covers all images.
+  """Doubles a radius until the ball covers all images.
 
   Args:
-    epsilon: The first radius, in the unit of the pixels.
+    epsilon: First radius, in the unit of the pixels.
     norm: "linf", "l2" or "l1".
-    num_pixels: H * W * C of an image.
+    num_pixels: Numbers in an image, H * W * C.
 
   Returns:
-    The radii, growing.
+    The radii, in increasing order.
   """
   whole = {"linf": 1.0, "l2": num_pixels**0.5, "l1": float(num_pixels)}[norm]
   radii, radius = [], float(epsilon)
@@ -442,6 +461,12 @@ def growing(epsilon: float, norm: str, num_pixels: int) -> list[float]:
     radii.append(radius)
     radius *= 2
   return [*radii, whole]
+
+
+def _check_counts(batch_size: Any, num_examples: Any, num_noise: Any) -> None:
+  checks.positive("batch_size", batch_size, integer=True)
+  checks.positive("num_examples", num_examples, integer=True)
+  checks.positive("num_noise", num_noise, integer=True)
 
 
 def _increasing(num_steps: Any) -> tuple[int, ...]:
@@ -480,14 +505,15 @@ def _noise(
   *,
   norm: str,
 ) -> Array:
-  ball = balls.NORMS[norm]
+  """Returns each image's worst of some random points on the ball's surface."""
+  ball = balls.BALLS[norm]
 
   def body(point: Array, best: tuple[Array, Array]) -> tuple[Array, Array]:
-    noise_key, look_key = jax.random.split(jax.random.fold_in(key, point))
-    # Corners of the cube, directions on the sphere, a few pixels for l1.
+    noise_key, draw_key = jax.random.split(jax.random.fold_in(key, point))
+    # Corners of the linf cube, directions in l2, a few pixels in l1.
     noise = jax.random.normal(noise_key, images.shape, images.dtype)
     noisy = jnp.clip(images + epsilon * ball.direction(noise), 0.0, 1.0)
-    logits = base.apply(classifier, look_key, noisy)
+    logits = base.apply(classifier, draw_key, noisy)
     value = losses.margin(logits, labels).astype(jnp.float32)
     better = value > best[1]
     return (
@@ -503,7 +529,7 @@ _jitted_noise = compilation.jit(_noise, static_argnames="norm")
 
 
 class _Trials:
-  """Attacks on the same images, all scored in the same way."""
+  """Attacks by the audit on the same images, all scored in the same way."""
 
   def __init__(
     self,
@@ -512,37 +538,94 @@ class _Trials:
     predict: diagnostics.Predict,
     images: np.ndarray,
     labels: np.ndarray,
+    chosen: np.ndarray,
     *,
     mesh: Mesh,
     norm: str,
     batch_size: int,
-    bar: Any,
   ):
     self._key, self._classifier, self._predict = key, classifier, predict
-    self._images, self._labels = images, labels
-    self._mesh, self._norm, self._bar = mesh, norm, bar
-    self._batch_size = min(batch_size, len(images))
+    self._chosen = chosen
+    self._images, self._labels = images[chosen], labels[chosen]
+    self._mesh, self._norm = mesh, norm
+    self._batch_size = min(batch_size, len(chosen))
+    self._bar: Any = None
     self.name = "APGD" if norm == "l1" else "PGD"
     randomized = isinstance(classifier, base.Randomized)
-    self._looks = _LOOKS if randomized else 1
+    self._num_evaluations = _NUM_EVALUATIONS if randomized else 1
     self._eot_samples = _EOT_SAMPLES if randomized else 1
 
-  def score(self, adversarial: np.ndarray) -> np.ndarray:
-    """Who is right, float [n]; what is not finite fools nobody."""
-    right = [
+  def show_progress(
+    self,
+    shown: bool,
+    epsilon: float,
+    num_steps: Sequence[int],
+    num_noise: int,
+  ) -> Any:
+    """Opens a progress bar over the steps of all attacks."""
+    num_batches = -(-len(self._images) // self._batch_size)
+    num_radii = len(self._radii(epsilon))
+    self._bar = tqdm(
+      total=num_batches
+      * (sum(num_steps) + num_noise + _STEPS_FOR_RADII * num_radii),
+      unit="step",
+      desc="audit",
+      dynamic_ncols=True,
+      disable=not shown or jax.process_index() != 0,
+    )
+    self._bar.set_postfix_str("images and classifier")
+    return self._bar
+
+  def check(
+    self,
+    adversarial: np.ndarray,
+    epsilon: float,
+    num_steps: Sequence[int],
+    num_noise: int,
+    before: dict[str, Diagnostic],
+  ) -> dict[str, Diagnostic]:
+    """Makes the checks that attack; `before` are the results so far."""
+    given = self._score(adversarial.astype(np.float32)[self._chosen])
+    by_steps = [self._attack("steps", epsilon, number) for number in num_steps]
+    found = {
+      "steps": more_steps(num_steps, by_steps, self.name),
+      "attack_strength": attack_strength(
+        given, by_steps[-1], num_steps[-1], self.name
+      ),
+    }
+    by_radius: list[np.ndarray] = []
+    for radius in self._radii(epsilon):
+      by_radius.append(self._attack("epsilon", radius, _STEPS_FOR_RADII))
+      if _count(_still_correct(by_radius)) < 1:
+        break
+    found["epsilon"] = larger_balls(self._radii(epsilon), by_radius, self.name)
+    noise = self._worst_noise(epsilon, num_noise)
+    found["noise"] = against_noise(noise, given, by_steps[-1], num_noise)
+    self._bar.total = self._bar.n  # some radii may not have been needed
+    flags = sum(result["flag"] for result in (before | found).values())
+    self._bar.set_postfix_str(wording.plural(flags, "flag"))
+    return found
+
+  def _radii(self, epsilon: float) -> list[float]:
+    return growing(epsilon, self._norm, self._images[0].size)
+
+  def _score(self, adversarial: np.ndarray) -> np.ndarray:
+    """Share of evaluations in which images are classified correctly, [n]."""
+    correct = [
       self._predict(
-        adversarial, self._batch_size, rng.stream(self._key, "score", look)
+        adversarial, self._batch_size, rng.stream(self._key, "score", number)
       ).argmax(-1)
       == self._labels
-      for look in range(self._looks)
+      for number in range(self._num_evaluations)
     ]
+    # An image with pixels that are not finite fools nothing.
     finite = np.isfinite(adversarial).all((1, 2, 3))
-    return np.where(finite, np.mean(right, axis=0), 1.0)
+    return np.where(finite, np.mean(correct, axis=0), 1.0)
 
-  def attack(self, name: str, epsilon: float, num_steps: int) -> np.ndarray:
-    """Who is right after the plain attack, float [n]."""
+  def _attack(self, name: str, epsilon: float, num_steps: int) -> np.ndarray:
+    """Runs the plain attack; returns the images' scores."""
     self._bar.set_postfix_str(
-      f"{name}: {self.name}({num_steps}), radius {epsilon:.4g}"
+      f"{name}: {self.name}({num_steps}), radius {wording.pixels(epsilon)}"
     )
 
     def attack(key: Array, images: Array, labels: Array) -> Array:
@@ -558,11 +641,11 @@ class _Trials:
         return apgd(key, *data, **numbers)
       return pgd(key, *data, step_size=epsilon / 4, **numbers)
 
-    return self.score(self._run("pgd", attack, num_steps))
+    return self._score(self._run("pgd", attack, num_steps))
 
-  def noise(self, epsilon: float, num_noise: int) -> np.ndarray:
-    """Who is right at the worst of random points, float [n]."""
-    self._bar.set_postfix_str(f"noise: {num_noise} points")
+  def _worst_noise(self, epsilon: float, num_noise: int) -> np.ndarray:
+    """Tries random points; returns the images' scores at the worst."""
+    self._bar.set_postfix_str(f"noise: {wording.plural(num_noise, 'point')}")
 
     def attack(key: Array, images: Array, labels: Array) -> Array:
       return _jitted_noise(
@@ -575,7 +658,7 @@ class _Trials:
         norm=self._norm,
       )
 
-    return self.score(self._run("noise", attack, num_noise))
+    return self._score(self._run("noise", attack, num_noise))
 
   def _run(
     self,
@@ -583,16 +666,18 @@ class _Trials:
     attack: Callable[[Array, Array, Array], Array],
     num_steps: int,
   ) -> np.ndarray:
-    count, size = len(self._images), self._batch_size
-    made = []
-    for first in range(0, count, size):
-      # The last batch is filled up with real images.
-      rows = np.arange(first, first + size) % count
-      adversarial = attack(
-        rng.stream(self._key, stream, first),
-        sharding.put_batch(self._mesh, self._images[rows]),
-        sharding.put_batch(self._mesh, self._labels[rows]),
-      )
-      made.append(sharding.to_host(self._mesh, adversarial))
+    """Runs an attack on all images, batch by batch."""
+
+    def run(number: int, images: Array, labels: Array) -> Array:
+      key = rng.stream(self._key, stream, number * self._batch_size)
+      adversarial = attack(key, images, labels)
       self._bar.update(num_steps)
-    return np.concatenate(made)[:count]
+      return adversarial
+
+    return batches.map_batches(
+      run,
+      self._images,
+      self._labels,
+      batch_size=self._batch_size,
+      mesh=self._mesh,
+    )

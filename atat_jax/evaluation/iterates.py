@@ -38,7 +38,7 @@ class WatchedAttack:
 
   def __post_init__(self) -> None:
     """Refuses numbers that are not allowed, by name."""
-    checks.choice("norm", self.norm, balls.NORMS)
+    checks.choice("norm", self.norm, balls.BALLS)
     checks.choice("loss", self.loss, losses.ATTACK_LOSSES)
     checks.epsilon(self.epsilon, self.norm)
     checks.positive("step_size", self.step_size)

@@ -1,32 +1,99 @@
-"""Named evaluation protocols: what exactly a column of the table means."""
+"""Named evaluation protocols: the exact meaning of a column of the table.
+
+Names, parameters, norms and losses are those of `attacks.ATTACKS`, read from
+the signatures of its functions: an attack that is listed there can be named.
+"""
 
 import dataclasses
 import inspect
 import re
+import typing
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
 from atat_jax import attacks, checks, losses
-from atat_jax.attacks import balls
+from atat_jax.attacks import balls, base
 from atat_jax.attacks.autoattack import versions
 from atat_jax.errors import UserError
+from atat_jax.runs import wording
 from atat_jax.typing import Array, Classifier
 
-_NAME = re.compile(
-  rf"(?P<attack>{'|'.join(['nominal', *attacks.ATTACKS, 'autoattack'])})"
-  r"(?P<steps>[1-9]\d*)?(-(?P<variant>\w+))?"
-)
-ALLOWED = (
-  "nominal, fgsm, ifgsm<steps>, pgd<steps>, pgd<steps>-<loss>, apgd<steps>,"
-  " apgd<steps>-<loss>, fab<steps>, square<queries>, autoattack,"
-  " autoattack-<version>; each with :<parameter>=<value> for other numbers"
-)
-_LOSSES = (*losses.ATTACK_LOSSES, *losses.TARGETED_LOSSES)
+_NOMINAL, _AUTOATTACK = "nominal", "autoattack"
 
-# What the number in a name stands for.
-_STEPS = {"square": "num_queries"}
+# Parameters that the number in a name can set.
+_STEPS = ("num_steps", "num_queries")
+
+# Numbers of an attack that its function has no parameter for.
+_IMPLIED: dict[str, dict[str, Any]] = {
+  "fgsm": {"num_steps": 1, "num_restarts": 1, "loss": "cross_entropy"},
+  "ifgsm": {"num_restarts": 1, "loss": "cross_entropy"},
+}
+
+
+class _Signature(NamedTuple):
+  """Parameters of an attack that a protocol can set.
+
+  Attributes:
+    parameters: Name to parameter, in the order of the function's signature.
+    steps: Parameter that the number in a name sets, if there is one.
+    variant: Parameter that the word behind the dash sets, if there is one.
+    choices: Parameter to its allowed values.
+  """
+
+  parameters: dict[str, inspect.Parameter]
+  steps: str | None
+  variant: str | None
+  choices: dict[str, tuple[str, ...]]
+
+
+def _is_settable(parameter: inspect.Parameter) -> bool:
+  """Whether a parameter is a number or a name, which text can give."""
+  kinds = (bool, int, float, str)
+  return parameter.kind == parameter.KEYWORD_ONLY and (
+    parameter.annotation in kinds
+    or typing.get_origin(parameter.annotation) is typing.Literal
+  )
+
+
+def _signature(attack: str) -> _Signature:
+  """Reads the signature of an attack's function."""
+  function: Callable[..., Any] = attacks.ATTACKS.get(attack, attacks.autoattack)
+  known = inspect.signature(function, eval_str=True).parameters
+  if attack == _AUTOATTACK:
+    names = ["epsilon", "norm", "version"]
+  else:
+    names = [name for name in known if _is_settable(known[name])]
+  choices = {"norm": base.norms(function)}
+  if "loss" in names:
+    choices["loss"] = typing.get_args(known["loss"].annotation) or base.LOSSES
+  if attack == _AUTOATTACK:
+    choices["version"] = tuple(versions.VERSIONS)
+  return _Signature(
+    {name: known[name] for name in names},
+    steps=next((name for name in _STEPS if name in names), None),
+    variant=next((name for name in ("version", "loss") if name in names), None),
+    choices=choices,
+  )
+
+
+def allowed_names() -> str:
+  """Lists the forms that the name of a protocol can have."""
+  forms = [_NOMINAL]
+  for attack in (*attacks.ATTACKS, _AUTOATTACK):
+    signature = _signature(attack)
+    form = attack
+    if signature.steps:
+      form += f"<{signature.steps.removeprefix('num_')}>"
+    forms.append(form)
+    if signature.variant:
+      forms.append(f"{form}-<{signature.variant}>")
+  return ", ".join(forms) + "; each with :<parameter>=<value> for other numbers"
+
+
+def _not_allowed(name: str) -> UserError:
+  return UserError(f"attack: {name!r}; allowed: {allowed_names()}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,14 +101,14 @@ class Protocol:
   """An attack with all its numbers; None where a number does not apply.
 
   Attributes:
-    name: As in the configuration, e.g. "pgd20-margin".
+    name: Name in the configuration, e.g. "pgd20-margin".
     attack: "nominal" (none), one of `attacks.ATTACKS`, or "autoattack".
-    norm: Of the ball.
+    norm: Norm of the ball.
     epsilon: Radius, pixels in [0, 1].
     step_size: Length of a step.
-    num_steps: Gradient steps, or queries.
-    num_restarts: Attempts.
-    loss: What the attack increases.
+    num_steps: Number of gradient steps, or of queries.
+    num_restarts: Number of restarts.
+    loss: Loss that the attack increases.
     options: Other numbers, as (parameter, value).
   """
 
@@ -56,27 +123,30 @@ class Protocol:
   options: tuple[tuple[str, Any], ...] = ()
 
   def arguments(self) -> dict[str, Any]:
-    """The keyword arguments of the attack's function."""
-    known = _parameters(self.attack)
-    steps = _STEPS.get(self.attack, "num_steps")
-    given = {
+    """Returns the keyword arguments of the attack's function."""
+    signature = _signature(self.attack)
+    given: dict[str | None, Any] = {
       "norm": self.norm,
       "epsilon": self.epsilon,
       "step_size": self.step_size,
-      steps: self.num_steps,
+      signature.steps: self.num_steps,
       "num_restarts": self.num_restarts,
       "loss": self.loss,
       **dict(self.options),
     }
-    return {name: given[name] for name in known if given.get(name) is not None}
+    return {
+      name: given[name]
+      for name in signature.parameters
+      if given.get(name) is not None
+    }
 
   def run(
     self, key: Array, classifier: Classifier, images: Array, labels: Array
   ) -> Array:
-    """The images that the classifier is scored on, [B, H, W, C]."""
-    if self.attack == "nominal":
+    """Returns the images that the classifier is scored on, [B, H, W, C]."""
+    if self.attack == _NOMINAL:
       return images
-    if self.attack == "autoattack":
+    if self.attack == _AUTOATTACK:
       result = attacks.autoattack(
         key, classifier, images, labels, progress=False, **self.arguments()
       )
@@ -86,52 +156,41 @@ class Protocol:
     )
 
   def describe(self) -> str:
-    """One line for people."""
-    if self.attack == "nominal":
+    """Describes the protocol on one line."""
+    if self.attack == _NOMINAL:
       return "clean images"
-    parts = [f"{self.name}: {self.norm}", f"epsilon {self.epsilon:.4g}"]
-    if self.num_steps is not None:
-      unit = "queries" if self.attack == "square" else "steps"
-      of = "" if self.step_size is None else f" of {self.step_size:.4g}"
-      parts.append(f"{self.num_steps} {unit}{of}")
-    if self.num_restarts is not None:
-      parts.append(f"{self.num_restarts} restart")
-    if self.loss is not None:
-      parts.append(f"{self.loss} loss")
-    parts += [f"{name} {value}" for name, value in self.options]
-    return ", ".join(parts)
+    numbers = wording.attack(
+      norm=self.norm,
+      epsilon=self.epsilon,
+      step_size=self.step_size,
+      num_steps=self.num_steps,
+      num_restarts=self.num_restarts,
+      loss=self.loss,
+      unit="query"
+      if _signature(self.attack).steps == "num_queries"
+      else "step",
+      options=self.options,
+    )
+    return f"{self.name}: {numbers}"
 
 
-def _parameters(attack: str) -> dict[str, inspect.Parameter]:
-  """The numbers that an attack takes, in the order of its signature."""
-  function: Callable[..., Any] = attacks.ATTACKS.get(attack, attacks.autoattack)
-  known = {
-    name: parameter
-    for name, parameter in inspect.signature(function).parameters.items()
-    if parameter.kind == parameter.KEYWORD_ONLY and name != "targets"
-  }
-  if attack == "autoattack":
-    return {name: known[name] for name in ("epsilon", "norm", "version")}
-  return known
-
-
-def _value(name: str, text: str, kind: type) -> Any:
-  """The value of a parameter written as text."""
+def _value(name: str, text: str, kind: Any) -> Any:
+  """Reads the value of a parameter from text."""
   try:
     if kind is bool:
       return {"true": True, "false": False}[text.lower()]
     if kind is float and text.count("/") == 1:
       above, below = text.split("/")
       return float(above) / float(below)
-    return kind(text)
+    return kind(text) if kind in (int, float) else text
   except (ValueError, KeyError, ZeroDivisionError):
     kinds = {bool: "true or false", float: "a number", int: "an integer"}
     raise UserError(f"{name}: {text!r}; allowed: {kinds[kind]}") from None
 
 
 def _given(attack: str, name: str, texts: list[str]) -> dict[str, Any]:
-  """The parameters behind a name, `:<parameter>=<value>` each."""
-  known, given = _parameters(attack), {}
+  """Reads the parameters behind a name, `:<parameter>=<value>` each."""
+  known, given = _signature(attack).parameters, {}
   for text in texts:
     parameter, equals, value = text.partition("=")
     if not equals or parameter in given:
@@ -140,28 +199,50 @@ def _given(attack: str, name: str, texts: list[str]) -> dict[str, Any]:
         " :<parameter>=<value>"
       )
     checks.choice(f"parameter of {attack}", parameter, known)
-    kind = known[parameter].annotation
-    kind = kind if kind in (bool, int, float) else str
-    given[parameter] = _value(parameter, value, kind)
+    given[parameter] = _value(parameter, value, known[parameter].annotation)
   return given
+
+
+def _read(name: str) -> tuple[str, dict[str, Any]]:
+  """Reads the attack that a name stands for and the parameters it gives."""
+  head, *texts = name.split(":")
+  known = "|".join(map(re.escape, (_NOMINAL, *attacks.ATTACKS, _AUTOATTACK)))
+  match = re.fullmatch(
+    rf"(?P<attack>{known})(?P<steps>[1-9]\d*)?(-(?P<variant>\w+))?", head
+  )
+  if not match:
+    raise _not_allowed(name)
+  attack, steps, variant = match["attack"], match["steps"], match["variant"]
+  if attack == _NOMINAL:
+    if name != _NOMINAL:
+      raise _not_allowed(name)
+    return attack, {}
+  signature = _signature(attack)
+  given = _given(attack, name, texts)
+  for value, parameter in (
+    (steps and int(steps), signature.steps),
+    (variant, signature.variant),
+  ):
+    if not value:
+      continue
+    # A number or a variant must have a meaning, and be given only once.
+    choices = signature.choices.get(parameter or "", (value,))
+    if parameter is None or parameter in given or value not in choices:
+      raise _not_allowed(name)
+    given[parameter] = value
+  return attack, given
 
 
 def _check(attack: str, given: dict[str, Any]) -> None:
   """Checks the values of an attack's parameters before anything is compiled."""
-  if attack == "autoattack":
-    checks.choice("version", given["version"], versions.VERSIONS)
-  if "norm" in given:
-    # fgsm and ifgsm have no such parameter: they are linf attacks.
-    names = balls.NORMS if "norm" in _parameters(attack) else ("linf",)
-    if given["norm"] not in names:
-      allowed = ", ".join(sorted(names))
+  for parameter, choices in _signature(attack).choices.items():
+    if given[parameter] not in choices:
+      only = f" for {attack}" if set(choices) < set(balls.BALLS) else ""
       raise UserError(
-        f"norm: {given['norm']!r}; allowed: {allowed}"
-        + (f" for {attack}" if len(names) == 1 else "")
+        f"{parameter}: {given[parameter]!r}; allowed:"
+        f" {', '.join(sorted(choices))}{only}"
       )
   checks.epsilon(given["epsilon"], given["norm"])
-  if "loss" in given:
-    checks.choice("loss", given["loss"], _LOSSES)
   if "momentum" in given:
     checks.not_negative("momentum", given["momentum"])
   for name, value in given.items():
@@ -179,7 +260,7 @@ def parse(
   norm: str = "linf",
   num_restarts: int = 1,
 ) -> Protocol:
-  """The protocol of a name.
+  """Returns the protocol of a name.
 
   Args:
     name: "nominal"; "fgsm"; "ifgsm20" (20 steps, from the clean image);
@@ -189,8 +270,8 @@ def parse(
       "pgd20:momentum=1:random_start=false", "square:norm=l2:epsilon=0.5".
     epsilon: Radius, pixels in [0, 1].
     step_size: Length of a step.
-    norm: Of the ball.
-    num_restarts: Of PGD.
+    norm: Norm of the ball.
+    num_restarts: Number of restarts of PGD.
 
   Returns:
     The protocol.
@@ -198,81 +279,55 @@ def parse(
   Raises:
     UserError: Unknown name, or numbers out of range.
   """
-  head, *texts = name.split(":")
-  match = _NAME.fullmatch(head)
-  if not match:
-    raise UserError(f"attack: {name!r}; allowed: {ALLOWED}")
-  attack, steps, variant = match["attack"], match["steps"], match["variant"]
-  if attack == "nominal":
-    if steps or variant or texts:
-      raise UserError(f"attack: {name!r}; allowed: {ALLOWED}")
+  attack, given = _read(name)
+  if attack == _NOMINAL:
     return Protocol(name, attack)
-  known = _parameters(attack)
-  steps_name = _STEPS.get(attack, "num_steps")
-  variant_name = "version" if attack == "autoattack" else "loss"
-  given = _given(attack, name, texts)
-  for value, parameter in ((steps, steps_name), (variant, variant_name)):
-    # A number or a variant must mean something, and be said once.
-    if value and (parameter not in known or parameter in given):
-      raise UserError(f"attack: {name!r}; allowed: {ALLOWED}")
-  if variant and variant not in (
-    versions.VERSIONS if attack == "autoattack" else _LOSSES
-  ):
-    raise UserError(f"attack: {name!r}; allowed: {ALLOWED}")
-  if steps:
-    given[steps_name] = int(steps)
-  if variant:
-    given[variant_name] = variant
-  defaults: dict[str, Any] = {"epsilon": epsilon, "norm": norm}
+  known = _signature(attack).parameters
+  configured: dict[str, Any] = {"epsilon": epsilon, "norm": norm}
   if "step_size" in known:
-    defaults["step_size"] = step_size
-  steps_parameter = known.get(steps_name)
-  if (
-    steps_parameter is not None
-    and steps_parameter.default is inspect.Parameter.empty
-    and steps_name not in given
-  ):
-    raise UserError(f"attack: {name!r}; allowed: {ALLOWED}")
+    configured["step_size"] = step_size
   if attack == "pgd":
-    defaults["num_restarts"] = num_restarts
-  given = defaults | given
+    configured["num_restarts"] = num_restarts
+  given = configured | given
   for parameter, described in known.items():
-    if described.default is not inspect.Parameter.empty:
-      given.setdefault(parameter, described.default)
+    given.setdefault(parameter, described.default)
+    if given[parameter] is inspect.Parameter.empty:
+      raise _not_allowed(name)
   _check(attack, given)
   return _protocol(name, attack, given)
 
 
 def _protocol(name: str, attack: str, given: dict[str, Any]) -> Protocol:
-  """Sorts the parameters into what every row of a table says and the rest."""
-  gradient = attack in ("fgsm", "ifgsm")
+  """Sorts the parameters into what every row of a table has and the rest."""
+  signature = _signature(attack)
+  numbers = _IMPLIED.get(attack, {}) | given
   fixed = {
-    "norm": given.pop("norm"),
-    "epsilon": given.pop("epsilon"),
-    "step_size": given.pop("step_size", None),
-    "num_steps": given.pop(_STEPS.get(attack, "num_steps"), None),
-    "num_restarts": given.pop("num_restarts", 1 if gradient else None),
-    "loss": given.pop("loss", "cross_entropy" if gradient else None),
+    "norm": numbers.pop("norm"),
+    "epsilon": numbers.pop("epsilon"),
+    "step_size": numbers.pop("step_size", None),
+    "num_steps": numbers.pop(signature.steps or "num_steps", None),
+    "num_restarts": numbers.pop("num_restarts", None),
+    "loss": numbers.pop("loss", None),
   }
   if attack == "fgsm":
-    fixed |= {"step_size": fixed["epsilon"], "num_steps": 1}
-  if fixed["loss"] not in losses.TARGETED_LOSSES and attack != "fab":
-    given.pop("num_targets", None)
-  # Only what differs from the plain attack needs to be said.
-  known = _parameters(attack)
+    fixed["step_size"] = fixed["epsilon"]
+  if "loss" in given and given["loss"] not in losses.TARGETED_LOSSES:
+    numbers.pop("num_targets", None)
+  # Only numbers that differ from the plain attack are listed.
   options = tuple(
     (option, value)
-    for option, value in given.items()
-    if value != known[option].default or option in ("num_targets", "version")
+    for option, value in numbers.items()
+    if value != signature.parameters[option].default
+    or option in ("num_targets", "version")
   )
   return Protocol(name, attack, options=options, **fixed)
 
 
 def parse_list(names: str, **numbers: object) -> tuple[Protocol, ...]:
-  """The protocols of a comma-separated list, see `parse`."""
+  """Returns the protocols of a comma-separated list, see `parse`."""
   found = [name.strip() for name in names.split(",") if name.strip()]
   if not found:
-    raise UserError(f"attacks: {names!r}; allowed: a list of {ALLOWED}")
+    raise UserError(f"attacks: {names!r}; allowed: a list of {allowed_names()}")
   if len(set(found)) < len(found):
     raise UserError(f"attacks: {names!r}; allowed: each name once")
   return tuple(parse(name, **numbers) for name in found)  # type: ignore[arg-type]

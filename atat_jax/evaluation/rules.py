@@ -1,16 +1,38 @@
-"""Is this robustness real? Rules on the rows of a results table.
+"""Rules that judge from a results table whether robustness is real.
 
-Each rule says what it compared, whether it raised a flag, and what that means
-in a sentence. Rows are those of `results.json`.
+Each rule compares rows of `results.json` and returns a diagnostic, or None if
+the rows that it needs are missing. Adding a rule is one function and one line
+in `RULES`.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, cast
+
+from atat_jax.attacks.diagnostics import Diagnostic, diagnostic
+from atat_jax.runs import wording
 
 Row = Mapping[str, Any]
 
 CONVERGED = 0.02
 """Largest fall in accuracy under more steps of an attack that has converged."""
+
+
+class Evidence(NamedTuple):
+  """Comparable rows of one model.
+
+  Attributes:
+    model: Name of the model.
+    running: Attack to accuracy, with running statistics.
+    batch: Attack to accuracy, with batch statistics.
+    pgd: Plain PGD with running statistics, as (steps, accuracy), fewest first.
+    noise: One standard error of a difference of two accuracies.
+  """
+
+  model: str
+  running: dict[str, float]
+  batch: dict[str, float]
+  pgd: list[tuple[int, float]]
+  noise: float
 
 
 def _accuracies(rows: Sequence[Row], batch_norm: str) -> dict[str, float]:
@@ -21,17 +43,8 @@ def _accuracies(rows: Sequence[Row], batch_norm: str) -> dict[str, float]:
   }
 
 
-def _pgd_by_steps(rows: Sequence[Row]) -> list[tuple[int, float]]:
-  return sorted(
-    (row["num_steps"], row["accuracy"])
-    for row in rows
-    if row["batch_norm"] == "running"
-    and row["attack"] == f"pgd{row['num_steps']}"
-  )
-
-
 def _comparable(rows: Sequence[Row], model: str) -> list[Row]:
-  """A model's rows on the most images, at the epsilon that comes first.
+  """Selects a model's rows on the most images, at the first epsilon.
 
   A quick look at a few images, or another epsilon or seed, is no evidence for
   or against the others.
@@ -48,91 +61,147 @@ def _comparable(rows: Sequence[Row], model: str) -> list[Row]:
   ]
 
 
-def _standard_error(rows: Sequence[Row]) -> float:
-  # Of an accuracy near one half, the widest; two of them differ by sqrt(2).
-  return (0.5 / min(row["num_examples"] for row in rows)) ** 0.5
+def _evidence(rows: Sequence[Row], model: str) -> Evidence:
+  return Evidence(
+    model=model,
+    running=_accuracies(rows, "running"),
+    batch=_accuracies(rows, "batch"),
+    pgd=sorted(
+      (row["num_steps"], row["accuracy"])
+      for row in rows
+      if row["batch_norm"] == "running"
+      and row["attack"] == f"pgd{row['num_steps']}"
+    ),
+    # The standard error is largest for an accuracy of one half; that of a
+    # difference is sqrt(2) times as large.
+    noise=(0.5 / min(row["num_examples"] for row in rows)) ** 0.5,
+  )
 
 
-def diagnose(rows: Sequence[Row], model: str) -> dict[str, dict[str, Any]]:
+def batch_statistics(evidence: Evidence) -> Diagnostic | None:
+  """Compares accuracies with batch statistics and with running statistics."""
+  gaps = {
+    attack: evidence.batch[attack] - accuracy
+    for attack, accuracy in evidence.running.items()
+    if attack in evidence.batch
+  }
+  if not gaps:
+    return None
+  attack = max(gaps, key=lambda name: gaps[name])
+  gap = gaps[attack]
+  message = (
+    "Evaluated with batch statistics, as the paper's released code does, the"
+    f" {evidence.model} would score {abs(100 * gap):.1f} points"
+    f" {'more' if gap > 0 else 'less'} under {attack}."
+  )
+  return diagnostic(
+    gap > evidence.noise,
+    flagged=("Batch statistics overstate robustness", message),
+    passed=("Batch statistics do not overstate robustness", message),
+    rule="accuracy with batch statistics minus accuracy with running"
+    f" statistics, largest over the attacks; flag above {evidence.noise:.3f},"
+    " one standard error of a difference",
+    value=gap,
+  )
+
+
+def iterations_beat_one_step(evidence: Evidence) -> Diagnostic | None:
+  """Compares PGD with its first step, FGSM."""
+  if not evidence.pgd or "fgsm" not in evidence.running:
+    return None
+  most, accuracy = evidence.pgd[-1]
+  fgsm = evidence.running["fgsm"]
+  message = (
+    f"PGD with {wording.plural(most, 'step')} leaves"
+    f" {wording.percent(accuracy)}, FGSM with one step {wording.percent(fgsm)}."
+  )
+  return diagnostic(
+    accuracy - fgsm > evidence.noise,
+    flagged=("PGD was weaker than FGSM", message),
+    passed=("PGD was no weaker than FGSM", message),
+    rule=f"accuracy under PGD({most}) minus under FGSM; flag above"
+    f" {evidence.noise:.3f}: a stronger attack that does less is a sign of"
+    " masked gradients",
+    value=accuracy - fgsm,
+  )
+
+
+def steps_converged(evidence: Evidence) -> Diagnostic | None:
+  """Compares PGD with the most steps and with the next fewer."""
+  if len(evidence.pgd) < 2:
+    return None
+  (few, before), (most, after) = evidence.pgd[-2:]
+  fall = before - after
+  change = (
+    f"from {few} to {most} steps the accuracy falls by {100 * fall:.1f} points"
+    if fall >= 0
+    else f"from {few} to {most} steps the accuracy does not fall"
+  )
+  return diagnostic(
+    fall > CONVERGED,
+    flagged=(
+      "PGD had not converged",
+      f"PGD had not converged: {change}; more steps may lower it further.",
+    ),
+    passed=("PGD had converged", f"PGD had converged: {change}."),
+    rule=f"accuracy under PGD({few}) minus under PGD({most}); flag above 0.02",
+    value=fall,
+  )
+
+
+def margin_loss(evidence: Evidence) -> Diagnostic | None:
+  """Compares PGD on the cross-entropy and on the margin loss."""
+  if not evidence.pgd:
+    return None
+  most, accuracy = evidence.pgd[-1]
+  margin = evidence.running.get(f"pgd{most}-margin")
+  if margin is None:
+    return None
+  message = (
+    f"PGD with the margin loss leaves {wording.percent(margin)}, with"
+    f" cross-entropy {wording.percent(accuracy)}."
+  )
+  return diagnostic(
+    accuracy - margin > 0.02,
+    flagged=("Cross-entropy overstates robustness", message),
+    passed=("Cross-entropy does not overstate robustness", message),
+    rule=f"accuracy under PGD({most}) with cross-entropy minus with the margin"
+    " loss; flag above 0.02",
+    value=accuracy - margin,
+  )
+
+
+RULES: dict[str, Callable[[Evidence], Diagnostic | None]] = {
+  "batch_statistics": batch_statistics,
+  "iterations_beat_one_step": iterations_beat_one_step,
+  "steps_converged": steps_converged,
+  "margin_loss": margin_loss,
+}
+
+
+def diagnose(rows: Sequence[Row], model: str) -> dict[str, Diagnostic]:
   """Applies the rules for which the rows have the numbers.
 
   Args:
     rows: Rows of `results.json`.
-    model: Whose, e.g. "student".
+    model: Name of the model to judge, e.g. "student".
 
   Returns:
-    Rule name to {"rule", "value", "flag", "message"}.
+    Name of the rule to its diagnostic; those of AutoAttack come first, as
+    `<attack>_<check>`.
   """
   rows = _comparable(rows, model)
   if not rows:
     return {}
-  found: dict[str, dict[str, Any]] = {
-    f"{row['attack']}_{name}": dict(check)
+  found: dict[str, Diagnostic] = {
+    f"{row['attack']}_{name}": cast(Diagnostic, dict(check))
     for row in rows
     if row["batch_norm"] == "running"
     for name, check in row.get("diagnostics", {}).items()
   }
-  running = _accuracies(rows, "running")
-  batch = _accuracies(rows, "batch")
-  noise = _standard_error(rows)
-
-  shared = [a for a in running if a in batch]
-  if shared:
-    gaps = {attack: batch[attack] - running[attack] for attack in shared}
-    attack = max(gaps, key=lambda name: gaps[name])
-    gap = gaps[attack]
-    found["batch_statistics"] = {
-      "rule": "accuracy with batch statistics minus accuracy with running"
-      f" statistics, largest over the attacks; flag above {noise:.3f}, one"
-      " standard error of a difference",
-      "value": gap,
-      "flag": gap > noise,
-      "message": (
-        f"Evaluated with batch statistics, as the paper's released code does,"
-        f" the {model} would score {abs(100 * gap):.1f} points"
-        f" {'more' if gap > 0 else 'less'} under {attack}."
-      ),
-    }
-  steps = _pgd_by_steps(rows)
-  if steps and "fgsm" in running:
-    most, accuracy = steps[-1]
-    gap = accuracy - running["fgsm"]
-    found["iterations_beat_one_step"] = {
-      "rule": f"accuracy under PGD({most}) minus under FGSM; flag above"
-      f" {noise:.3f}: a stronger attack that does less is a sign of masked"
-      " gradients",
-      "value": gap,
-      "flag": gap > noise,
-      "message": (
-        f"PGD with {most} steps leaves {100 * accuracy:.1f} %, one step"
-        f" {100 * running['fgsm']:.1f} %."
-      ),
-    }
-  if len(steps) > 1:
-    (few, before), (most, after) = steps[-2:]
-    found["steps_converged"] = {
-      "rule": f"accuracy under PGD({few}) minus under PGD({most}); flag above"
-      " 0.02: the attack had not converged, more steps may lower it further",
-      "value": before - after,
-      "flag": before - after > CONVERGED,
-      "message": (
-        f"From {few} to {most} steps the accuracy falls by"
-        f" {100 * (before - after):.1f} points."
-      ),
-    }
-  if steps:
-    most, accuracy = steps[-1]
-    margin = running.get(f"pgd{most}-margin")
-    if margin is not None:
-      found["margin_loss"] = {
-        "rule": f"accuracy under PGD({most}) with cross-entropy minus with the"
-        " margin loss; flag above 0.02: cross-entropy alone overstates"
-        " robustness",
-        "value": accuracy - margin,
-        "flag": accuracy - margin > 0.02,
-        "message": (
-          f"The margin loss leaves {100 * margin:.1f} %, cross-entropy"
-          f" {100 * accuracy:.1f} %."
-        ),
-      }
+  evidence = _evidence(rows, model)
+  for name, rule in RULES.items():
+    result = rule(evidence)
+    if result is not None:
+      found[name] = result
   return found

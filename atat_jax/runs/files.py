@@ -74,8 +74,8 @@ def write_arrays(
   path: pathlib.Path, arrays: Mapping[str, np.ndarray]
 ) -> pathlib.Path:
   """Writes a whole `.npz` file or none; returns its path."""
-  with replacing(path) as temporary:
-    np.savez(temporary, **arrays)  # type: ignore[arg-type]
+  with replacing(path) as temporary, temporary.open("wb") as file:
+    np.savez(file, **arrays)  # type: ignore[arg-type]
   return path
 
 

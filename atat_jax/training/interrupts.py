@@ -13,7 +13,7 @@ class Interrupted(KeyboardInterrupt):
   """A run stopped on request, its state saved.
 
   Attributes:
-    signum: The signal that asked.
+    signum: Signal that asked for it.
   """
 
   def __init__(self, message: str, signum: int):
@@ -22,13 +22,13 @@ class Interrupted(KeyboardInterrupt):
 
 
 def raise_interrupted(signum: int, frame: FrameType | None) -> None:
-  """A signal handler for work that is safe to stop anywhere."""
+  """Signal handler for work that is safe to stop anywhere."""
   del frame
   raise Interrupted("stopped; the same command goes on from here", signum)
 
 
 class Interrupt(contextlib.AbstractContextManager[Any]):
-  """Within the context the first signal sets `signum`, a second one kills.
+  """Context in which the first signal sets `signum`; the second one kills.
 
   ```python
   with Interrupt() as interrupt:

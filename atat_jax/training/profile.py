@@ -12,12 +12,12 @@ _log = logging.getLogger(__name__)
 
 
 class Trace(contextlib.AbstractContextManager[Any]):
-  """Records what the host and the devices do between two steps.
+  """Records the host and the devices between two steps.
 
   Args:
-    directory: Gets `plugins/profile/<time>/`, with a trace for TensorBoard and
-      `perfetto_trace.json.gz` for ui.perfetto.dev.
-    steps: The first and the last step, from 1; (): nothing is recorded.
+    directory: Directory for `plugins/profile/<time>/`, which holds a trace for
+      TensorBoard and `perfetto_trace.json.gz` for ui.perfetto.dev.
+    steps: First and last step of the record, from 1; (): nothing is recorded.
   """
 
   def __init__(self, directory: pathlib.Path, steps: Sequence[int] = ()):
@@ -31,7 +31,7 @@ class Trace(contextlib.AbstractContextManager[Any]):
     return self.first - 1, self.last
 
   def before(self, step: int, waiting_for: Any) -> None:
-    """To be called before a step, with what the steps so far have made."""
+    """Begins the record before its first step, once `waiting_for` is computed."""
     if step == self.first:
       jax.block_until_ready(waiting_for)
       jax.profiler.start_trace(
@@ -40,7 +40,7 @@ class Trace(contextlib.AbstractContextManager[Any]):
       self._on = True
 
   def after(self, step: int, waiting_for: Any) -> None:
-    """To be called after a step, with what it has made."""
+    """Ends the record after its last step, once `waiting_for` is computed."""
     if self._on and step >= self.last:
       jax.block_until_ready(waiting_for)
       self._stop()

@@ -1,15 +1,25 @@
-"""Metrics of a training as JSON lines and on TensorBoard; process 0 writes."""
+"""Everything that a training writes: metrics, checkpoints, its progress.
+
+Only process 0 writes metrics and progress.
+"""
 
 import contextlib
 import json
 import pathlib
+import time
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import tensorboardX
+from tqdm import tqdm
 
+from atat_jax import checkpoints, metrics, state
+from atat_jax.errors import TrainingDivergedError
 from atat_jax.runs import files
+from atat_jax.state import TrainState
+from atat_jax.training.interrupts import Interrupted
+from atat_jax.training.outline import Outline
 
 
 class MetricsWriter(contextlib.AbstractContextManager[Any]):
@@ -25,7 +35,7 @@ class MetricsWriter(contextlib.AbstractContextManager[Any]):
     self._writes = jax.process_index() == 0
     if not self._writes:
       return
-    path = directory / "metrics.jsonl"
+    path = directory / files.METRICS
     kept = []
     if path.exists():
       for line in path.read_text(encoding="utf-8").splitlines():
@@ -37,7 +47,7 @@ class MetricsWriter(contextlib.AbstractContextManager[Any]):
     files.write_text(path, "".join(kept))
     self._file = path.open("a", encoding="utf-8")
     self._board = tensorboardX.SummaryWriter(
-      str(directory / "tensorboard"), purge_step=step + 1
+      str(directory / files.TENSORBOARD), purge_step=step + 1
     )
 
   def write(
@@ -65,3 +75,160 @@ class MetricsWriter(contextlib.AbstractContextManager[Any]):
     if self._writes:
       self._file.close()
       self._board.close()
+
+
+# Metrics that the bar shows, under shorter names.
+_SHOWN = {
+  "loss": "loss",
+  "attention": "att",
+  "logit_pairing": "pair",
+  "accuracy_clean": "clean",
+  "accuracy_adversarial": "adv",
+}
+
+
+class StepBar(contextlib.AbstractContextManager[Any]):
+  """Progress bar of a stage, with the clock behind images per second.
+
+  Args:
+    name: Name of the stage.
+    total: Number of steps of the stage.
+    start: Number of steps made before.
+    batch_size: Number of images in a batch.
+  """
+
+  def __init__(self, name: str, total: int, *, start: int, batch_size: int):
+    self._bar = tqdm(
+      total=total,
+      initial=start,
+      desc=name,
+      unit="step",
+      disable=jax.process_index() != 0,
+      dynamic_ncols=True,
+    )
+    self._batch_size = batch_size
+    self.restart()
+
+  def __exit__(self, *error: object) -> None:
+    """Closes the bar."""
+    self._bar.close()
+
+  def restart(self) -> None:
+    """Restarts the clock, which leaves out compiling, validating and saving."""
+    self._since, self._steps = time.perf_counter(), 0
+
+  def advance(self, count: int) -> None:
+    """Counts steps that were made."""
+    self._steps += count
+    self._bar.update(count)
+
+  def images_per_second(self) -> float:
+    """Speed since the clock was restarted."""
+    seconds = time.perf_counter() - self._since
+    return self._batch_size * self._steps / max(seconds, 1e-9)
+
+  def show_metrics(self, values: dict[str, float]) -> None:
+    """Shows metrics behind the bar.
+
+    Args:
+      values: Metrics by name, `images_per_second` among them.
+    """
+    shown = {
+      short: f"{values[name]:.3f}"
+      for name, short in _SHOWN.items()
+      if name in values
+    }
+    rate = values["images_per_second"]
+    self._bar.set_postfix({"img/s": f"{rate:.0f}", **shown})
+
+  def print_scores(self, step: int, scores: dict[str, float]) -> None:
+    """Prints a line of validation accuracies that stays above the bar."""
+    if not self._bar.disable:
+      self._bar.write(
+        f"{self._bar.desc} step {step}/{self._bar.total} validation: "
+        + ", ".join(f"{name} {100 * v:.1f} %" for name, v in scores.items())
+      )
+
+
+class Journal(contextlib.AbstractContextManager[Any]):
+  """Everything that a training writes: metrics, checkpoints, the terminal.
+
+  Args:
+    outline: Outline of the training.
+    checkpointer: Its checkpoints; they stay open.
+    saved: Step of the last checkpoint; None: there is none yet.
+  """
+
+  def __init__(
+    self,
+    outline: Outline,
+    checkpointer: checkpoints.Checkpointer,
+    saved: int | None,
+  ):
+    self._outline, self._checkpointer = outline, checkpointer
+    self._saved, start = saved, saved or 0
+    self._place = outline.directory / files.CHECKPOINTS
+    metrics_writer = MetricsWriter(outline.directory, start)
+    bar = StepBar(
+      outline.name,
+      outline.total,
+      start=start,
+      batch_size=outline.batch_size,
+    )
+    with contextlib.ExitStack() as stack:
+      self._metrics = stack.enter_context(metrics_writer)
+      self.bar = stack.enter_context(bar)
+      self._opened = stack.pop_all()
+
+  def __exit__(self, *error: object) -> None:
+    """Closes the metrics and the bar."""
+    self._opened.close()
+
+  def check_finite(self, current: TrainState) -> None:
+    """Stops a training whose loss or gradient is no longer finite.
+
+    Raises:
+      TrainingDivergedError: A term is not; the message names step and term.
+    """
+    first = {name: int(step) for name, step in current.nonfinite.items()}
+    step = min(first.values())
+    if step == state.NEVER:
+      return
+    terms = ", ".join(name for name, when in first.items() if when == step)
+    kept = f"step {self._saved} is kept" if self._saved else "there is none yet"
+    raise TrainingDivergedError(
+      f"{self._outline.name}: not finite at step {step + 1}: {terms}; training stopped,"
+      f" the last good checkpoint ({kept}) is in {self._place}; a lower"
+      " learning_rate or smaller weights of the terms may help"
+    )
+
+  def log(self, current: TrainState, step: int, learning_rate: float) -> None:
+    """Writes the metrics since the last log line."""
+    values = {
+      "epoch": step / self._outline.per_epoch,
+      **metrics.compute(current.sums),
+      "learning_rate": learning_rate,
+      "images_per_second": self.bar.images_per_second(),
+    }
+    self._metrics.write("train", step, values)
+    self.bar.show_metrics(values)
+
+  def save(
+    self, current: TrainState, step: int, scores: dict[str, float]
+  ) -> None:
+    """Writes validation accuracies, and a checkpoint with the last as its own."""
+    values = {"epoch": step / self._outline.per_epoch, **scores}
+    self._metrics.write(
+      "validation", step, {**values, "attack": self._outline.attack}
+    )
+    self._checkpointer.save(current, step, list(scores.values())[-1], scores)
+    self._saved = step
+    self.bar.print_scores(step, scores)
+
+  def interrupted(self, step: int, signum: int) -> Interrupted:
+    """Makes the error that ends a training stopped on request."""
+    return Interrupted(
+      f"{self._outline.name}: stopped at step {step} of {self._outline.total}, saved in"
+      f" {self._place}; the same command resumes there",
+      signum,
+    )

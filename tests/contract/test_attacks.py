@@ -270,7 +270,7 @@ def test_every_step_equals_an_independent_loop(norm, loss, targeted, case, x64):
   assert np.abs(expected - start).max() > 0.05
 
 
-@pytest.mark.parametrize("norm", balls.NORMS)
+@pytest.mark.parametrize("norm", balls.BALLS)
 def test_momentum_equals_an_independent_loop(norm, case, x64):
   """Algorithm 1 of Dong et al. (2018) for linf, its sum in the other norms."""
   images, start = _images_and_start(case, norm)
@@ -412,7 +412,7 @@ def test_pgd_is_the_loop_from_its_random_start(case):
 # Random starts.
 
 
-@pytest.mark.parametrize("norm", balls.NORMS)
+@pytest.mark.parametrize("norm", balls.BALLS)
 def test_pgd_starts_uniformly_in_the_ball(norm):
   """Seen through the attack itself: a step that moves nothing."""
   images = jnp.full((4000, 1, 2, 2), 0.5)
@@ -757,7 +757,7 @@ every_attack = pytest.mark.parametrize("name", attacks.ATTACKS)
 
 def _norms(name: str) -> list[str]:
   known = inspect.signature(attacks.ATTACKS[name]).parameters
-  return list(balls.NORMS) if "norm" in known else ["linf"]
+  return list(balls.BALLS) if "norm" in known else ["linf"]
 
 
 @every_attack

@@ -154,8 +154,8 @@ def test_moved_statistics_are_where_the_students_pass_starts(small):
     prepared = objective.prepare(KEY, model, variables, variables, batch)
     outcome = objective.loss(model, variables, prepared, batch)
     expected = model.apply(
-      {**variables, "batch_stats": prepared.attacked.batch_stats},
-      jnp.concatenate([images, prepared.attacked.images_adv]),
+      {**variables, "batch_stats": prepared.attack.batch_stats},
+      jnp.concatenate([images, prepared.attack.images_adv]),
       train=True,
       mutable=["batch_stats"],
     )[1]
@@ -240,7 +240,9 @@ def test_gradient_is_that_of_cross_entropy_where_nothing_differs(
       outcome = objective.loss(
         model,
         {"params": params},
-        atat.Prepared(adversarial.Attacked(images, {}), teacher_maps),
+        atat.PreparedATAT(
+          adversarial.InnerAttackResult(images, {}), teacher_maps
+        ),
         objectives.make_batch(images, labels, 3),
       )
       return outcome.total.mean(), outcome
@@ -434,8 +436,9 @@ def test_weights_of_zero_leave_cross_entropy_alone(small):
   model, variables, images, _ = small
   objective = _atat(lambda1=0.0, lambda2=0.0)
   teacher_maps = {"bn2": jnp.ones((8, 3, 3))}
-  prepared = atat.Prepared(
-    adversarial.Attacked(images, variables["batch_stats"]), teacher_maps
+  prepared = atat.PreparedATAT(
+    adversarial.InnerAttackResult(images, variables["batch_stats"]),
+    teacher_maps,
   )
   outcome = jit(
     lambda variables: objective.loss(model, variables, prepared, _batch(small))

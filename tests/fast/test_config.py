@@ -1,4 +1,4 @@
-"""Configurations: all that ship are valid, and what is wrong is named at once."""
+"""Configurations and plans: those that ship are valid, bad values are named."""
 
 import dataclasses
 import json
@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from atat_jax import config, models, objectives
 from atat_jax.errors import UserError
+from atat_jax.runs import configuration
 from atat_jax.training import options
 
 NAMES = sorted(
@@ -17,16 +18,7 @@ NAMES = sorted(
   for path in (tiny.ROOT / "configs").glob("*.py")
   if path.stem != "__init__"
 )
-METHODS = (
-  "standard",
-  "at",
-  "alp",
-  "tla",
-  "trades",
-  "mart",
-  "atat",
-  "atat_released",
-)
+METHODS = tuple(objectives.OBJECTIVES)
 
 
 def leaves(tree, path=""):
@@ -43,14 +35,14 @@ def test_shipped_configurations_are_valid(name, method):
   made = tiny.load_config(name, method)
   assert made.method == method
   plan = config.make_plan(made)
-  # Every hyperparameter of the method and of the network can be set.
+  # The user can set every hyperparameter of the method and of the network.
   assert set(made.objective) == {
     field.name for field in dataclasses.fields(plan.objective)
   }
-  shape = {"num_classes", "mean", "std", "convolution"}  # not the user's
+  shape = {"num_classes", "mean", "std", "convolution"}  # derived
   fields = {field.name for field in dataclasses.fields(plan.model)}
   assert set(made.model) == fields - {"parent", "name"} - shape | {"name"}
-  assert plan.model_spec["image_shape"] == list(plan.spec.image_shape)
+  assert plan.model_spec["image_shape"] == list(plan.data.spec.image_shape)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -66,10 +58,8 @@ def test_fields_and_types_are_those_of_the_default(name, method):
   assert types(tiny.load_config(name, method)) == expected
 
 
-def test_methods_are_those_that_exist():
-  default = tiny.load_config("default", None)
-  assert default.method == "atat"
-  assert set(METHODS) == set(objectives.OBJECTIVES)
+def test_the_default_method_is_atat_and_others_are_refused():
+  assert tiny.load_config("default", None).method == "atat"
   with pytest.raises(ValueError, match=r"method: 'madry'.*standard.*atat"):
     tiny.load_config("cifar10", "madry")
 
@@ -99,27 +89,27 @@ def test_cifar10_is_the_papers():
   assert settings.weight_decay == 2e-4
   steps = settings.num_epochs * ((50_000 - made.data.validation_size) // 32)
   assert steps == pytest.approx(80_000, rel=0.01)
-  schedule, _ = config.make_optimizer(settings, total_steps=80_000)
+  schedule, _ = plan.stages[-1].make_optimizer(80_000)
   rates = {0: 0.1, 39_999: 0.1, 40_000: 0.01, 59_999: 0.01, 60_000: 0.001}
   for step, rate in {**rates, 79_999: 0.001}.items():
     assert float(schedule(step)) == pytest.approx(rate, rel=1e-5), step
-  numbers = {(p.epsilon, p.step_size) for p in plan.protocols[2:]}
+  numbers = {(p.epsilon, p.step_size) for p in plan.evaluation.protocols[2:]}
   assert numbers == {(8 / 255, 2 / 255)}
-  names = [protocol.name for protocol in plan.protocols]
+  names = [protocol.name for protocol in plan.evaluation.protocols]
   assert names[:5] == ["nominal", "fgsm", "ifgsm20", "pgd7", "pgd20"]
 
 
 def test_cifar100_is_the_papers():
   made = tiny.load_config("cifar100", "atat")
   plan = config.make_plan(made)
-  assert (plan.spec.name, plan.model.num_classes) == ("cifar100", 100)
+  assert (plan.data.spec.name, plan.model.num_classes) == ("cifar100", 100)
   assert (made.train.batch_size, made.data.padding) == (64, 2)
   assert (plan.model.depth, plan.model.width) == (32, 10)
-  names = [protocol.name for protocol in plan.protocols]
+  names = [protocol.name for protocol in plan.evaluation.protocols]
   assert {"nominal", "fgsm", "ifgsm20", "pgd10", "pgd20"} <= set(names)
 
 
-def test_peers_are_their_authors():
+def test_peers_train_as_their_authors_do():
   trades, mart, at, tla, alp = (
     tiny.load_config("cifar10", method)
     for method in ("trades", "mart", "at", "tla", "alp")
@@ -135,7 +125,7 @@ def test_peers_are_their_authors():
   assert mart.objective.attack_loss == "cross_entropy"
   assert (trades.train.num_epochs, trades.train.weight_decay) == (76, 2e-4)
   assert (mart.train.num_epochs, mart.train.weight_decay) == (90, 7e-4)
-  schedule, _ = config.make_optimizer(mart.train, total_steps=90)
+  schedule, _ = config.make_plan(mart).stages[-1].make_optimizer(90)
   rates = {0: 0.1, 73: 0.1, 74: 0.01, 88: 0.01, 89: 0.001}
   for epoch, rate in rates.items():  # from 0: the 75th and the 90th
     assert float(schedule(epoch)) == pytest.approx(rate, rel=1e-5), epoch
@@ -204,7 +194,7 @@ def test_a_network_takes_the_fields_that_it_has(name):
   plan = config.make_plan(made)
   assert type(plan.model) is models.MODELS[name]
   assert plan.model.num_classes == 100
-  assert plan.model.mean == plan.spec.mean
+  assert plan.model.mean == plan.data.spec.mean
   assert plan.model.batch_norm_epsilon == 1e-5
   # The others keep what the network says: a ResNet is not made 32 deep.
   others = models.create(name)
@@ -217,10 +207,13 @@ def test_dataset_normalization_takes_the_data_sets_numbers():
   made = tiny.load_config("cifar10", "standard")
   made.model.normalization = "dataset"
   plan = config.make_plan(made)
-  assert (plan.model.mean, plan.model.std) == (plan.spec.mean, plan.spec.std)
+  assert (plan.model.mean, plan.model.std) == (
+    plan.data.spec.mean,
+    plan.data.spec.std,
+  )
   # ... so that the network can be made again without the data set.
   fields = plan.model_spec["fields"]
-  assert tuple(fields["mean"]) == plan.spec.mean
+  assert tuple(fields["mean"]) == plan.data.spec.mean
 
 
 # (field, value, what the message names besides the value)
@@ -309,7 +302,7 @@ def one_line(error):
 
 
 @pytest.mark.parametrize(("field", "value", "named"), BAD)
-def test_a_bad_value_is_named(field, value, named):
+def test_a_bad_value_is_named_with_its_section(field, value, named):
   with pytest.raises(UserError) as error:
     config.make_plan(tiny.config(**{field: value}))
   message = one_line(error)
@@ -352,26 +345,73 @@ def test_shares_of_the_run_become_steps():
     "teacher__ema_decay": 0.99,
     "data__mix": "mixup",
   }
-  made = tiny.config(**shares)
-  student = config.make_options(made, "train", 40)
-  assert (student.awp_start, student.swa_start) == (4, 30)
-  assert (student.statistics_batches, student.epsilon_warmup) == (7, 0)
-  teacher = config.make_options(made, "teacher", 40)
-  assert (teacher.epsilon_warmup, teacher.ema_decay) == (10, 0.99)
+  teacher, student = config.make_plan(tiny.config(**shares)).stages
+  made = student.make_options(40)
+  assert (made.awp_start, made.swa_start) == (4, 30)
+  assert (made.statistics_batches, made.epsilon_warmup) == (7, 0)
+  made = teacher.make_options(40)
+  assert (made.epsilon_warmup, made.ema_decay) == (10, 0.99)
   assert student.mix == teacher.mix == "mixup"
   # A start in a run too short for it is not "never".
-  assert config.make_options(made, "train", 1).swa_start == 1
+  assert student.make_options(1).swa_start == 1
 
 
 def test_options_are_off_by_default():
-  for section in ("train", "teacher"):
-    assert config.make_options(tiny.config(), section, 100) == options.OFF
-    assert config.num_extra(tiny.config(), section) == 0
+  for stage in config.make_plan(tiny.config()).stages:
+    assert stage.make_options(100) == options.OFF
+    assert stage.num_extra == 0
 
 
-def test_extra_images_in_a_batch():
+def test_extra_images_are_their_share_of_a_batch():
   made = tiny.config(data__extra="x.npz", data__extra_fraction=0.7)
-  assert config.num_extra(made, "train") == round(0.7 * 128)
+  for stage in config.make_plan(made).stages:
+    assert stage.num_extra == round(0.7 * 128)
+
+
+def test_stages_are_the_networks_to_train(tmp_path):
+  plan = config.make_plan(tiny.config())
+  assert [stage.name for stage in plan.stages] == ["teacher", "student"]
+  teacher, student = plan.stages
+  assert isinstance(teacher.objective, objectives.OBJECTIVES["standard"])
+  assert isinstance(student.objective, objectives.OBJECTIVES["atat"])
+  assert teacher.seed != student.seed == 0
+  assert list(plan.networks) == ["teacher", "student"]
+  assert tmp_path / plan.networks["teacher"] == tmp_path / "teacher"
+  assert tmp_path / plan.networks["student"] == tmp_path
+
+  # A teacher of another run is used, not trained.
+  other = tmp_path / "other"
+  plan = config.make_plan(tiny.config(teacher_workdir=str(other)))
+  assert [stage.name for stage in plan.stages] == ["student"]
+  assert tmp_path / "run" / plan.networks["teacher"] == other
+
+  # A method without a teacher trains one network, named by the method.
+  plan = config.make_plan(tiny.config("at", teacher_workdir=str(other)))
+  assert [stage.name for stage in plan.stages] == ["at"]
+  assert list(plan.networks) == ["at"]
+
+
+def test_numbers_of_a_teacher_that_is_not_trained_are_checked_too():
+  with pytest.raises(UserError, match=r"teacher\.num_epochs: 0"):
+    config.make_plan(tiny.config("at", teacher__num_epochs=0))
+
+
+def test_an_objective_in_the_registry_is_configured_like_any_other(monkeypatch):
+  """Its dataclass alone has its fields and their defaults."""
+
+  @dataclasses.dataclass(frozen=True, kw_only=True)
+  class Toy(objectives.OBJECTIVES["standard"]):
+    weight: float = 0.25
+
+  monkeypatch.setitem(objectives.OBJECTIVES, "toy", Toy)
+  for name in NAMES:
+    made = tiny.load_config(name, "toy")
+    assert made.objective.to_dict() == {"weight": 0.25}
+    made.objective.weight = 0.75
+    assert config.make_plan(made).objective == Toy(weight=0.75)
+  assert tiny.config("toy", objective__weight=0.5).objective.weight == 0.5
+  with pytest.raises(ValueError, match=r"method: 'madry'.*toy"):
+    tiny.load_config("digits", "madry")
 
 
 def test_a_running_attack_cannot_move_statistics():
@@ -384,16 +424,17 @@ def test_a_running_attack_cannot_move_statistics():
 
 def test_a_workdir_belongs_to_one_training(tmp_path):
   made = tiny.config()
-  config.check_workdir(made, tmp_path / "new")
+  record = config.make_plan(made).record
+  configuration.check(record, tmp_path / "new")
   assert not (tmp_path / "new").exists()  # checking writes nothing
-  config.write_config(made, tmp_path)
+  configuration.write(record, tmp_path)
   path = tmp_path / "config.json"
   stored = json.loads(path.read_text())
   assert stored["train"]["num_epochs"] == 2
   assert stored["evaluation"]["batch_norm"] == ["running", "batch"]
   before = path.read_bytes()
 
-  config.check_workdir(made, tmp_path)  # tuples have become lists
+  configuration.check(record, tmp_path)
   for field, value in {
     "evaluation__attacks": "pgd3",
     "evaluation__batch_size": 7,
@@ -401,7 +442,8 @@ def test_a_workdir_belongs_to_one_training(tmp_path):
     "figures__num_images": 3,
     "data__dir": "elsewhere",
   }.items():
-    config.check_workdir(tiny.config(**{field: value}), tmp_path)
+    other = config.make_plan(tiny.config(**{field: value}))
+    configuration.check(other.record, tmp_path)
   for field, value in {
     "seed": 1,
     "train__learning_rate": 0.3,
@@ -414,9 +456,9 @@ def test_a_workdir_belongs_to_one_training(tmp_path):
     "evaluation__validation_attack": "pgd9",
     "evaluation__epsilon": 0.3,
   }.items():
-    other = tiny.config(**{field: value})
+    other = config.make_plan(tiny.config(**{field: value}))
     with pytest.raises(UserError) as error:
-      config.check_workdir(other, tmp_path)
+      configuration.check(other.record, tmp_path)
     message = one_line(error)
     assert f"config.{field.replace('__', '.')}: {value!r}" in message
     assert str(tmp_path) in message
@@ -424,21 +466,42 @@ def test_a_workdir_belongs_to_one_training(tmp_path):
 
 
 def test_another_method_does_not_fit_a_workdir(tmp_path):
-  config.write_config(tiny.config(), tmp_path)
-  with pytest.raises(UserError, match=r"config\.method: 'standard'.*'atat'"):
-    config.check_workdir(tiny.config("standard"), tmp_path)
+  records = {m: config.make_plan(tiny.config(m)).record for m in ("atat", "at")}
+  configuration.write(records["atat"], tmp_path)
+  with pytest.raises(UserError, match=r"config\.method: 'at'.*'atat'"):
+    configuration.check(records["at"], tmp_path)
 
 
 def test_a_damaged_configuration_is_named(tmp_path):
   (tmp_path / "config.json").write_text('{"seed": 0')
-  with pytest.raises(UserError, match=r"config\.json: not JSON"):
-    config.check_workdir(tiny.config(), tmp_path)
+  with pytest.raises(UserError, match=r"config\.json is not valid JSON"):
+    configuration.check(config.make_plan(tiny.config()).record, tmp_path)
 
 
-def test_a_workdir_that_cannot_be_written(tmp_path):
+def test_a_workdir_that_cannot_be_written_is_named(tmp_path):
   (tmp_path / "file").write_text("")
   with pytest.raises(UserError, match="workdir"):
-    config.write_config(tiny.config(), tmp_path / "file")
+    configuration.write({"seed": 0}, tmp_path / "file")
+
+
+def test_a_finished_run_tells_its_data_and_its_attack(tmp_path):
+  made = tiny.config("at", seed=3, data__dir="here", evaluation__epsilon=0.1)
+  configuration.write(config.make_plan(made).record, tmp_path)
+  for workdir in (tmp_path, tmp_path / "teacher"):
+    found = configuration.read(workdir)
+    assert (found.method, found.seed, found.batch_size) == ("at", 3, 128)
+    assert found.data == {
+      "name": "digits",
+      "data_dir": "here",
+      "cache_dir": None,
+      "source": "auto",
+      "validation_size": 128,
+    }
+    assert found.attack == {"epsilon": 0.1, "step_size": 0.05, "norm": "linf"}
+  with pytest.raises(UserError, match=r"no run, it has no config\.json"):
+    configuration.read(tmp_path / "other" / "run")
+  with pytest.raises(UserError, match="has no configuration of a run"):
+    configuration.parse({"seed": 0}, tmp_path)
 
 
 def test_model_spec_makes_the_same_model():

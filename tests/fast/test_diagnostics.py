@@ -21,7 +21,8 @@ def made(seed=0, shape=(4, 3)):
 
 
 def check(found, flag, value=None):
-  assert set(found) == {"rule", "value", "flag", "message"}
+  assert set(found) == {"title", "rule", "value", "flag", "message"}
+  assert found["title"] and not found["title"].endswith(".")
   json.dumps(found, allow_nan=False)
   assert type(found["flag"]) is bool and type(found["value"]) is float
   assert found["flag"] is flag, found
@@ -309,7 +310,7 @@ def test_images_that_score_otherwise(count, differ, flag):
   claims[: 2 * differ : 2] = False
   found, seen = _rescored(robust, claims)
   check(found, flag, differ / count)
-  assert (f"({differ} images differ)" in found["message"]) is bool(differ)
+  assert (f"({differ} image" in found["message"]) is bool(differ)
   assert not np.array_equal(seen, np.arange(count))
   np.testing.assert_array_equal(np.sort(seen), np.arange(count))
 

@@ -19,8 +19,9 @@ LAYERS = (
   "attacks",  # attack
   "objectives",  # method
   "state",
+  "checkpoints",
   "training",  # step
-  "steps checkpoints evaluation",  # judge
+  "steps evaluation",  # judge
   "drawing runtime",  # show
   "analyses",
   "figures",
@@ -35,7 +36,7 @@ RANKS = {name: rank for rank, row in enumerate(LAYERS) for name in row.split()}
 
 # Who may import what. Everything that is not named here is free.
 PLACES = {
-  "ml_collections": ("config", "train", "evaluate", "report", "pipeline"),
+  "ml_collections": ("config", "pipeline"),
   "orbax": ("checkpoints",),
   "tensorflow_datasets": ("data",),
   "sklearn": ("data",),

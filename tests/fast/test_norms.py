@@ -34,14 +34,14 @@ def _simplex(size: np.ndarray, epsilon: float) -> np.ndarray:
   return np.maximum(excess[np.nonzero(ordered > excess)[0][-1]], 0)
 
 
-@pytest.mark.parametrize("name", balls.NORMS)
+@pytest.mark.parametrize("name", balls.BALLS)
 def test_projection_is_the_nearest_point_of_the_ball(name, x64):
   """Far from the box, which is part of the l1 projection alone."""
   images = np.full(SHAPE, 0.5)
   delta, scale = _perturbations()
   delta /= _length(name, delta)[:, None, None, None]
   delta *= (scale * EPSILON)[:, None, None, None]
-  projected = np.asarray(balls.NORMS[name].project(delta, images, EPSILON))
+  projected = np.asarray(balls.BALLS[name].project(delta, images, EPSILON))
   if name == "linf":
     expected = np.minimum(np.maximum(delta, -EPSILON), EPSILON)
   elif name == "l2":
@@ -60,7 +60,7 @@ def test_projection_is_the_nearest_point_of_the_ball(name, x64):
   assert (((delta - projected) * (inside - projected)).sum() <= 1e-12).all()
 
 
-@pytest.mark.parametrize("name", balls.NORMS)
+@pytest.mark.parametrize("name", balls.BALLS)
 def test_projection_keeps_ball_and_box(name):
   generator = np.random.default_rng(0)
   images = generator.integers(0, 256, (64, 6, 5, 3)).astype(np.float32) / 255
@@ -70,7 +70,7 @@ def test_projection_keeps_ball_and_box(name):
   outside[16] = images[16]
   for epsilon in (8 / 255, 0.3, 2.0):
     result = np.asarray(
-      balls.project(balls.NORMS[name], outside, images, jnp.float32(epsilon))
+      balls.project(balls.BALLS[name], outside, images, jnp.float32(epsilon))
     )
     assert result.dtype == np.float32
     assert (result >= 0).all() and (result <= 1).all()
@@ -81,12 +81,12 @@ def test_projection_keeps_ball_and_box(name):
     np.testing.assert_array_equal(result[16], images[16])
 
 
-@pytest.mark.parametrize("name", balls.NORMS)
+@pytest.mark.parametrize("name", balls.BALLS)
 def test_each_row_has_its_own_radius(name, x64):
   images = np.full(SHAPE, 0.5)
   delta, _ = _perturbations()
   radii = np.array([0.01, 0.1, 0.2, 0.3, 0.4]).reshape(-1, 1, 1, 1)
-  project = balls.NORMS[name].project
+  project = balls.BALLS[name].project
   together = np.asarray(project(delta, images, radii))
   np.testing.assert_allclose(_length(name, together), radii.ravel(), rtol=1e-9)
   for row, radius in enumerate(radii.ravel()):
@@ -97,7 +97,7 @@ def test_each_row_has_its_own_radius(name, x64):
 def _starts(name: str, count: int = 20_000) -> np.ndarray:
   """Starts in 6 dimensions, [count, 6], in units of the radius."""
   images = jnp.full((count, 1, 2, 3), 0.5)
-  delta = balls.NORMS[name].start(jax.random.key(3), images, EPSILON)
+  delta = balls.BALLS[name].start(jax.random.key(3), images, EPSILON)
   assert delta.shape == images.shape
   return np.asarray(delta, np.float64).reshape(count, 6) / EPSILON
 
@@ -148,7 +148,7 @@ def test_l1_start_is_uniform_in_the_ball():
 @pytest.mark.parametrize("name", ["linf", "l2"])
 def test_direction_increases_a_linear_function_most(name, x64):
   gradient = np.random.default_rng(0).normal(size=SHAPE)
-  step = np.asarray(balls.NORMS[name].direction(gradient))
+  step = np.asarray(balls.BALLS[name].direction(gradient))
   np.testing.assert_allclose(_length(name, step), 1)
   flat = gradient.reshape(len(gradient), -1)
   dual = {"linf": 1, "l2": 2}[name]  # the greatest gain is the dual norm
@@ -165,7 +165,7 @@ def test_direction_increases_a_linear_function_most(name, x64):
 def test_l1_direction_is_the_steepest_hundredth(shape, kept, x64):
   """Rounded down, but one pixel at least; equal steps, of length 1 in all."""
   gradient = np.random.default_rng(0).normal(size=(5, *shape))
-  step = np.asarray(balls.NORMS["l1"].direction(gradient))
+  step = np.asarray(balls.BALLS["l1"].direction(gradient))
   np.testing.assert_allclose(_length("l1", step), 1, rtol=1e-9)
   for row, slope in zip(step, gradient, strict=True):
     steepest = np.argsort(-np.abs(slope), axis=None)[:kept]
@@ -174,11 +174,11 @@ def test_l1_direction_is_the_steepest_hundredth(shape, kept, x64):
     np.testing.assert_allclose(row.ravel(), expected, rtol=1e-9)
 
 
-@pytest.mark.parametrize("name", balls.NORMS)
+@pytest.mark.parametrize("name", balls.BALLS)
 @pytest.mark.parametrize("scale", [0.0, 1e-30, 1e-8])
 def test_direction_of_a_vanishing_gradient_is_finite(name, scale):
   gradient = jnp.full(SHAPE, scale, jnp.float32)
-  step = balls.NORMS[name].direction(gradient)
+  step = balls.BALLS[name].direction(gradient)
   assert np.isfinite(step).all()
   assert (_length(name, step) <= 1 + 1e-6).all()
   if scale == 0:

@@ -1,15 +1,13 @@
-"""Metrics on disk: cut back to the step that a run resumes from."""
+"""Metrics on disk: lines, TensorBoard, and the cut where a run resumes."""
 
 import json
-import math
-import os
 import struct
 
 import jax
 import pytest
 import tensorboardX.proto.event_pb2 as events
 
-from atat_jax.training.writer import MetricsWriter, write_json
+from atat_jax.training.writer import MetricsWriter
 
 
 def write_lines(directory, steps, **more):
@@ -98,36 +96,8 @@ def test_a_new_run_drops_everything(tmp_path):
   assert lines(tmp_path) == []
 
 
-def test_json_is_replaced_whole(tmp_path):
-  path = tmp_path / "sub" / "results.json"
-  write_json(path, {"rows": [1, 2]})
-  before = path.read_bytes()
-  assert json.loads(before) == {"rows": [1, 2]}
-  for bad in (math.nan, {1, 2}):
-    with pytest.raises((ValueError, TypeError)):
-      write_json(path, {"rows": bad})
-    assert path.read_bytes() == before
-  write_json(path, {"rows": []})
-  assert json.loads(path.read_text()) == {"rows": []}
-  assert [p.name for p in path.parent.iterdir()] == ["results.json"]
-
-
-def test_a_kill_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
-  path = tmp_path / "results.json"
-  write_json(path, {"rows": [1]})
-
-  def killed(*_):
-    raise KeyboardInterrupt
-
-  monkeypatch.setattr(os, "replace", killed)
-  with pytest.raises(KeyboardInterrupt):
-    write_json(path, {"rows": []})
-  assert json.loads(path.read_text()) == {"rows": [1]}
-
-
 def test_other_processes_write_nothing(tmp_path, monkeypatch):
   monkeypatch.setattr(jax, "process_index", lambda: 1)
-  write_json(tmp_path / "config.json", {})
   with MetricsWriter(tmp_path / "run", 0) as writer:
     writer.write("train", 1, {"loss": 1.0})
   assert list(tmp_path.iterdir()) == []

@@ -14,7 +14,7 @@ from jax.tree_util import Partial
 
 from atat_jax import losses
 from atat_jax.attacks import base, search
-from atat_jax.attacks.auto_pgd import APGD, State, apgd
+from atat_jax.attacks.auto_pgd import APGD, APGDState, apgd
 from atat_jax.errors import UserError
 
 KEY = jax.random.key(3)
@@ -329,7 +329,7 @@ def _record(method, classifier, problem, settings, state, i):
 class Recorded(NamedTuple):
   arguments: tuple[Any, ...]
   start: np.ndarray
-  states: State
+  states: APGDState
   num_evaluations: int
 
 
@@ -359,7 +359,7 @@ def _recorded(run: Run, num_steps: int, from_best: bool = False) -> Recorded:
       jnp.asarray(case.targets),
       jnp.zeros(ROWS, jnp.int32),
     )
-    settings = search.Settings(jnp.float64(epsilon), jnp.int32(num_steps))
+    settings = search.SearchSettings(jnp.float64(epsilon), jnp.int32(num_steps))
     classifier = Partial(_mlp, jax.tree.map(jnp.asarray, case.weights))
     begin = run.search._continue if run.enlarged else run.search._restart
     first = math.ceil(0.3 * num_steps) if run.enlarged else num_steps
@@ -656,7 +656,7 @@ def test_starts_on_the_surface_of_the_ball(norm):
       restarts=zeros,
     )
 
-  settings = search.Settings(jnp.float32(epsilon), jnp.int32(100))
+  settings = search.SearchSettings(jnp.float32(epsilon), jnp.int32(100))
   start = jax.jit(APGD(norm).start)
   state = start(make_problem(images), settings)
   delta = np.asarray(state.x - images, np.float64).reshape(200, -1)

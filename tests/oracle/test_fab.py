@@ -61,8 +61,8 @@ class Case(NamedTuple):
     )
 
 
-def _settings(epsilon: float, dtype: Any = np.float32) -> search.Settings:
-  return search.Settings(jnp.asarray(epsilon, dtype), jnp.int32(20))
+def _settings(epsilon: float, dtype: Any = np.float32) -> search.SearchSettings:
+  return search.SearchSettings(jnp.asarray(epsilon, dtype), jnp.int32(20))
 
 
 @pytest.fixture(scope="module")

@@ -168,7 +168,9 @@ def _check(
 
   @jit
   def ours(params, teacher):
-    attacked = adversarial.Attacked(images_adv, variables["batch_stats"])
+    attacked = adversarial.InnerAttackResult(
+      images_adv, variables["batch_stats"]
+    )
     prepared = prepare(
       attacked,
       lambda **options: attention.forward(
@@ -431,7 +433,7 @@ def test_tla_equals_pytorch(layer, mode, small, twin, make_variables, x64):
     twin.small,
     twin,
     make_variables,
-    lambda attacked, _: tla.Prepared(attacked, jnp.asarray(relatives)),
+    lambda attacked, _: tla.PreparedTLA(attacked, jnp.asarray(relatives)),
     functools.partial(
       _tla, layer=layer or "bn2", relatives=relatives, **weights
     ),
@@ -482,7 +484,7 @@ def test_a_batch_of_one_class_has_no_triplet(small):
   model, variables, images, _ = small
   objective = objectives.create("tla", **ATTACK)
   batch = objectives.make_batch(images, jnp.ones(8, jnp.int32), 3)
-  attacked = adversarial.Attacked(images, variables["batch_stats"])
+  attacked = adversarial.InnerAttackResult(images, variables["batch_stats"])
 
   @jit
   def run(params):
@@ -490,7 +492,7 @@ def test_a_batch_of_one_class_has_no_triplet(small):
       outcome = objective.loss(
         model,
         {"params": params},
-        tla.Prepared(attacked, jnp.arange(8)),
+        tla.PreparedTLA(attacked, jnp.arange(8)),
         batch,
       )
       return outcome.total.mean(), outcome.terms
@@ -554,9 +556,9 @@ def _check_atat(example, network, twin, make_variables, **fields):
 
   def prepare(attacked, teacher):
     if not objective.needs_teacher:
-      return atat.Prepared(attacked, {})
+      return atat.PreparedATAT(attacked, {})
     maps = teacher(layers=layers, maps=objective.maps)[1]
-    return atat.Prepared(attacked, objective._normalized(maps))
+    return atat.PreparedATAT(attacked, objective._normalize_all(maps))
 
   _check(
     objective,
@@ -642,8 +644,8 @@ def test_released_variants_equal_pytorch(
   def prepare(attacked, teacher):
     logits, maps, _ = teacher()
     if variant == "logits":
-      return atat_released.Prepared(attacked, logits)
-    return atat_released.Prepared(attacked, maps["bn2"] / (8 * 3))
+      return atat_released.PreparedATATReleased(attacked, logits)
+    return atat_released.PreparedATATReleased(attacked, maps["bn2"] / (8 * 3))
 
   outcome = _check(
     objectives.create(

@@ -14,10 +14,9 @@ from scipy import stats
 from atat_jax.attacks import base, search
 from atat_jax.attacks.simplex import project_l1
 from atat_jax.attacks.square_search import (
-  NORMS,
   Draws,
   Square,
-  State,
+  SquareState,
   level,
   schedule,
   square,
@@ -26,6 +25,7 @@ from atat_jax.errors import UserError
 
 KEY = jax.random.key(3)
 EPSILON = {"linf": 0.05, "l2": 0.5, "l1": 3.0}
+NORMS = ("linf", "l2", "l1")
 SHAPES = [(7, 5, 1), (4, 4, 3), (3, 8, 2), (1, 1, 1)]
 
 # The first query of each level.
@@ -64,19 +64,19 @@ def _problem(images: Any, labels: Any = None, examples: Any = None) -> Any:
 
 def _settings(images: Any, norm: str, epsilon: float | None = None) -> Any:
   value = EPSILON[norm] if epsilon is None else epsilon
-  return search.Settings(jnp.asarray(value, images.dtype), jnp.int32(100))
+  return search.SearchSettings(jnp.asarray(value, images.dtype), jnp.int32(100))
 
 
 _project_l1 = jax.jit(project_l1)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _start(attack: Square, problem: Any, settings: Any) -> State:
+def _start(attack: Square, problem: Any, settings: Any) -> SquareState:
   return attack.start(problem, settings)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _step(attack: Square, *args: Any) -> State:
+def _step(attack: Square, *args: Any) -> SquareState:
   return attack.step(*args)
 
 
@@ -399,7 +399,7 @@ def test_what_is_kept(norm):
   images = jnp.asarray(_images((len(cases), 8, 8, 2)), jnp.float32)
   problem, settings = _problem(images), _settings(images, norm)
   x = _start(attack, problem, settings).adversarial
-  state = State(x, old, jnp.zeros(len(cases), bool))
+  state = SquareState(x, old, jnp.zeros(len(cases), bool))
   after = _step(
     attack, Partial(_constant, new), KEY, problem, settings, state, steps
   )

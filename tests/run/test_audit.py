@@ -169,7 +169,7 @@ def case():
 
 
 def check(found, flag=None, value=None):
-  assert set(found) == {"rule", "value", "flag", "message"}
+  assert set(found) == {"title", "rule", "value", "flag", "message"}
   json.dumps(found, allow_nan=False)
   assert type(found["flag"]) is bool and type(found["value"]) is float
   assert found["message"].endswith(".")
@@ -238,7 +238,7 @@ def test_no_attack_succeeds_in_a_tiny_ball(case):
   found = case.audit(adversarial=adversarial, epsilon=1e-5)
   assert not flags(found)
   assert found["noise"]["message"].startswith("Nothing fools the classifier")
-  assert "100.0 % at 1e-05" in found["epsilon"]["message"]
+  assert "100.0% at 1e-05" in found["epsilon"]["message"]
 
 
 def test_numbers_of_a_linear_classifier_are_known(case):
@@ -269,13 +269,13 @@ def test_numbers_of_a_linear_classifier_are_known(case):
   share = (distance > epsilon).mean()
   assert share == 10 / 21
   check(found["attack_strength"], True, 1 - share)
-  text = f"{100 * share:.1f} %"
+  text = f"{100 * share:.1f}%"
   assert found["steps"]["message"] == (
     f"Of 21 images PGD leaves {text} after 20, {text} after 40, {text} after"
     " 100 steps: it has converged."
   )
   check(found["steps"], False, 0.0)
-  curve = re.findall(r"([\d.]+) % at ([\d.e-]+)", found["epsilon"]["message"])
+  curve = re.findall(r"([\d.]+)% at ([\d.e-]+)", found["epsilon"]["message"])
   radius = epsilon
   for accuracy, written in curve:
     assert float(written) == pytest.approx(radius, rel=1e-3)
@@ -385,9 +385,7 @@ def test_images_that_break_the_rules(case):
   adversarial[:8, 3, 3] = np.nan
   adversarial[8:16, 3, 3] = np.inf
   found = case.audit(adversarial=adversarial)
-  assert (
-    "16 images have pixels that are not finite" in (found["in_ball"]["message"])
-  )
+  assert "not finite: 16 images." in (found["in_ball"]["message"])
   assert flags(found) >= {"in_ball", "attack_strength"}
 
 
@@ -416,7 +414,7 @@ def test_an_attack_that_needs_many_steps_is_seen(case):
   found = run(400)
   assert flags(found) == {"steps"}
   check(found["steps"], True, 1.0)
-  leaves = "100.0 % after 10, 100.0 % after 20, 0.0 % after 400 steps"
+  leaves = "100.0% after 10, 100.0% after 20, 0.0% after 400 steps"
   assert leaves in found["steps"]["message"]
   assert flags(run(20)) == {"steps", "attack_strength", "noise"}
 
@@ -453,7 +451,7 @@ def test_rule_of_steps(count, numbers, flag):
   largest = max(n - numbers[-1] for n in numbers[:-1])
   check(found, flag, largest / count)
   assert (
-    f"{100 * numbers[0] / count:.1f} % after {steps[0]}, " in (found["message"])
+    f"{100 * numbers[0] / count:.1f}% after {steps[0]}, " in (found["message"])
   )
 
 
@@ -492,7 +490,7 @@ def test_rule_of_the_growing_ball(numbers, flag, word):
   found = larger_balls([0.1 * 2**n for n in range(8)], rights)
   check(found, flag, numbers[-1] / 100)
   assert word in found["message"]
-  assert f"{numbers[1]:.1f} % at 0.2" in found["message"]
+  assert f"{numbers[1]:.1f}% at 0.2" in found["message"]
 
 
 def test_who_falls_in_a_ball_falls_in_larger_ones():
@@ -559,7 +557,7 @@ def test_rule_of_the_box(pixel, flag):
   # The largest distance among the finite images, a number in any case.
   distance = abs(pixel - 0.5) if np.isfinite(pixel) else 0.0
   check(found, flag, distance)
-  assert ("1 images have pixels" in found["message"]) is (distance == 0)
+  assert ("not finite: 1 image." in found["message"]) is (distance == 0)
 
 
 # --- Use -----------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The command: what a run leaves behind, doing it again, and its errors."""
+"""The command: the files of a run, running it again, and its errors."""
 
 import html.parser
 import json
@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 import tiny
 
-from atat_jax import analyses, checkpoints, evaluate, evaluation, report, steps
+from atat_jax import (
+  analyses,
+  checkpoints,
+  data,
+  evaluate,
+  evaluation,
+  report,
+  steps,
+)
 from atat_jax.errors import UserError
 from atat_jax.training.interrupts import Interrupted
 
@@ -40,6 +48,7 @@ ROW_FIELDS = {
   "batch_norm",
   "seed",
   "accuracy",
+  "class_accuracy",
   "seconds",
 }
 
@@ -53,7 +62,18 @@ def read_rows(workdir):
   return {(r["model"], r["batch_norm"], r["attack"]): r for r in rows}
 
 
-# --- What a run leaves behind ------------------------------------------------
+def over_classes(row):
+  """The accuracy of a row as the mean of its classes, weighted by their size."""
+  labels = data.load("digits").test.labels[: row["num_examples"]]
+  counts = np.bincount(labels, minlength=10)
+  shares = row["class_accuracy"]
+  assert [share is None for share in shares] == list(counts == 0)
+  return sum(s * n for s, n in zip(shares, counts, strict=True) if n) / sum(
+    counts
+  )
+
+
+# --- The files of a run ------------------------------------------------------
 
 
 def test_a_run_makes_the_files_of_the_contract(finished):
@@ -85,6 +105,11 @@ def test_results_obey_the_contract(finished):
   assert run["config"] == json.loads(json.dumps(tiny.config().to_dict()))
   assert run["versions"]["jax"] == jax.__version__
   assert run["devices"] and isinstance(run["devices"], list)
+  assert set(run["num_parameters"]) == {"teacher", "student"}
+  for folder, role in (("teacher", "teacher"), ("", "student")):
+    _, variables = checkpoints.restore_model(finished.workdir / folder)
+    sizes = [leaf.size for leaf in jax.tree.leaves(variables["params"])]
+    assert run["num_parameters"][role] == sum(sizes)
 
   rows = results["rows"]
   keys = [(row["model"], row["batch_norm"], row["attack"]) for row in rows]
@@ -98,6 +123,7 @@ def test_results_obey_the_contract(finished):
   for row in rows:
     assert set(row) >= ROW_FIELDS
     assert 0 <= row["accuracy"] <= 1
+    assert over_classes(row) == pytest.approx(row["accuracy"])
     count = row["accuracy"] * tiny.NUM_TEST
     assert count == pytest.approx(round(count), abs=1e-4)
     assert row["num_examples"] == tiny.NUM_TEST
@@ -117,7 +143,7 @@ def test_results_obey_the_contract(finished):
     assert row["loss"] == ("cross_entropy" if attacked else None)
     assert row["num_restarts"] == (1 if attacked else None)
   for diagnostic in results["diagnostics"].values():
-    assert set(diagnostic) == {"rule", "value", "flag", "message"}
+    assert set(diagnostic) == {"title", "rule", "value", "flag", "message"}
     assert math.isfinite(diagnostic["value"])
   assert {name.split("_")[0] for name in results["diagnostics"]} == {
     "teacher",
@@ -148,7 +174,7 @@ def test_metrics_name_every_term(finished):
     )
     if line["split"] == "validation":
       assert 0 <= line["accuracy_adversarial"] <= line["accuracy_clean"] <= 1
-      assert line["attack"].startswith("pgd1: linf, epsilon 0.2")
+      assert line["attack"].startswith("pgd1: linf, epsilon 51/255")
       continue
     total = (  # Eq. (7)
       line["cross_entropy"]
@@ -189,7 +215,7 @@ def test_the_learning_rate_is_the_schedules(finished):
     assert rate == pytest.approx(expected, rel=1e-4)
 
 
-def test_attention_maps_are_of_both_networks(finished):
+def test_attention_maps_are_those_of_both_networks(finished):
   with np.load(finished.workdir / "attention.npz") as arrays:
     images = arrays["images"]
     assert images.shape == (2, 8, 8, 1)
@@ -205,7 +231,7 @@ def test_attention_maps_are_of_both_networks(finished):
 
 
 class Page(html.parser.HTMLParser):
-  """Text and pictures of a page, and what it asks for elsewhere."""
+  """Text and pictures of a page, and its references to other files."""
 
   def __init__(self, path):
     super().__init__()
@@ -244,12 +270,11 @@ def forbid(monkeypatch, module, name):
 
 
 @pytest.mark.parametrize("mode", ["run", "train", "evaluate"])
-def test_what_is_done_is_not_done_again(finished, tmp_path, monkeypatch, mode):
+def test_finished_work_is_not_done_again(finished, tmp_path, monkeypatch, mode):
   workdir = finished.copy(tmp_path / "run")
   before = tiny.snapshot(workdir)
   forbid(monkeypatch, steps, "make_train_step")
-  forbid(monkeypatch, evaluation, "accuracy")
-  forbid(monkeypatch, evaluation, "attention_maps")
+  forbid(monkeypatch, evaluation, "class_counts")
   forbid(monkeypatch, report, "write_report")
   tiny.run(workdir, mode)
   after = tiny.snapshot(workdir)
@@ -266,13 +291,13 @@ def test_more_attacks_add_rows_and_keep_the_old(
 ):
   workdir = finished.copy(tmp_path / "run")
   before = read_rows(workdir)
-  accuracy, calls = evaluation.accuracy, []
+  class_counts, calls = evaluation.class_counts, []
 
   def counted(*args, **kwargs):
     calls.append(kwargs["protocol"].name)
-    return accuracy(*args, **kwargs)
+    return class_counts(*args, **kwargs)
 
-  monkeypatch.setattr(evaluation, "accuracy", counted)
+  monkeypatch.setattr(evaluation, "class_counts", counted)
   forbid(monkeypatch, steps, "make_train_step")
   made = tiny.config(evaluation__attacks="fgsm,ifgsm2")
   tiny.run(workdir, "evaluate", made)
@@ -286,7 +311,7 @@ def test_more_attacks_add_rows_and_keep_the_old(
   assert {key: after[key] for key in before} == before
 
   # The report is older than the results now.
-  monkeypatch.setattr(evaluation, "accuracy", accuracy)
+  monkeypatch.setattr(evaluation, "class_counts", class_counts)
   tiny.run(workdir)
   assert "ifgsm2" in Page(workdir / "report.html").text
 
@@ -324,7 +349,7 @@ def test_a_quick_look_changes_no_diagnostics(finished, quick_look):
 
 
 def test_autoattack_by_name(finished, tmp_path, monkeypatch):
-  """Alone and with others that have parameters; done once, shown everywhere."""
+  """AutoAttack and an attack with parameters: measured once, shown everywhere."""
   workdir = finished.copy(tmp_path / "run")
   names = ["autoattack-fast", "square:norm=l2:epsilon=0.5:num_queries=3"]
   made = tiny.config(
@@ -337,12 +362,13 @@ def test_autoattack_by_name(finished, tmp_path, monkeypatch):
   for model in ("teacher", "student"):
     fast, square = (rows[model, "running", name] for name in names)
     parts = fast["attacks"]
-    # With nobody left standing the next attack has nothing to do.
+    # Without robust images the next attack has nothing to do.
     ran = [p["attack"] for p in parts]
     assert ran == ["clean", "apgd-ce", "apgd-t"][: len(ran)] and len(ran) > 1
     falling = [p["accuracy"] for p in parts]
     assert falling == sorted(falling, reverse=True)
     assert fast["accuracy"] == falling[-1]
+    assert over_classes(fast) == pytest.approx(fast["accuracy"])
     assert fast["options"] == {"version": "fast"}
     assert (square["norm"], square["epsilon"]) == ("l2", 0.5)
     assert square["num_steps"] == 3
@@ -355,7 +381,7 @@ def test_autoattack_by_name(finished, tmp_path, monkeypatch):
 
   tiny.run(workdir, "figures")
   text = Page(workdir / "report.html").text
-  for part in (names[0], names[1], "version fast", "apgd-ce (cross_entropy"):
+  for part in (names[0], names[1], "version fast", "apgd-ce"):
     assert part in text, part
 
   forbid(monkeypatch, evaluate, "_measure")
@@ -366,10 +392,10 @@ def test_the_batch_size_matters_only_with_batch_statistics(
   finished, tmp_path, monkeypatch
 ):
   workdir = finished.copy(tmp_path / "run")
-  forbid(monkeypatch, evaluation, "accuracy")
+  forbid(monkeypatch, evaluation, "class_counts")
   tiny.run(workdir, "evaluate", tiny.config(evaluation__batch_size=7))
   made = tiny.config(evaluation__batch_statistics_size=7)
-  with pytest.raises(AssertionError, match="accuracy was called"):
+  with pytest.raises(AssertionError, match="class_counts was called"):
     tiny.run(workdir, "evaluate", made)
 
 
@@ -396,15 +422,15 @@ def test_an_interrupted_evaluation_goes_on(finished, tmp_path, monkeypatch):
   workdir = finished.copy(tmp_path / "run")
   expected = read_rows(workdir)
   (workdir / "results.json").unlink()
-  accuracy, calls = evaluation.accuracy, []
+  class_counts, calls = evaluation.class_counts, []
 
   def interrupted(*args, **kwargs):
     if len(calls) == 5:
       raise Interrupted("stopped", 2)
     calls.append(1)
-    return accuracy(*args, **kwargs)
+    return class_counts(*args, **kwargs)
 
-  monkeypatch.setattr(evaluation, "accuracy", interrupted)
+  monkeypatch.setattr(evaluation, "class_counts", interrupted)
   with pytest.raises(Interrupted):
     tiny.run(workdir, "evaluate")
   assert len(read_rows(workdir)) == 5
@@ -412,7 +438,7 @@ def test_an_interrupted_evaluation_goes_on(finished, tmp_path, monkeypatch):
   with pytest.raises(Interrupted):
     tiny.run(workdir, "evaluate")
   assert len(read_rows(workdir)) == 10
-  monkeypatch.setattr(evaluation, "accuracy", accuracy)
+  monkeypatch.setattr(evaluation, "class_counts", class_counts)
   tiny.run(workdir, "evaluate")
   found = read_rows(workdir)
 
@@ -447,7 +473,7 @@ def test_figures_are_redrawn_from_the_files_alone(
 
 
 def refused(outcome, *parts):
-  """One line, exit status not 0, no traceback, all parts named."""
+  """Checks for one line that names all parts, an error status, no traceback."""
   assert outcome.status not in (0, None)
   lines = outcome.stderr.strip().splitlines()
   assert len(lines) == 1, outcome.stderr
@@ -461,19 +487,13 @@ def refused(outcome, *parts):
   ("extra", "parts"),
   [
     (["--config.train.lrr=0.1"], ["lrr"]),
-    pytest.param(
-      ["--config.trian.num_epochs=1"],
-      ["trian"],
-    ),
+    (["--config.trian.num_epochs=1"], ["trian"]),
     (["--config.train.num_epochs=two"], ["train.num_epochs", "two"]),
     (["--config.train.num_epochs=1.5"], ["train.num_epochs", "1.5"]),
-    (["--config.train.learning_rate=high"], ["learning_rate", "high"]),
     (["--config.data.flip=perhaps"], ["data.flip", "perhaps"]),
+    (["--config.train.boundaries=abc"], ["boundaries", "abc"]),
+    # A value that the plan refuses; all others are in test_config.
     (["--config.train.batch_size=0"], ["train.batch_size", "0"]),
-    (["--config.objective.epsilon=-1"], ["epsilon", "-1"]),
-    (["--config.model.depth=11"], ["depth", "11", "6n + 2"]),
-    (["--config.evaluation.attacks=pgd20,cw"], ["cw", "pgd<steps>"]),
-    (["--config.data.name=mnist"], ["mnist", "digits"]),
     (["--mode=test"], ["mode", "test", "evaluate"]),
     (["--epochs=3"], ["epochs"]),
     (["train"], ["train", "--"]),
@@ -482,16 +502,6 @@ def refused(outcome, *parts):
 )
 def test_a_wrong_command_is_refused(command_line, tmp_path, extra, parts):
   refused(command_line(*tiny.flags(tmp_path / "run", *extra)), *parts)
-  assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(
-  "value", ["()", "('a',)", "abc"], ids=["empty", "text", "bare"]
-)
-def test_wrong_boundaries_are_refused(command_line, tmp_path, value):
-  extra = ["--config.train.schedule=piecewise"]
-  extra += [f"--config.train.boundaries={value}"]
-  refused(command_line(*tiny.flags(tmp_path / "run", *extra)), "boundaries")
   assert not (tmp_path / "run").exists()
 
 
@@ -549,23 +559,13 @@ def test_a_workdir_that_is_a_file(command_line, tmp_path):
   assert path.read_text() == "mine"
 
 
-@pytest.mark.parametrize(
-  ("field", "value", "found"),
-  [
-    ("train.learning_rate", 0.3, 0.2),
-    ("model.width", 2, 1),
-    ("seed", 1, 0),
-  ],
-)
 @pytest.mark.parametrize("mode", ["run", "train", "evaluate"])
-def test_a_workdir_of_another_run_is_left_alone(
-  command_line, finished, mode, field, value, found
-):
+def test_a_workdir_of_another_run_is_left_alone(command_line, finished, mode):
   before = tiny.snapshot(finished.workdir)
   outcome = command_line(
-    *tiny.flags(finished.workdir, f"--config.{field}={value}", mode=mode)
+    *tiny.flags(finished.workdir, "--config.model.width=2", mode=mode)
   )
-  refused(outcome, f"{field}: {value}", found, finished.workdir, "--workdir")
+  refused(outcome, "model.width: 2", 1, finished.workdir, "--workdir")
   assert tiny.snapshot(finished.workdir) == before
 
 

@@ -1,10 +1,18 @@
-"""Reads a report as a browser would."""
+"""Pages as a reader of their HTML sees them."""
 
 import html.parser
 
 
 class Page(html.parser.HTMLParser):
-  """What a browser would make of the page; asserts that tags are balanced."""
+  """Parsed page; refuses tags that are not balanced.
+
+  Attributes:
+    source: The HTML.
+    text: All text but the style.
+    tags: (tag, attributes) of every element, in order.
+    rows: Text of the cells of every table row, small print included.
+    headings: Text of the second-level headings.
+  """
 
   VOID = frozenset({"meta", "img"})
 
@@ -33,8 +41,9 @@ class Page(html.parser.HTMLParser):
     if not self.open or self.open[-1] == "style":
       return
     self.text += data
-    if self.open[-1] in ("td", "th"):
-      self.rows[-1][-1] += data
+    if {"td", "th"} & set(self.open):
+      pieces = [self.rows[-1][-1], data.strip()]
+      self.rows[-1][-1] = " ".join(filter(None, pieces))
     if self.open[-1] == "h2":
       self.headings.append(data)
 

@@ -1,12 +1,12 @@
-"""The whole main job in seconds, for tests of what surrounds the training.
+"""The whole job of `main.py` in seconds: a tiny configuration, and its runs.
 
-The configuration is `configs/digits.py` with less of everything. Ten steps
-make an epoch; validation comes every five steps and a log line every four, so
-that every checkpoint but the last is in the middle of a log interval.
+The configuration is `configs/digits.py` with less of everything. An epoch has
+ten steps; there is a validation every five steps and a log line every four, so
+that every checkpoint but the last lies inside a log interval.
 
-Test modules import it and name it in `pytest_plugins`, which is for its
-fixtures (pytest complains of modules that it loads second, unless they say
-PYTEST_DONT_REWRITE).
+Test modules import it for its functions and name it in `pytest_plugins` for its
+fixtures. (pytest warns of modules that it loads second, unless they say
+PYTEST_DONT_REWRITE.)
 """
 
 import hashlib
@@ -28,9 +28,9 @@ import jax
 import pytest
 from ml_collections import ConfigDict
 
-from atat_jax import evaluation, pipeline, sharding, steps
+from atat_jax import evaluation, objectives, pipeline, plan, sharding, steps
 from atat_jax.data import batches
-from atat_jax.training import writer
+from atat_jax.training import averaging, writer
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -61,11 +61,10 @@ OVERRIDES = {
   "figures.attack": "pgd2",
   "figures.num_images": 2,
 }
-STANDARD = {"objective.num_steps"}  # fields that `standard` does not have
 
 
 def load_config(name: str, method: str | None = None) -> ConfigDict:
-  """What `configs/<name>.py` returns, with its default method or another."""
+  """Loads `configs/<name>.py`, with its default method or another choice."""
   path = ROOT / "configs" / f"{name}.py"
   spec = importlib.util.spec_from_file_location(f"configs_{name}", path)
   module = importlib.util.module_from_spec(spec)
@@ -78,14 +77,20 @@ def load_config(name: str, method: str | None = None) -> ConfigDict:
 
 
 def config(method: str = "atat", **overrides: Any) -> ConfigDict:
-  """The tiny configuration; `train__num_epochs=3` changes `train.num_epochs`."""
+  """Returns the tiny configuration; `train__num_epochs=3` sets that field."""
   made = load_config("digits", method)
-  for field, value in OVERRIDES.items():
-    if method != "standard" or field not in STANDARD:
-      made.update_from_flattened_dict({field: value})
-  for field, value in overrides.items():
-    made.update_from_flattened_dict({field.replace("__", "."): value})
+  made.update_from_flattened_dict(_overrides(method))
+  made.update_from_flattened_dict(
+    {field.replace("__", "."): value for field, value in overrides.items()}
+  )
   return made
+
+
+def _overrides(method: str) -> dict[str, Any]:
+  """Returns the overrides of the fields that a method has."""
+  missing = {"num_steps"} - set(objectives.defaults(method))
+  unknown = {f"objective.{field}" for field in missing}
+  return {k: v for k, v in OVERRIDES.items() if k not in unknown}
 
 
 def flags(
@@ -94,29 +99,58 @@ def flags(
   method: str = "atat",
   mode: str | None = None,
 ) -> list[str]:
-  """The same as arguments of `main.py`; `extra` comes last, so it wins."""
+  """Returns the same as arguments of `main.py`; those in `extra` win."""
   return [
     f"--config=configs/digits.py:{method}",
     f"--workdir={workdir}",
     *([f"--mode={mode}"] if mode else []),
-    *(
-      f"--config.{field}={value}"
-      for field, value in OVERRIDES.items()
-      if method != "standard" or field not in STANDARD
-    ),
+    *(f"--config.{k}={v}" for k, v in _overrides(method).items()),
     *extra,
   ]
 
 
 @contextmanager
 def devices(number: int) -> Iterator[None]:
-  """Lets the modes use so many of the devices."""
+  """Restricts the modes of `main.py` to the first devices."""
   make_mesh = sharding.make_mesh
   chosen = jax.devices()[:number]
   if len(chosen) < number:
     pytest.skip(f"needs {number} devices, has {len(chosen)}")
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(sharding, "make_mesh", lambda: make_mesh(chosen))
+    yield
+
+
+_made: dict[Any, Any] = {}
+
+
+def _remembered(function: Callable[..., Any]) -> Callable[..., Any]:
+  """Wraps a maker of programs: the same arguments give the same program."""
+
+  def make(*args: Any, **kwargs: Any) -> Any:
+    key = (function, args, tuple(sorted(kwargs.items())))
+    if key not in _made:
+      _made[key] = function(*args, **kwargs)
+    return _made[key]
+
+  return make
+
+
+@contextmanager
+def shared_programs() -> Iterator[None]:
+  """Trainings of one plan share their compiled programs.
+
+  A new process would compile the same programs again, which costs most of a
+  tiny run's time.
+  """
+  with pytest.MonkeyPatch.context() as patch:
+    for owner, name in (
+      (plan.StagePlan, "make_optimizer"),
+      (steps, "make_train_step"),
+      (averaging, "make_statistics_pass"),
+    ):
+      if hasattr(owner, name):  # a test may have removed it
+        patch.setattr(owner, name, _remembered(getattr(owner, name)))
     yield
 
 
@@ -127,8 +161,8 @@ def run(
   *,
   num_devices: int = 1,
 ) -> None:
-  """`main.py` without its flags, in this process."""
-  with devices(num_devices):
+  """Runs a mode of `main.py` in this process, with `shared_programs`."""
+  with devices(num_devices), shared_programs():
     pipeline.run(mode, made or config(), workdir)
 
 
@@ -137,9 +171,9 @@ def signal_before(step: int, seed: int, signum: int = signal.SIGTERM):
   """Sends this process a signal when it fetches the batch of a step.
 
   Args:
-    step: From 1, as checkpoints and log lines count.
-    seed: Of the stage: `config.seed` is the student's.
-    signum: Which signal.
+    step: Step, counted from 1 as in checkpoints and log lines.
+    seed: Seed of the stage; the student's is `config.seed`.
+    signum: The signal.
   """
   train_indices = batches.train_indices
 
@@ -155,7 +189,7 @@ def signal_before(step: int, seed: int, signum: int = signal.SIGTERM):
 
 @contextmanager
 def instant_steps() -> Iterator[None]:
-  """Replaces the train step by one that only counts: nothing is compiled."""
+  """Replaces the train step by one that only counts; it compiles nothing."""
 
   def make_train_step(*_: Any, **__: Any) -> steps.TrainStep:
     def step_fn(state: Any, *_: Any) -> Any:
@@ -170,17 +204,18 @@ def instant_steps() -> Iterator[None]:
 
 
 def teacher_seed(made: ConfigDict) -> int:
-  """The stage's seed, which is not the student's."""
+  """Returns the seed of the teacher's stage."""
   return made.seed + 1_000_003
 
 
 class Compilations(NamedTuple):
-  """How many programs had been compiled when something happened.
+  """Numbers of programs that a run had compiled at several moments.
 
   Attributes:
-    lines: Of each line of the metrics (directory, split, step, number).
-    evaluations: Of each accuracy (protocol, batch size, before, after).
-    programs: Each program's (name, shapes of its arguments).
+    lines: (directory, split, step, number) at each line of the metrics.
+    evaluations: (protocol, batch size, number before, number after) of each
+      row of the results.
+    programs: (name, shapes of the arguments) of each program.
   """
 
   lines: list[tuple[str, str, int, int]]
@@ -189,29 +224,29 @@ class Compilations(NamedTuple):
 
 
 class FinishedRun(NamedTuple):
-  """A run of the tiny configuration on one device; not to be changed.
+  """A run of the tiny configuration on one device, which no test may change.
 
   Attributes:
-    workdir: Its directory.
-    compilations: What it compiled when.
+    workdir: Working directory of the run.
+    compilations: Programs that it compiled.
   """
 
   workdir: pathlib.Path
   compilations: Compilations
 
   def copy(self, to: pathlib.Path) -> pathlib.Path:
-    """A copy that a test may change."""
+    """Copies the working directory, for a test that changes it."""
     return pathlib.Path(shutil.copytree(self.workdir, to))
 
   @property
   def results(self) -> dict[str, Any]:
-    """What `results.json` holds."""
+    """Content of `results.json`."""
     return json.loads((self.workdir / "results.json").read_text())
 
 
 @contextmanager
 def noted_programs(programs: list[tuple[str, str]]) -> Iterator[None]:
-  """Notes what jax says that it compiles (or loads): (name, shapes)."""
+  """Collects the programs that jax compiles (or loads) as (name, shapes)."""
 
   class Handler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
@@ -232,33 +267,34 @@ def noted_programs(programs: list[tuple[str, str]]) -> Iterator[None]:
 def finished(
   tmp_path_factory: pytest.TempPathFactory, compilations: Callable[[], int]
 ) -> FinishedRun:
-  """Teacher, student, evaluation, figures and report, made once for all."""
+  """A finished run with teacher, student, evaluation, figures and report."""
   workdir = tmp_path_factory.mktemp("finished") / "run"
   counts = Compilations([], [], [])
-  write, accuracy = writer.MetricsWriter.write, evaluation.accuracy
+  write, class_counts = writer.MetricsWriter.write, evaluation.class_counts
 
   def counted_write(self: Any, split: str, step: int, values: Any) -> None:
     directory = pathlib.Path(self._file.name).parent.name
     counts.lines.append((directory, split, step, compilations()))
     write(self, split, step, values)
 
-  def counted_accuracy(*args: Any, **kwargs: Any) -> float:
+  def counted_evaluation(*args: Any, **kwargs: Any) -> Any:
     before = compilations()
-    value = accuracy(*args, **kwargs)
+    value = class_counts(*args, **kwargs)
     name, size = kwargs["protocol"].name, kwargs["batch_size"]
     counts.evaluations.append((name, size, before, compilations()))
     return value
 
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(writer.MetricsWriter, "write", counted_write)
-    patch.setattr(evaluation, "accuracy", counted_accuracy)
+    patch.setattr(evaluation, "class_counts", counted_evaluation)
+    _made.clear()  # this run compiles all of its programs
     with noted_programs(counts.programs):
       run(workdir)
   return FinishedRun(workdir, counts)
 
 
 def snapshot(directory: pathlib.Path) -> dict[str, tuple[int, str]]:
-  """Every path below a directory: time of change and digest ("" of folders)."""
+  """Maps each path below a directory to (time of change, digest)."""
   return {
     str(path.relative_to(directory)): (
       path.stat().st_mtime_ns,
@@ -269,7 +305,7 @@ def snapshot(directory: pathlib.Path) -> dict[str, tuple[int, str]]:
 
 
 def metrics(path: pathlib.Path) -> list[dict[str, Any]]:
-  """The lines of a `metrics.jsonl` but for what the clock says."""
+  """Reads a `metrics.jsonl` without the speed, which is never the same."""
   lines = [json.loads(line) for line in path.read_text().splitlines()]
   for line in lines:
     line.pop("images_per_second", None)
@@ -277,15 +313,15 @@ def metrics(path: pathlib.Path) -> list[dict[str, Any]]:
 
 
 class Outcome(NamedTuple):
-  """How a process ended: its exit status and what it wrote."""
+  """Exit status and output of a process."""
 
   status: int
   stdout: str
   stderr: str
 
 
-# `python main.py` again and again, without importing everything each time:
-# nothing of JAX has started when the process forks.
+# Runs `python main.py` many times without importing everything again: JAX has
+# not started a backend when the process forks.
 _SERVER = """
 import json, os, runpy, sys, traceback
 import jax, tensorboardX
@@ -310,14 +346,14 @@ for line in sys.stdin:
       status = 1
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(status or 0)  # tearing so much down takes a second
+    os._exit(status or 0)  # an orderly exit takes a second
   status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
   print(status, flush=True)
 """
 
 
 class CommandLine:
-  """Runs `python main.py` in the repository, one after the other."""
+  """Runs `python main.py` in the repository, one command after the other."""
 
   def __init__(self, folder: pathlib.Path) -> None:
     self._folder = folder
@@ -331,7 +367,7 @@ class CommandLine:
     )
 
   def __call__(self, *arguments: object) -> Outcome:
-    """Runs it to its end."""
+    """Runs one command to its end."""
     out, err = self._folder / "stdout", self._folder / "stderr"
     request = [list(map(str, arguments)), str(out), str(err)]
     self._server.stdin.write(json.dumps(request) + "\n")
@@ -350,7 +386,7 @@ class CommandLine:
 def command_line(
   tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[CommandLine]:
-  """See `CommandLine`."""
+  """Callable that runs `python main.py` with the arguments given."""
   made = CommandLine(tmp_path_factory.mktemp("output"))
   yield made
   made.close()

@@ -1,7 +1,6 @@
-"""What an AutoAttack evaluation has done so far, in memory and in a file."""
+"""Progress of an AutoAttack evaluation, in memory and in a file."""
 
 import dataclasses
-import os
 import pathlib
 import zipfile
 from collections.abc import Sequence
@@ -11,21 +10,23 @@ import numpy as np
 
 from atat_jax.attacks.autoattack.slots import InFlight, Job
 from atat_jax.errors import UserError
+from atat_jax.runs import files
 
 
 @dataclasses.dataclass
-class Progress:
-  """How far an evaluation is; changed in place.
+class EnsembleProgress:
+  """Progress of an evaluation; changed in place.
 
   Attributes:
-    logits: [N, K] of the clean images.
-    robust: bool [N]: who still stands.
-    claimed: bool [N]: who the running attack says it has fooled.
-    adversarial: [N, H, W, C]: images that fool, elsewhere the clean ones.
-    accuracies: "clean" and attacks that are over to the accuracy after them.
-    seconds: Attack to the time it has taken.
-    done: Attack to bool [N, runs]: the runs that are over.
-    in_flight: Runs in the middle of their way.
+    logits: Logits of the clean images, [N, K].
+    robust: bool [N]: examples that no attack has fooled.
+    claimed: bool [N]: examples that the running attack claims to have fooled.
+    adversarial: Images that fool the classifier, elsewhere the clean ones,
+      [N, H, W, C].
+    accuracies: "clean" and finished attacks to the accuracy after them.
+    seconds: Attack to its run time.
+    done: Attack to its finished runs, bool [N, runs].
+    in_flight: Unfinished runs.
   """
 
   logits: np.ndarray
@@ -44,8 +45,8 @@ class Progress:
     logits: np.ndarray,
     labels: np.ndarray,
     jobs: Sequence[Job],
-  ) -> "Progress":
-    """Before the first attack."""
+  ) -> "EnsembleProgress":
+    """Returns the progress before the first attack."""
     robust = logits.argmax(-1) == labels
     return cls(
       logits=logits,
@@ -61,12 +62,12 @@ class Progress:
 
 
 class Store:
-  """The file of an evaluation: written at once or not at all.
+  """File of an evaluation, written as a whole or not at all.
 
   Args:
     path: The file.
-    identity: Everything the evaluation depends on, as text, the classifier
-      aside: that is known by its logits on the clean images.
+    identity: Everything the evaluation depends on, as text, except for the
+      classifier, which is recognised by its logits on the clean images.
 
   Raises:
     UserError: The folder of the file cannot be made.
@@ -81,20 +82,21 @@ class Store:
     if path.is_dir():
       raise UserError(f"state_path: {path} is a folder; allowed: a file")
 
-  def save(self, state: Progress, in_flight: InFlight | None = None) -> None:
+  def save(
+    self, progress: EnsembleProgress, in_flight: InFlight | None = None
+  ) -> None:
     """Writes the file (process 0 only)."""
     if jax.process_index():
       return
-    fallen = ~state.robust | state.claimed
     arrays: dict[str, np.ndarray] = {
       "identity": np.array(self._identity),
-      "logits": state.logits,
-      "robust": state.robust,
-      "claimed": state.claimed,
-      "fallen": state.adversarial[fallen],
+      "logits": progress.logits,
+      "robust": progress.robust,
+      "claimed": progress.claimed,
+      "fallen": progress.adversarial[~progress.robust | progress.claimed],
     }
     for field in ("accuracies", "seconds", "done"):
-      for name, value in getattr(state, field).items():
+      for name, value in getattr(progress, field).items():
         arrays[f"{field}/{name}"] = np.asarray(value)
     if in_flight is not None:
       arrays["in_flight/examples"] = in_flight.examples
@@ -102,13 +104,10 @@ class Store:
       arrays["in_flight/i"] = in_flight.i
       for number, leaf in enumerate(in_flight.leaves):
         arrays[f"in_flight/leaf{number:03d}"] = leaf
-    partial = self._path.with_name(f".{self._path.name}.partial")
-    with partial.open("wb") as file:
-      np.savez(file, **arrays)  # type: ignore[arg-type]
-    os.replace(partial, self._path)
+    files.write_arrays(self._path, arrays)
 
-  def restore(self, fresh: Progress) -> Progress:
-    """What the file holds, or `fresh` where there is none.
+  def restore(self, fresh: EnsembleProgress) -> EnsembleProgress:
+    """Reads the file; returns `fresh` if there is none.
 
     Raises:
       UserError: Not such a file, or that of another evaluation.
@@ -138,36 +137,41 @@ class Store:
         f"state_path: {self._path} belongs to another classifier; use another"
         " path or move it away"
       )
-    return self._progress(fresh, arrays)
+    return _from_arrays(fresh, arrays)
 
-  def _progress(
-    self, fresh: Progress, arrays: dict[str, np.ndarray]
-  ) -> Progress:
-    def group(field: str) -> dict[str, np.ndarray]:
-      start = f"{field}/"
-      return {
-        name.removeprefix(start): value
-        for name, value in arrays.items()
-        if name.startswith(start)
-      }
 
-    adversarial = fresh.adversarial.copy()
-    adversarial[~arrays["robust"] | arrays["claimed"]] = arrays["fallen"]
-    running = group("in_flight")
-    return Progress(
-      logits=arrays["logits"],
-      robust=arrays["robust"],
-      claimed=arrays["claimed"],
-      adversarial=adversarial,
-      accuracies={k: float(v) for k, v in group("accuracies").items()},
-      seconds={k: float(v) for k, v in group("seconds").items()},
-      done=group("done"),
-      in_flight=InFlight(
-        running["examples"],
-        running["runs"],
-        running["i"],
-        [running[name] for name in sorted(running) if name.startswith("leaf")],
-      )
-      if running
-      else None,
+def _group(arrays: dict[str, np.ndarray], field: str) -> dict[str, np.ndarray]:
+  """Returns the arrays under `field/`, by the rest of their names."""
+  start = f"{field}/"
+  return {
+    name.removeprefix(start): value
+    for name, value in arrays.items()
+    if name.startswith(start)
+  }
+
+
+def _from_arrays(
+  fresh: EnsembleProgress, arrays: dict[str, np.ndarray]
+) -> EnsembleProgress:
+  adversarial = fresh.adversarial.copy()
+  adversarial[~arrays["robust"] | arrays["claimed"]] = arrays["fallen"]
+  running = _group(arrays, "in_flight")
+  in_flight = None
+  if running:
+    leaves = sorted(name for name in running if name.startswith("leaf"))
+    in_flight = InFlight(
+      running["examples"],
+      running["runs"],
+      running["i"],
+      [running[name] for name in leaves],
     )
+  return EnsembleProgress(
+    logits=arrays["logits"],
+    robust=arrays["robust"],
+    claimed=arrays["claimed"],
+    adversarial=adversarial,
+    accuracies={k: float(v) for k, v in _group(arrays, "accuracies").items()},
+    seconds={k: float(v) for k, v in _group(arrays, "seconds").items()},
+    done=_group(arrays, "done"),
+    in_flight=in_flight,
+  )

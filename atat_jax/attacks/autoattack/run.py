@@ -1,8 +1,9 @@
 """AutoAttack (Croce and Hein, 2020): an ensemble whose worst case is reported.
 
-Every attack starts from the clean image and runs on the examples that are
-still standing; who has fallen is judged again on the images returned. The
-robust accuracy after the last attack is the pointwise worst case over all.
+Every attack starts from the clean images and runs on the examples that no
+attack has fooled yet; the images that it returns are classified again, and only
+these predictions count. The robust accuracy after the last attack is the
+pointwise worst case over all.
 """
 
 import dataclasses
@@ -11,7 +12,7 @@ import json
 import os
 import pathlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,26 +21,27 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from atat_jax import checks, rng, sharding
-from atat_jax.attacks import balls, base, diagnostics
+from atat_jax.attacks import base, diagnostics
 from atat_jax.attacks.autoattack import versions
-from atat_jax.attacks.autoattack.progress import Progress, Store
-from atat_jax.attacks.autoattack.slots import InFlight, Slots
-from atat_jax.attacks.diagnostics import Finding
+from atat_jax.attacks.autoattack.progress import EnsembleProgress, Store
+from atat_jax.attacks.autoattack.slots import InFlight, Job, Slots
+from atat_jax.attacks.diagnostics import Diagnostic
+from atat_jax.runs import wording
 from atat_jax.typing import Array, Classifier
 
 
 @dataclasses.dataclass(frozen=True)
 class AutoAttackResult:
-  """What an evaluation found, and how.
+  """Result of an AutoAttack evaluation.
 
   Attributes:
-    adversarial: float32 [N, H, W, C]: where an example fell the image that
-      fools the classifier, elsewhere the clean one.
-    robust: bool [N]: who is classified correctly after every attack.
+    adversarial: float32 [N, H, W, C]: images that fool the classifier, and the
+      clean ones of examples that no attack fooled.
+    robust: bool [N]: examples that are classified correctly after every attack.
     robust_accuracy: Attack to the accuracy after it, pointwise worst case; the
       first entry is "clean".
-    seconds: Attack to the time it took, compilation included.
-    diagnostics: Check to its rule, number, flag and message.
+    seconds: Attack to its run time, compilation included.
+    diagnostics: Check to its title, rule, number, flag and message.
     protocol: norm, epsilon, version, attacks, num_examples, seed, batch_norm.
   """
 
@@ -47,7 +49,7 @@ class AutoAttackResult:
   robust: np.ndarray
   robust_accuracy: dict[str, float]
   seconds: dict[str, float]
-  diagnostics: dict[str, Finding]
+  diagnostics: dict[str, Diagnostic]
   protocol: dict[str, Any]
 
   @property
@@ -68,12 +70,13 @@ class AutoAttackResult:
     ]
 
   def summary(self) -> str:
-    """A table with the protocol and the warnings, valid Markdown."""
+    """Returns a table with the protocol and the warnings, valid Markdown."""
     p = self.protocol
+    numbers = wording.attack(norm=p["norm"], epsilon=p["epsilon"])
     lines = [
-      f"AutoAttack {p['version']}: {p['norm']}, epsilon {p['epsilon']:.5g},"
-      f" {p['num_examples']} examples, batch_norm {p['batch_norm']},"
-      f" seed {p['seed']}",
+      f"AutoAttack {p['version']}: {numbers},"
+      f" {wording.plural(p['num_examples'], 'example')},"
+      f" batch_norm {p['batch_norm']}, seed {p['seed']}",
       "",
       "| attack   | robust accuracy (%) | lowered by | seconds | numbers |",
       "| -------- | ------------------: | ---------: | ------: | ------- |",
@@ -87,7 +90,7 @@ class AutoAttackResult:
         f" {p['attacks'].get(name, '')} |"
       )
       previous = value
-    lines += ["", f"Robust accuracy: {100 * self.accuracy:.2f} %"]
+    lines += ["", f"Robust accuracy: {wording.percent(self.accuracy, 2)}"]
     lines += [f"Warning: {message}" for message in self.warnings]
     return "\n".join(lines)
 
@@ -124,21 +127,19 @@ def autoattack(
     classifier: Callable from images to logits; best a pytree such as
       `models.classifier` returns. `Randomized` for version "rand".
     images: Float [N, H, W, C] in [0, 1].
-    labels: Integers [N].
+    labels: True classes, integers [N].
     epsilon: Radius of the ball, in the unit of the pixels.
     norm: "linf", "l2" or "l1".
-    version: "standard" (apgd-ce, apgd-t, fab-t, square), "fast" (its first
-      two), "rand" (apgd-ce and apgd-dlr over 20 samples of a randomised
-      classifier), "plus" (all six, with more restarts), or a list of names.
+    version: One of `versions.VERSIONS` ("standard", "fast", "rand" for
+      randomised classifiers, "plus"), or a list of `versions.NAMES`.
     options: Attack to numbers other than the version's; see `versions.make`.
     batch_size: Images at a time, over all devices; on CPU at most 48 on each,
-      of which the activations stay in the caches.
+      so that the activations stay in the caches.
     mesh: The devices; None: all of them.
-    state_path: File that keeps what is done. If it exists the evaluation goes
-      on from there; the same file for another classifier, other data or
-      numbers is refused.
+    state_path: File that keeps the progress, from which an interrupted
+      evaluation resumes; that of another evaluation is refused.
     save_every_s: Seconds between two saves; each attack's end is saved, too.
-    progress: Whether to show a bar.
+    progress: Whether to show a progress bar.
 
   Returns:
     The result.
@@ -147,132 +148,143 @@ def autoattack(
     UserError: An argument of a wrong shape, dtype or range, by name; a state
       file of another evaluation.
   """
-  checks.choice("norm", norm, balls.NORMS)
-  checks.epsilon(epsilon, norm)
+  base.check_norm(norm, epsilon)
   checks.positive("batch_size", batch_size, integer=True)
-  mesh = sharding.make_mesh() if mesh is None else mesh
-  classifier, images, labels, num_classes = base.on_host(
-    classifier, images, labels
+  data = base.on_host(classifier, images, labels)
+  ensemble = versions.make(
+    version, norm=norm, num_classes=data[-1], options=options
   )
-  chosen = versions.make(
-    version, norm=norm, num_classes=num_classes, options=options
-  )
-  batch_size = min(batch_size, len(images))
-
-  classifier = sharding.put_replicated(mesh, classifier)
-  predict = diagnostics.Scorer(classifier, mesh)
-  protocol = {
-    "norm": norm,
-    "epsilon": float(epsilon),
-    "version": chosen.version,
-    "attacks": {job.name: versions.describe(job) for job in chosen.jobs},
-    "num_examples": len(images),
-    "seed": _seed(key),
-    "batch_norm": getattr(
-      getattr(classifier, "func", None), "batch_norm", "as in the classifier"
-    ),
-  }
-  identity = {
-    "epsilon": float(epsilon),
-    "norm": norm,
-    "attacks": [versions.as_json(job) for job in chosen.jobs],
-    "seed": protocol["seed"],
-    "images": _digest(images),
-    "labels": _digest(labels),
-  }
-  store = None
+  evaluation = _Evaluation(key, data, ensemble, epsilon, norm, batch_size, mesh)
   if state_path is not None:
-    store = Store(
-      pathlib.Path(state_path), json.dumps(identity, sort_keys=True)
-    )
-
-  logits = predict(images, batch_size, rng.stream(key, "clean"))
-  state = Progress.fresh(images, logits, labels, chosen.jobs)
-  if store is not None:
-    state = store.restore(state)
-  found = diagnostics.of_classifier(
-    key,
-    classifier,
-    predict,
-    images,
-    labels,
-    logits,
-    batch_size=batch_size,
-    radius=epsilon if norm == "linf" else 8 / 255,
-  )
-  found["num_classes"] = diagnostics.num_classes(
-    num_classes, chosen.needed, chosen.wanted
-  )
-  if chosen.version == "rand":
-    del found["randomized"]  # is what the version is for
-  runner = _Runner(
-    key,
-    classifier,
-    predict,
-    state,
-    images=images,
-    labels=labels,
-    # Of those who stand the highest logit is the true class's.
-    ranking=np.argsort(-logits, axis=-1, kind="stable")[:, 1:],
-    epsilon=epsilon,
-    mesh=mesh,
-    batch_size=batch_size,
-    store=store,
-    save_every_s=save_every_s,
-  )
-  runner.run(chosen.jobs, progress=progress)
-  accuracies = dict(state.accuracies)
-  if (masking := diagnostics.masking(accuracies)) is not None:
-    found["masking"] = masking
-  if not isinstance(classifier, base.Randomized):
-    found["rescored"] = diagnostics.rescored(
-      rng.stream(key, "rescored"),
-      predict,
-      state.adversarial,
-      labels,
-      state.robust,
-      batch_size=max(1, batch_size // 2),
-    )
-  return AutoAttackResult(
-    adversarial=state.adversarial,
-    robust=state.robust,
-    robust_accuracy=accuracies,
-    seconds={
-      name: round(seconds, 3) for name, seconds in state.seconds.items()
-    },
-    diagnostics=found,
-    protocol=protocol,
-  )
+    evaluation.resume(pathlib.Path(state_path), save_every_s)
+  return evaluation.run(progress=progress)
 
 
-class _Runner:
-  """Takes the ensemble's attacks one after the other to the examples left."""
+class _Evaluation:
+  """Runs the attacks of an ensemble, one after the other.
+
+  Args:
+    key: Random key.
+    data: Classifier, images, labels and number of classes, as `base.on_host`
+      returns them.
+    ensemble: Attacks to run.
+    epsilon: Radius.
+    norm: Norm of the ball.
+    batch_size: Largest batch size.
+    mesh: The devices; None: all of them.
+  """
 
   def __init__(
     self,
     key: Array,
-    classifier: Classifier,
-    predict: diagnostics.Scorer,
-    state: Progress,
-    *,
-    images: np.ndarray,
-    labels: np.ndarray,
-    ranking: np.ndarray,
+    data: tuple[Classifier, np.ndarray, np.ndarray, int],
+    ensemble: versions.Ensemble,
     epsilon: float,
-    mesh: Mesh,
+    norm: str,
     batch_size: int,
-    store: Store | None,
-    save_every_s: float,
+    mesh: Mesh | None,
   ):
-    self._key, self._classifier, self._predict = key, classifier, predict
-    self._state = state
-    self._images, self._labels, self._ranking = images, labels, ranking
-    self._epsilon, self._mesh, self._batch_size = epsilon, mesh, batch_size
-    self._store, self._save_every_s = store, save_every_s
+    classifier, self._images, self._labels, self._num_classes = data
+    self._key, self._ensemble = key, ensemble
+    self._epsilon, self._norm = float(epsilon), norm
+    self._batch_size = min(batch_size, len(self._images))
+    self._mesh = sharding.make_mesh() if mesh is None else mesh
+    self._classifier = sharding.put_replicated(self._mesh, classifier)
+    self._predict = diagnostics.Scorer(self._classifier, self._mesh)
+    self._logits = self._predict(
+      self._images, self._batch_size, rng.stream(key, "clean")
+    )
+    self._progress = EnsembleProgress.fresh(
+      self._images, self._logits, self._labels, ensemble.jobs
+    )
+    # The highest logit of a robust example is that of its true class.
+    order = np.argsort(-self._logits, axis=-1, kind="stable")
+    self._ranking = order[:, 1:]
+    self._store: Store | None = None
+    self._save_every_s = 0.0
 
-  def run(self, jobs: Sequence[Any], *, progress: bool) -> None:
-    """Runs what is not done yet."""
-    state = self._state
+  def resume(self, path: pathlib.Path, save_every_s: float) -> None:
+    """Restores the progress in a file, if there is one, and keeps it there."""
+    identity = {
+      "epsilon": self._epsilon,
+      "norm": self._norm,
+      "attacks": [versions.as_json(job) for job in self._ensemble.jobs],
+      "seed": _seed(self._key),
+      "images": _digest(self._images),
+      "labels": _digest(self._labels),
+    }
+    self._store = Store(path, json.dumps(identity, sort_keys=True))
+    self._save_every_s = save_every_s
+    self._progress = self._store.restore(self._progress)
+
+  def run(self, *, progress: bool) -> AutoAttackResult:
+    """Runs the attacks that are not done yet and all diagnostics."""
+    before = self._diagnose_before()
+    self._run_attacks(progress=progress)
+    done = self._progress
+    return AutoAttackResult(
+      adversarial=done.adversarial,
+      robust=done.robust,
+      robust_accuracy=dict(done.accuracies),
+      seconds={name: round(s, 3) for name, s in done.seconds.items()},
+      diagnostics=before | self._diagnose_after(),
+      protocol=self._protocol(),
+    )
+
+  def _protocol(self) -> dict[str, Any]:
+    return {
+      "norm": self._norm,
+      "epsilon": self._epsilon,
+      "version": self._ensemble.version,
+      "attacks": {
+        job.name: versions.describe(job) for job in self._ensemble.jobs
+      },
+      "num_examples": len(self._images),
+      "seed": _seed(self._key),
+      "batch_norm": getattr(
+        getattr(self._classifier, "func", None),
+        "batch_norm",
+        "as in the classifier",
+      ),
+    }
+
+  def _diagnose_before(self) -> dict[str, Diagnostic]:
+    found = diagnostics.diagnose_classifier(
+      self._key,
+      self._classifier,
+      self._predict,
+      self._images,
+      self._labels,
+      self._logits,
+      batch_size=self._batch_size,
+      radius=self._epsilon if self._norm == "linf" else 8 / 255,
+    )
+    found["num_classes"] = diagnostics.num_classes(
+      self._num_classes, self._ensemble.needed, self._ensemble.wanted
+    )
+    if self._ensemble.randomized:
+      del found["randomized"]  # such a version is made for these classifiers
+    return found
+
+  def _diagnose_after(self) -> dict[str, Diagnostic]:
+    found = {}
+    masking = diagnostics.masking(self._progress.accuracies)
+    if masking is not None:
+      found["masking"] = masking
+    if not isinstance(self._classifier, base.Randomized):
+      found["rescored"] = diagnostics.rescored(
+        rng.stream(self._key, "rescored"),
+        self._predict,
+        self._progress.adversarial,
+        self._labels,
+        self._progress.robust,
+        batch_size=max(1, self._batch_size // 2),
+      )
+    return found
+
+  def _run_attacks(self, *, progress: bool) -> None:
+    """Runs the attacks that are not done yet."""
+    done, jobs = self._progress, self._ensemble.jobs
     with tqdm(
       total=len(jobs) * len(self._labels),
       unit="ex",
@@ -281,40 +293,54 @@ class _Runner:
       disable=not progress or jax.process_index() != 0,
     ) as bar:
       for number, job in enumerate(jobs):
-        if job.name not in state.accuracies and state.robust.any():
-          self._run_one(job, bar, number)
-        robust = state.robust.mean()
+        if job.name not in done.accuracies and done.robust.any():
+          self._run_attack(job, bar, number)
+        robust = done.robust.mean()
         bar.set_postfix_str(f"{job.name}, robust {robust:.2%}", refresh=False)
         bar.update((number + 1) * len(self._labels) - bar.n)
 
-  def _run_one(self, job: Any, bar: Any, number: int) -> None:
-    state, count = self._state, len(self._labels)
+  def _run_attack(self, job: Job, bar: Any, number: int) -> None:
+    progress, count = self._progress, len(self._labels)
     began = saved = time.perf_counter()
-    before = state.seconds.get(job.name, 0.0)
-    standing, done = state.robust & ~state.claimed, state.done[job.name]
+    before = progress.seconds.get(job.name, 0.0)
+    robust, done = progress.robust & ~progress.claimed, progress.done[job.name]
 
     def save(in_flight: InFlight | None = None) -> None:
       nonlocal saved
       saved = time.perf_counter()
-      state.seconds[job.name] = before + saved - began
+      progress.seconds[job.name] = before + saved - began
       if self._store is not None:
-        self._store.save(state, in_flight)
+        self._store.save(progress, in_flight)
 
     def on_fooled(examples: np.ndarray, images: np.ndarray) -> None:
-      state.adversarial[examples] = images
-      state.claimed[examples] = True
-      standing[examples] = False
+      progress.adversarial[examples] = images
+      progress.claimed[examples] = True
+      robust[examples] = False
 
-    def on_steps(snapshot: Any) -> None:
-      todo = (~done[standing]).sum() - slots.under_way
-      share = 1 - todo / max(standing.sum() * job.num_runs, 1)
-      robust = standing.mean()
-      bar.set_postfix_str(f"{job.name}, robust {robust:.2%}", refresh=False)
+    def on_steps(snapshot: Callable[[], InFlight]) -> None:
+      todo = (~done[robust]).sum() - slots.under_way
+      share = 1 - todo / max(robust.sum() * job.num_runs, 1)
+      text = f"{job.name}, robust {robust.mean():.2%}"
+      bar.set_postfix_str(text, refresh=False)
       bar.update(int((number + share) * count) - bar.n)
       if self._store and time.perf_counter() - saved > self._save_every_s:
         save(snapshot())
 
-    slots = Slots(
+    slots = self._slots(job)
+    slots.run(
+      done,
+      robust,
+      on_fooled=on_fooled,
+      on_steps=on_steps,
+      in_flight=progress.in_flight,
+    )
+    progress.in_flight = None
+    self._verify(job.name)
+    progress.accuracies[job.name] = float(progress.robust.mean())
+    save()
+
+  def _slots(self, job: Job) -> Slots:
+    return Slots(
       rng.stream(self._key, job.name),
       self._classifier,
       job,
@@ -325,31 +351,20 @@ class _Runner:
       mesh=self._mesh,
       batch_size=self._batch_size,
     )
-    slots.run(
-      done,
-      standing,
-      on_fooled=on_fooled,
-      on_steps=on_steps,
-      in_flight=state.in_flight,
-    )
-    state.in_flight = None
-    self._judge(job.name)
-    state.accuracies[job.name] = float(state.robust.mean())
-    save()
 
-  def _judge(self, name: str) -> None:
-    """Believes no attack: looks at the returned images again."""
-    state = self._state
-    claimed = np.flatnonzero(state.claimed)
+  def _verify(self, name: str) -> None:
+    """Classifies the returned images again, whatever the attack claims."""
+    progress = self._progress
+    claimed = np.flatnonzero(progress.claimed)
     if not len(claimed):
       return
     logits = self._predict(
-      state.adversarial[claimed],
+      progress.adversarial[claimed],
       min(self._batch_size, len(self._labels)),
       rng.stream(self._key, f"judge {name}"),
     )
     wrong = logits.argmax(-1) != self._labels[claimed]
-    state.robust[claimed[wrong]] = False
-    standing = claimed[~wrong]
-    state.adversarial[standing] = self._images[standing]
-    state.claimed[:] = False
+    progress.robust[claimed[wrong]] = False
+    still_robust = claimed[~wrong]
+    progress.adversarial[still_robust] = self._images[still_robust]
+    progress.claimed[:] = False

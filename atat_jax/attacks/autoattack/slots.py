@@ -1,9 +1,8 @@
-"""Many examples through one compiled batch, whose rows are refilled.
+"""Runs many examples through one compiled batch, whose rows are refilled.
 
 A run that has fooled the classifier or used up its steps gives its row to the
-next one, so that a batch is full of work until little is left; then a smaller
-one of a few fixed sizes takes over. Nothing compiles anew for another number
-of examples.
+next run, so that the batch is full until little is left; then a smaller one, of
+a few fixed sizes, takes over. Another number of examples compiles nothing.
 """
 
 import dataclasses
@@ -20,18 +19,18 @@ from jax.sharding import Mesh
 
 from atat_jax import compilation, sharding
 from atat_jax.attacks import search as search_lib
-from atat_jax.attacks.search import Problem, Search, Settings
+from atat_jax.attacks.search import Problem, Search, SearchSettings
 from atat_jax.typing import Array, Classifier
 
 
 class _Costs(NamedTuple):
-  """What batches cost, in rows looked at once.
+  """Cost of a batch, in units of one evaluation of one row.
 
   Attributes:
-    batch: What a batch costs besides its rows.
-    program: What a smaller batch, one more program to compile, has to save.
-    rows: The largest batch of a device; None: as large as allowed. On CPU the
-      activations of more do not stay in the caches.
+    batch: Cost of a batch besides its rows.
+    program: Cost of compiling one more program, for a smaller batch.
+    rows: Largest batch of a device; None: as large as allowed. On CPU the
+      activations of more rows do not stay in the caches.
   """
 
   batch: int
@@ -52,12 +51,13 @@ class Job:
   """One attack with its numbers.
 
   Attributes:
-    name: E.g. "apgd-t".
-    search: The algorithm.
-    num_steps: Of a run.
-    num_targets: Classes aimed at, one run each; 1 for untargeted attacks.
-    num_restarts: Runs for each target.
-    steps_at_once: Steps between two looks at who has finished.
+    name: Name of the attack, e.g. "apgd-t".
+    search: Attack algorithm.
+    num_steps: Number of steps of a run.
+    num_targets: Number of classes aimed at, one run each; 1 for untargeted
+      attacks.
+    num_restarts: Number of runs for each target.
+    steps_at_once: Number of steps between two checks for finished rows.
   """
 
   name: str
@@ -69,18 +69,18 @@ class Job:
 
   @property
   def num_runs(self) -> int:
-    """Of an example that holds out."""
+    """Number of runs on an example that is never fooled."""
     return self.num_targets * self.num_restarts
 
   @property
   def num_evaluations(self) -> int:
-    """Looks of a run at the classifier, or steps that take several."""
+    """Number of calls of the search's step in a run."""
     return self.search.num_evaluations(self.num_steps)
 
 
 def _begin(
   key: Array,
-  settings: Settings,
+  settings: SearchSettings,
   images: Array,
   labels: Array,
   targets: Array,
@@ -115,7 +115,7 @@ def _advance(
   classifier: Classifier,
   key: Array,
   problem: Problem,
-  settings: Settings,
+  settings: SearchSettings,
   state: Any,
   i: Array,
   limit: Array,
@@ -151,7 +151,7 @@ _jitted_take = compilation.jit(_take)
 
 
 def sizes(batch_size: int, devices: int) -> list[int]:
-  """The batch sizes used: the largest, and shares of it down to an eighth."""
+  """Lists the batch sizes used: the largest, and fractions down to an eighth."""
   per_device = -(-batch_size // devices)
   largest = min(per_device, _costs().rows or per_device) * devices
   eighths = (8, 6, 4, 3, 2, 1.5, 1)
@@ -160,11 +160,11 @@ def sizes(batch_size: int, devices: int) -> list[int]:
 
 
 def _best_size(allowed: list[int], pending: int) -> int:
-  """The one by which the work costs least; of several the largest."""
+  """Selects the size that costs least for the pending runs, preferring large."""
   per_batch = _costs().batch
 
   def cost(size: int) -> tuple[int, int]:
-    # Full batches, and a last one that shrinks to what it needs.
+    # All batches are full except the last, which shrinks to the size it needs.
     full, rest = divmod(max(pending, size), size)
     last = min(s for s in allowed if s >= rest) + per_batch if rest else 0
     return full * (size + per_batch) + last, -size
@@ -173,13 +173,13 @@ def _best_size(allowed: list[int], pending: int) -> int:
 
 
 class InFlight(NamedTuple):
-  """Runs that are not finished, to be gone on with by another process.
+  """Unfinished runs, which another process can resume.
 
   Attributes:
-    examples: int [size]; -1 for a row without one.
-    runs: int [size].
-    i: int32 [size]: steps made.
-    leaves: The arrays of the search's state.
+    examples: Example of each row, int [size]; -1 for a free row.
+    runs: Run of each row, int [size].
+    i: Steps that each row has made, int32 [size].
+    leaves: Arrays of the search's state.
   """
 
   examples: np.ndarray
@@ -188,23 +188,56 @@ class InFlight(NamedTuple):
   leaves: list[np.ndarray]
 
 
+@dataclasses.dataclass
+class _Rows:
+  """The rows at work; changed in place.
+
+  Attributes:
+    examples: Example of each row, int [size]; -1 for a free row.
+    runs: Run of each row, int [size].
+    device: Problem, state and steps made, on the devices; None before the first
+      run is loaded.
+  """
+
+  examples: np.ndarray
+  runs: np.ndarray
+  device: tuple[Problem, Any, Array] | None = None
+
+  @property
+  def active(self) -> np.ndarray:
+    """bool [size]: rows that hold a run."""
+    return self.examples >= 0
+
+  def release(self, robust: np.ndarray) -> None:
+    """Frees the rows of examples that have been fooled."""
+    self.examples[self.active & ~robust[self.examples]] = -1
+
+  def fill(self, queue: Iterator[tuple[int, int]]) -> np.ndarray:
+    """Gives free rows to the next runs; returns which rows are new."""
+    fresh = np.zeros(len(self.examples), bool)
+    free = np.flatnonzero(~self.active)
+    for row, (example, run) in zip(free, queue, strict=False):
+      self.examples[row], self.runs[row], fresh[row] = example, run, True
+    return fresh
+
+
 class Slots:
   """The rows of a batch at work on a job.
 
   Attributes:
-    under_way: What has been done of unfinished runs, in runs.
+    under_way: Work done in unfinished runs, in units of whole runs.
 
   Args:
-    key: Of the job.
+    key: Random key of the job.
     classifier: A pytree callable, on the devices of the mesh.
-    job: The attack.
+    job: Attack and its numbers.
     epsilon: Radius.
     images: All examples, [N, H, W, C], on the host.
-    labels: int32 [N].
-    ranking: int32 [N, K - 1]: classes by their clean logit, the highest first,
-      the true one left out.
+    labels: True classes, int32 [N].
+    ranking: Classes by their clean logit, the highest first, the true one left
+      out, int32 [N, K - 1].
     mesh: The devices.
-    batch_size: The largest batch.
+    batch_size: Largest batch size.
   """
 
   def __init__(
@@ -222,209 +255,176 @@ class Slots:
   ):
     self.under_way = 0.0
     self._mesh, self._job = mesh, job
-    self._key, settings = sharding.put_replicated(
-      mesh,
-      (
-        key,
-        Settings(
-          jnp.asarray(epsilon, images.dtype),
-          jnp.asarray(job.num_steps, jnp.int32),
-        ),
-      ),
+    settings = SearchSettings(
+      jnp.asarray(epsilon, images.dtype), jnp.asarray(job.num_steps, jnp.int32)
     )
-    self._settings = settings
+    self._key, self._settings = sharding.put_replicated(mesh, (key, settings))
     self._classifier = classifier
     self._images, self._labels, self._ranking = images, labels, ranking
     self._allowed = sizes(batch_size, mesh.size)
     self._limit = job.num_evaluations
 
-  def _put(self, array: np.ndarray) -> Array:
-    return sharding.put_batch(self._mesh, array)
-
-  def _arguments(self, examples: np.ndarray, runs: np.ndarray) -> list[Any]:
-    restarts = self._job.num_restarts
-    targets = self._ranking[examples, runs // restarts]
-    rows = (
-      self._images[examples],
-      self._labels[examples],
-      targets.astype(np.int32),
-      examples.astype(np.int32),
-      runs.astype(np.int32),
-      (runs % restarts).astype(np.int32),
-    )
-    return [self._key, self._settings, *map(self._put, rows)]
-
   def run(
     self,
     done: np.ndarray,
-    standing: np.ndarray,
+    robust: np.ndarray,
     *,
     on_fooled: Callable[[np.ndarray, np.ndarray], None],
     on_steps: Callable[[Callable[[], InFlight]], None] = lambda _: None,
     in_flight: InFlight | None = None,
   ) -> None:
-    """Runs the job on all examples that are still standing.
+    """Runs the job on all examples that are still robust.
 
     Args:
-      done: bool [N, runs]: runs that need not be made; those made are marked.
-      standing: bool [N]: who is still classified correctly. Read again and
-        again: `on_fooled` takes examples out.
+      done: Runs that need not be made, bool [N, runs]; those made are marked.
+      robust: Examples that are still classified correctly, bool [N]. Read again
+        in every turn: `on_fooled` removes examples.
       on_fooled: Called with the examples fooled and their images.
-      on_steps: Called after every few steps with a function that returns what
-        is in flight.
-      in_flight: Where to go on; left out where it does not fit.
+      on_steps: Called after every few steps with a function that returns the
+        unfinished runs.
+      in_flight: Unfinished runs to resume; ignored if they do not fit.
     """
-    pending = int((~done[standing]).sum())
+    pending = int((~done[robust]).sum())
     if not pending:
       return
-    device = self._resumed(in_flight)
-    if in_flight is not None and device is not None:
-      examples, runs = in_flight.examples.copy(), in_flight.runs.copy()
-    else:
+    batch = self._resumed(in_flight)
+    if batch is None:
       size = _best_size(self._allowed, pending)
-      examples, runs = np.full(size, -1), np.zeros(size, int)
-    queue = self._queue(done, standing, set(zip(examples, runs, strict=True)))
-    examples[(examples >= 0) & ~standing[examples]] = -1
+      batch = _Rows(np.full(size, -1), np.zeros(size, int))
+    running = set(zip(batch.examples, batch.runs, strict=True))
+    queue = self._queue(done, robust, running)
+    batch.release(robust)
     for turn in itertools.count():
-      fresh = self._fill(queue, examples, runs)
-      if (examples < 0).all():
+      fresh = batch.fill(queue)
+      if not batch.active.any():
         return
-      smaller = self._shrunk(examples, device)
-      if smaller is not None:
-        rows = np.argsort(examples < 0, kind="stable")[:smaller]
-        examples, runs, fresh = examples[rows], runs[rows], fresh[rows]
-        device = _jitted_take(device, self._put(rows))
+      fresh = self._shrink(batch, fresh)
       if fresh.any():
-        device = self._load(device, examples, runs, fresh)
-      assert device is not None
-      problem, state, i = device
-      # Rows without an example rest: they count as finished.
-      i = jnp.where(self._put(examples < 0), self._limit, i)
-      state, i = _jitted_advance(
-        self._classifier,
-        jax.random.fold_in(self._key, turn),
-        problem,
-        self._settings,
-        state,
-        i,
-        self._limit,
-        self._job.steps_at_once,
-        search=self._job.search,
-      )
-      device = problem, state, i
-      self._harvest(device, examples, runs, done, on_fooled)
-      examples[(examples >= 0) & ~standing[examples]] = -1
-      on_steps(
-        functools.partial(
-          self._snapshot, device[1:], examples.copy(), runs.copy()
-        )
-      )
+        self._load(batch, fresh)
+      self._advance(batch, turn)
+      self._harvest(batch, done, on_fooled)
+      batch.release(robust)
+      on_steps(functools.partial(self._snapshot, batch))
 
-  def _snapshot(
-    self,
-    device: tuple[Any, Array],
-    examples: np.ndarray,
-    runs: np.ndarray,
-  ) -> InFlight:
-    state, i = sharding.to_host(self._mesh, device)
-    return InFlight(examples, runs, i, jax.tree.leaves(state))
+  def _put(self, array: np.ndarray) -> Array:
+    return sharding.put_batch(self._mesh, array)
 
-  def _resumed(
-    self, in_flight: InFlight | None
-  ) -> tuple[Problem, Any, Array] | None:
-    """What was in flight, back on the devices; None where it does not fit."""
+  def _snapshot(self, batch: _Rows) -> InFlight:
+    assert batch.device is not None
+    state, i = sharding.to_host(self._mesh, batch.device[1:])
+    leaves = jax.tree.leaves(state)
+    return InFlight(batch.examples.copy(), batch.runs.copy(), i, leaves)
+
+  def _resumed(self, in_flight: InFlight | None) -> _Rows | None:
+    """Puts unfinished runs back on the devices; None if they do not fit."""
     if in_flight is None or len(in_flight.examples) not in self._allowed:
       return None
-    if (in_flight.examples < 0).all():
+    batch = _Rows(in_flight.examples.copy(), in_flight.runs.copy())
+    if not batch.active.any():
       return None
-    everyone = np.ones(len(in_flight.examples), bool)
-    problem, state, _ = self._load(
-      None, in_flight.examples, in_flight.runs, everyone
-    )
+    problem, state, _ = self._load(batch, np.ones(len(batch.runs), bool))
     leaves, structure = jax.tree.flatten(state)
     if [x.shape for x in leaves] != [x.shape for x in in_flight.leaves]:
       return None
     leaves = [self._put(leaf) for leaf in in_flight.leaves]
     state = jax.tree.unflatten(structure, leaves)
-    return problem, state, self._put(in_flight.i)
+    batch.device = problem, state, self._put(in_flight.i)
+    return batch
 
   def _queue(
     self,
     done: np.ndarray,
-    standing: np.ndarray,
+    robust: np.ndarray,
     running: set[tuple[int, int]],
   ) -> Iterator[tuple[int, int]]:
-    """Runs still to be made, all examples' first run first."""
+    """Yields the runs still to be made, all examples' first run first."""
     for run in range(self._job.num_runs):
-      for example in np.flatnonzero(standing & ~done[:, run]).tolist():
-        if standing[example] and (example, run) not in running:  # still
+      for example in np.flatnonzero(robust & ~done[:, run]).tolist():
+        # The example may have been fooled since the list was made.
+        if robust[example] and (example, run) not in running:
           yield example, run
 
-  def _fill(
-    self,
-    queue: Iterator[tuple[int, int]],
-    examples: np.ndarray,
-    runs: np.ndarray,
-  ) -> np.ndarray:
-    """Gives free rows to the next runs; returns which rows are new."""
-    free = np.flatnonzero(examples < 0)
-    fresh = np.zeros(len(examples), bool)
-    for row, (example, run) in zip(free, queue, strict=False):
-      examples[row], runs[row], fresh[row] = example, run, True
-    return fresh
-
-  def _shrunk(
-    self, examples: np.ndarray, device: tuple[Problem, Any, Array] | None
-  ) -> int | None:
-    """A smaller size, where it is enough and worth a program of its own."""
-    size, active = len(examples), int((examples >= 0).sum())
-    smaller = [s for s in self._allowed if active <= s < size]
-    if device is None or not smaller:
-      return None
-    i = sharding.to_host(self._mesh, device[2])
-    remaining = self._limit - int(i[examples >= 0].min())
-    saved = (size - smaller[-1]) * remaining
-    return smaller[-1] if saved >= _costs().program else None
+  def _shrink(self, batch: _Rows, fresh: np.ndarray) -> np.ndarray:
+    """Moves to a smaller batch where that pays; returns which rows are new."""
+    size, num_active = len(batch.examples), int(batch.active.sum())
+    smaller = [s for s in self._allowed if num_active <= s < size]
+    if batch.device is None or not smaller:
+      return fresh
+    i = sharding.to_host(self._mesh, batch.device[2])
+    remaining = self._limit - int(i[batch.active].min())
+    if (size - smaller[-1]) * remaining < _costs().program:
+      return fresh
+    rows = np.argsort(~batch.active, kind="stable")[: smaller[-1]]
+    batch.examples, batch.runs = batch.examples[rows], batch.runs[rows]
+    batch.device = _jitted_take(batch.device, self._put(rows))
+    return fresh[rows]
 
   def _load(
-    self,
-    device: tuple[Problem, Any, Array] | None,
-    examples: np.ndarray,
-    runs: np.ndarray,
-    fresh: np.ndarray,
+    self, batch: _Rows, fresh: np.ndarray
   ) -> tuple[Problem, Any, Array]:
-    # Rows without an example get a real image too: a classifier in batch mode
-    # must not see anything else.
-    spare = int(examples[examples >= 0][0])
-    filled = np.where(examples < 0, spare, examples)
-    arguments = self._arguments(filled, runs)
-    if device is None:
-      return _jitted_begin(*arguments, search=self._job.search)
-    return _jitted_refill(
-      self._put(fresh), device, *arguments, search=self._job.search
+    """Puts the data of new rows on the devices, in their start state."""
+    # Free rows get a real image too, as a classifier with batch statistics must
+    # not see anything else.
+    spare = int(batch.examples[batch.active][0])
+    examples = np.where(batch.active, batch.examples, spare)
+    restarts = self._job.num_restarts
+    targets = self._ranking[examples, batch.runs // restarts]
+    rows = (
+      self._images[examples],
+      self._labels[examples],
+      targets.astype(np.int32),
+      examples.astype(np.int32),
+      batch.runs.astype(np.int32),
+      (batch.runs % restarts).astype(np.int32),
     )
+    arguments = [self._key, self._settings, *map(self._put, rows)]
+    search = self._job.search
+    if batch.device is None:
+      batch.device = _jitted_begin(*arguments, search=search)
+    else:
+      batch.device = _jitted_refill(
+        self._put(fresh), batch.device, *arguments, search=search
+      )
+    return batch.device
+
+  def _advance(self, batch: _Rows, turn: int) -> None:
+    """Makes the next few steps of all rows."""
+    assert batch.device is not None
+    problem, state, i = batch.device
+    # Free rows count as finished, so that they rest.
+    i = jnp.where(self._put(~batch.active), self._limit, i)
+    state, i = _jitted_advance(
+      self._classifier,
+      jax.random.fold_in(self._key, turn),
+      problem,
+      self._settings,
+      state,
+      i,
+      self._limit,
+      self._job.steps_at_once,
+      search=self._job.search,
+    )
+    batch.device = problem, state, i
 
   def _harvest(
     self,
-    device: tuple[Problem, Any, Array],
-    examples: np.ndarray,
-    runs: np.ndarray,
+    batch: _Rows,
     done: np.ndarray,
     on_fooled: Callable[[np.ndarray, np.ndarray], None],
   ) -> None:
     """Takes finished runs out of their rows."""
-    _, state, i = device
+    assert batch.device is not None
+    _, state, i = batch.device
     i, fooled = sharding.to_host(self._mesh, (i, state.fooled))
-    active = examples >= 0
-    won = active & fooled
-    if won.any():
-      # Several runs may fool the same example at once: the first one counts.
-      rows = np.flatnonzero(won)
+    examples, active = batch.examples, batch.active
+    if (active & fooled).any():
+      # Several runs may fool the same example at once; the first one counts.
+      rows = np.flatnonzero(active & fooled)
       _, first = np.unique(examples[rows], return_index=True)
       rows = rows[first]
       images = sharding.to_host(self._mesh, state.adversarial)
       on_fooled(examples[rows], images[rows])
     over = active & (fooled | (i >= self._limit))
-    done[examples[over], runs[over]] = True
+    done[examples[over], batch.runs[over]] = True
     examples[over] = -1
-    self.under_way = float((i[examples >= 0] / self._limit).sum())
+    self.under_way = float((i[batch.active] / self._limit).sum())

@@ -1,6 +1,6 @@
-"""What AutoAttack consists of: the attacks of each version and their numbers.
+"""The attacks of each version of AutoAttack and their numbers.
 
-The figures are those of the reference (Croce and Hein, 2020; l1: 2021).
+The numbers are those of the reference (Croce and Hein, 2020; l1: 2021).
 """
 
 import dataclasses
@@ -13,12 +13,36 @@ from atat_jax.attacks.autoattack.slots import Job
 from atat_jax.attacks.fast_boundary import FAB
 from atat_jax.attacks.square_search import Square
 from atat_jax.errors import UserError
+from atat_jax.runs import wording
 
-VERSIONS: dict[str, tuple[str, ...]] = {
-  "standard": ("apgd-ce", "apgd-t", "fab-t", "square"),
-  "fast": ("apgd-ce", "apgd-t"),
-  "rand": ("apgd-ce", "apgd-dlr"),
-  "plus": ("apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"),
+
+@dataclasses.dataclass(frozen=True)
+class Version:
+  """Attacks of a version and what distinguishes their numbers.
+
+  Attributes:
+    attacks: Names of the attacks, in the order in which they run.
+    num_restarts: Restarts of the untargeted attacks on gradients.
+    eot_samples: Gradients that APGD averages; more than one is for
+      `Randomized` classifiers.
+    enlarged: Whether APGD in l1 starts with three times epsilon.
+  """
+
+  attacks: tuple[str, ...]
+  num_restarts: int = 1
+  eot_samples: int = 1
+  enlarged: bool = True
+
+
+VERSIONS: dict[str, Version] = {
+  "standard": Version(("apgd-ce", "apgd-t", "fab-t", "square")),
+  "fast": Version(("apgd-ce", "apgd-t")),
+  "rand": Version(("apgd-ce", "apgd-dlr"), eot_samples=20, enlarged=False),
+  "plus": Version(
+    ("apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"),
+    num_restarts=5,
+    enlarged=False,
+  ),
 }
 
 _APGD_LOSSES = {
@@ -27,6 +51,7 @@ _APGD_LOSSES = {
   "apgd-t": "targeted_dlr",
 }
 NAMES = (*_APGD_LOSSES, "fab", "fab-t", "square")
+_TARGETED = ("apgd-t", "fab-t")
 
 _OPTIONS = {
   **dict.fromkeys(
@@ -40,39 +65,46 @@ _MARGINS = {"dlr": "margin", "targeted_dlr": "targeted_margin"}
 
 
 class Ensemble(NamedTuple):
-  """The attacks to run, one after the other.
+  """Attacks to run, one after the other.
 
   Attributes:
-    version: One of `VERSIONS`, or "custom".
-    jobs: With the numbers they run with.
-    needed: Attack to the classes that its loss would need.
-    wanted: Attack to the classes that it would aim at.
+    version: Name of the version, or "custom".
+    jobs: Attacks with their numbers.
+    needed: Attack to the number of classes that its loss needs.
+    wanted: Attack to the number of classes that it would aim at.
+    randomized: Whether the version is for `Randomized` classifiers.
   """
 
   version: str
   jobs: tuple[Job, ...]
   needed: dict[str, int]
   wanted: dict[str, int]
+  randomized: bool = False
 
 
-def _defaults(name: str, version: str, norm: str) -> dict[str, int]:
+def _defaults(name: str, version: Version, norm: str) -> dict[str, int]:
   if name == "square":
     return {"num_queries": 5000, "num_restarts": 1}
   numbers = {"num_steps": 100, "num_restarts": 1}
   if name in _APGD_LOSSES:
-    numbers["eot_samples"] = 20 if version == "rand" else 1
-  enlarged = norm == "l1" and version not in ("plus", "rand")
-  if name in ("apgd-t", "fab-t"):
+    numbers["eot_samples"] = version.eot_samples
+  enlarged = norm == "l1" and version.enlarged
+  if name in _TARGETED:
     numbers["num_targets"] = 5 if enlarged and name == "apgd-t" else 9
-  elif version == "plus" or (name == "apgd-ce" and enlarged):
-    numbers["num_restarts"] = 5
+  else:
+    many = name == "apgd-ce" and enlarged
+    numbers["num_restarts"] = 5 if many else version.num_restarts
   return numbers
 
 
 def _job(
-  name: str, numbers: Mapping[str, int], version: str, norm: str, classes: int
+  name: str,
+  numbers: Mapping[str, int],
+  version: Version,
+  norm: str,
+  num_classes: int,
 ) -> Job:
-  targets = min(numbers.get("num_targets", 1), classes - 1)
+  targets = min(numbers.get("num_targets", 1), num_classes - 1)
   restarts = numbers["num_restarts"]
   if name == "square":
     steps = numbers["num_queries"]
@@ -82,11 +114,26 @@ def _job(
     search = FAB(norm=norm, targeted=name == "fab-t")
     return Job(name, search, steps, targets, restarts)
   loss = _APGD_LOSSES[name]
-  if classes < losses.MIN_CLASSES.get(loss, 2):
+  if num_classes < losses.MIN_CLASSES.get(loss, 2):
     loss = _MARGINS[loss]
-  enlarged = norm == "l1" and version not in ("plus", "rand")
+  enlarged = norm == "l1" and version.enlarged
   apgd = APGD(norm, loss, numbers["eot_samples"], enlarged)
   return Job(name, apgd, steps, targets, restarts)
+
+
+def _named(version: str | Sequence[str]) -> tuple[str, Version]:
+  """Looks up a version; a list of attacks is one of its own."""
+  if isinstance(version, str):
+    checks.choice("version", version, VERSIONS)
+    return version, VERSIONS[version]
+  names = tuple(version)
+  if not names or len(set(names)) < len(names):
+    raise UserError(
+      f"version: {names!r}; allowed: each of {', '.join(NAMES)} at most once"
+    )
+  for name in names:
+    checks.choice("version", name, NAMES)
+  return "custom", Version(names)
 
 
 def make(
@@ -96,14 +143,14 @@ def make(
   num_classes: int,
   options: Mapping[str, Mapping[str, int]] | None = None,
 ) -> Ensemble:
-  """The attacks of a version.
+  """Returns the attacks of a version.
 
   Args:
     version: One of `VERSIONS`, or the names of attacks in the order in which
       they are to run.
     norm: "linf", "l2" or "l1".
-    num_classes: K; no attack aims at more than K - 1 classes, and where there
-      are too few classes for a DLR loss the margin takes its place.
+    num_classes: Number of classes, K; no attack aims at more than K - 1, and
+      the margin replaces a DLR loss that needs more classes.
     options: Attack to numbers other than the version's, e.g.
       {"square": {"num_queries": 1000}}; the version is then "custom".
 
@@ -114,61 +161,51 @@ def make(
     UserError: An unknown name or number.
   """
   options = options or {}
-  if isinstance(version, str):
-    checks.choice("version", version, VERSIONS)
-    names = VERSIONS[version]
-  else:
-    names, version = tuple(version), "custom"
-    if not names or len(set(names)) < len(names):
-      raise UserError(
-        f"version: {names!r}; allowed: each of {', '.join(NAMES)} at most once"
-      )
-  for name in names:
-    checks.choice("version", name, NAMES)
+  label, chosen = _named(version)
   for name, changes in options.items():
-    checks.choice("options", name, names)
+    checks.choice("options", name, chosen.attacks)
     for option, value in changes.items():
       checks.choice(f"options[{name!r}]", option, _OPTIONS[name])
       checks.positive(f"options[{name!r}].{option}", value, integer=True)
   numbers = {
-    name: _defaults(name, version, norm) | dict(options.get(name, {}))
-    for name in names
+    name: _defaults(name, chosen, norm) | dict(options.get(name, {}))
+    for name in chosen.attacks
   }
   return Ensemble(
-    "custom" if options else version,
-    tuple(_job(n, numbers[n], version, norm, num_classes) for n in names),
+    "custom" if options else label,
+    tuple(_job(n, numbers[n], chosen, norm, num_classes) for n in numbers),
     needed={
       name: losses.MIN_CLASSES.get(_APGD_LOSSES.get(name, ""), 2)
-      for name in names
+      for name in numbers
     },
-    wanted={
-      name: numbers[name]["num_targets"]
-      for name in names
-      if name in ("apgd-t", "fab-t")
-    },
+    wanted={n: numbers[n]["num_targets"] for n in numbers if n in _TARGETED},
+    randomized=chosen.eot_samples > 1 and not options,
   )
 
 
 def describe(job: Job) -> str:
-  """A job's numbers in a line for people."""
+  """Describes a job's numbers on one line."""
   search: Any = job.search
-  parts = []
-  if isinstance(search, APGD):
-    parts.append(f"{search.loss} loss")
-  unit = "queries" if isinstance(search, Square) else "steps"
-  parts.append(f"{job.num_steps} {unit}")
+  apgd = search if isinstance(search, APGD) else None
+  parts = [
+    wording.attack(
+      num_steps=job.num_steps,
+      num_restarts=job.num_restarts,
+      loss=apgd.loss if apgd else None,
+      unit="query" if isinstance(search, Square) else "step",
+    )
+  ]
   if job.num_targets > 1:
-    parts.append(f"{job.num_targets} targets")
-  parts.append(f"{job.num_restarts} restart" + "s" * (job.num_restarts > 1))
-  if isinstance(search, APGD) and search.eot_samples > 1:
-    parts.append(f"{search.eot_samples} EOT samples")
-  if isinstance(search, APGD) and search.enlarged:
+    parts.append(wording.plural(job.num_targets, "target"))
+  if apgd and apgd.eot_samples > 1:
+    parts.append(wording.plural(apgd.eot_samples, "EOT sample"))
+  if apgd and apgd.enlarged:
     parts.append("radius from 3 epsilon")
   return ", ".join(parts)
 
 
 def as_json(job: Job) -> dict[str, Any]:
-  """A job's numbers as plain values."""
+  """Returns a job's numbers as plain values, by which states are recognised."""
   fields = dataclasses.asdict(job)
   fields.pop("steps_at_once")
   fields["search"] = type(job.search).__name__, fields["search"]

@@ -1,7 +1,7 @@
 """Floating-point operations of a network, counted from its jaxpr.
 
-Multiplications and additions of convolutions and matrix products, two for each
-pair; what is element-wise is left out, as usual for model FLOPs.
+Counts the multiplications and additions of convolutions and matrix products;
+element-wise operations are left out, as usual for model FLOPs.
 """
 
 import math
@@ -44,16 +44,16 @@ def _count(equation: Any) -> int:
 def forward(
   model: nn.Module, variables: Variables, shape: tuple[int, ...]
 ) -> int:
-  """Of one image's forward pass.
+  """Counts the operations of one image's forward pass.
 
   Args:
-    model: A flax module; its convolutions are counted as direct sums, in
-      whatever form they are computed here.
-    variables: Its collections, arrays or shapes.
-    shape: Of an image, [H, W, C].
+    model: Flax module; its convolutions are counted as direct sums, in
+      whatever form they are computed.
+    variables: Collections of the module, arrays or shapes.
+    shape: Shape of an image, [H, W, C].
 
   Returns:
-    The number of operations.
+    Number of operations.
   """
   if hasattr(model, "convolution"):
     model = model.clone(convolution="xla")
@@ -63,17 +63,17 @@ def forward(
 
 
 def passes(objective: Objective, num_steps: int) -> int:
-  """What a train step costs, in forward passes of one image.
+  """Counts the cost of a train step in forward passes of one image.
 
-  A gradient with respect to images is worth one forward pass, one with respect
-  to parameters another. An attack takes the first only; standard training is 3.
+  A gradient with respect to images costs one forward pass, one with respect to
+  parameters another. An attack takes the first only; standard training costs 3.
 
   Args:
-    objective: What is trained by.
-    num_steps: Of its attack.
+    objective: Training objective.
+    num_steps: Number of steps of its attack.
 
   Returns:
-    The number.
+    Number of forward passes.
   """
   if not objective.attacks:
     return 3

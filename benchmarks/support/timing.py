@@ -1,4 +1,4 @@
-"""Two sides timed in turn: what else the machine does falls on both."""
+"""Times two sides in turn, so that other work on the machine affects both."""
 
 import math
 import statistics
@@ -10,7 +10,7 @@ _BURST = 0.2
 
 
 def median_and_spread(values: Sequence[float]) -> tuple[float, float]:
-  """The median, and half the range of the middle half."""
+  """Returns the median and half the interquartile range."""
   if len(values) < 2:
     return values[0], 0.0
   low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
@@ -20,18 +20,17 @@ def median_and_spread(values: Sequence[float]) -> tuple[float, float]:
 def run_in_turn(
   sides: Sequence[Callable[[], None]], *, repeats: int
 ) -> list[list[float]]:
-  """Times each side `repeats` times, one after the other.
+  """Times each side `repeats` times, alternating between them.
 
-  What takes less than `_BURST` seconds runs in a burst of calls after one that
-  is not timed: the threads of the side before it still wait for work, at a
-  core's expense.
+  A call shorter than `_BURST` seconds is repeated in a burst after one that is
+  not timed: the other side's threads may still spin and take a core.
 
   Args:
     sides: Functions that return when their work is done; each has run before.
-    repeats: Timed runs.
+    repeats: Number of timed runs.
 
   Returns:
-    Seconds of a call, a list for each side.
+    Seconds per call, one list per side.
   """
   times: list[list[float]] = [[] for _ in sides]
   for _ in range(repeats):
@@ -50,14 +49,14 @@ def run_in_turn(
 
 
 def summary(times: Sequence[Sequence[float]]) -> dict[str, Any]:
-  """Medians and spreads.
+  """Summarises times by medians and spreads.
 
   Args:
-    times: Ours and, where there is one, the peer's, of `run_in_turn`.
+    times: Result of `run_in_turn`: ours and, where there is one, the peer's.
 
   Returns:
     "seconds", "spread"; with a peer "peer_seconds", "peer_spread", and "ratio",
-    "ratio_spread": of peer / ours, pair by pair.
+    "ratio_spread": peer / ours, computed pair by pair.
   """
   found = dict(
     zip(("seconds", "spread"), median_and_spread(times[0]), strict=True)
@@ -70,7 +69,7 @@ def summary(times: Sequence[Sequence[float]]) -> dict[str, Any]:
 
 
 def line(row: dict[str, Any]) -> str:
-  """One measurement, in a few words."""
+  """Formats one measurement as a line."""
   if "seconds" not in row:
     return f"{row['name']}: compiled in {row['seconds_compiling']:.1f} s"
   text = f"{row['name']}: {1e3 * row['seconds']:.1f} ms"

@@ -1,7 +1,7 @@
 """The original AutoAttack package (fra31/auto-attack), run and timed.
 
-Its own `run_standard_evaluation` runs, once and as it is: the recorder below
-takes the place of the object to which it reports each attack's end.
+Its own `run_standard_evaluation` runs once and unmodified; only the object to
+which it reports the end of each attack is extended by a clock.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from unittest import mock
 import numpy as np
 
 from atat_jax.errors import UserError
-from benchmarks.comparison import Side
+from benchmarks.support.comparison import Side
 
 NORMS = {"linf": "Linf", "l2": "L2", "l1": "L1"}
 
@@ -35,13 +35,14 @@ def load(directory: str | None) -> ModuleType:
   """Imports the package.
 
   Args:
-    directory: The folder that holds the folder `autoattack`; None: as installed.
+    directory: Folder that holds the folder `autoattack`; None: the installed
+      package.
 
   Returns:
-    Its module with the class `AutoAttack`.
+    The module that has the class `AutoAttack`.
 
   Raises:
-    UserError: It is not there, or too old to be recorded.
+    UserError: The package is missing, or too old to be timed.
   """
   if directory is not None:
     folder = pathlib.Path(directory).resolve()
@@ -67,7 +68,7 @@ def load(directory: str | None) -> ModuleType:
 
 
 def digest(module: ModuleType) -> str:
-  """SHA-256 over the package's source, to tell which version ran."""
+  """Returns the SHA-256 of the package's source, which tells its version."""
   folder = pathlib.Path(str(module.__file__)).parent
   found = hashlib.sha256()
   for path in sorted(folder.glob("*.py")):
@@ -81,7 +82,7 @@ def _set_steps(
   if num_steps is not None:
     for apgd in (adversary.apgd, adversary.apgd_targeted):
       apgd.n_iter = apgd.n_iter_orig = num_steps
-      # As its constructor derives them.
+      # The same formulas as in its constructor.
       apgd.n_iter_2 = max(int(0.22 * num_steps), 1)
       apgd.n_iter_min = max(int(0.06 * num_steps), 1)
       apgd.size_decr = max(int(0.03 * num_steps), 1)
@@ -90,66 +91,76 @@ def _set_steps(
     adversary.square.n_queries = num_queries
 
 
-def _recorder(base: type, record: Callable[[str, Any], None]) -> type:
-  """The package's state of an evaluation, which also tells what is done."""
+class _Recorder:
+  """Clock of an evaluation: accuracy and end of each of its attacks."""
 
-  class Recorder(base):  # type: ignore[misc, valid-type]
-    @property
-    def clean_accuracy(self) -> float:
-      return self._clean_accuracy
+  def __init__(self) -> None:
+    self.accuracy: dict[str, float] = {}
+    self._ends: list[tuple[str, float]] = []
 
-    @clean_accuracy.setter
-    def clean_accuracy(self, accuracy: float) -> None:
-      record("clean", self.robust_flags)
-      self._clean_accuracy = accuracy
+  def record(self, name: str, flags: Any) -> None:
+    """Notes that an attack has ended; `flags` bool [N] are the robust ones."""
+    self.accuracy[name] = float(np.mean(flags.cpu().numpy()))  # waits for a GPU
+    self._ends.append((name, time.perf_counter()))
 
-    def add_run_attack(self, attack: str) -> None:
-      record(attack, self.robust_flags)
-      super().add_run_attack(attack)
+  def seconds(self) -> dict[str, float]:
+    """Returns the seconds of each attack."""
+    return {
+      name: end - start
+      for (_, start), (name, end) in itertools.pairwise(self._ends)
+    }
 
-  return Recorder
+  def state(self, base: type) -> type:
+    """Returns the package's class of states, extended by this clock."""
+    record = self.record
+
+    class State(base):  # type: ignore[misc, valid-type]
+      @property
+      def clean_accuracy(self) -> float:
+        return self._clean_accuracy
+
+      @clean_accuracy.setter
+      def clean_accuracy(self, accuracy: float) -> None:
+        record("clean", self.robust_flags)
+        self._clean_accuracy = accuracy
+
+      def add_run_attack(self, attack: str) -> None:
+        record(attack, self.robust_flags)
+        super().add_run_attack(attack)
+
+    return State
 
 
-def run(
+def make(
   module: ModuleType,
   network: Any,
-  images: np.ndarray,
-  labels: np.ndarray,
   *,
   epsilon: float,
   norm: str,
   version: str,
   attacks: Sequence[str],
-  batch_size: int,
   seed: int,
   device: str,
   num_steps: int | None = None,
   num_queries: int | None = None,
-  say: Callable[[str], None],
-) -> Side:
-  """Runs the package's evaluation.
+) -> Any:
+  """Makes the package's evaluation.
 
   Args:
-    module: As `load` returns it.
-    network: A PyTorch module from [B, C, H, W] to logits, on the device.
-    images: float32 [N, H, W, C] in [0, 1].
-    labels: Integers [N].
-    epsilon: Radius.
-    norm: "linf", "l2" or "l1".
-    version: "standard" or "plus": whose numbers the attacks have.
-    attacks: The attacks to run, in order.
-    batch_size: Images at a time.
-    seed: Of every attack, as the package does it.
+    module: Result of `load`.
+    network: PyTorch module from [B, C, H, W] to logits, on the device.
+    epsilon: Radius of the ball.
+    norm: Norm of the ball: "linf", "l2" or "l1".
+    version: "standard" or "plus": sets the attacks' numbers of steps.
+    attacks: Names of the attacks to run, in order.
+    seed: Seed of every attack, as the package does it.
     device: "cpu" or "cuda".
-    num_steps: Of APGD and FAB; None: the version's.
-    num_queries: Of Square; None: the version's.
-    say: Gets a line for each thing that happens.
+    num_steps: Steps of APGD and FAB; None: the version's.
+    num_queries: Queries of Square; None: the version's.
 
   Returns:
-    What it found.
+    The package's `AutoAttack` object.
   """
-  import torch
-
   with contextlib.redirect_stdout(io.StringIO()):
     adversary = module.AutoAttack(
       network,
@@ -162,9 +173,33 @@ def run(
     )
   adversary.attacks_to_run = list(attacks)
   _set_steps(adversary, num_steps, num_queries)
+  return adversary
 
-  # Verbose, its progress and the warnings of its checks go to its logger.
-  adversary.verbose = True
+
+def run(
+  module: ModuleType,
+  adversary: Any,
+  images: np.ndarray,
+  labels: np.ndarray,
+  *,
+  batch_size: int,
+  say: Callable[[str], None],
+) -> Side:
+  """Runs the package's evaluation.
+
+  Args:
+    module: Result of `load`.
+    adversary: Result of `make`.
+    images: float32 [N, H, W, C] in [0, 1].
+    labels: Integers [N].
+    batch_size: Images per batch.
+    say: Function that is given each line of progress.
+
+  Returns:
+    Its result.
+  """
+  import torch
+
   warnings: list[str] = []
 
   def log(line: str) -> None:
@@ -175,19 +210,13 @@ def run(
       warnings.append(line)
     say(line)
 
-  adversary.logger.log = log
-
-  ends: list[tuple[str, float]] = []
-  accuracy: dict[str, float] = {}
-
-  def record(name: str, flags: torch.Tensor) -> None:
-    accuracy[name] = float(np.mean(flags.cpu().numpy()))  # waits for a GPU
-    ends.append((name, time.perf_counter()))
-
+  # A verbose evaluation logs its progress and the warnings of its checks.
+  adversary.verbose, adversary.logger.log = True, log
   x = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
   y = torch.from_numpy(labels.astype(np.int64))
-  recorder = _recorder(module.EvaluationState, record)
-  with mock.patch.object(module, "EvaluationState", recorder):
+  recorder = _Recorder()
+  state = recorder.state(module.EvaluationState)
+  with mock.patch.object(module, "EvaluationState", state):
     began, cpu = time.perf_counter(), time.process_time()
     adversarial, predicted = adversary.run_standard_evaluation(
       x, y, bs=batch_size, return_labels=True
@@ -197,10 +226,8 @@ def run(
   return Side(
     robust=(predicted == y).numpy(),
     adversarial=adversarial.numpy().transpose(0, 2, 3, 1),
-    accuracy=accuracy,
-    seconds={
-      name: end - start for (_, start), (name, end) in itertools.pairwise(ends)
-    },
+    accuracy=recorder.accuracy,
+    seconds=recorder.seconds(),
     everything=everything,
     cpu=cpu,
     warnings=tuple(warnings),

@@ -1,4 +1,4 @@
-"""What two implementations of AutoAttack found on one network, as tables."""
+"""Results of two implementations of AutoAttack on one network, as tables."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -6,23 +6,25 @@ from typing import Any
 
 import numpy as np
 
+from atat_jax.runs import tables, wording
+
 EVERYTHING = "everything"
 
 
 @dataclasses.dataclass(frozen=True)
 class Side:
-  """What one implementation found, and how long it took.
+  """Result of one implementation, and the time it took.
 
   Attributes:
-    robust: bool [N]: who is classified correctly after every attack.
-    adversarial: [N, H, W, C]: where an example fell the image that fools the
-      network, elsewhere the clean one.
-    accuracy: "clean" and every attack run to the accuracy after it, in [0, 1].
-    seconds: Attack to the time it took.
+    robust: bool [N]: examples classified correctly after every attack.
+    adversarial: [N, H, W, C]: the image that fools the network, or the clean
+      one where no attack found any.
+    accuracy: Accuracy in [0, 1] after each attack, by name; first "clean".
+    seconds: Seconds of each attack, by name.
     everything: Seconds of the whole call: checks, clean pass, attacks.
-    cpu: Processor time of that, all threads together.
-    compiling: Of `everything`, seconds that XLA's compiler took.
-    warnings: What its own checks said.
+    cpu: Processor time of the whole call, summed over threads.
+    compiling: Seconds of `everything` that XLA's compiler took.
+    warnings: Warnings of the implementation's own checks.
   """
 
   robust: np.ndarray
@@ -35,7 +37,7 @@ class Side:
   warnings: tuple[str, ...] = ()
 
   def as_json(self) -> dict[str, Any]:
-    """All but the images; `robust` as one digit an example."""
+    """Returns all but the images; `robust` as one digit per example."""
     return {
       "robust_accuracy": float(self.robust.mean()),
       "accuracy": self.accuracy,
@@ -47,18 +49,32 @@ class Side:
       "robust": "".join(str(int(flag)) for flag in self.robust),
     }
 
+  @classmethod
+  def from_json(cls, found: dict[str, Any]) -> "Side":
+    """Reads the result of `as_json`; the images are empty."""
+    return cls(
+      robust=np.array([digit == "1" for digit in found["robust"]]),
+      adversarial=np.zeros((0, 0, 0, 0), np.float32),
+      accuracy=found["accuracy"],
+      seconds=found["seconds"],
+      everything=found["seconds_everything"],
+      cpu=found["seconds_cpu"],
+      compiling=found["seconds_compiling"],
+      warnings=tuple(found["warnings"]),
+    )
+
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-  """Both sides on one network.
+  """Results of both implementations on one network.
 
   Attributes:
-    network: Its name.
-    norm: "linf", "l2" or "l1".
-    epsilon: Radius.
-    ours: The first run in the process, compilation included.
-    reference: The original package's.
-    warm: The same run again, with every program compiled; None: not made.
+    network: Name of the network.
+    norm: Norm of the ball: "linf", "l2" or "l1".
+    epsilon: Radius of the ball.
+    ours: First run in the process, compilation included.
+    reference: Run of the original package.
+    warm: Second run of ours, with every program compiled; None: not made.
     details: Further facts about the run, plain values.
   """
 
@@ -72,28 +88,28 @@ class Comparison:
 
   @property
   def ours_only(self) -> np.ndarray:
-    """Examples that hold out against ours and not against the reference."""
+    """Indices of examples that are robust by ours alone."""
     return np.flatnonzero(self.ours.robust & ~self.reference.robust)
 
   @property
   def reference_only(self) -> np.ndarray:
-    """Examples that hold out against the reference and not against ours."""
+    """Indices of examples that are robust by the reference alone."""
     return np.flatnonzero(self.reference.robust & ~self.ours.robust)
 
   @property
   def difference(self) -> float:
-    """Robust accuracy, ours minus the reference's, in points."""
+    """Robust accuracy, ours minus the reference's, in percentage points."""
     ours, reference = self.ours.robust, self.reference.robust
     return 100 * (int(ours.sum()) - int(reference.sum())) / len(ours)
 
   @property
   def parts(self) -> list[str]:
-    """The attacks that either side has run, in their order."""
+    """Attacks that either side has run, in order."""
     names = [*self.ours.seconds, *self.reference.seconds]
     return list(dict.fromkeys(names))
 
   def as_json(self) -> dict[str, Any]:
-    """Plain values, all that the tables show and more."""
+    """Returns plain values: everything that the tables show, and more."""
     return {
       "network": self.network,
       "norm": self.norm,
@@ -109,6 +125,19 @@ class Comparison:
       **self.details,
     }
 
+  @classmethod
+  def from_json(cls, found: dict[str, Any]) -> "Comparison":
+    """Reads the result of `as_json`, without images and details."""
+    warm = found["ours_warm"]
+    return cls(
+      found["network"],
+      found["norm"],
+      found["epsilon"],
+      ours=Side.from_json(found["ours"]),
+      reference=Side.from_json(found["reference"]),
+      warm=None if warm is None else Side.from_json(warm),
+    )
+
 
 def _ratio(reference: float | None, ours: float | None) -> float | None:
   return reference / ours if reference and ours else None
@@ -117,14 +146,14 @@ def _ratio(reference: float | None, ours: float | None) -> float | None:
 def speed_ratios(
   comparison: Comparison,
 ) -> dict[str, dict[str, float | None]]:
-  """How many times the reference's time is ours.
+  """Computes the ratios of times, reference / ours.
 
   Args:
-    comparison: Both sides.
+    comparison: Results of both sides.
 
   Returns:
-    Attack, and "everything", to {"first": ..., "warm": ...}: reference / ours
-    with and without our compilation; None where one of them is missing.
+    {attack or "everything": {"first": ..., "warm": ...}}, with and without our
+    compilation; None where a side did not run the attack.
   """
   found = {}
   for part in [*comparison.parts, EVERYTHING]:
@@ -150,36 +179,21 @@ def _percent(value: float | None) -> str:
   return _number(None if value is None else 100 * value, ".2f")
 
 
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-  """A table; columns of equal width, those of numbers to the right."""
-  widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-  left = [
-    any(cell[:1].isalpha() for cell in column)
-    for column in zip(*rows, strict=True)
-  ]
-
-  def line(cells: Sequence[str]) -> str:
-    padded = [
-      cell.ljust(width) if to_left else cell.rjust(width)
-      for cell, width, to_left in zip(cells, widths, left, strict=True)
-    ]
-    return f"| {' | '.join(padded)} |"
-
-  rule = [
-    "-" * width if to_left else "-" * (width - 1) + ":"
-    for width, to_left in zip(widths, left, strict=True)
-  ]
-  return "\n".join([line(header), line(rule), *map(line, rows)])
+def _radius(found: Comparison) -> str:
+  """Formats epsilon, levels of a pixel for linf."""
+  if found.norm == "linf":
+    return wording.pixels(found.epsilon)
+  return f"{found.epsilon:.5g}"
 
 
 def parity_table(comparisons: Sequence[Comparison]) -> str:
-  """Who is robust, by both: a row a network.
+  """Tabulates robust accuracies and disagreements, a row per network.
 
   Args:
-    comparisons: At least one.
+    comparisons: One or more comparisons.
 
   Returns:
-    A Markdown table.
+    Markdown table.
   """
   rows = []
   for found in comparisons:
@@ -190,7 +204,7 @@ def parity_table(comparisons: Sequence[Comparison]) -> str:
       [
         found.network,
         found.norm,
-        f"{found.epsilon:.5g}",
+        _radius(found),
         str(len(found.ours.robust)),
         " / ".join(dict.fromkeys(clean)),
         _percent(found.ours.robust.mean()),
@@ -212,17 +226,17 @@ def parity_table(comparisons: Sequence[Comparison]) -> str:
     "robust by ours only",
     "by the reference only",
   ]
-  return markdown(header, rows)
+  return tables.markdown([header, *rows])
 
 
 def attack_table(comparisons: Sequence[Comparison]) -> str:
-  """Robust accuracy after each attack: a row an attack.
+  """Tabulates robust accuracy after each attack, a row per attack.
 
   Args:
-    comparisons: At least one.
+    comparisons: One or more comparisons.
 
   Returns:
-    A Markdown table; "-" where a side had nobody left to attack.
+    Markdown table; "-" where a side had no example left to attack.
   """
   rows = []
   for found in comparisons:
@@ -240,17 +254,17 @@ def attack_table(comparisons: Sequence[Comparison]) -> str:
         ]
       )
   header = ["network", "after", "ours (%)", "reference (%)", "difference"]
-  return markdown(header, rows)
+  return tables.markdown([header, *rows])
 
 
 def speed_table(comparisons: Sequence[Comparison]) -> str:
-  """Seconds, and the reference's as a multiple of ours: a row an attack.
+  """Tabulates seconds and their ratios, a row per attack.
 
   Args:
-    comparisons: At least one.
+    comparisons: One or more comparisons.
 
   Returns:
-    A Markdown table; the last row of a network is the whole call.
+    Markdown table; the last row of a network is the whole call.
   """
   rows = []
   for found in comparisons:
@@ -275,4 +289,4 @@ def speed_table(comparisons: Sequence[Comparison]) -> str:
     "reference / ours, compiling",
     "reference / ours, warm",
   ]
-  return markdown(header, rows)
+  return tables.markdown([header, *rows])

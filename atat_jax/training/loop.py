@@ -1,0 +1,95 @@
+"""The training loop of one network: takes steps, logs, validates, saves."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+
+from atat_jax import checkpoints
+from atat_jax.data import Split
+from atat_jax.data.prefetch import Prefetcher
+from atat_jax.state import TrainState
+from atat_jax.training.interrupts import Interrupt
+from atat_jax.training.outline import Outline
+from atat_jax.training.profile import Trace
+from atat_jax.training.writer import Journal
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Programs:
+  """Programs of a training, with all arguments bound but those named here.
+
+  Attributes:
+    draw_extra: Numbers of the steps of a group, from 0, to their extra images.
+    take_steps: (state, numbers, extra images) to the state after these steps;
+      the state passed in is donated.
+    learning_rate: Number of a step, from 0, to its learning rate.
+    reset_metrics: State to the state with empty metrics.
+    estimate_statistics: State to the state with the BatchNorm statistics that
+      belong to its averaged weights, if there are any.
+    validate: State to validation accuracies by name; the last one chooses the
+      checkpoint.
+  """
+
+  draw_extra: Callable[[range], Split | None]
+  take_steps: Callable[[TrainState, range, Split | None], TrainState]
+  learning_rate: Callable[[int], jax.Array]
+  reset_metrics: Callable[[TrainState], TrainState]
+  estimate_statistics: Callable[[TrainState], TrainState]
+  validate: Callable[[TrainState], dict[str, float]]
+
+
+def run(
+  current: TrainState,
+  programs: Programs,
+  outline: Outline,
+  checkpointer: checkpoints.Checkpointer,
+  saved: int | None,
+) -> None:
+  """Takes the remaining steps of a training; logs, validates and saves.
+
+  Args:
+    current: State to go on from; it is donated.
+    programs: Programs of the training.
+    outline: Its name, files and steps.
+    checkpointer: Its checkpoints.
+    saved: Step of the last checkpoint, which is that of the state; None: there
+      is none yet.
+
+  Raises:
+    TrainingDivergedError: A loss or a gradient is no longer finite.
+    Interrupted: Ctrl-C or SIGTERM; the state is saved.
+  """
+  with (
+    Interrupt() as interrupt,
+    Journal(outline, checkpointer, saved) as journal,
+    Trace(outline.directory / "profile", outline.profile_steps) as trace,
+  ):
+    groups = outline.groups(saved or 0, trace.edges)
+    with Prefetcher(programs.draw_extra, groups) as extra:
+      for numbers in groups:
+        step = numbers.stop
+        trace.before(numbers.start + 1, current)
+        current = programs.take_steps(current, numbers, extra.get())
+        trace.after(step, current)
+        journal.bar.advance(len(numbers))
+        if numbers is groups[0]:
+          jax.block_until_ready(current)
+          journal.bar.restart()  # the first step compiles
+        log, validate = outline.logs(step), outline.validates(step)
+        if log or validate:  # otherwise the host does not wait for the device
+          journal.check_finite(current)
+        if log:
+          journal.log(current, step, float(programs.learning_rate(step - 1)))
+          current = programs.reset_metrics(current)
+        if validate:
+          current = programs.estimate_statistics(current)
+          journal.save(current, step, programs.validate(current))
+        if checkpointer.should_stop(step, interrupt.signum):
+          if not validate:
+            journal.check_finite(current)
+            current = programs.estimate_statistics(current)
+            checkpointer.save(current, step, None)
+          raise journal.interrupted(step, interrupt.signum)
+        if log or validate:
+          journal.bar.restart()

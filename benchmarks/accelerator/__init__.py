@@ -1,1 +1,0 @@
-"""Runs that need an accelerator, prepared so that none of its time is lost."""

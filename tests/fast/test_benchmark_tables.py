@@ -1,0 +1,352 @@
+"""Tables, flags and statistics of the benchmarks."""
+
+import argparse
+import importlib
+import json
+import pathlib
+
+import numpy as np
+import pytest
+
+from atat_jax.errors import UserError
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _importable(monkeypatch):
+  monkeypatch.syspath_prepend(ROOT)
+
+
+# --- The tables --------------------------------------------------------------
+
+
+def _side(robust, accuracy, seconds, everything):
+  from benchmarks.support.comparison import Side
+
+  return Side(
+    robust=np.array(robust, bool),
+    adversarial=np.zeros((len(robust), 1, 1, 1)),
+    accuracy=accuracy,
+    seconds=seconds,
+    everything=everything,
+  )
+
+
+@pytest.fixture
+def made_up():
+  from benchmarks.support.comparison import Comparison
+
+  ours = _side(
+    [1, 1, 1, 0, 0, 0, 0, 0],
+    {"clean": 0.875, "apgd-ce": 0.5, "square": 0.375},
+    {"apgd-ce": 4.0, "square": 5.0},
+    10.0,
+  )
+  warm = _side(
+    [1, 1, 1, 0, 0, 0, 0, 0],
+    ours.accuracy,
+    {"apgd-ce": 2.0, "square": 2.5},
+    5.0,
+  )
+  reference = _side(
+    [0, 0, 1, 1, 0, 0, 0, 0],
+    {"clean": 0.875, "apgd-ce": 0.25},
+    {"apgd-ce": 8.0},
+    20.0,
+  )
+  return Comparison("student", "linf", 8 / 255, ours, reference, warm)
+
+
+def _cells(table):
+  lines = [line.strip("|").split("|") for line in table.splitlines()]
+  assert len({len(line) for line in lines}) == 1
+  assert len({len(line) for line in table.splitlines()}) == 1
+  return [[cell.strip() for cell in line] for line in lines]
+
+
+def test_parity_table(made_up):
+  from benchmarks.support.comparison import parity_table
+
+  header, rule, row = _cells(parity_table([made_up]))
+  assert header == [
+    "network",
+    "norm",
+    "epsilon",
+    "n",
+    "clean (%)",
+    "ours (%)",
+    "reference (%)",
+    "difference (points)",
+    "robust by ours only",
+    "by the reference only",
+  ]
+  assert [cell.endswith(":") for cell in rule] == 2 * [False] + 8 * [True]
+  expected = "student linf 8/255 8 87.50 37.50 25.00 +12.50 2 1"
+  assert row == expected.split()
+  assert made_up.ours_only.tolist() == [0, 1]
+  assert made_up.reference_only.tolist() == [3]
+
+
+def test_parity_table_shows_two_clean_accuracies_that_differ(made_up):
+  from benchmarks.support.comparison import parity_table
+
+  made_up.ours.accuracy["clean"] = 0.75
+  assert _cells(parity_table([made_up, made_up]))[3][4] == "75.00 / 87.50"
+
+
+def test_attack_table(made_up):
+  from benchmarks.support.comparison import attack_table
+
+  assert _cells(attack_table([made_up]))[2:] == [
+    ["student", "clean", "87.50", "87.50", "+0.00"],
+    ["student", "apgd-ce", "50.00", "25.00", "+25.00"],
+    ["student", "square", "37.50", "-", "-"],
+  ]
+
+
+def test_speed_table(made_up):
+  from benchmarks.support.comparison import speed_table
+
+  assert _cells(speed_table([made_up]))[2:] == [
+    ["student", "apgd-ce", "4.00", "2.00", "8.00", "2.00", "4.00"],
+    ["student", "square", "5.00", "2.50", "-", "-", "-"],
+    ["student", "everything", "10.00", "5.00", "20.00", "2.00", "4.00"],
+  ]
+
+
+def test_a_comparison_is_plain_json(made_up):
+  found = json.loads(json.dumps(made_up.as_json(), allow_nan=False))
+  assert found["difference_points"] == 12.5
+  assert found["ours"]["robust"] == "11100000"
+  assert found["ratios"]["everything"] == {"first": 2.0, "warm": 4.0}
+  assert found["ratios"]["square"] == {"first": None, "warm": None}
+
+
+# --- Flags -------------------------------------------------------------------
+
+
+def test_flags():
+  from benchmarks import autoattack
+  from benchmarks.support import machine
+
+  args = autoattack.parser().parse_args(
+    ["--workdir=a=runs/x", "--workdir=runs/y=1/teacher", "--epsilon=8/255"]
+  )
+  assert args.workdir == [("a", "runs/x"), ("teacher", "runs/y=1/teacher")]
+  assert args.epsilon == 8 / 255
+  for text in ("0", "-1", "a", "1/0", "inf", "nan", "1/2/3"):
+    with pytest.raises(argparse.ArgumentTypeError, match="allowed"):
+      machine.number(text)
+  for text in ("0", "-1", "1.5", "a"):
+    with pytest.raises(argparse.ArgumentTypeError, match="allowed"):
+      machine.whole(text)
+
+
+def test_a_missing_reference_is_told_with_how_to_get_it(tmp_path):
+  from benchmarks.support import original
+
+  with pytest.raises(UserError, match=r"no package autoattack.*git clone"):
+    original.load(str(tmp_path))
+
+
+# --- Statistics --------------------------------------------------------------
+
+
+def test_flops_of_a_step():
+  from atat_jax import objectives
+  from benchmarks.support import flops
+
+  def passes(method, num_steps):
+    return flops.passes(objectives.create(method), num_steps)
+
+  assert passes("standard", 0) == 3
+  assert passes("at", 7) == 14 + 3
+  assert passes("alp", 7) == passes("mart", 7) == 14 + 6
+  assert passes("trades", 10) == 20 + 6 + 1
+  assert passes("atat", 7) == passes("atat_released", 7) == 14 + 6 + 1
+
+
+def test_pairs_are_compared_run_by_run():
+  from benchmarks.support import timing
+
+  # The machine was slow in the second pair: that falls on both sides.
+  found = timing.summary([[1.0, 4.0, 1.0], [2.0, 8.0, 2.0]])
+  assert (found["ratio"], found["ratio_spread"]) == (2.0, 0.0)
+  assert (found["seconds"], found["peer_seconds"]) == (1.0, 2.0)
+
+
+def test_short_functions_are_timed_in_bursts(monkeypatch):
+  from benchmarks.support import timing
+
+  now, calls = [0.0], []
+  monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+
+  def side(name, seconds):
+    def run():
+      calls.append(name)
+      now[0] += seconds
+
+    return run
+
+  sides = [side("long", 1.0), side("short", 0.0625)]
+  times = timing.run_in_turn(sides, repeats=2)
+  assert times == [[1.0, 1.0], [0.0625, 0.0625]]
+  assert calls == (["long"] + ["short"] * 5) * 2  # one, and four in 0.2 s
+
+
+def test_a_line_is_fitted_to_a_curve():
+  from benchmarks import scaling
+
+  work = np.array([1.0, 2.0, 5.0, 10.0])
+  found = scaling.fit(work, 3 + 0.5 * work)
+  assert found["constant"] == pytest.approx(3)
+  assert found["slope"] == pytest.approx(0.5)
+  assert found["worst"] == pytest.approx(0, abs=1e-9)
+  bent = scaling.fit(work, work**2)
+  assert bent["worst"] > 0.2
+
+
+def test_a_worse_ratio_is_flagged(tmp_path, capsys):
+  from benchmarks import compare
+
+  def write(name, ratios):
+    path = tmp_path / name
+    path.write_text(json.dumps({"ratios": ratios}))
+    return str(path)
+
+  stored = write("stored.json", {"a": 2.0, "b": 1.0})
+  compare.main([stored, write("same.json", {"a": 1.81, "b": 1.5, "c": 1.0})])
+  assert "worse" not in capsys.readouterr().out
+  for name, ratios in (
+    ("slow.json", {"a": 1.79, "b": 1.0}),
+    ("missing.json", {"a": 2.0}),
+  ):
+    with pytest.raises(SystemExit, match="1 of 2 ratios are worse"):
+      compare.main([stored, write(name, ratios)])
+    assert "| worse |" in capsys.readouterr().out
+  for name in (str(tmp_path / "none.json"), write("empty.json", {})):
+    with pytest.raises(SystemExit, match=r"error: .*allowed"):
+      compare.main([stored, name])
+
+
+# --- Pages -------------------------------------------------------------------
+
+
+def test_tables_are_written_from_files(tmp_path):
+  from benchmarks import tables
+
+  (tmp_path / "cpu").mkdir()
+  (tmp_path / "cpu" / "attacks.json").write_text(
+    json.dumps(
+      {
+        "command": "python -m benchmarks.attacks",
+        "commit": "abc",
+        "date": "2026-01-02T03:04:05",
+        "machine": {
+          "cores_used": [0, 1],
+          "cpu": "a CPU",
+          "device": "cpu",
+          "python": "3.11",
+          "jax": "0.10",
+          "torch": None,
+        },
+        "rows": [
+          {
+            "name": "fgsm/wrn-8-1/b4",
+            "seconds": 0.0125,
+            "spread": 0.001,
+            "peer_seconds": 0.025,
+            "peer_spread": 0.002,
+            "ratio": 2.0,
+            "ratio_spread": 0.1,
+            "first_seconds": 1.5,
+            "peer_first_seconds": 0.03,
+            "first_ratio": 0.02,
+          }
+        ],
+      }
+    )
+  )
+  page = "before\n<!-- generated: attacks -->\nold\n<!-- end -->\nafter\n"
+  made = tables.generate(page, tmp_path)
+  assert "old" not in made
+  assert made.startswith("before\n") and made.endswith("<!-- end -->\nafter\n")
+  assert "| fgsm/wrn-8-1/b4 |" in made and " 2.00 |" in made
+  assert "commit `abc`, 2026-01-02, 2 cores, a CPU" in made
+  assert tables.generate(made, tmp_path) == made
+  page = page.replace("attacks", "step")
+  assert "Not measured with committed code" in tables.generate(page, tmp_path)
+  with pytest.raises(UserError, match="generated: 'other'; allowed: attacks"):
+    tables.generate(page.replace("step", "other"), tmp_path)
+
+
+def test_the_page_shows_the_committed_results():
+  """What it quotes comes from the files, and those from committed code."""
+  from benchmarks import tables
+
+  text = tables.PAGE.read_text(encoding="utf-8")
+  assert tables.generate(text, tables.RESULTS) == text
+
+
+def test_results_of_uncommitted_code_are_not_shown(tmp_path):
+  from benchmarks import tables
+
+  path = tmp_path / "one.json"
+  for commit in ("abc-dirty", "unknown"):
+    path.write_text(json.dumps({"commit": commit}))
+    with pytest.raises(UserError, match="allowed: results of committed code"):
+      tables.read(path)
+
+
+def _event(process, thread, name, duration, **more):
+  return {
+    "ph": "X",
+    "pid": process,
+    "tid": thread,
+    "name": name,
+    "dur": duration,
+    **more,
+  }
+
+
+def _name(kind, process, thread, name):
+  return {
+    "ph": "M",
+    "pid": process,
+    "tid": thread,
+    "name": f"{kind}_name",
+    "args": {"name": name},
+  }
+
+
+def test_a_profile_counts_each_kernel_of_a_stream_once():
+  kernels = importlib.import_module("benchmarks.kernels")
+  host = _event(1, 1, "op", 9.0, args={"hlo_op": "op"})
+  device = [
+    _event(2, 5, "conv", 2.0),
+    _event(2, 5, "add", 1.0),
+    _event(2, 5, "conv", 3.0),
+    _event(2, 6, "XLA Modules tell it again", 6.0),
+  ]
+  names = [
+    _name("process", 1, 0, "/host:CPU"),
+    _name("process", 2, 0, "/device:GPU:0 Fast 1"),
+    _name("thread", 2, 5, "Stream #13(Compute)"),
+    _name("thread", 2, 6, "XLA Modules"),
+  ]
+  found = kernels.kernel_times([*names, host, *device])
+  assert list(found) == ["conv", "add"]
+  assert found == pytest.approx({"conv": 5e-6, "add": 1e-6})
+  # Without a GPU the operations of XLA count.
+  rest = [host, _event(1, 1, "python", 50.0)]
+  assert kernels.kernel_times([*names, *rest]) == pytest.approx({"op": 9e-6})
+
+
+def test_a_comparison_is_read_as_it_was_written(made_up):
+  from benchmarks.support import comparison
+
+  found = comparison.Comparison.from_json(made_up.as_json())
+  for table in ("parity_table", "attack_table", "speed_table"):
+    make = getattr(comparison, table)
+    assert make([found]) == make([made_up])

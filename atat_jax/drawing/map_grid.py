@@ -245,10 +245,10 @@ def _legend(fig: Figure, first: str, marks: set[str]) -> None:
 
 
 def _show(ax: Axes, image: np.ndarray) -> None:
-  if image.shape[-1] == 1:
-    ax.imshow(image[..., 0], cmap="gray", vmin=0, vmax=1)
-  else:
+  if image.shape[-1] == 3:
     ax.imshow(np.clip(image, 0, 1))
+  else:
+    ax.imshow(image.mean(axis=-1), cmap="gray", vmin=0, vmax=1)
 
 
 _FRAMES: dict[str, dict[str, Any]] = {

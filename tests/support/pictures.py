@@ -1,4 +1,8 @@
-"""Looking at pictures in tests: their pixels, or the figures before rendering."""
+"""Looking at pictures in tests: their pixels, or the figures before rendering.
+
+Test modules that use the fixture name this module in `pytest_plugins`.
+PYTEST_DONT_REWRITE, as pytest complains of plugins that are imported before.
+"""
 
 import numpy as np
 import pytest

@@ -1,7 +1,4 @@
-"""Several finished runs side by side, the published figures with them.
-
-Reads the files of the runs only; needs no model.
-"""
+"""Several finished runs side by side, with the published numbers."""
 
 import os
 import pathlib
@@ -13,8 +10,9 @@ from atat_jax.report import layout, merge, page
 from atat_jax.runs import files
 
 _CAPTION = (
-  "Mean over training seeds; a bar is one standard error to either side. Each"
-  " panel has an axis of its own, which covers its numbers only."
+  "Mean over training seeds, with one standard error to either side where there"
+  " are several. Each panel has an axis of its own; an arrow at its left end is"
+  " a point far below."
 )
 
 

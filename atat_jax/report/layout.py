@@ -143,8 +143,8 @@ def _legend(
     )
   if any(row["standard_error"] is None for row in shown):
     notes.append(
-      "95%: Wilson's interval over the images, for a method with one run. It"
-      " does not tell how much another training seed would change."
+      "a–b: Wilson's 95% interval over the images, for a method with one run."
+      " It does not tell how much another training seed would change."
     )
   if any("difference" in row for row in shown):
     notes.append(
@@ -164,7 +164,7 @@ def _accuracy(row: rows_lib.Row | None, num_runs: int) -> Cell:
     notes.append(f"n = {row['num_runs']}")
   if row["standard_error"] is None:
     low, high = intervals.proportion(row["accuracy"], row["num_examples"])
-    notes.append(f"95%: {100 * low:.1f} to {100 * high:.1f}")
+    notes.append(f"{100 * low:.1f}–{100 * high:.1f}")
   if "difference" in row:
     notes.append(points(row["difference"]))
   if row["published"] is not None:
@@ -231,36 +231,38 @@ def training(comparison: dict[str, Any]) -> Table | None:
   )
 
 
+def _fact(field: str, value: object) -> str:
+  if value is None:
+    return "–"
+  return str(value)[:10] if field == "date" else str(value)
+
+
 def runs(comparison: dict[str, Any]) -> Table:
   """Makes the table of runs, the source of every number."""
+  fields = {
+    "run": "workdir",
+    "method": "label",
+    "seed": "seed",
+    "network": "network",
+    "step": "checkpoint_step",
+    "commit": "commit",
+    "date": "date",
+  }
+  devices = dict.fromkeys(
+    tuple(map(str, run["devices"])) for run in comparison["runs"]
+  )
   return Table(
     heading="Runs",
     kind="",
-    head=["run", "method", "seed", "network", "step", "commit", "date"],
+    head=list(fields),
     rows=[
-      [
-        Cell("–" if run[field] is None else str(run[field]))
-        for field in (
-          "workdir",
-          "label",
-          "seed",
-          "network",
-          "checkpoint_step",
-          "commit",
-          "date",
-        )
-      ]
+      [Cell(_fact(field, run[field])) for field in fields.values()]
       for run in comparison["runs"]
     ],
     notes=[
-      "step: of the checkpoint that was evaluated, chosen on validation images.",
-      *(
-        f"Devices: {', '.join(devices)}."
-        for devices in dict.fromkeys(
-          tuple(map(str, run["devices"])) for run in comparison["runs"]
-        )
-        if devices
-      ),
+      "step: step of the checkpoint that was evaluated, chosen on validation"
+      " images.",
+      *(f"Devices: {', '.join(names)}." for names in devices if names),
     ],
   )
 

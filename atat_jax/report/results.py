@@ -81,7 +81,7 @@ def images(rows: list[tables.Row]) -> str:
 
 def blocks(rows: list[tables.Row]) -> list[Block]:
   """Arranges rows of `results.json`: attacks down, models across."""
-  columns = tables.columns(rows)
+  columns = tables.in_paper_order(tables.columns(rows))
   modes = {batch_norm for _, batch_norm in tables.series(rows)}
   return [
     Block(
@@ -129,7 +129,7 @@ def _accuracy(column: tables.Column, model: str, batch_norm: str) -> Accuracy:
     change = f"{100 * (row['accuracy'] - running):+.1f}"
   return Accuracy(
     percent=_percent(row["accuracy"]),
-    interval=f"{100 * low:.1f} to {100 * high:.1f}",
+    interval=f"{100 * low:.1f}–{100 * high:.1f}",
     change=change,
   )
 
@@ -144,11 +144,11 @@ def by_class(
     class_names: One name a class; None: numbers.
 
   Returns:
-    Accuracies of the judged model with running statistics, of all classes or,
+    Accuracies of the trained network with running statistics, of all classes or,
     where there are many, of the least robust ones; None if no attack's row has
     accuracies by class.
   """
-  model = summary.judged(rows)
+  model = tables.trained(rows)
   columns = [
     column
     for column in tables.columns(rows)
@@ -196,7 +196,7 @@ def results_table(results: dict[str, Any]) -> str:
     attack, accuracies in percent; under it the protocol of each column.
   """
   rows = results["rows"]
-  columns = tables.columns(rows)
+  columns = tables.in_paper_order(tables.columns(rows))
   lines = [["accuracy (%)", *(column.label for column in columns)]]
   for model, batch_norm in tables.series(rows):
     numbers = [

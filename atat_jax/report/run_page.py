@@ -10,15 +10,6 @@ from atat_jax.errors import UserError
 from atat_jax.report import page, results, summary
 from atat_jax.runs import files, roles, tables
 
-_PICTURES = {
-  "running": "Accuracy under each attack, running statistics.",
-  "batch": "Accuracy under each attack, batch statistics.",
-  "both": (
-    "Accuracy under each attack. Solid bars: running statistics. Hatched bars:"
-    " batch statistics, not comparable with the solid ones."
-  ),
-}
-
 
 def write_report(workdir: str | os.PathLike[str]) -> pathlib.Path:
   """Draws the figures of a run and writes its page.
@@ -50,7 +41,6 @@ def write_report(workdir: str | os.PathLike[str]) -> pathlib.Path:
   run = found.get("run", {})
   config = run.get("config") or files.read_json(workdir / files.CONFIG) or {}
   rows = found["rows"]
-  modes = {batch_norm for _, batch_norm in tables.series(rows)}
   text = page.render(
     "run.html.j2",
     title=_title(config, rows),
@@ -60,9 +50,6 @@ def write_report(workdir: str | os.PathLike[str]) -> pathlib.Path:
     models=results.models(rows),
     blocks=results.blocks(rows),
     bars=figures.draw_results(workdir),
-    bars_caption=_PICTURES["both" if len(modes) > 1 else min(modes)]
-    if modes
-    else "",
     by_class=results.by_class(rows, run.get("class_names")),
     diagnostics=found.get("diagnostics", {}),
     curves=figures.draw_curves(workdir),

@@ -5,14 +5,6 @@ from typing import Any
 from atat_jax.runs import intervals, roles, tables, wording
 
 
-def judged(rows: list[tables.Row]) -> str:
-  """Returns the network that a run is about: the student, if there is one."""
-  models = [model for model, _ in tables.series(rows)]
-  if roles.STUDENT in models or not models:
-    return roles.STUDENT
-  return models[0]
-
-
 def attacked(columns: list[tables.Column], model: str) -> list[tables.Column]:
   """Returns the attacks on a model with running statistics."""
   return [
@@ -35,7 +27,7 @@ def verdict(results: dict[str, Any]) -> str:
     One paragraph of plain text.
   """
   columns = tables.columns(results["rows"])
-  model = judged(results["rows"])
+  model = tables.trained(results["rows"])
   attacks = attacked(columns, model)
   if not attacks:
     return (

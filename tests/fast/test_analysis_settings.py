@@ -45,7 +45,9 @@ def test_a_wrong_number_is_named(changes, message):
 def test_names_of_analyses_are_known_and_given_once():
   assert analyses.parse(" steps, attention,") == ("steps", "attention")
   assert analyses.parse("") == ()
-  with pytest.raises(UserError, match=r"analyses: 'maps'; allowed: .*landscape"):
+  with pytest.raises(
+    UserError, match=r"analyses: 'maps'; allowed: .*landscape"
+  ):
     analyses.parse("attention,maps")
   with pytest.raises(UserError, match=r"analyses: 'steps,steps'.*once"):
     analyses.parse("steps,steps")

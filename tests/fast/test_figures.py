@@ -2,11 +2,9 @@
 
 import json
 
-import matplotlib
 import numpy as np
 import pytest
 from analysis_files import curvature_arrays, maps
-from pictures import is_color, pixels
 
 from atat_jax import figures
 from atat_jax.drawing import style
@@ -95,48 +93,13 @@ def test_draws_every_figure_whose_inputs_are_there(figures_drawn, tmp_path):
   curves = [f"curves_{m}_{c}" for m in roles.MODELS for c in CURVES]
   names = ["robustness", *curves, "attention_1", "attention_2", "curvature"]
   assert paths == [tmp_path / "figures" / f"{name}.png" for name in names]
-  assert list(figures_drawn) == [*names[9:], *names[:9]]  # analyses first
+  assert list(figures_drawn) == names
   for panel in ("loss", "training"):
     for model in roles.MODELS:
       fig = figures_drawn[f"curves_{model}_{panel}"]
       used = {line.get_color() for line in fig.axes[0].lines}
       assert style.BLUE in used  # cross-entropy, clean images
       assert (style.VERMILION in used) == (model == "student")
-
-
-def test_bars_are_as_long_as_the_accuracies(tmp_path):
-  write_results(
-    tmp_path,
-    [
-      result_row("student", "nominal", "running", 0.9),
-      result_row("student", "pgd20", "running", 0.45),
-      result_row("student", "pgd20", "batch", 0.6),
-    ],
-  )
-  before = matplotlib.rcParams.copy()
-  (path,) = figures.draw_all(tmp_path)
-  assert matplotlib.rcParams.copy() == before  # the user's own plots
-  assert path.with_suffix(".pdf").read_bytes().startswith(b"%PDF-")
-  blue = is_color(pixels(path), style.BLUE)
-  # Rows of solid bars: the legend's patch, 0.9 and 0.45; no hatched one.
-  lengths = blue.sum(axis=1)
-  solid = np.unique(lengths[lengths > 100])
-  full = solid.max()
-  half = solid[abs(solid - full / 2) <= 3]
-  assert half.size, solid
-  starts = np.flatnonzero(np.diff((lengths >= full - 2).astype(int)) == 1)
-  assert len(starts) == 1, "one bar of 0.9"
-
-
-def test_curves_survive_one_point_and_not_a_number(figures_drawn, tmp_path):
-  lines = [
-    {"split": "train", "step": 1, "epoch": 0.1, "loss": float("nan")},
-    {"split": "validation", "step": 1, "epoch": 0.1, "accuracy_clean": 0.5},
-  ]
-  text = "\n".join(json.dumps(line) for line in lines)
-  (tmp_path / "metrics.jsonl").write_text(text)
-  stems = [path.stem for path in figures.draw_all(tmp_path)]
-  assert stems == ["curves_student_loss", "curves_student_validation"]
 
 
 def test_damaged_inputs_are_named(tmp_path):

@@ -70,7 +70,7 @@ def test_page_shows_the_numbers_given(tmp_path):
         method="wilson"
       )
       assert text.endswith(
-        f"{100 * interval.low:.1f} to {100 * interval.high:.1f}"
+        f"{100 * interval.low:.1f}–{100 * interval.high:.1f}"
       )
       if batch_norm == "batch":
         gap = 100 * (accuracy - ACCURACIES[model, "running"][attack])

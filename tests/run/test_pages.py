@@ -14,6 +14,7 @@ from html_page import Page
 from PIL import Image
 
 from atat_jax import report
+from atat_jax.drawing import style
 
 
 def add_pictures(workdir):
@@ -39,6 +40,13 @@ def add_pictures(workdir):
     np.savez(workdir / f"{stem}.npz", **arrays)
 
 
+def save_png(fig, path):
+  """Saves a figure without the PDF, which no page shows and takes longest."""
+  path.parent.mkdir(exist_ok=True)
+  fig.savefig(path)
+  return path
+
+
 @pytest.fixture(scope="module")
 def full(tmp_path_factory):
   """The page of a run that has everything, and nine attacks."""
@@ -52,7 +60,9 @@ def full(tmp_path_factory):
     row["class_accuracy"] = [0.1 * k for k in range(10)]
   run_files.save(workdir, results)
   add_pictures(workdir)
-  return report.write_report(workdir)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(style, "save", save_png)
+    return report.write_report(workdir)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ class Page(html.parser.HTMLParser):
     headings: Text of the second-level headings.
   """
 
-  VOID = frozenset({"meta", "img"})
+  VOID = frozenset({"meta", "img", "wbr"})
 
   def __init__(self, path):
     super().__init__()
@@ -33,17 +33,20 @@ class Page(html.parser.HTMLParser):
       self.rows.append([])
     if tag in ("td", "th"):
       self.rows[-1].append("")
+    elif tag == "span" and {"td", "th"} & set(self.open):
+      self.rows[-1][-1] += " "  # small print has a line of its own
 
   def handle_endtag(self, tag):
     assert self.open.pop() == tag
+    if tag in ("td", "th"):
+      self.rows[-1][-1] = " ".join(self.rows[-1][-1].split())
 
   def handle_data(self, data):
     if not self.open or self.open[-1] == "style":
       return
     self.text += data
     if {"td", "th"} & set(self.open):
-      pieces = [self.rows[-1][-1], data.strip()]
-      self.rows[-1][-1] = " ".join(filter(None, pieces))
+      self.rows[-1][-1] += data
     if self.open[-1] == "h2":
       self.headings.append(data)
 

@@ -86,3 +86,26 @@ def results(accuracies=ACCURACIES):
 def save(workdir, found):
   """Writes `results.json`."""
   (workdir / "results.json").write_text(json.dumps(found))
+
+
+def write_run(workdir, rows, method="at", seed=0, rates=(), **fields):
+  """Writes a finished run; `fields` are those of its objective."""
+  config = {
+    "seed": seed,
+    "method": method,
+    "objective": {"epsilon": 8 / 255, **fields},
+    "train": {"batch_size": 64},
+    "model": {"name": "wide_resnet", "depth": 8, "width": 2},
+    "evaluation": {"attacks": f"whatever {seed}"},
+    "teacher_workdir": f"teachers/{seed}",
+  }
+  run = {"config": config, "commit": "0123abcd", "devices": ["cpu"]}
+  workdir.mkdir(parents=True)
+  save(workdir, {"format": 1, "run": run, "rows": rows, "diagnostics": {}})
+  lines = [
+    {"split": "train", "step": step, "images_per_second": rate}
+    for step, rate in enumerate(rates)
+  ]
+  text = "".join(json.dumps(line) + "\n" for line in lines)
+  (workdir / "metrics.jsonl").write_text(text)
+  return workdir

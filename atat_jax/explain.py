@@ -314,7 +314,7 @@ def explain(
     class_names=subject.class_names,
     mesh=mesh,
   )
-  # What an earlier command has left in the directory is not of this page.
+  # Files of earlier commands may be in the directory, too.
   sections = analyses.sections(out, out / "figures", only=settings.analyses)
   names = ", ".join(subject.networks)
   text = page.render(

@@ -30,8 +30,8 @@ class Finding(NamedTuple):
 
   Attributes:
     heading: Heading of its section.
-    sentence: What was found.
-    caption: How to read the pictures, and the protocol.
+    sentence: The result, with its numbers.
+    caption: A guide to the pictures, and the protocol.
   """
 
   heading: str
@@ -44,8 +44,8 @@ class Section(NamedTuple):
 
   Attributes:
     heading: Heading, plain text as the following.
-    sentence: What was found.
-    caption: How to read the pictures, and the protocol.
+    sentence: The result, with its numbers.
+    caption: A guide to the pictures, and the protocol.
     pictures: PNG files.
     wide: Whether the pictures need the whole width of a page.
   """
@@ -167,7 +167,7 @@ class Analysis:
     images: (settings, number of images) to the indices of those it is made of.
     draw: (content of the file, directory) to the PNG files drawn there, in the
       order in which a reader wants them.
-    find: Content of the file to what it says. `data.path` is the file.
+    find: Content of the file to its `Finding`. `data.path` is the file.
     wide: Whether its pictures need the whole width of a page.
   """
 

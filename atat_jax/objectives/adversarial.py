@@ -245,6 +245,6 @@ class PairedPasses(InnerAttack):
 def _logits(
   model: nn.Module, params: PyTree, stats: PyTree, images: Array, _: Array
 ) -> tuple[Array, PyTree]:
-  """A `Forward` to logits."""
+  """Makes the student's pass for logits, a `Forward`."""
   student = {"params": params, "batch_stats": stats}
   return batch_norm.apply(model, student, images, batch_norm="batch")

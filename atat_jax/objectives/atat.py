@@ -191,7 +191,7 @@ class ATAT(PairedPasses):
     images: Array,
     labels: Array,
   ) -> tuple[tuple[Array, dict[str, Array]], PyTree]:
-    """A `Forward` to logits and normalised maps."""
+    """Makes the student's pass for logits and normalised maps, a `Forward`."""
     logits, maps, stats = attention.forward(
       model,
       {"params": params, "batch_stats": stats},

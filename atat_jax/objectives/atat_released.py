@@ -139,7 +139,10 @@ class ATATReleased(PairedPasses):
     images: Array,
     labels: Array,
   ) -> tuple[tuple[Array, Array], PyTree]:
-    """A `Forward` to logits, and to logits or the map divided by N K = 2 B K."""
+    """Makes the student's pass for logits and the compared output, a `Forward`.
+
+    The output is the logits, or the map divided by N K = 2 B K.
+    """
     student = {"params": params, "batch_stats": stats}
     if self.variant == "logits":
       logits, stats = batch_norm.apply(

@@ -151,7 +151,7 @@ class TLA(PairedPasses):
     images: Array,
     _: Array,
   ) -> tuple[tuple[Array, Array], PyTree]:
-    """A `Forward` to logits and embeddings [B, D]."""
+    """Makes the student's pass for logits and embeddings [B, D], a `Forward`."""
     logits, activations, stats = attention.activations(
       model,
       {"params": params, "batch_stats": stats},

@@ -15,6 +15,7 @@ pytest_plugins = ("tiny",)
 def _start(rank, workdir):
   environment = {
     **os.environ,
+    **tiny.QUICK,
     "JAX_PLATFORMS": "cpu",
     "JAX_NUM_CPU_DEVICES": "2",
     # Not a real job: the variables that jax recognises one by.

@@ -11,6 +11,7 @@ from atat_jax.data.base import Split
 from atat_jax.rng import stream
 
 pytest_plugins = ("tiny",)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 NOMINAL = evaluation.parse("nominal", epsilon=0.1, step_size=0.1)
 FGSM = evaluation.parse("fgsm", epsilon=0.1, step_size=0.1)

@@ -78,6 +78,7 @@ class Process:
       self._process = subprocess.Popen(
         [sys.executable, "main.py", *arguments],
         cwd=tiny.ROOT,
+        env={**os.environ, **tiny.QUICK},
         stdout=file,
         stderr=subprocess.STDOUT,
       )
@@ -103,14 +104,14 @@ def count(path):
   return len(path.read_text().splitlines()) if path.exists() else 0
 
 
-def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
+def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path, command_line):
   workdir = tmp_path / "run"
-  total = 12 * tiny.STEPS_PER_EPOCH
+  total = 8 * tiny.STEPS_PER_EPOCH
   arguments = tiny.flags(
     workdir,
-    "--config.train.num_epochs=12",
+    "--config.train.num_epochs=8",
     "--config.train.log_every_steps=1",
-    "--config.train.validate_every_epochs=12",
+    "--config.train.validate_every_epochs=8",
     method="standard",
     mode="train",
   )
@@ -127,9 +128,9 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
   assert str(workdir / "checkpoints") in last
   assert "the same command resumes" in last
 
-  status, output = Process(tmp_path, *arguments).wait()
-  assert status == 0, output
-  assert f"resumed at step {step} of {total}" in output
+  outcome = command_line(*arguments)
+  assert outcome.status == 0, outcome.stderr
+  assert f"resumed at step {step} of {total}" in outcome.stderr
   assert checkpoints.checkpoint_step(workdir, which="last") == total
   found = tiny.metrics(path)
   steps = [line["step"] for line in found if line["split"] == "train"]

@@ -174,7 +174,7 @@ def test_metrics_name_every_term(finished):
     )
     if line["split"] == "validation":
       assert 0 <= line["accuracy_adversarial"] <= line["accuracy_clean"] <= 1
-      assert line["attack"].startswith("pgd1: linf, epsilon 51/255")
+      assert line["attack"].startswith("pgd1: linf, epsilon 0.2")
       continue
     total = (  # Eq. (7)
       line["cross_entropy"]
@@ -310,10 +310,12 @@ def test_more_attacks_add_rows_and_keep_the_old(
   }
   assert {key: after[key] for key in before} == before
 
-  # The report is older than the results now.
-  monkeypatch.setattr(evaluation, "class_counts", class_counts)
-  tiny.run(workdir)
-  assert "ifgsm2" in Page(workdir / "report.html").text
+  # The report is older than the results now, and is written anew.
+  written = []
+  monkeypatch.setattr(report, "write_report", written.append)
+  tiny.run(workdir, "run", made)
+  assert written == [workdir]
+  assert len(calls) == 4
 
 
 @pytest.fixture(scope="module")

@@ -26,13 +26,32 @@ from typing import Any, NamedTuple
 
 import jax
 import pytest
+import quick
 from ml_collections import ConfigDict
 
-from atat_jax import evaluation, objectives, pipeline, plan, sharding, steps
+from atat_jax import (
+  compilation,
+  evaluation,
+  objectives,
+  pipeline,
+  plan,
+  sharding,
+  steps,
+)
 from atat_jax.data import batches
 from atat_jax.training import averaging, writer
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+QUICK = {
+  "XLA_FLAGS": " ".join(
+    [
+      os.environ.get("XLA_FLAGS", ""),
+      *(f"--{k}={str(v).lower()}" for k, v in quick.OPTIONS.items()),
+    ]
+  )
+}
+"""Environment of a process whose programs compile quickly."""
 
 STEPS_PER_EPOCH = 10
 TEACHER_STEPS, STUDENT_STEPS = 10, 20
@@ -137,13 +156,15 @@ def _remembered(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @contextmanager
-def shared_programs() -> Iterator[None]:
-  """Trainings of one plan share their compiled programs.
+def quick_programs() -> Iterator[None]:
+  """Programs compile quickly, and trainings of one plan share theirs.
 
-  A new process would compile the same programs again, which costs most of a
-  tiny run's time.
+  Compilation takes most of a tiny run's time, and a resumed run, which is a new
+  process elsewhere, would compile the same programs again.
   """
+  options = compilation.compiler_options() | quick.OPTIONS
   with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(compilation, "compiler_options", lambda **_: options)
     for owner, name in (
       (plan.StagePlan, "make_optimizer"),
       (steps, "make_train_step"),
@@ -161,8 +182,8 @@ def run(
   *,
   num_devices: int = 1,
 ) -> None:
-  """Runs a mode of `main.py` in this process, with `shared_programs`."""
-  with devices(num_devices), shared_programs():
+  """Runs a mode of `main.py` in this process, with `quick_programs`."""
+  with devices(num_devices), quick_programs():
     pipeline.run(mode, made or config(), workdir)
 
 
@@ -360,6 +381,7 @@ class CommandLine:
     self._server = subprocess.Popen(
       [sys.executable, "-W", "ignore", "-c", _SERVER],
       cwd=ROOT,
+      env={**os.environ, **QUICK},
       stdin=subprocess.PIPE,
       stdout=subprocess.PIPE,
       stderr=subprocess.DEVNULL,

@@ -1,12 +1,12 @@
 """Grad-CAM (Selvaraju et al., 2017), Eq. (1) to (3) of the paper.
 
-ATT^c(x) = ReLU(sum_k GAP(d y^c / d A_k) A_k(x)), the gradient of the *logit* of
-class c, per example. A zero is added to the activation A at the tap and the
-logits are differentiated with respect to that zero: the backward pass stops
-there, so a map of the last tensor costs a dense layer, not a second network
-pass. The maps can be differentiated again.
+ATT^c(x) = ReLU(sum_k GAP(d y^c / d A_k) A_k(x)), with the gradient of the
+*logit* of class c, per example. A zero is added to the activation A at the tap
+and the logits are differentiated with respect to that zero: the backward pass
+stops there, so a map of the last tensor costs a dense layer, not a second
+network pass. The maps can be differentiated again.
 
-Any linen module works: layers are named by the path of a submodule whose output
+Any linen module works: a layer is named by the path of a submodule whose output
 is [B, h, w, C].
 """
 
@@ -26,7 +26,7 @@ from atat_jax.typing import Array, BatchNormMode, PyTree, Variables
 
 @contextmanager
 def _outputs(visit: Callable[[str, Any], Any]) -> Iterator[None]:
-  """Within: `visit(path, output)` may replace the output of any submodule."""
+  """Lets `visit(path, output)` replace the output of any submodule."""
 
   def interceptor(
     call: Callable[..., Any],
@@ -50,12 +50,12 @@ def _tensors(
   images: Array,
   batch_norm: BatchNormMode,
 ) -> dict[str, jax.ShapeDtypeStruct]:
-  """The outputs [B, h, w, C] of all submodules, in the order of computation."""
+  """Outputs [B, h, w, C] of all submodules, in the order of computation."""
   found: dict[str, jax.ShapeDtypeStruct] = {}
 
   def visit(path: str, output: Any) -> Any:
     if isinstance(output, jax.Array) and output.ndim == 4:
-      if path in found:  # a shared module: its name says no single tensor
+      if path in found:  # a shared module: its name is ambiguous
         repeated.add(path)
       found.pop(path, None)
       found[path] = jax.ShapeDtypeStruct(output.shape, output.dtype)
@@ -72,18 +72,18 @@ def _tensors(
 
 
 MAPS = ("grad_cam", "channel_sum")
-"""Ways from an activation to a map."""
+"""Kinds of maps that are computed from an activation."""
 
 
 def check_layers(layers: Iterable[str], names: Iterable[str]) -> None:
-  """Checks that a network has these layers.
+  """Checks that a network has certain layers.
 
   Args:
-    layers: The set J by name.
-    names: What `layer_names` lists.
+    layers: Names of the layers in J.
+    names: Layers of the network, see `layer_names`.
 
   Raises:
-    UserError: A layer that is not among them.
+    UserError: A layer that the network does not have.
   """
   names = tuple(names)
   for layer in layers:
@@ -94,7 +94,7 @@ def check_layers(layers: Iterable[str], names: Iterable[str]) -> None:
 def layer_names(
   model: nn.Module, variables: Variables, images: Array
 ) -> tuple[str, ...]:
-  """The layers that can be tapped, from the input to the output."""
+  """Returns the layers that can be tapped, from the input to the output."""
   return tuple(_tensors(model, variables, images, "running"))
 
 
@@ -105,7 +105,7 @@ def _chosen(
   layers: Sequence[str] | None,
   batch_norm: BatchNormMode,
 ) -> dict[str, jax.ShapeDtypeStruct]:
-  """The outputs of these layers; of the last tensor's where None is named."""
+  """Outputs of the given layers; None: of the last tensor's layer."""
   tensors = _tensors(model, variables, images, batch_norm)
   if not tensors:
     raise UserError(
@@ -123,7 +123,7 @@ def chosen_layers(
   images: Array,
   layers: Sequence[str] | None,
 ) -> tuple[str, ...]:
-  """The layers that `grad_cam` taps: those named, or the last tensor's.
+  """Returns the layers that `grad_cam` taps: those given, or the last tensor's.
 
   Raises:
     UserError: A layer that the model does not have.
@@ -138,7 +138,7 @@ def _tapped(
   taps: dict[str, Array],
   batch_norm: BatchNormMode,
 ) -> tuple[Array, tuple[dict[str, Array], PyTree]]:
-  """Logits, and {layer: output + tap} and `batch_stats` of one pass."""
+  """Logits of one pass, with {layer: output + tap} and `batch_stats`."""
   found = {}
 
   def visit(path: str, output: Any) -> Any:
@@ -159,13 +159,13 @@ def activations(
   layers: Sequence[str] | None = None,
   batch_norm: BatchNormMode = "running",
 ) -> tuple[Array, dict[str, Array], PyTree]:
-  """Logits and activations from one forward pass. For use inside jit.
+  """Returns logits and activations of one forward pass. For use inside jit.
 
   Args:
     model: A linen module.
-    variables: Its collections.
+    variables: Variables of the model.
     images: [B, H, W, C] in [0, 1].
-    layers: By name; None: the last tensor [B, h, w, C].
+    layers: Names of the layers; None: the last tensor [B, h, w, C].
     batch_norm: "running" or "batch".
 
   Returns:
@@ -176,13 +176,15 @@ def activations(
     UserError: A layer that the model does not have.
   """
   chosen = _chosen(model, variables, images, layers, batch_norm)
-  taps = {layer: jnp.zeros((), of.dtype) for layer, of in chosen.items()}
+  taps = {
+    layer: jnp.zeros((), output.dtype) for layer, output in chosen.items()
+  }
   logits, (found, stats) = _tapped(model, variables, images, taps, batch_norm)
   return logits, found, stats
 
 
 def channel_sum(tensor: Array) -> Array:
-  """sum_c |A_c| (Zagoruyko and Komodakis, 2017, F_sum).
+  """Computes sum_c |A_c| (Zagoruyko and Komodakis, 2017, F_sum).
 
   Args:
     tensor: [B, h, w, C].
@@ -204,16 +206,17 @@ def forward(
   batch_norm: BatchNormMode = "running",
   maps: str = "grad_cam",
 ) -> tuple[Array, dict[str, Array], PyTree]:
-  """Logits and attention maps from one forward pass. For use inside jit.
+  """Returns logits and attention maps of one forward pass. For use inside jit.
 
   Args:
     model: A linen module.
-    variables: Its collections.
+    variables: Variables of the model.
     images: [B, H, W, C] in [0, 1].
-    labels: int32 [B]: the class whose logit is explained.
-    layers: The set J of Eq. (4) by name; None: the last tensor [B, h, w, C].
+    labels: Classes whose logits are explained, int32 [B].
+    layers: Names of the layers in J, Eq. (4); None: the last tensor
+      [B, h, w, C].
     batch_norm: "running" or "batch".
-    maps: One of `MAPS`; "channel_sum" knows no class.
+    maps: One of `MAPS`; "channel_sum" does not depend on the labels.
 
   Returns:
     Logits [B, K]; maps {layer: [B, h, w] >= 0}, float32 or wider; the collection
@@ -233,7 +236,7 @@ def forward(
       stats,
     )
   chosen = _chosen(model, variables, images, layers, batch_norm)
-  taps = {layer: jnp.zeros_like(of) for layer, of in chosen.items()}
+  taps = {layer: jnp.zeros_like(output) for layer, output in chosen.items()}
   logits, pullback, (found, stats) = jax.vjp(
     lambda taps: _tapped(model, variables, images, taps, batch_norm),
     taps,
@@ -286,8 +289,8 @@ def _forward(
   return bn.apply(network, variables, images, batch_norm=batch_norm)[0]
 
 
-# Only ever asked for shapes. Its traces are cached: tracing a deep network for
-# every batch would take longer than the maps do on an accelerator.
+# Used for shapes only. Its traces are cached, because tracing a deep network for
+# every batch would take longer than computing the maps on an accelerator.
 _logits = jax.jit(_forward, static_argnames=("model", "batch_norm"))
 
 
@@ -300,11 +303,12 @@ def grad_cam(
   layers: Sequence[str] | None = None,
   batch_norm: BatchNormMode = "running",
 ) -> dict[str, Array]:
-  """Grad-CAM maps of the logit of each image's label, Eq. (3).
+  """Computes Grad-CAM maps of the logit of each image's label, Eq. (3).
 
   Args:
-    model: A linen module: `apply(variables, images, train=False)` to logits.
-    variables: Its collections.
+    model: A linen module; `apply(variables, images, train=False)` returns
+      logits.
+    variables: Variables of the model.
     images: float [B, H, W, C] in [0, 1].
     labels: Integers [B] in [0, K).
     layers: Names of submodules whose outputs are tapped (see `layer_names`);

@@ -1,10 +1,10 @@
-"""Which statistics BatchNorm uses: the one place that turns a name into a call.
+"""Forward pass with running or batch statistics of BatchNorm.
 
-"running" is what a deployed classifier does: every image is classified by
-itself. "batch" normalises by the statistics of the batch at hand, so that an
-image's logits depend on its neighbours; the paper's released code evaluates in
-this mode, which can overstate robustness, so it is never a default outside
-training.
+"running" is the mode of a deployed classifier: every image is classified by
+itself. "batch" normalises by the statistics of the current batch, so that the
+logits of an image depend on the other images; the paper's released code
+evaluates in this mode, which can overstate robustness, so it is never a default
+outside training.
 """
 
 import inspect
@@ -23,12 +23,12 @@ def apply(
   *,
   batch_norm: BatchNormMode = "running",
 ) -> tuple[Array, PyTree]:
-  """One forward pass.
+  """Makes one forward pass.
 
   Args:
-    model: A linen module whose `__call__` takes images and, where it has
-      BatchNorm or dropout, `train`.
-    variables: Its collections.
+    model: A linen module whose `__call__` takes images and, if it has BatchNorm
+      or dropout, `train`.
+    variables: Variables of the model.
     images: [B, H, W, C] in [0, 1].
     batch_norm: "running" or "batch".
 

@@ -21,6 +21,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from atat_jax import checks, models
 from atat_jax.errors import UserError
+from atat_jax.runs import files
 from atat_jax.state import TrainState
 from atat_jax.typing import Variables
 
@@ -79,7 +80,7 @@ def _items(state: TrainState) -> dict[str, Any]:
 
 
 def _directory(workdir: pathlib.Path | str) -> pathlib.Path:
-  return pathlib.Path(workdir).absolute() / "checkpoints"
+  return pathlib.Path(workdir).absolute() / files.CHECKPOINTS
 
 
 def _manager(directory: pathlib.Path, *, write: bool) -> ocp.CheckpointManager:

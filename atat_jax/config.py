@@ -74,11 +74,11 @@ def _make_model(
   """Makes the network for a data set, and its description as JSON."""
   name = fields["name"]
   checks.choice("model.dtype", fields["dtype"], ("float32", "bfloat16"))
+  if fields["normalization"] == "dataset":
+    fields = fields | {"mean": spec.mean, "std": spec.std}
   # A network ignores the fields that only others have.
   known = models.field_names(name)
   given = {key: value for key, value in fields.items() if key in known}
-  if fields["normalization"] == "dataset":
-    given |= {"mean": spec.mean, "std": spec.std}
   model = models.create(name, num_classes=spec.num_classes, **given)
   return model, checkpoints.model_spec(name, model, spec.image_shape)
 

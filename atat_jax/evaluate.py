@@ -104,7 +104,7 @@ def evaluate(
       for role, (_, variables) in networks.items()
     },
   )
-  table = _Table(workdir / "results.json", steps=steps, record=record)
+  table = _Table(workdir / files.RESULTS, steps=steps, record=record)
   _complete(table, plan, networks, dataset.test, mesh)
   analyses.write(
     workdir,

@@ -1,4 +1,4 @@
-"""Losses per example: [B, K] or maps to [B]. Means and masks are applied outside."""
+"""Losses of each example, [B]. The caller applies means and masks."""
 
 from collections.abc import Callable
 
@@ -12,7 +12,7 @@ from atat_jax.typing import Array
 
 
 def cross_entropy(logits: Array, labels: Array) -> Array:
-  """-log softmax(logits)[label].
+  """Computes -log softmax(logits)[label].
 
   Args:
     logits: [B, K].
@@ -26,7 +26,7 @@ def cross_entropy(logits: Array, labels: Array) -> Array:
 
 
 def soft_cross_entropy(logits: Array, targets: Array) -> Array:
-  """-sum_k target_k log softmax(logits)_k.
+  """Computes -sum_k target_k log softmax(logits)_k.
 
   Args:
     logits: [B, K].
@@ -42,12 +42,12 @@ def soft_cross_entropy(logits: Array, targets: Array) -> Array:
 def mixture_cross_entropy(
   clean: Array, adversarial: Array, targets: Array
 ) -> Array:
-  """The mean over 2B clean and adversarial images, as a value for each of B.
+  """Averages the cross-entropies of each clean image and its adversarial one.
 
   Args:
-    clean: Logits [B, K].
-    adversarial: Logits [B, K].
-    targets: [B, K], of both.
+    clean: Logits of the clean images, [B, K].
+    adversarial: Logits of the adversarial images, [B, K].
+    targets: Targets of both, [B, K].
 
   Returns:
     [B].
@@ -59,7 +59,7 @@ def mixture_cross_entropy(
 
 
 def kl_divergence(p_logits: Array, q_logits: Array) -> Array:
-  """KL(p || q) of two softmaxes: sum_k p_k (log p_k - log q_k).
+  """Computes KL(p || q) of two softmaxes: sum_k p_k (log p_k - log q_k).
 
   Args:
     p_logits: [B, K].
@@ -75,7 +75,7 @@ def kl_divergence(p_logits: Array, q_logits: Array) -> Array:
 
 
 def mean_square(a: Array, b: Array) -> Array:
-  """The mean of (a - b)^2 over all but the first axis.
+  """Averages (a - b)^2 over all but the first axis.
 
   Args:
     a: [B, ...].
@@ -89,13 +89,13 @@ def mean_square(a: Array, b: Array) -> Array:
 
 
 def _logit(logits: Array, classes: Array) -> Array:
-  # A sum over a mask: its gradient is a product, a gather's is a slow scatter.
+  # A masked sum, because the gradient of a gather is a slow scatter.
   mask = jnp.arange(logits.shape[-1]) == classes[:, None]
   return jnp.where(mask, logits, 0.0).sum(-1)
 
 
 def margin(logits: Array, labels: Array) -> Array:
-  """max_{i != y} z_i - z_y (Carlini and Wagner, 2017): positive where fooled.
+  """Computes max_{i != y} z_i - z_y (Carlini and Wagner, 2017): > 0 if fooled.
 
   Args:
     logits: [B, K].
@@ -112,10 +112,10 @@ def margin(logits: Array, labels: Array) -> Array:
 
 
 def dlr(logits: Array, labels: Array) -> Array:
-  """Difference of logits ratio (Croce and Hein, 2020, Eq. 6).
+  """Computes the difference of logits ratio (Croce and Hein, 2020, Eq. 6).
 
-  (max_{i != y} z_i - z_y) / (z_pi1 - z_pi3), pi sorting the logits from the
-  highest down: a margin that no rescaling of the logits changes.
+  (max_{i != y} z_i - z_y) / (z_pi1 - z_pi3), with pi in descending order of the
+  logits: a margin that is invariant to rescaling of the logits.
 
   Args:
     logits: [B, K], K >= 3.
@@ -129,7 +129,7 @@ def dlr(logits: Array, labels: Array) -> Array:
 
 
 def targeted_dlr(logits: Array, labels: Array, targets: Array) -> Array:
-  """Targeted difference of logits ratio (Croce and Hein, 2020, Eq. 7).
+  """Computes the targeted difference of logits ratio (Croce and Hein, Eq. 7).
 
   (z_t - z_y) / (z_pi1 - (z_pi3 + z_pi4) / 2).
 
@@ -147,7 +147,7 @@ def targeted_dlr(logits: Array, labels: Array, targets: Array) -> Array:
 
 
 def targeted_margin(logits: Array, labels: Array, targets: Array) -> Array:
-  """z_t - z_y (multi-targeted attack; Gowal et al., 2019).
+  """Computes z_t - z_y (multi-targeted attack; Gowal et al., 2019).
 
   Args:
     logits: [B, K].
@@ -166,25 +166,25 @@ ATTACK_LOSSES: dict[str, Callable[[Array, Array], Array]] = {
   "margin": margin,
   "dlr": dlr,
 }
-"""What an untargeted attack increases, by name."""
+"""Losses that an untargeted attack increases, by name."""
 
 TARGETED_LOSSES: dict[str, Callable[[Array, Array, Array], Array]] = {
   "targeted_dlr": targeted_dlr,
   "targeted_margin": targeted_margin,
 }
-"""What an attack that aims at one class after the other increases, by name."""
+"""Losses that an attack on one target class after another increases, by name."""
 
 
 def attack_loss(
   name: str, logits: Array, labels: Array, targets: Array | None = None
 ) -> Array:
-  """The loss of that name, targeted or not.
+  """Computes a loss of attacks by its name.
 
   Args:
-    name: Of `ATTACK_LOSSES` or `TARGETED_LOSSES`.
+    name: One of `ATTACK_LOSSES` or `TARGETED_LOSSES`.
     logits: [B, K].
     labels: int32 [B].
-    targets: int32 [B]; needed by the targeted ones.
+    targets: int32 [B]; needed by targeted losses.
 
   Returns:
     [B].
@@ -196,11 +196,11 @@ def attack_loss(
 
 
 MIN_CLASSES = {"dlr": 3, "targeted_dlr": 4}
-"""Classes that a loss needs, where that is more than two."""
+"""Smallest number of classes of a loss, where that is more than two."""
 
 
 def norm(x: Array, p: int = 2) -> Array:
-  """The p-norm of each example, with gradient 0 (not NaN) where it is 0.
+  """Computes the p-norm of each example; its gradient at 0 is 0, not NaN.
 
   Args:
     x: [B, ...]; all but the first axis are flattened.
@@ -214,12 +214,12 @@ def norm(x: Array, p: int = 2) -> Array:
     return (x * jnp.sign(x)).sum(-1)  # the gradient of jnp.abs at 0 is 1
   squared = jnp.square(x).sum(-1)
   zero = squared == 0  # not "squared <= 0": a NaN must stay one
-  # Both wheres are needed: the inner one keeps 0 out of the root's gradient.
+  # The inner `where` keeps 0 out of the gradient of the root.
   return jnp.where(zero, 0.0, jnp.sqrt(jnp.where(zero, 1.0, squared)))
 
 
 def distance(a: Array, b: Array, p: int = 2) -> Array:
-  """||a - b||_p of each example: Eq. (4) for maps, Eq. (6) for logits.
+  """Computes ||a - b||_p: Eq. (4) for maps, Eq. (6) for logits.
 
   Args:
     a: [B, ...].

@@ -12,26 +12,26 @@ Sums = dict[str, Array]
 
 
 def zeros(names: tuple[str, ...]) -> Sums:
-  """Empty sums."""
+  """Returns empty sums."""
   return {name: jnp.zeros(2, jnp.float32) for name in names}
 
 
 def from_examples(
   values: Mapping[str, Array], mask: Array | None = None
 ) -> Sums:
-  """Sums over a batch.
+  """Sums values over a batch.
 
   Args:
     values: Name to per-example values [B], bool or float.
-    mask: bool [B]; examples that count. None: all.
+    mask: bool [B], examples to count; None: all.
 
   Returns:
-    The sums and counts.
+    Sums and counts.
   """
   sums = {}
   for name, value in values.items():
     weight = jnp.ones(value.shape) if mask is None else mask.astype(jnp.float32)
-    # where, not a product: a masked NaN must not spread.
+    # Not a product, which would let a masked NaN through.
     value = jnp.where(weight > 0, value.astype(jnp.float32), 0.0)
     sums[name] = jnp.stack([value.sum(), weight.sum()])
   return sums
@@ -43,7 +43,7 @@ def merge(a: Sums, b: Sums) -> Sums:
 
 
 def compute(sums: Sums) -> dict[str, float]:
-  """Means on the host; NaN for a count of zero."""
+  """Computes the means on the host; NaN for a count of zero."""
   means = {}
   for name, value in sums.items():
     total, count = np.asarray(value, np.float64)

@@ -12,6 +12,34 @@ from atat_jax.typing import PyTree
 SCHEDULES = ("constant", "piecewise", "cosine", "one_cycle")
 
 
+def _check_schedule(
+  name: str,
+  *,
+  learning_rate: float,
+  total_steps: int,
+  boundaries: Sequence[int],
+  factor: float,
+  warmup_fraction: float,
+) -> None:
+  """Checks the arguments of `make_schedule`."""
+  checks.choice("schedule", name, SCHEDULES)
+  checks.positive("learning_rate", learning_rate)
+  checks.positive("total_steps", total_steps, integer=True)
+  if not 0 <= warmup_fraction < 1:
+    raise UserError(f"warmup_fraction: {warmup_fraction}; allowed: [0, 1)")
+  if name == "piecewise":
+    checks.positive("factor", factor)
+    increasing = list(boundaries) == sorted(set(boundaries))
+    if not boundaries or not increasing or min(boundaries) < 1:
+      raise UserError(
+        f"boundaries: {tuple(boundaries)}; allowed: increasing steps >= 1"
+      )
+  if name == "one_cycle" and not warmup_fraction:
+    raise UserError(
+      f"warmup_fraction: {warmup_fraction}; allowed: (0, 1) for one_cycle"
+    )
+
+
 def make_schedule(
   name: str,
   *,
@@ -21,41 +49,35 @@ def make_schedule(
   factor: float = 0.1,
   warmup_fraction: float = 0.0,
 ) -> optax.Schedule:
-  """Step to learning rate.
+  """Makes a learning-rate schedule.
 
   Args:
     name: One of `SCHEDULES`.
-    learning_rate: The highest one.
-    total_steps: Steps of the run.
-    boundaries: piecewise: steps from which on the rate is multiplied by
-      `factor`, once each.
-    factor: piecewise.
-    warmup_fraction: cosine and one_cycle: share of the steps in which the rate
-      rises linearly (cosine) or as a cosine (one_cycle).
+    learning_rate: Highest learning rate.
+    total_steps: Number of steps of the run.
+    boundaries: Steps at which a piecewise schedule multiplies the rate by
+      `factor`.
+    factor: Factor of a piecewise schedule.
+    warmup_fraction: Share of the steps in which the rate rises, linearly
+      (cosine) or as a cosine (one_cycle).
 
   Returns:
-    An optax schedule.
+    An optax schedule: step to learning rate.
 
   Raises:
     UserError: Unknown name, or values out of range.
   """
-  checks.choice("schedule", name, SCHEDULES)
-  checks.positive("learning_rate", learning_rate)
-  checks.positive("total_steps", total_steps, integer=True)
-  if not 0 <= warmup_fraction < 1:
-    raise UserError(f"warmup_fraction: {warmup_fraction}; allowed: [0, 1)")
+  _check_schedule(
+    name,
+    learning_rate=learning_rate,
+    total_steps=total_steps,
+    boundaries=boundaries,
+    factor=factor,
+    warmup_fraction=warmup_fraction,
+  )
   if name == "constant":
     return optax.constant_schedule(learning_rate)
   if name == "piecewise":
-    checks.positive("factor", factor)
-    if (
-      not boundaries
-      or list(boundaries) != sorted(set(boundaries))
-      or min(boundaries) < 1
-    ):
-      raise UserError(
-        f"boundaries: {tuple(boundaries)}; allowed: increasing steps >= 1"
-      )
     return optax.piecewise_constant_schedule(
       learning_rate, {int(step): factor for step in boundaries}
     )
@@ -66,17 +88,13 @@ def make_schedule(
       warmup_steps=round(warmup_fraction * total_steps),
       decay_steps=total_steps,
     )
-  if not 0 < warmup_fraction:
-    raise UserError(
-      f"warmup_fraction: {warmup_fraction}; allowed: (0, 1) for one_cycle"
-    )
   return optax.cosine_onecycle_schedule(
     total_steps, learning_rate, pct_start=warmup_fraction
   )
 
 
 def decay_mask(params: PyTree) -> PyTree:
-  """True for convolution and dense kernels, False for BatchNorm and biases."""
+  """Selects the kernels of convolutions and dense layers for weight decay."""
   return jax.tree_util.tree_map_with_path(
     lambda path, _: getattr(path[-1], "key", None) == "kernel", params
   )
@@ -90,18 +108,18 @@ def make_optimizer(
   weight_decay: float = 2e-4,
   clip_norm: float = 0.0,
 ) -> optax.GradientTransformation:
-  """SGD with momentum and an L2 penalty on kernels.
+  """Makes SGD with momentum and an L2 penalty on kernels.
 
   The penalty is weight_decay / 2 * ||w||^2, as the released code's
-  `weight_decay * l2_loss`: its gradient joins the loss's before the momentum.
+  `weight_decay * l2_loss`: its gradient is added before the momentum.
 
   Args:
     schedule: Step to learning rate.
-    momentum: In [0, 1).
-    nesterov: Whether to look ahead.
-    weight_decay: >= 0.
-    clip_norm: The gradient of the loss, before the penalty's joins it, is
-      scaled down to this global norm where it is longer; 0: never.
+    momentum: Momentum, in [0, 1).
+    nesterov: Whether the momentum is Nesterov's.
+    weight_decay: Weight of the L2 penalty, >= 0.
+    clip_norm: Largest global norm of the loss's gradient, which is scaled down
+      to it before the penalty's gradient is added; 0: no limit.
 
   Returns:
     An optax transformation.

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from atat_jax import evaluate, report, sharding, train
 from atat_jax.config import make_plan
-from atat_jax.runs import configuration
+from atat_jax.runs import configuration, files
 
 MODES = ("run", "train", "evaluate", "figures")
 
@@ -47,12 +47,12 @@ def run(mode: str, config: ConfigDict, workdir: pathlib.Path) -> None:
     configuration.write(plan.record, workdir)
   if mode in ("run", "train"):
     train.train(plan, workdir, dataset, mesh, extra)
-    _log.info("checkpoints: %s", workdir / "checkpoints")
+    _log.info("checkpoints: %s", workdir / files.CHECKPOINTS)
   if mode in ("run", "evaluate"):
     results = evaluate.evaluate(plan, workdir, dataset, mesh)
     if jax.process_index() == 0:
       sys.stdout.write(f"\n{report.results_table(results)}\n")
-      sys.stdout.write(f"results: {workdir / 'results.json'}\n")
+      sys.stdout.write(f"results: {workdir / files.RESULTS}\n")
   if mode == "run":
     _figures(workdir, redraw=report.is_old(workdir))
   _log.info("done in %.0f s", time.perf_counter() - began)
@@ -61,7 +61,7 @@ def run(mode: str, config: ConfigDict, workdir: pathlib.Path) -> None:
 def _figures(workdir: pathlib.Path, *, redraw: bool) -> None:
   if jax.process_index():
     return
-  page = workdir / "report.html"
+  page = workdir / files.REPORT
   if redraw:
     report.write_report(workdir)
-  sys.stdout.write(f"figures: {workdir / 'figures'}\nreport:  {page}\n")
+  sys.stdout.write(f"figures: {workdir / files.FIGURES}\nreport:  {page}\n")

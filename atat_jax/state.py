@@ -1,4 +1,6 @@
-"""The state of a training run: data only, no behaviour."""
+"""State of a training run: data only, no behaviour."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,18 +12,18 @@ from atat_jax import compilation, metrics
 from atat_jax.typing import Array, PyTree, Variables
 
 NEVER = jnp.iinfo(jnp.int32).max
-"""In `nonfinite`: this term has always been finite."""
+"""Value in `TrainState.nonfinite` of a term that has always been finite."""
 
 
 class TrainState(struct.PyTreeNode):
-  """Everything that a step changes, and the key that it draws from.
+  """State of a training run: everything that a step changes, and the run's key.
 
   Attributes:
-    step: int32, the number of updates made.
-    params: The network's parameters.
-    batch_stats: Its running statistics.
-    opt_state: The optimizer's state.
-    rng: The run's key; constant, each step derives its own from it.
+    step: Number of updates made, int32.
+    params: Parameters of the network.
+    batch_stats: Running statistics of the network.
+    opt_state: State of the optimizer.
+    rng: Key of the run; constant, each step derives its own key from it.
     sums: Metrics since the last log line, as sums and counts.
     nonfinite: Term to the first step at which it was not finite.
     ema: Averaged {"params", "batch_stats"} (`averaging`); None: no average.
@@ -38,12 +40,12 @@ class TrainState(struct.PyTreeNode):
 
 
 def variables(state: TrainState) -> Variables:
-  """The network's collections, as they are trained."""
+  """Returns the trained variables of the network."""
   return {"params": state.params, "batch_stats": state.batch_stats}
 
 
 def evaluated(state: TrainState) -> Variables:
-  """What is validated and evaluated: the averaged ones where there are any."""
+  """Returns the variables to evaluate: averaged ones where they are kept."""
   return variables(state) if state.ema is None else state.ema
 
 
@@ -58,40 +60,59 @@ def create(
   initial: Variables | None = None,
   averages: bool = False,
 ) -> TrainState:
-  """The state before the first step.
+  """Creates the state before the first step.
 
   Args:
-    model: The network.
-    optimizer: Its optimizer.
-    rng: The run's key.
-    images: Of the right shape, [1, H, W, C].
-    metric_names: What the step accumulates.
-    term_names: Terms that must stay finite.
+    model: Network.
+    optimizer: Optimizer of the network's parameters.
+    rng: Key of the run.
+    images: Images of the right shape, [1, H, W, C].
+    metric_names: Names of the metrics that the step accumulates.
+    term_names: Names of the terms that must stay finite.
     initial: Variables to start from (the teacher's); None: fresh ones.
-    averages: Whether averaged variables are kept beside them.
+    averages: Whether averaged variables are kept beside the trained ones.
 
   Returns:
-    A state.
+    The state.
   """
+  # One program: compiled one operation at a time, a network takes hundreds.
+  function = functools.partial(
+    build,
+    model=model,
+    optimizer=optimizer,
+    metric_names=metric_names,
+    term_names=term_names,
+    averages=averages,
+  )
+  return compilation.jit(function, once=True)(rng, images, initial)
 
-  def build(rng: Array, images: Array, initial: Variables | None) -> TrainState:
-    if initial is None:
-      initial = model.init(jax.random.fold_in(rng, 0), images)
-    # The step donates the state: what belongs to the caller is copied.
-    initial, rng = jax.tree.map(jnp.copy, (initial, rng))
-    found = {
-      "params": initial["params"],
-      "batch_stats": initial.get("batch_stats", {}),
-    }
-    return TrainState(
-      step=jnp.zeros((), jnp.int32),
-      **found,
-      opt_state=optimizer.init(initial["params"]),
-      rng=rng,
-      sums=metrics.zeros(metric_names),
-      nonfinite={name: jnp.asarray(NEVER, jnp.int32) for name in term_names},
-      ema=jax.tree.map(jnp.copy, found) if averages else None,
-    )
 
-  # One program: operation by operation, a network's layers are hundreds.
-  return compilation.jit(build, once=True)(rng, images, initial)
+def build(
+  rng: Array,
+  images: Array,
+  initial: Variables | None,
+  *,
+  model: nn.Module,
+  optimizer: optax.GradientTransformation,
+  metric_names: tuple[str, ...],
+  term_names: tuple[str, ...],
+  averages: bool,
+) -> TrainState:
+  """Builds the state of `create`, which compiles this function."""
+  if initial is None:
+    initial = model.init(jax.random.fold_in(rng, 0), images)
+  # The step donates the state, so the caller's arrays are copied.
+  initial, rng = jax.tree.map(jnp.copy, (initial, rng))
+  found = {
+    "params": initial["params"],
+    "batch_stats": initial.get("batch_stats", {}),
+  }
+  return TrainState(
+    step=jnp.zeros((), jnp.int32),
+    **found,
+    opt_state=optimizer.init(initial["params"]),
+    rng=rng,
+    sums=metrics.zeros(metric_names),
+    nonfinite={name: jnp.asarray(NEVER, jnp.int32) for name in term_names},
+    ema=jax.tree.map(jnp.copy, found) if averages else None,
+  )

@@ -2,11 +2,12 @@
 
 The step is augmentation -> attack -> teacher maps -> student forward and
 backward -> update -> metrics, from uint8 images that live on the device. The
-state is donated and replicated, the batch is split over the mesh. Nothing in
-it waits for the host: metrics and the first non-finite term accumulate in the
-state and are fetched at log points.
+state is donated and replicated, the batch is split over the mesh. The step
+never waits for the host: metrics and the first non-finite term accumulate in
+the state and are fetched when a log line is due.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -26,11 +27,11 @@ from atat_jax.typing import Array, PyTree, Variables
 
 TrainStep = Callable[..., TrainState]
 """(state, teacher or None, data, indices, extra=None, count=None) to the state
-after the step, or the steps."""
+after the step, or after `count` steps."""
 
 
 def metric_names(objective: Objective) -> tuple[str, ...]:
-  """What a step with this objective accumulates."""
+  """Returns the names of the metrics that a step accumulates."""
   clean = ("accuracy_clean",) if objective.sees_clean else ()
   adversarial = ("accuracy_adversarial",) if objective.attacks else ()
   return (
@@ -43,13 +44,8 @@ def metric_names(objective: Objective) -> tuple[str, ...]:
 
 
 def term_names(objective: Objective) -> tuple[str, ...]:
-  """What must stay finite."""
+  """Returns the names of the values that must stay finite."""
   return (*objective.term_names, "gradient")
-
-
-def _is_product(primitive: Any, *_: Any, **__: Any) -> bool:
-  """What is kept for the backward pass: the costly part, not the large one."""
-  return primitive.name in ("conv_general_dilated", "dot_general")
 
 
 def make_train_step(
@@ -63,150 +59,226 @@ def make_train_step(
   flip: bool = False,
   options: Options = OFF,
 ) -> TrainStep:
-  """Builds the fused step.
+  """Compiles `train_step`, one step or several in one program.
 
   Args:
-    model: The network.
-    objective: What is minimised.
-    optimizer: How.
-    mesh: The devices.
+    model: Network of the student.
+    objective: Loss that is minimised.
+    optimizer: Optimizer of the student's parameters.
+    mesh: Devices.
     num_classes: K.
     padding: Pixels of zero padding before the random crop; 0: no crop.
-    flip: Whether to flip at random.
-    options: What the objective is combined with.
+    flip: Whether images are flipped at random.
+    options: Options that the objective is combined with.
 
   Returns:
     (state, teacher variables or None, resident split, indices int32 [M], extra
     images [E] or None) to the next state; M + E = B. With indices [S, M], extra
-    images [S, E] and a count, int32, as many steps as the count says, at most S,
-    in one program. The state passed in is donated: it cannot be used again.
+    images [S, E] and a count, int32, the program makes `count` <= S steps. The
+    state passed in is donated: it cannot be used again.
   """
-
-  def step_fn(
-    state: TrainState,
-    teacher: Variables | None,
-    data: Split,
-    indices: Array,
-    extra: Split | None = None,
-  ) -> TrainState:
-    with jax.named_scope("augmentation"):
-      whole = assemble(
-        state.rng,
-        state.step,
-        *gather(data, indices, extra, mesh),
-        num_classes=num_classes,
-        padding=padding,
-        flip=flip,
-        options=options,
-      )
-
-    def differentiate(
-      batch_stats: PyTree, key: Array, batch: Batch
-    ) -> tuple[PyTree, Outcome]:
-      with jax.named_scope("prepare"):
-        prepared = objective.prepare(
-          key,
-          model,
-          {"params": state.params, "batch_stats": batch_stats},
-          teacher,
-          batch,
-        )
-
-      def mean_loss(params: PyTree) -> tuple[Array, Outcome]:
-        outcome = objective.loss(
-          model, {"params": params, "batch_stats": batch_stats}, prepared, batch
-        )
-        return outcome.total.mean(), outcome
-
-      if options.remat:
-        mean_loss = jax.checkpoint(mean_loss, policy=_is_product)
-      gradient_and_outcome = jax.grad(mean_loss, has_aux=True)
-
-      def perturbed(params: PyTree) -> PyTree:
-        gradient, _ = gradient_and_outcome(params)
-        return awp.perturb(params, gradient, options.awp_gamma)
-
-      params = state.params
-      if options.awp_gamma:
-        with jax.named_scope("awp"):
-          params = (
-            jax.lax.cond(
-              state.step >= options.awp_start, perturbed, lambda w: w, params
-            )
-            if options.awp_start
-            else perturbed(params)
-          )
-      with jax.named_scope("student"):
-        return gradient_and_outcome(params)
-
-    gradient, outcome = accumulation.accumulate(
-      differentiate,
-      state.batch_stats,
-      rng.stream(state.rng, "attack", state.step),
-      whole,
-      parts=options.accumulate_steps,
-      params=state.params,
-    )
-    with jax.named_scope("update"):
-      updates, opt_state = optimizer.update(
-        gradient, state.opt_state, state.params
-      )
-      params = optax.apply_updates(state.params, updates)
-
-    gradient_norm = optax.tree.norm(gradient)
-    finite = {
-      name: jnp.isfinite(term).all() for name, term in outcome.terms.items()
-    } | {"gradient": jnp.isfinite(gradient_norm)}
-    values = {
-      "loss": outcome.total,
-      **outcome.terms,
-      "gradient_norm": gradient_norm[None],
-    }
-    if outcome.logits_clean is not None:
-      values["accuracy_clean"] = outcome.logits_clean.argmax(-1) == whole.labels
-    if outcome.logits_adversarial is not None:
-      values["accuracy_adversarial"] = (
-        outcome.logits_adversarial.argmax(-1) == whole.labels
-      )
-    return state.replace(
-      step=state.step + 1,
-      params=params,
-      batch_stats=outcome.batch_stats,
-      opt_state=opt_state,
-      sums=metrics.merge(state.sums, metrics.from_examples(values)),
-      nonfinite={
-        name: jnp.minimum(first, jnp.where(finite[name], NEVER, state.step))
-        for name, first in state.nonfinite.items()
-      },
-      ema=averaging.update(
-        state.ema,
-        {"params": params, "batch_stats": outcome.batch_stats},
-        state.step,
-        options,
-      ),
-    )
-
-  def dispatch(
-    state: TrainState,
-    teacher: Variables | None,
-    data: Split,
-    indices: Array,
-    extra: Split | None = None,
-    count: Array | int | None = None,
-  ) -> TrainState:
-    if indices.ndim == 1:
-      return step_fn(state, teacher, data, indices, extra)
-
-    def body(i: Array, state: TrainState) -> TrainState:
-      rows = jax.tree.map(lambda rows: rows[i], (indices, extra))
-      return step_fn(state, teacher, data, *rows)
-
-    # How many is no part of the program: the last ones before a log line or a
-    # checkpoint compile nothing.
-    return jax.lax.fori_loop(0, count, body, state)
-
+  step = functools.partial(
+    train_step,
+    model=model,
+    objective=objective,
+    optimizer=optimizer,
+    mesh=mesh,
+    num_classes=num_classes,
+    padding=padding,
+    flip=flip,
+    options=options,
+  )
   return compilation.jit(
-    dispatch,
+    functools.partial(dispatch, step=step),
     donate_argnums=0,
     out_shardings=sharding.replicated(mesh),
   )
+
+
+def dispatch(
+  state: TrainState,
+  teacher: Variables | None,
+  data: Split,
+  indices: Array,
+  extra: Split | None = None,
+  count: Array | int | None = None,
+  *,
+  step: TrainStep,
+) -> TrainState:
+  """Makes one step, or `count` steps where the indices have a leading axis.
+
+  The count is a traced value, so that a shorter last dispatch before a log line
+  or a checkpoint compiles nothing.
+
+  Args:
+    state: State before the first step.
+    teacher: The teacher's variables, or None.
+    data: Training split, on the device.
+    indices: int32 [M], or [S, M] for up to S steps.
+    extra: Extra images [E] or [S, E], or None.
+    count: Number of steps, for indices [S, M].
+    step: `train_step` with its collaborators.
+
+  Returns:
+    State after the last step.
+  """
+  if indices.ndim == 1:
+    return step(state, teacher, data, indices, extra)
+
+  def body(i: Array, state: TrainState) -> TrainState:
+    rows = jax.tree.map(lambda rows: rows[i], (indices, extra))
+    return step(state, teacher, data, *rows)
+
+  return jax.lax.fori_loop(0, count, body, state)
+
+
+def train_step(
+  state: TrainState,
+  teacher: Variables | None,
+  data: Split,
+  indices: Array,
+  extra: Split | None = None,
+  *,
+  model: nn.Module,
+  objective: Objective,
+  optimizer: optax.GradientTransformation,
+  mesh: jax.sharding.Mesh,
+  num_classes: int,
+  padding: int = 0,
+  flip: bool = False,
+  options: Options = OFF,
+) -> TrainState:
+  """Makes one training step. A pure function, for use inside jit.
+
+  Args:
+    state: State before the step.
+    teacher: The teacher's variables, or None.
+    data: Training split, on the device.
+    indices: Examples of the batch in the split, int32 [M].
+    extra: Further images [E] of the batch, or None; M + E = B.
+    model: Network of the student.
+    objective: Loss that is minimised.
+    optimizer: Optimizer of the student's parameters.
+    mesh: Devices.
+    num_classes: K.
+    padding: Pixels of zero padding before the random crop; 0: no crop.
+    flip: Whether images are flipped at random.
+    options: Options that the objective is combined with.
+
+  Returns:
+    State after the step.
+  """
+  with jax.named_scope("augmentation"):
+    batch = assemble(
+      state.rng,
+      state.step,
+      *gather(data, indices, extra, mesh),
+      num_classes=num_classes,
+      padding=padding,
+      flip=flip,
+      options=options,
+    )
+  gradient, outcome = accumulation.accumulate(
+    functools.partial(
+      _differentiate, state, teacher, model, objective, options
+    ),
+    state.batch_stats,
+    rng.stream(state.rng, "attack", state.step),
+    batch,
+    parts=options.accumulate_steps,
+    params=state.params,
+  )
+  return _updated(state, gradient, outcome, batch, optimizer, options)
+
+
+def _differentiate(
+  state: TrainState,
+  teacher: Variables | None,
+  model: nn.Module,
+  objective: Objective,
+  options: Options,
+  batch_stats: PyTree,
+  key: Array,
+  batch: Batch,
+) -> tuple[PyTree, Outcome]:
+  """Gradient of the mean loss over a batch, or over one part of it."""
+  student = {"params": state.params, "batch_stats": batch_stats}
+  with jax.named_scope("prepare"):
+    prepared = objective.prepare(key, model, student, teacher, batch)
+
+  def mean_loss(params: PyTree) -> tuple[Array, Outcome]:
+    student = {"params": params, "batch_stats": batch_stats}
+    outcome = objective.loss(model, student, prepared, batch)
+    return outcome.total.mean(), outcome
+
+  if options.remat:
+    mean_loss = jax.checkpoint(mean_loss, policy=_is_product)
+  gradient_fn = jax.grad(mean_loss, has_aux=True)
+  params = state.params
+  if options.awp_gamma:
+    with jax.named_scope("awp"):
+      params = awp.ascend(
+        params,
+        lambda weights: gradient_fn(weights)[0],
+        gamma=options.awp_gamma,
+        step=state.step,
+        start=options.awp_start,
+      )
+  with jax.named_scope("student"):
+    return gradient_fn(params)
+
+
+def _is_product(primitive: Any, *_: Any, **__: Any) -> bool:
+  """Whether a result is costly rather than large: it is not recomputed."""
+  return primitive.name in ("conv_general_dilated", "dot_general")
+
+
+def _updated(
+  state: TrainState,
+  gradient: PyTree,
+  outcome: Outcome,
+  batch: Batch,
+  optimizer: optax.GradientTransformation,
+  options: Options,
+) -> TrainState:
+  """State after the update, its metrics included."""
+  with jax.named_scope("update"):
+    updates, opt_state = optimizer.update(
+      gradient, state.opt_state, state.params
+    )
+    params = optax.apply_updates(state.params, updates)
+  gradient_norm = optax.tree.norm(gradient)
+  values = _metrics(outcome, batch.labels, gradient_norm)
+  finite = {
+    name: jnp.isfinite(term).all() for name, term in outcome.terms.items()
+  } | {"gradient": jnp.isfinite(gradient_norm)}
+  new = {"params": params, "batch_stats": outcome.batch_stats}
+  return state.replace(
+    step=state.step + 1,
+    **new,
+    opt_state=opt_state,
+    sums=metrics.merge(state.sums, metrics.from_examples(values)),
+    nonfinite={
+      name: jnp.minimum(first, jnp.where(finite[name], NEVER, state.step))
+      for name, first in state.nonfinite.items()
+    },
+    ema=averaging.update(state.ema, new, state.step, options),
+  )
+
+
+def _metrics(
+  outcome: Outcome, labels: Array, gradient_norm: Array
+) -> dict[str, Array]:
+  """Values [B] (or [1]) of the metrics that `metric_names` lists."""
+  values = {
+    "loss": outcome.total,
+    **outcome.terms,
+    "gradient_norm": gradient_norm[None],
+  }
+  if outcome.logits_clean is not None:
+    values["accuracy_clean"] = outcome.logits_clean.argmax(-1) == labels
+  if outcome.logits_adversarial is not None:
+    values["accuracy_adversarial"] = (
+      outcome.logits_adversarial.argmax(-1) == labels
+    )
+  return values

@@ -223,7 +223,7 @@ def _reset_metrics(mesh: Mesh, current: TrainState) -> TrainState:
 
 
 def _estimate_statistics(
-  statistics_pass: averaging.Pass,
+  statistics_pass: averaging.StatisticsPass,
   teacher: Variables | None,
   images: Split,
   draws: BatchDraws,

@@ -9,7 +9,6 @@ and times of both, and writes everything as JSON after each network.
 """
 
 import argparse
-import json
 import os
 import pathlib
 import sys
@@ -128,27 +127,20 @@ def trained_network(
     UserError: No configuration beside the checkpoint.
   """
   from atat_jax import checkpoints, data
+  from atat_jax.runs import configuration
 
   folder = pathlib.Path(workdir).resolve()
   step = checkpoints.checkpoint_step(folder, which="best")
   model, variables = checkpoints.restore_model(folder, step=step)
   model = model.clone(dtype=np.float32)  # the original computes in float32
-  configs = [f / "config.json" for f in (folder, folder.parent)]
-  path = next((path for path in configs if path.is_file()), None)
-  if path is None:
-    raise UserError(f"workdir: no config.json in {folder} or above it")
-  config = json.loads(path.read_text(encoding="utf-8"))["data"]
-  split = data.load(
-    config["name"],
-    data_dir=data_dir or config["dir"],
-    cache_dir=config["cache_dir"],
-    validation_size=config["validation_size"],
-    source=config["source"],
-  ).test
+  arguments = configuration.read(folder).data
+  if data_dir:
+    arguments["data_dir"] = data_dir
+  split = data.load(**arguments).test
   images = split.images[:num_examples].astype(np.float32) / 255
   return networks.Network(
     name,
-    f"{workdir}, step {step}; {config['name']}, test split",
+    f"{workdir}, step {step}; {arguments['name']}, test split",
     model,
     variables,
     images,

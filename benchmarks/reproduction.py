@@ -18,7 +18,7 @@ if __name__ == "__main__" and not __package__:  # run as a script
 
 from atat_jax.errors import UserError
 from atat_jax.figures import comparison as pictures
-from atat_jax.report import comparison, layout
+from atat_jax.report import layout
 from atat_jax.runs import files
 from benchmarks import costs, tables
 from benchmarks.support import machine
@@ -61,7 +61,7 @@ def generate(page: str, results: pathlib.Path) -> str:
 def _accuracies(found: dict[str, Any]) -> str:
   parts = []
   for dataset in layout.datasets(found):
-    for shown in comparison.tables(found):
+    for shown in layout.tables(found):
       if shown.heading.startswith(f"{dataset}."):
         notes = "\n".join(f"- {note}" for note in shown.notes)
         parts += [f"{shown.heading}", layout.table_as_markdown(shown), notes]

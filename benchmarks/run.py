@@ -147,7 +147,7 @@ class Runner:
     self._summary = self._out / "run.json"
     found = files.read_json(self._summary)
     self._records: dict[str, dict[str, Any]] = (
-      {} if found is None else found["commands"]
+      {} if found is None else found.get("commands", {})
     )
     here = os.path.dirname(sys.executable)
     self._environment = {

@@ -41,7 +41,7 @@ def _images_only(base: step.Case) -> tuple[step.Ours, step.Ours]:
 
   def attack(
     self: Any, key: Any, model: Any, variables: Any, batch: Any
-  ) -> adversarial.Attacked:
+  ) -> adversarial.InnerAttackResult:
     def loss(params: Any, x: Any, stats: Any) -> Any:
       logits, _ = batch_norm.apply(
         model,
@@ -68,7 +68,7 @@ def _images_only(base: step.Case) -> tuple[step.Ours, step.Ours]:
     )
     # Used in a way that the compiler cannot remove.
     used = sum(jnp.nan_to_num(w).sum() for w in jax.tree.leaves(weights))
-    return adversarial.Attacked(x + 0 * used, variables["batch_stats"])
+    return adversarial.InnerAttackResult(x + 0 * used, variables["batch_stats"])
 
   ours = step.Ours(base)
   with mock.patch.object(adversarial.InnerAttack, "attack", attack):

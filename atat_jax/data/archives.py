@@ -113,7 +113,7 @@ _ARRAY = (
 _NAMES = frozenset((*_ARRAY, "numpy.ndarray", "numpy.dtype", "_codecs.encode"))
 
 
-class _Unpickler(pickle.Unpickler):
+class _InertUnpickler(pickle.Unpickler):
   """Unpickler that imports and calls nothing."""
 
   def find_class(self, module: str, name: str) -> Any:
@@ -148,7 +148,7 @@ def _pixels(node: Any) -> np.ndarray:
 def _decode_python(
   data: bytes, label_keys: tuple[str, ...]
 ) -> tuple[np.ndarray, np.ndarray]:
-  batch = _Unpickler(io.BytesIO(data), encoding="bytes").load()
+  batch = _InertUnpickler(io.BytesIO(data), encoding="bytes").load()
   if not isinstance(batch, dict):
     raise ValueError("it does not hold a dict")
   # Python 2 wrote byte strings; copies made with Python 3 hold text.

@@ -25,6 +25,9 @@ VERMILION = "#D55E00"
 SKY = "#56B4E9"
 PURPLE = "#CC79A7"
 GREY = "#777777"
+# Two of Paul Tol's, for the eighth method and more.
+WINE = "#882255"
+OLIVE = "#999933"
 
 
 class Look(NamedTuple):
@@ -46,6 +49,8 @@ _OTHER_LOOKS = (
   Look(VERMILION, "--", "X"),
   Look(SKY, "-.", "P"),
   Look(GREY, ":", "p"),
+  Look(WINE, "-", "*"),
+  Look(OLIVE, "--", "h"),
 )
 
 _STYLE = {

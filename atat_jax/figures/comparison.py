@@ -1,8 +1,9 @@
 """Several methods side by side: accuracy under every protocol."""
 
+import itertools
 import math
 import pathlib
-from typing import Any
+from typing import Any, NamedTuple
 
 from matplotlib import axes, lines, ticker
 
@@ -10,19 +11,33 @@ from atat_jax.drawing import style
 from atat_jax.errors import UserError
 from atat_jax.runs import files, tables
 
-_COLUMNS = 2  # panels beside each other, so that they are read on a telephone
-# (colour, marker, fill, offset in rows): told apart without colour, too.
-_LOOKS = {
-  "running": (style.BLUE, "o", style.BLUE, -0.16),
-  "batch": (style.VERMILION, "s", "white", 0.16),
-}
+_ACROSS = 2  # panels beside each other; more would be too small on a telephone
+_ROW = 0.3  # inches of height for each method
+_LEAST_SPAN = 4  # percentage points that an axis covers at least
+
+
+class Mark(NamedTuple):
+  """Marker of a BatchNorm mode, told apart without colour.
+
+  Attributes:
+    marker: Shape of the marker.
+    filled: True if the marker is filled with the method's colour.
+    offset: Distance from the middle of the method's row, in rows.
+  """
+
+  marker: str
+  filled: bool
+  offset: float
+
+
+_MARKS = {"running": Mark("o", True, -0.17), "batch": Mark("s", False, 0.17)}
 
 
 def read(path: pathlib.Path) -> dict[str, Any]:
   """Reads a `comparison.json`.
 
   Raises:
-    UserError: It is not there, damaged, or of another format.
+    UserError: The file is missing, damaged, or of another format.
   """
   found = files.read_json(path)
   if found is None:
@@ -35,14 +50,16 @@ def read(path: pathlib.Path) -> dict[str, Any]:
 def draw(
   path: pathlib.Path, directory: pathlib.Path | None = None
 ) -> list[pathlib.Path]:
-  """Draws a panel for each protocol, with a line for each method.
+  """Draws a panel for each protocol, with a row for each method.
 
   Filled circles are running statistics, hollow squares batch statistics,
-  crosses the paper's figures. A bar is a standard error to either side.
+  crosses the paper's figures. A bar is a standard error to either side. Each
+  panel has an axis of its own, which spreads its points; an arrow at its left
+  end is a point far below.
 
   Args:
-    path: A `comparison.json`.
-    directory: Where to; None: beside the file.
+    path: Path of a `comparison.json`.
+    directory: Directory of the pictures; None: beside the file.
 
   Returns:
     Paths of `<stem of the file>_<data set>.png`.
@@ -62,12 +79,12 @@ def draw(
 def draw_batch_statistics(
   path: pathlib.Path, attack: str, directory: pathlib.Path
 ) -> list[pathlib.Path]:
-  """Draws what batch statistics change under one attack, as `draw` does.
+  """Draws the effect of batch statistics under one attack, as `draw` does.
 
   Args:
-    path: A `comparison.json`.
+    path: Path of a `comparison.json`.
     attack: Name of the attack.
-    directory: Where to.
+    directory: Directory of the pictures.
 
   Returns:
     Paths of `batch_statistics_<data set>.png`.
@@ -86,88 +103,131 @@ def draw_batch_statistics(
 def _draw(
   rows: list[tables.Row], title: str, path: pathlib.Path
 ) -> pathlib.Path:
-  """One figure; batch statistics stand in the panel of their protocol."""
+  """Draws one figure; a panel shows both BatchNorm modes of its protocol."""
   methods = list(dict.fromkeys(row["model"] for row in rows))
-  # By the fields that both modes share, so that they meet in one panel.
+  # Grouped by the fields that both modes share, so that they meet in one panel.
   panels = tables.in_paper_order(tables.columns(rows))
-  across = min(_COLUMNS, len(panels))
+  across = min(_ACROSS, len(panels))
   down = math.ceil(len(panels) / across)
   with style.context():
     fig = style.new_figure(
-      max(5.2, 1.4 + 2.6 * across),
-      0.9 + down * (0.75 + 0.27 * len(methods)),
+      max(5.2, 1.6 + 3 * across),
+      0.9 + down * (0.85 + _ROW * len(methods)),
       pad=0.06,
     )
-    grid = fig.subplots(down, across, sharex=True, sharey=True, squeeze=False)
+    grid = fig.subplots(down, across, sharey=True, squeeze=False)
     for ax in grid.flat[len(panels) :]:
       ax.set_axis_off()
     for ax, panel in zip(grid.flat, panels, strict=False):
-      _panel(ax, panel, rows, methods)
-    for place in range(across):
-      bottom = grid.flat[max(range(place, len(panels), across))]
-      bottom.set_xlabel("accuracy (%)")
-      bottom.tick_params(axis="x", labelbottom=True)
+      shown = [
+        row
+        for row in rows
+        if all(row[f] == panel.protocol[f] for f in tables.COLUMN_FIELDS)
+      ]
+      _panel(ax, panel.label, shown, methods)
     fig.suptitle(title)
     fig.legend(handles=_legend(rows), loc="outside lower center", ncols=3)
     return style.save(fig, path)
 
 
 def _panel(
-  ax: axes.Axes,
-  panel: tables.Column,
-  rows: list[tables.Row],
-  methods: list[str],
+  ax: axes.Axes, title: str, rows: list[tables.Row], methods: list[str]
 ) -> None:
-  ax.set_title(panel.label)
-  ax.set_xlim(-3, 103)
-  ax.xaxis.set_major_locator(ticker.MultipleLocator(20))
+  ax.set_title(title)
+  ax.set_xlabel("accuracy (%)")
   ax.set_yticks(range(len(methods)), methods)
   ax.set_ylim(len(methods) - 0.5, -0.5)  # the first method on top
   ax.tick_params(axis="y", length=0)
   ax.grid(visible=False, axis="y")
+  colors = style.model_colors(methods)
+  low, high = _limits(rows)
+  ax.set_xlim(low, high)
+  ticks = ticker.MaxNLocator(6, steps=[1, 2, 5, 10]).tick_values(low, high)
+  ax.set_xticks([t for t in ticks if low <= t <= high and 0 <= t <= 100])
   for row in rows:
-    if any(row[f] != panel.protocol[f] for f in tables.COLUMN_FIELDS):
-      continue
-    color, marker, fill, offset = _LOOKS[row["batch_norm"]]
     place = methods.index(row["model"])
-    ax.errorbar(
-      100 * row["accuracy"],
-      place + offset,
-      xerr=100 * (row["standard_error"] or 0),
-      color=color,
-      marker=marker,
-      markerfacecolor=fill,
-      markersize=5.5,
-      elinewidth=1.4,
-      capsize=2.5,
-    )
-    if row["published"] is not None:
-      ax.plot(
-        100 * row["published"], place, color=style.BLACK, marker="x", ms=6
-      )
+    _point(ax, row, place, colors[row["model"]], low)
+    if row["published"] is not None and 100 * row["published"] >= low:
+      ax.plot(100 * row["published"], place, color=style.GREY, marker="x", ms=6)
   for between in range(len(methods) - 1):
     ax.axhline(between + 0.5, color="#eeeeee", linewidth=0.8, zorder=0)
 
 
+def _point(
+  ax: axes.Axes, row: tables.Row, place: int, color: str, low: float
+) -> None:
+  """Draws one accuracy with its number; left of the axis, an arrow."""
+  mark = _MARKS[row["batch_norm"]]
+  percent, error = 100 * row["accuracy"], 100 * (row["standard_error"] or 0)
+  beyond = percent < low
+  ax.errorbar(
+    low if beyond else percent,
+    place + mark.offset,
+    xerr=0 if beyond else error,
+    color=color,
+    marker="<" if beyond else mark.marker,
+    markerfacecolor=color if mark.filled else "white",
+    markersize=5.5,
+    elinewidth=1.4,
+    capsize=2.5,
+    clip_on=False,
+  )
+  ax.annotate(
+    f"{percent:.1f}",
+    (low if beyond else percent + error, place + mark.offset),
+    (6, 0),
+    textcoords="offset points",
+    va="center",
+    fontsize=7,
+    color="#444444",
+  )
+
+
+def _limits(rows: list[tables.Row]) -> tuple[float, float]:
+  """Returns the ends of an axis that spreads most methods, in percent.
+
+  A few methods that are far below all others, such as one without a defence
+  under attack, stay left of it.
+  """
+  spans = []
+  for row in rows:
+    error = row["standard_error"] or 0
+    spans.append((row["accuracy"] - error, row["accuracy"] + error))
+    if row["published"] is not None:
+      spans.append((row["published"], row["published"]))
+  spans.sort()
+  gaps = [b[0] - a[1] for a, b in itertools.pairwise(spans)]
+  if gaps and max(gaps) > 0.5 * (spans[-1][1] - spans[0][0]):
+    below = gaps.index(max(gaps)) + 1
+    if below <= len(spans) / 4:
+      spans = spans[below:]
+  low, high = 100 * spans[0][0], 100 * max(end for _, end in spans)
+  missing = max(0.0, _LEAST_SPAN - (high - low))
+  low, high = low - missing / 2, high + missing / 2
+  span = high - low
+  # The right margin has the numbers beside the points.
+  return low - 0.08 * span, high + 0.22 * span
+
+
 def _legend(rows: list[tables.Row]) -> list[lines.Line2D]:
-  handles = []
-  for mode, (color, marker, fill, _) in _LOOKS.items():
-    if any(row["batch_norm"] == mode for row in rows):
-      handles.append(
-        lines.Line2D(
-          [],
-          [],
-          color=color,
-          marker=marker,
-          markerfacecolor=fill,
-          linestyle="",
-          label=tables.BATCH_NORM_NAMES[mode],
-        )
-      )
+  dark = "#444444"
+  handles = [
+    lines.Line2D(
+      [],
+      [],
+      color=dark,
+      marker=mark.marker,
+      markerfacecolor=dark if mark.filled else "white",
+      linestyle="",
+      label=tables.BATCH_NORM_NAMES[mode],
+    )
+    for mode, mark in _MARKS.items()
+    if any(row["batch_norm"] == mode for row in rows)
+  ]
   if any(row["published"] is not None for row in rows):
     handles.append(
       lines.Line2D(
-        [], [], color=style.BLACK, marker="x", linestyle="", label="the paper's"
+        [], [], color=style.GREY, marker="x", linestyle="", label="the paper's"
       )
     )
   return handles

@@ -2,53 +2,73 @@
 
 import pathlib
 import textwrap
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib import axes, ticker
 
 from atat_jax.drawing import style
-from atat_jax.runs import files
+from atat_jax.runs import files, roles, tables
 
 Lines = list[dict[str, Any]]
 
-# (key, name, colour, line style, width). Curves differ in colour and in line,
-# so that they are told apart in grey too; the total lies under its terms. No
-# method has two terms that look the same.
+
+class Curve(NamedTuple):
+  """Curve of one number of `metrics.jsonl`.
+
+  Attributes:
+    key: Name of the number.
+    label: Name of the curve; "" for a curve that is alone.
+    color: Its colour; "" for that of the model.
+    line: Its line style, so that curves are told apart without colour too.
+    width: Width of the line, in points.
+  """
+
+  key: str
+  label: str
+  color: str = ""
+  line: str = "-"
+  width: float = 1.6
+
+
+# The total lies under its terms. No method has two terms that look the same.
 _LOSSES = (
-  ("loss", "total", "#b8b8b8", "-", 4.0),
-  ("cross_entropy", "cross-entropy", style.BLUE, "-", 1.6),
-  ("attention", "attention", style.VERMILION, "--", 1.6),
-  ("logit_pairing", "logit pairing", style.GREEN, "-.", 1.6),
-  ("triplet", "triplets", style.VERMILION, "--", 1.6),
-  ("embedding_square", "embeddings' squares", style.GREEN, "-.", 1.6),
-  ("kl", "KL divergence", style.VERMILION, "--", 1.6),
-  ("margin", "margin", style.GREEN, "-.", 1.6),
-  ("transfer_clean", "transfer, clean", style.GREEN, "-.", 1.6),
-  ("transfer_adversarial", "transfer, attacked", style.VERMILION, "--", 1.6),
+  Curve("loss", "total", "#b8b8b8", "-", 4.0),
+  Curve("cross_entropy", "cross-entropy"),
+  Curve("attention", "attention", style.PURPLE, "--"),
+  Curve("logit_pairing", "logit pairing", style.GREEN, "-."),
+  Curve("triplet", "triplets", style.PURPLE, "--"),
+  Curve("embedding_square", "embeddings' squares", style.GREEN, "-."),
+  Curve("kl", "KL divergence", style.PURPLE, "--"),
+  Curve("margin", "margin", style.GREEN, "-."),
+  Curve("transfer_clean", "transfer, clean", style.GREEN, "-."),
+  Curve("transfer_adversarial", "transfer, attacked", style.PURPLE, "--"),
 )
-_TRAINING = (
-  ("accuracy_clean", "clean images", style.BLUE, "-", 1.6),
-  ("accuracy_adversarial", "attacked images", style.VERMILION, "--", 1.6),
-)
-_LEARNING_RATE = (("learning_rate", "", style.BLACK, "-", 1.6),)
+_CLEAN = Curve("accuracy_clean", "clean images")
+_ATTACKED = Curve("accuracy_adversarial", "attacked images", line="--")
+_LEARNING_RATE = Curve("learning_rate", "")
 
 
 def draw(workdir: pathlib.Path) -> list[pathlib.Path]:
   """Draws the curves of the teacher's and the student's training.
 
   Args:
-    workdir: reads `teacher/metrics.jsonl` and `metrics.jsonl`.
+    workdir: Directory of a run. Read: `teacher/metrics.jsonl`,
+      `metrics.jsonl`, and `results.json` for the network's name.
 
   Returns:
     Paths of `figures/curves_{teacher,student}_{panel}.png`.
   """
   paths = []
-  for model, name in (
-    ("teacher", "teacher/metrics.jsonl"),
-    ("student", "metrics.jsonl"),
+  rows = (files.read_results(workdir) or {"rows": []})["rows"]
+  names = {roles.TEACHER: roles.TEACHER, roles.STUDENT: tables.trained(rows)}
+  colors = style.model_colors(names.values())
+  for role, directory in (
+    (roles.TEACHER, workdir / roles.TEACHER),
+    (roles.STUDENT, workdir),
   ):
-    splits = files.read_metrics(workdir / name)
+    splits = files.read_metrics(directory / files.METRICS)
     for panel, title, draw_panel in (
       ("loss", "training loss by term", _loss),
       ("training", "training accuracy", _training),
@@ -58,19 +78,19 @@ def draw(workdir: pathlib.Path) -> list[pathlib.Path]:
       with style.context():
         fig = style.new_figure(4.8, 3.2)
         ax = fig.add_subplot()
-        if not draw_panel(ax, splits):
+        if not draw_panel(ax, splits, colors[names[role]]):
           continue
-        ax.set_title(f"{model}: {title}")
+        ax.set_title(f"{names[role]}: {title}")
         ax.set_xlabel("epoch")
         ax.xaxis.set_major_locator(ticker.MaxNLocator(6, steps=[1, 2, 5, 10]))
-        path = workdir / "figures" / f"curves_{model}_{panel}.png"
+        path = workdir / files.FIGURES / f"curves_{role}_{panel}.png"
         paths.append(style.save(fig, path))
   return paths
 
 
-def _loss(ax: axes.Axes, splits: dict[str, Lines]) -> bool:
+def _loss(ax: axes.Axes, splits: dict[str, Lines], color: str) -> bool:
   ax.set_ylabel("loss per example")
-  drawn = _plot(ax, splits.get("train", []), _LOSSES)
+  drawn = _plot(ax, splits.get("train", []), _LOSSES, color)
   if any(np.nanmax(line.get_ydata(), initial=0) > 0 for line in ax.lines):
     ax.set_yscale("log")  # the terms differ by orders of magnitude
     low, high = ax.get_ylim()
@@ -81,25 +101,25 @@ def _loss(ax: axes.Axes, splits: dict[str, Lines]) -> bool:
   return drawn
 
 
-def _training(ax: axes.Axes, splits: dict[str, Lines]) -> bool:
+def _training(ax: axes.Axes, splits: dict[str, Lines], color: str) -> bool:
   _percent(ax)
-  return _plot(ax, splits.get("train", []), _TRAINING, scale=100)
+  lines = splits.get("train", [])
+  return _plot(ax, lines, (_CLEAN, _ATTACKED), color, scale=100)
 
 
-def _validation(ax: axes.Axes, splits: dict[str, Lines]) -> bool:
+def _validation(ax: axes.Axes, splits: dict[str, Lines], color: str) -> bool:
   lines = splits.get("validation", [])
   _percent(ax)
   attack = next((line["attack"] for line in lines if line.get("attack")), None)
   robust = f"under {attack}" if attack else "attacked images"
   robust = textwrap.fill(robust, 50)  # the width of the figure
-  clean, adversarial = _TRAINING
-  curves = (clean, (adversarial[0], robust, *adversarial[2:]))
-  return _plot(ax, lines, curves, scale=100)
+  curves = (_CLEAN, _ATTACKED._replace(label=robust))
+  return _plot(ax, lines, curves, color, scale=100)
 
 
-def _learning_rate(ax: axes.Axes, splits: dict[str, Lines]) -> bool:
+def _learning_rate(ax: axes.Axes, splits: dict[str, Lines], color: str) -> bool:
   ax.set_ylabel("learning rate")
-  drawn = _plot(ax, splits.get("train", []), _LEARNING_RATE)
+  drawn = _plot(ax, splits.get("train", []), (_LEARNING_RATE,), color)
   ax.set_ylim(bottom=0)
   return drawn
 
@@ -112,36 +132,37 @@ def _percent(ax: axes.Axes) -> None:
 def _plot(
   ax: axes.Axes,
   lines: Lines,
-  curves: tuple[tuple[str, str, str, str, float], ...],
+  curves: Sequence[Curve],
+  color: str,
   scale: float = 1,
 ) -> bool:
-  """Plots the given keys against the epoch; False if no line has any."""
+  """Plots curves against the epoch; returns False if there are no values."""
   drawn = False
-  for key, name, color, line_style, width in curves:
+  for curve in curves:
     points = [
-      (line["epoch"], scale * line[key])
+      (line["epoch"], scale * line[curve.key])
       for line in lines
-      if line.get(key) is not None
+      if line.get(curve.key) is not None
     ]
     if not points:
       continue
     epochs, values = np.array(points, float).T
-    # A single point or a few need a mark to be seen.
+    # A few points need marks to be seen.
     marker = "o" if len(points) <= 30 else ""
     ax.plot(
       epochs,
       np.where(np.isfinite(values), values, np.nan),
-      label=name,
-      color=color,
-      linestyle=line_style,
-      linewidth=width,
+      label=curve.label,
+      color=curve.color or color,
+      linestyle=curve.line,
+      linewidth=curve.width,
       marker=marker,
-      markersize=width + 2,
+      markersize=curve.width + 2,
     )
     drawn = True
   _, names = ax.get_legend_handles_labels()
   if names:
-    # Below the axes, where it hides no curve.
+    # Below the axes, where the legend hides no curve.
     beside = all(len(name) <= 20 for name in names)
     ax.figure.legend(loc="outside lower center", ncols=2 if beside else 1)
   return drawn

@@ -8,8 +8,7 @@ from matplotlib import axes, patches
 from atat_jax.drawing import style
 from atat_jax.runs import files, tables
 
-_COLORS = {"teacher": style.ORANGE, "student": style.BLUE}
-_THICKNESS = {"running": 0.84, "batch": 0.5}  # of a bar, in rows
+_THICKNESS = {"running": 0.84, "batch": 0.5}  # height of a bar, in rows
 
 
 def draw(workdir: pathlib.Path) -> list[pathlib.Path]:
@@ -20,24 +19,25 @@ def draw(workdir: pathlib.Path) -> list[pathlib.Path]:
   them for the same kind of number.
 
   Args:
-    workdir: reads `results.json`.
+    workdir: Directory of a run; `results.json` is read.
 
   Returns:
-    The path of `figures/robustness.png`; nothing if there are no results.
+    Path of `figures/robustness.png`; empty if there are no results.
   """
   results = files.read_results(workdir)
   if results is None or not results["rows"]:
     return []
-  columns = tables.columns(results["rows"])
+  columns = tables.in_paper_order(tables.columns(results["rows"]))
   series = tables.series(results["rows"])
   models = list(dict.fromkeys(model for model, _ in series))
+  colors = style.model_colors(models)
   # By model, so that what batch statistics claim lies under the real number.
   series.sort(key=lambda pair: models.index(pair[0]))
   num_bars = sum(len(column.rows) for column in columns)
   with style.context():
     fig = style.new_figure(5.2, 1.4 + 0.2 * (num_bars + len(columns)))
     ax = fig.add_subplot()
-    _draw_bars(ax, columns, series)
+    _draw_bars(ax, columns, series, colors)
     ax.set_xlim(0, 110)  # room for the number behind a bar of 100 %
     ax.set_xticks(range(0, 101, 20))
     ax.set_xlabel("accuracy (%)")
@@ -46,16 +46,19 @@ def draw(workdir: pathlib.Path) -> list[pathlib.Path]:
     handles = [
       patches.Patch(
         label=f"{model}, {tables.BATCH_NORM_NAMES[batch_norm]}",
-        **_look(model, batch_norm),
+        **_bar(colors[model], batch_norm),
       )
       for model, batch_norm in series
     ]
     fig.legend(handles=handles, loc="outside upper left", ncols=2)
-    return [style.save(fig, workdir / "figures" / "robustness.png")]
+    return [style.save(fig, workdir / files.FIGURES / "robustness.png")]
 
 
 def _draw_bars(
-  ax: axes.Axes, columns: list[tables.Column], series: list[tuple[str, str]]
+  ax: axes.Axes,
+  columns: list[tables.Column],
+  series: list[tuple[str, str]],
+  colors: dict[str, str],
 ) -> None:
   y = 0
   centers = []
@@ -67,7 +70,7 @@ def _draw_bars(
         continue
       percent = 100 * accuracy
       thickness = _THICKNESS[batch_norm]
-      ax.barh(y, percent, thickness, **_look(model, batch_norm))
+      ax.barh(y, percent, thickness, **_bar(colors[model], batch_norm))
       weight = "bold" if batch_norm == "running" else "normal"
       ax.text(
         percent + 1,
@@ -85,8 +88,7 @@ def _draw_bars(
   ax.set_ylim(y - 1, -1)  # the first attack on top
 
 
-def _look(model: str, batch_norm: str) -> dict[str, Any]:
-  color = _COLORS.get(model, style.GREEN)
+def _bar(color: str, batch_norm: str) -> dict[str, Any]:
   if batch_norm == "running":
     return {"facecolor": color, "edgecolor": color}
   return {"facecolor": "white", "edgecolor": color, "hatch": "/////"}

@@ -90,7 +90,7 @@ _GLOBALS: dict[str, Any] = {
 }
 
 
-class _Unpickler(pickle.Unpickler):
+class _TensorUnpickler(pickle.Unpickler):
   def find_class(self, module: str, name: str) -> Any:
     full = f"{module}.{name}"
     if full not in _GLOBALS:
@@ -153,7 +153,7 @@ def _read_zip(path: pathlib.Path) -> Any:
     order = "little"
     if f"{folder}byteorder" in names:
       order = archive.read(f"{folder}byteorder").decode()
-    tree = _Unpickler(
+    tree = _TensorUnpickler(
       io.BytesIO(archive.read(program)), encoding="utf-8"
     ).load()
 
@@ -168,7 +168,7 @@ def _read_legacy(path: pathlib.Path) -> Any:
   with path.open("rb") as file:
 
     def load() -> Any:
-      return _Unpickler(file, encoding="utf-8").load()
+      return _TensorUnpickler(file, encoding="utf-8").load()
 
     if load() != _LEGACY_MAGIC:
       raise ValueError("no magic number")

@@ -1,6 +1,6 @@
 """Training objectives, one method a file.
 
-Adding a method is one file and one line in `OBJECTIVES`.
+A method is added by one file and one line in `OBJECTIVES`.
 """
 
 import dataclasses
@@ -30,11 +30,11 @@ OBJECTIVES: dict[str, type[Objective]] = {
 
 
 def create(name: str, **fields: Any) -> Objective:
-  """Makes an objective.
+  """Creates an objective.
 
   Args:
     name: One of `OBJECTIVES`.
-    **fields: Its hyperparameters.
+    **fields: Hyperparameters that differ from their defaults.
 
   Returns:
     The objective.
@@ -52,7 +52,7 @@ def create(name: str, **fields: Any) -> Objective:
 
 
 def defaults(name: str) -> dict[str, Any]:
-  """Default hyperparameters of an objective.
+  """Returns the default hyperparameters of an objective.
 
   Args:
     name: One of `OBJECTIVES`.

@@ -1,7 +1,7 @@
-"""What methods that attack share: the attack of training, the student's passes.
+"""Bases of the methods that attack: the inner attack and the student's passes.
 
-A method inherits the fields, so that its hyperparameters stay in one flat
-list.
+A method inherits the fields of its bases, so that its hyperparameters are one
+flat list.
 """
 
 import dataclasses
@@ -29,11 +29,11 @@ Forward = Callable[[PyTree, Array, Array], tuple[Any, PyTree]]
 """(batch_stats, images, labels) to a tree of [B, ...] and moved batch_stats."""
 
 
-class Attacked(NamedTuple):
-  """What an attack leaves.
+class InnerAttackResult(NamedTuple):
+  """Result of the inner attack.
 
   Attributes:
-    images_adv: [B, H, W, C].
+    images_adv: Adversarial images, [B, H, W, C].
     batch_stats: The student's running statistics after the attack.
   """
 
@@ -45,7 +45,7 @@ def check_weights(objective: object, *names: str) -> None:
   """Checks that weights of terms are finite and >= 0.
 
   Raises:
-    UserError: One is not.
+    UserError: A weight that is not.
   """
   for name in names:
     if not 0 <= getattr(objective, name) < float("inf"):
@@ -54,18 +54,18 @@ def check_weights(objective: object, *names: str) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InnerAttack(Objective):
-  """The inner maximisation: projected gradient ascent on the student.
+  """Inner maximisation: projected gradient ascent on the student's loss.
 
   Only the gradient with respect to the images is taken. The defaults are those
   of Madry et al.'s code and of the paper's.
 
   Attributes:
-    epsilon: Radius, pixels in [0, 1].
+    epsilon: Radius of the ball, pixels in [0, 1].
     step_size: Length of a step.
-    num_steps: Their number.
-    norm: "linf", "l2" or "l1".
-    attack_loss: What the attack increases: "cross_entropy", "margin" or "dlr"
-      of the label, or "kl", KL(p(x) || p(x_adv)) as TRADES does.
+    num_steps: Number of steps.
+    norm: Norm of the ball: "linf", "l2" or "l1".
+    attack_loss: Loss that the attack increases: "cross_entropy", "margin" or
+      "dlr" of the label, or "kl", KL(p(x) || p(x_adv)) as in TRADES.
     attack_start: "uniform" in the ball, or "gaussian": the clean image with a
       little noise, not clipped before the first step (TRADES, MART).
     attack_batch_norm: Statistics that the student uses while it is attacked:
@@ -88,7 +88,7 @@ class InnerAttack(Objective):
   starts_from_teacher = False
 
   def __post_init__(self) -> None:
-    """Refuses values that make no attack."""
+    """Checks the hyperparameters of the attack."""
     checks.epsilon(self.epsilon, self.norm)
     checks.positive("step_size", self.step_size)
     checks.positive("num_steps", self.num_steps, integer=True)
@@ -106,33 +106,37 @@ class InnerAttack(Objective):
         " attack_batch_norm='running', which has no batch statistics"
       )
 
+  def prepare(
+    self,
+    key: Array,
+    model: nn.Module,
+    variables: Variables,
+    teacher: Variables | None,
+    batch: Batch,
+  ) -> Any:
+    """Attacks the student; a method with more constants overrides this."""
+    return self.attack(key, model, variables, batch)
+
   @jax.named_scope("attack")
   def attack(
     self, key: Array, model: nn.Module, variables: Variables, batch: Batch
-  ) -> Attacked:
+  ) -> InnerAttackResult:
     """Attacks the student.
 
     Args:
-      key: Of the start.
-      model: The network.
-      variables: The student's.
-      batch: Its labels are what the attack leaves.
+      key: Key of the random start.
+      model: Network of the student.
+      variables: The student's variables.
+      batch: Clean images, and the labels that the attack leads away from.
 
     Returns:
       Adversarial images, and the running statistics after the attack.
     """
     epsilon = batch.epsilon_scale * self.epsilon
-
-    def logits_fn(stats: PyTree, x: Array) -> tuple[Array, PyTree]:
-      logits, moved = batch_norm.apply(
-        model,
-        {"params": variables["params"], "batch_stats": stats},
-        x,
-        batch_norm=self.attack_batch_norm,
-      )
-      return logits, moved if self.attack_moves_statistics else stats
-
     stats = variables.get("batch_stats", {})
+    logits_fn = functools.partial(
+      self._attacked_pass, model, variables["params"]
+    )
     loss: str | Callable[[Array], Array] = self.attack_loss
     if loss == "kl":
       clean, _ = logits_fn(stats, batch.images)
@@ -144,59 +148,70 @@ class InnerAttack(Objective):
       start = projected_gradient.random_start(
         key, batch.images, epsilon=epsilon, norm=self.norm
       )
-    return Attacked(
-      *projected_gradient.ascend(
-        logits_fn,
-        stats,
-        start,
-        batch.images,
-        batch.labels,
-        epsilon=epsilon,
-        step_size=batch.epsilon_scale * self.step_size,
-        num_steps=self.num_steps,
-        norm=self.norm,
-        loss=loss,
-      )
+    images_adv, stats = projected_gradient.ascend(
+      logits_fn,
+      stats,
+      start,
+      batch.images,
+      batch.labels,
+      epsilon=epsilon,
+      step_size=batch.epsilon_scale * self.step_size,
+      num_steps=self.num_steps,
+      norm=self.norm,
+      loss=loss,
     )
+    return InnerAttackResult(images_adv, stats)
+
+  def _attacked_pass(
+    self, model: nn.Module, params: PyTree, stats: PyTree, images: Array
+  ) -> tuple[Array, PyTree]:
+    """Logits [B, K] and running statistics after one pass of the attack."""
+    logits, moved = batch_norm.apply(
+      model,
+      {"params": params, "batch_stats": stats},
+      images,
+      batch_norm=self.attack_batch_norm,
+    )
+    return logits, moved if self.attack_moves_statistics else stats
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PairedPasses(InnerAttack):
-  """A method whose student sees clean and adversarial images.
+  """Base of the methods whose student sees clean and adversarial images.
 
   Attributes:
-    student_batch_norm: Which batches BatchNorm normalises by in the student's
+    student_batch_norm: Batches that BatchNorm normalises by in the student's
       passes.
       "mixture": [clean; adversarial] together (the paper's code, ALP).
-      "in_turn": each by itself; the clean one moves the running statistics
-        first, the adversarial one after it (TRADES, MART, TLA).
-      "separate": each by itself; only the adversarial one moves the running
-        statistics, so that evaluation follows it. Scale and bias are shared,
-        unlike in AdvProp (Xie et al., 2020).
+      "in_turn": each batch by itself; the clean one moves the running
+        statistics first, then the adversarial one (TRADES, MART, TLA).
+      "separate": each batch by itself; only the adversarial one moves the
+        running statistics, so that evaluation follows it. Scale and bias are
+        shared, unlike in AdvProp (Xie et al., 2020).
   """
 
   student_batch_norm: str = "mixture"
 
   def __post_init__(self) -> None:
-    """Refuses values that make no objective."""
+    """Checks the hyperparameters of the attack and of the passes."""
     super().__post_init__()
     checks.choice("student_batch_norm", self.student_batch_norm, PASSES)
 
   def forward_pair(
-    self, forward: Forward, stats: PyTree, batch: Batch, images_adv: Array
+    self, forward: Forward, attack: InnerAttackResult, batch: Batch
   ) -> tuple[Any, Any, PyTree]:
-    """The student's passes on clean and adversarial images.
+    """Makes the student's passes on clean and adversarial images.
 
     Args:
-      forward: One pass.
-      stats: Running statistics before the first.
-      batch: The clean images.
-      images_adv: [B, H, W, C].
+      forward: One pass of the student.
+      attack: Adversarial images, and the running statistics before the passes.
+      batch: Clean images and labels.
 
     Returns:
-      What `forward` makes of the clean images, the same of the adversarial
-      ones, and the running statistics after both.
+      The result of `forward` for the clean images, its result for the
+      adversarial ones, and the running statistics after both.
     """
+    images_adv, stats = attack
     if self.student_batch_norm == "mixture":
       both, stats = forward(
         stats,
@@ -219,15 +234,17 @@ class PairedPasses(InnerAttack):
     self,
     model: nn.Module,
     variables: Variables,
-    attacked: Attacked,
+    attack: InnerAttackResult,
     batch: Batch,
   ) -> tuple[Array, Array, PyTree]:
-    """Clean logits [B, K], adversarial ones, running statistics after both."""
+    """Returns clean logits [B, K], adversarial ones, and the statistics."""
+    forward = functools.partial(_logits, model, variables["params"])
+    return self.forward_pair(forward, attack, batch)
 
-    def forward(stats: PyTree, x: Array, _: Array) -> tuple[Array, PyTree]:
-      student = {"params": variables["params"], "batch_stats": stats}
-      return batch_norm.apply(model, student, x, batch_norm="batch")
 
-    return self.forward_pair(
-      forward, attacked.batch_stats, batch, attacked.images_adv
-    )
+def _logits(
+  model: nn.Module, params: PyTree, stats: PyTree, images: Array, _: Array
+) -> tuple[Array, PyTree]:
+  """Makes the student's pass for logits, a `Forward`."""
+  student = {"params": params, "batch_stats": stats}
+  return batch_norm.apply(model, student, images, batch_norm="batch")

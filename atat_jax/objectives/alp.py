@@ -3,9 +3,10 @@
   L = CE(mixture of clean and adversarial images)
       + weight * mean_k (z_k(x) - z_k(x_adv))^2
 
-As in the method's own code, the square is a mean over classes and gradients
-flow to both sides. That code attacks least likely classes; the paper compares
-under the untargeted attack of Madry et al., which is ours.
+As in the authors' code, the square is averaged over the classes and gradients
+flow to both sides. That code attacks towards least likely classes; the ATAT
+paper compares all methods under the untargeted attack of Madry et al., which is
+the attack used here.
 """
 
 import dataclasses
@@ -15,20 +16,20 @@ from flax import linen as nn
 
 from atat_jax import losses
 from atat_jax.objectives.adversarial import (
-  Attacked,
+  InnerAttackResult,
   PairedPasses,
   check_weights,
 )
 from atat_jax.objectives.base import Batch, Outcome
-from atat_jax.typing import Array, Variables
+from atat_jax.typing import Variables
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ALP(PairedPasses):
-  """The method.
+  """Adversarial logit pairing.
 
   Attributes:
-    weight: Of logit pairing.
+    weight: Weight of the logit-pairing term.
   """
 
   weight: float = 0.5
@@ -42,29 +43,18 @@ class ALP(PairedPasses):
   }
 
   def __post_init__(self) -> None:
-    """Refuses values that make no objective."""
+    """Checks the hyperparameters."""
     super().__post_init__()
     check_weights(self, "weight")
-
-  def prepare(
-    self,
-    key: Array,
-    model: nn.Module,
-    variables: Variables,
-    teacher: Variables | None,
-    batch: Batch,
-  ) -> Attacked:
-    """Attacks the student."""
-    return self.attack(key, model, variables, batch)
 
   def loss(
     self,
     model: nn.Module,
     variables: Variables,
-    prepared: Attacked,
+    prepared: InnerAttackResult,
     batch: Batch,
   ) -> Outcome:
-    """Eq. (2) of the method's paper."""
+    """Computes Eq. (2) of Kannan et al."""
     clean, adversarial, stats = self.logits_pair(
       model, variables, prepared, batch
     )

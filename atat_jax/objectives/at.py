@@ -11,14 +11,14 @@ from typing import Any, ClassVar
 from flax import linen as nn
 
 from atat_jax import batch_norm, losses
-from atat_jax.objectives.adversarial import Attacked, InnerAttack
+from atat_jax.objectives.adversarial import InnerAttack, InnerAttackResult
 from atat_jax.objectives.base import Batch, Outcome
-from atat_jax.typing import Array, Variables
+from atat_jax.typing import Variables
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AT(InnerAttack):
-  """The method; its fields are the attack's."""
+  """Adversarial training; its fields are the attack's."""
 
   needs_teacher = False
   sees_clean = False
@@ -29,25 +29,14 @@ class AT(InnerAttack):
     "batch_size": 128,
   }
 
-  def prepare(
-    self,
-    key: Array,
-    model: nn.Module,
-    variables: Variables,
-    teacher: Variables | None,
-    batch: Batch,
-  ) -> Attacked:
-    """Attacks the student."""
-    return self.attack(key, model, variables, batch)
-
   def loss(
     self,
     model: nn.Module,
     variables: Variables,
-    prepared: Attacked,
+    prepared: InnerAttackResult,
     batch: Batch,
   ) -> Outcome:
-    """Cross-entropy of the adversarial images."""
+    """Computes the cross-entropy of the adversarial images."""
     logits, stats = batch_norm.apply(
       model,
       {"params": variables["params"], "batch_stats": prepared.batch_stats},

@@ -13,10 +13,11 @@ gives no values of lambda1 and lambda2.
 The paper's ablation (Section 4.3) sets the weights to 0: lambda1 = lambda2 = 0
 leaves adversarial training on the mixture, lambda1 = 0 logit pairing, lambda2 =
 0 attention transfer. Terms of weight 0 are still measured, and the student
-still starts from the teacher, so that nothing else differs.
+still starts from the teacher, so that only the weights differ.
 """
 
 import dataclasses
+import functools
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -26,7 +27,7 @@ from flax import linen as nn
 from atat_jax import attention, checks, losses
 from atat_jax.errors import UserError
 from atat_jax.objectives.adversarial import (
-  Attacked,
+  InnerAttackResult,
   PairedPasses,
   check_weights,
 )
@@ -38,38 +39,39 @@ NORMALIZATIONS = ("raw", "l2", "min_max")
 DISTANCES = ("norm", "mean_square")
 
 
-class Prepared(NamedTuple):
-  """Constants of the loss.
+class PreparedATAT(NamedTuple):
+  """Constants of the loss of ATAT.
 
   Attributes:
-    attacked: Adversarial images, and the statistics after the attack.
-    teacher_maps: {layer: [B, h, w]} of the clean images, normalised; empty
-      where no pair has the teacher.
+    attack: Adversarial images, and the statistics after the attack.
+    teacher_maps: {layer: [B, h, w]}, the teacher's maps of the clean images,
+      normalised; empty if no pair has the teacher.
   """
 
-  attacked: Attacked
+  attack: InnerAttackResult
   teacher_maps: dict[str, Array]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ATAT(PairedPasses):
-  """The method, and what can be varied in it.
+  """ATAT, and its variations.
 
   Attributes:
     lambda1: Weight of L_at.
     lambda2: Weight of L_lp.
-    layers: The set J by name; empty: the topmost convolutional tensor.
-    pairs: Which maps Eq. (5) compares: "teacher_adversarial" and
+    layers: Names of the layers in J; empty: the topmost convolutional tensor.
+    pairs: Pairs of maps that Eq. (5) compares: "teacher_adversarial" and
       "teacher_clean" are its two terms; "clean_adversarial" pairs the student
       with itself and alone needs no teacher.
-    maps: "grad_cam", Eq. (3), or "channel_sum", which knows no class.
-    normalization: Of each map: "raw", "l2" (its length becomes 1) or "min_max"
-      (its values fill [0, 1]); a map without contrast becomes 0.
-    distance: Between two maps: "norm" as in Eq. (5), or "mean_square" over
+    maps: "grad_cam", Eq. (3), or "channel_sum", which does not depend on the
+      class.
+    normalization: Normalisation of each map: "raw" (none), "l2" (to length 1)
+      or "min_max" (to the range [0, 1]); a map without contrast becomes 0.
+    distance: Distance of two maps: "norm" as in Eq. (5), or "mean_square" over
       their pixels.
-    p: Of the norm, 1 or 2. The norm itself, not its square.
+    p: Order of the norm, 1 or 2. The norm itself, not its square.
     starts_from_teacher: Whether the student starts from the teacher's
-      parameters, where there is one.
+      parameters, if there is a teacher.
   """
 
   lambda1: float = 1.0
@@ -91,7 +93,7 @@ class ATAT(PairedPasses):
   }
 
   def __post_init__(self) -> None:
-    """Refuses values that make no objective."""
+    """Checks the hyperparameters."""
     super().__post_init__()
     check_weights(self, "lambda1", "lambda2")
     if self.p not in (1, 2):
@@ -109,7 +111,7 @@ class ATAT(PairedPasses):
 
   @property
   def needs_teacher(self) -> bool:
-    """Whether a pair has the teacher."""
+    """Whether a pair of maps has the teacher's."""
     return any(pair.startswith("teacher") for pair in self.pairs)
 
   def prepare(
@@ -119,10 +121,10 @@ class ATAT(PairedPasses):
     variables: Variables,
     teacher: Variables | None,
     batch: Batch,
-  ) -> Prepared:
-    """Attacks the student and asks the teacher for its maps."""
+  ) -> PreparedATAT:
+    """Attacks the student and computes the teacher's maps."""
     if not self.needs_teacher:
-      return Prepared(self.attack(key, model, variables, batch), {})
+      return PreparedATAT(self.attack(key, model, variables, batch), {})
     if teacher is None:
       raise UserError("teacher: None; allowed: a teacher's variables")
     with jax.named_scope("teacher"):
@@ -134,40 +136,22 @@ class ATAT(PairedPasses):
         layers=self.layers or None,
         maps=self.maps,
       )
-    return Prepared(
-      self.attack(key, model, variables, batch), self._normalized(teacher_maps)
+    return PreparedATAT(
+      self.attack(key, model, variables, batch),
+      self._normalize_all(teacher_maps),
     )
 
   def loss(
     self,
     model: nn.Module,
     variables: Variables,
-    prepared: Prepared,
+    prepared: PreparedATAT,
     batch: Batch,
   ) -> Outcome:
-    """Eq. (7)."""
-
-    def forward(
-      stats: PyTree, images: Array, labels: Array
-    ) -> tuple[tuple[Array, dict[str, Array]], PyTree]:
-      logits, maps, stats = attention.forward(
-        model,
-        {"params": variables["params"], "batch_stats": stats},
-        images,
-        labels,
-        layers=self.layers or None,
-        batch_norm="batch",
-        maps=self.maps,
-      )
-      return (logits, self._normalized(maps)), stats
-
+    """Computes Eq. (7)."""
+    forward = functools.partial(self._forward, model, variables["params"])
     (clean, maps_clean), (adversarial, maps_adversarial), stats = (
-      self.forward_pair(
-        forward,
-        prepared.attacked.batch_stats,
-        batch,
-        prepared.attacked.images_adv,
-      )
+      self.forward_pair(forward, prepared.attack, batch)
     )
     cross_entropy = losses.mixture_cross_entropy(
       clean, adversarial, batch.targets
@@ -199,16 +183,37 @@ class ATAT(PairedPasses):
       logits_adversarial=adversarial,
     )
 
+  def _forward(
+    self,
+    model: nn.Module,
+    params: PyTree,
+    stats: PyTree,
+    images: Array,
+    labels: Array,
+  ) -> tuple[tuple[Array, dict[str, Array]], PyTree]:
+    """Makes the student's pass for logits and normalised maps, a `Forward`."""
+    logits, maps, stats = attention.forward(
+      model,
+      {"params": params, "batch_stats": stats},
+      images,
+      labels,
+      layers=self.layers or None,
+      batch_norm="batch",
+      maps=self.maps,
+    )
+    return (logits, self._normalize_all(maps)), stats
+
   def _distance(self, a: Array, b: Array) -> Array:
+    """Distance of two maps [B, h, w], [B]."""
     if self.distance == "mean_square":
       return losses.mean_square(a, b)
     return losses.distance(a, b, self.p)
 
-  def _normalized(self, maps: dict[str, Array]) -> dict[str, Array]:
-    return {name: self._normalize(one) for name, one in maps.items()}
+  def _normalize_all(self, maps: dict[str, Array]) -> dict[str, Array]:
+    return {layer: self._normalize(one) for layer, one in maps.items()}
 
   def _normalize(self, maps: Array) -> Array:
-    """[B, h, w] to the same."""
+    """Normalises maps [B, h, w], each by itself."""
     if self.normalization == "raw":
       return maps
     if self.normalization == "l2":

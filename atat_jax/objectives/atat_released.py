@@ -1,4 +1,4 @@
-"""ATAT as its released code trains it, which is not Eq. (4) to (7).
+"""ATAT as trained by its released code, which differs from Eq. (4) to (7).
 
   logits (CIFAR-10)   L = CE(mixture) + weight * (MSE(z_S(x), z_T(x))
                                                 + MSE(z_S(x_adv), z_T(x)))
@@ -8,12 +8,12 @@ MSE is the mean over classes or pixels. The released Grad-CAM differentiates
 the mean of the logits over images and classes, so that its maps are those of
 Eq. (3) divided by N K: N = B for the teacher, but 2 B for the student's pass on
 [clean; adversarial]. Their MSE is of the order of 1e-9 on CIFAR-100 and cannot
-influence the training. The weight of 0.5 that the code writes cancels in its
-reduction, which divides by the sum of the weights. The student starts from
-fresh parameters there.
+influence the training. The code's weight of 0.5 cancels in its reduction, which
+divides by the sum of the weights. Its student starts from fresh parameters.
 """
 
 import dataclasses
+import functools
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -22,7 +22,7 @@ from flax import linen as nn
 from atat_jax import attention, batch_norm, checks, losses
 from atat_jax.errors import UserError
 from atat_jax.objectives.adversarial import (
-  Attacked,
+  InnerAttackResult,
   PairedPasses,
   check_weights,
 )
@@ -30,25 +30,26 @@ from atat_jax.objectives.base import Batch, Outcome
 from atat_jax.typing import Array, PyTree, Variables
 
 
-class Prepared(NamedTuple):
-  """Constants of the loss.
+class PreparedATATReleased(NamedTuple):
+  """Constants of the released loss.
 
   Attributes:
-    attacked: Adversarial images, and the statistics after the attack.
-    teacher: Of the clean images: logits [B, K] or maps [B, h, w].
+    attack: Adversarial images, and the statistics after the attack.
+    teacher: The teacher's logits [B, K] or maps [B, h, w] of the clean images.
   """
 
-  attacked: Attacked
+  attack: InnerAttackResult
   teacher: Array
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ATATReleased(PairedPasses):
-  """The released variants.
+  """ATAT as released, in two variants.
 
   Attributes:
-    variant: What is compared with the teacher's: "logits" or "maps".
-    weight: Of each of the two terms.
+    variant: Output that is compared with the teacher's: "logits" (CIFAR-10) or
+      "maps" (CIFAR-100).
+    weight: Weight of each of the two transfer terms.
     starts_from_teacher: Whether the student starts from the teacher's
       parameters, as the paper says, or from fresh ones, as the code does.
   """
@@ -67,7 +68,7 @@ class ATATReleased(PairedPasses):
   }
 
   def __post_init__(self) -> None:
-    """Refuses values that make no objective."""
+    """Checks the hyperparameters."""
     super().__post_init__()
     checks.choice("variant", self.variant, ("logits", "maps"))
     check_weights(self, "weight")
@@ -79,57 +80,43 @@ class ATATReleased(PairedPasses):
     variables: Variables,
     teacher: Variables | None,
     batch: Batch,
-  ) -> Prepared:
-    """Attacks the student and asks the teacher."""
+  ) -> PreparedATATReleased:
+    """Attacks the student and computes the teacher's logits or map."""
     if teacher is None:
       raise UserError("teacher: None; allowed: a teacher's variables")
-    attacked = self.attack(key, model, variables, batch)
+    attack = self.attack(key, model, variables, batch)
     with jax.named_scope("teacher"):
       if self.variant == "logits":
         logits, _ = batch_norm.apply(model, teacher, batch.images)
-        return Prepared(attacked, logits)
+        return PreparedATATReleased(attack, logits)
       logits, maps, _ = attention.forward(
         model, teacher, batch.images, batch.labels
       )
     (teacher_map,) = maps.values()
-    return Prepared(attacked, teacher_map / logits.size)  # N K = B K
+    # N K = B K
+    return PreparedATATReleased(attack, teacher_map / logits.size)
 
   def loss(
     self,
     model: nn.Module,
     variables: Variables,
-    prepared: Prepared,
+    prepared: PreparedATATReleased,
     batch: Batch,
   ) -> Outcome:
-    """The released loss."""
-
-    def forward(
-      stats: PyTree, images: Array, labels: Array
-    ) -> tuple[tuple[Array, Array], PyTree]:
-      student = {"params": variables["params"], "batch_stats": stats}
-      if self.variant == "logits":
-        logits, stats = batch_norm.apply(
-          model, student, images, batch_norm="batch"
-        )
-        return (logits, logits), stats
-      logits, maps, stats = attention.forward(
-        model, student, images, labels, batch_norm="batch"
-      )
-      (student_map,) = maps.values()
-      scale = 2 * batch.targets.size  # N K = 2 B K
-      return (logits, student_map / scale), stats
-
-    (clean, of_clean), (adversarial, of_adversarial), stats = self.forward_pair(
-      forward,
-      prepared.attacked.batch_stats,
-      batch,
-      prepared.attacked.images_adv,
+    """Computes the released loss."""
+    forward = functools.partial(
+      self._forward, model, variables["params"], 2 * batch.targets.size
+    )
+    (clean, output_clean), (adversarial, output_adversarial), stats = (
+      self.forward_pair(forward, prepared.attack, batch)
     )
     cross_entropy = losses.mixture_cross_entropy(
       clean, adversarial, batch.targets
     )
-    transfer_clean = losses.mean_square(of_clean, prepared.teacher)
-    transfer_adversarial = losses.mean_square(of_adversarial, prepared.teacher)
+    transfer_clean = losses.mean_square(output_clean, prepared.teacher)
+    transfer_adversarial = losses.mean_square(
+      output_adversarial, prepared.teacher
+    )
     return Outcome(
       total=cross_entropy
       + self.weight * (transfer_clean + transfer_adversarial),
@@ -142,3 +129,28 @@ class ATATReleased(PairedPasses):
       logits_clean=clean,
       logits_adversarial=adversarial,
     )
+
+  def _forward(
+    self,
+    model: nn.Module,
+    params: PyTree,
+    map_divisor: int,
+    stats: PyTree,
+    images: Array,
+    labels: Array,
+  ) -> tuple[tuple[Array, Array], PyTree]:
+    """Makes the student's pass for logits and the compared output, a `Forward`.
+
+    The output is the logits, or the map divided by N K = 2 B K.
+    """
+    student = {"params": params, "batch_stats": stats}
+    if self.variant == "logits":
+      logits, stats = batch_norm.apply(
+        model, student, images, batch_norm="batch"
+      )
+      return (logits, logits), stats
+    logits, maps, stats = attention.forward(
+      model, student, images, labels, batch_norm="batch"
+    )
+    (student_map,) = maps.values()
+    return (logits, student_map / map_divisor), stats

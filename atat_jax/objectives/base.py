@@ -1,8 +1,9 @@
-"""What an objective is: the page where model, attack, attention and losses meet.
+"""Contract of a training objective.
 
 An objective is a frozen dataclass whose fields are the method's
-hyperparameters. `prepare` does what is not differentiated (attack the student,
-ask the teacher), `loss` what is.
+hyperparameters, and the one page where model, attack, attention and losses
+meet. `prepare` computes the constants of the loss (adversarial images, the
+teacher's maps), `loss` the part that is differentiated.
 """
 
 from typing import Any, ClassVar, NamedTuple, Protocol
@@ -15,10 +16,10 @@ from atat_jax.typing import Array, PyTree, Scalar, Variables
 
 
 class Batch(NamedTuple):
-  """What an objective is given.
+  """Training batch.
 
-  `labels` say what class an image is of: attacks leave it, Grad-CAM explains
-  it. `targets` are what cross-entropies aim at, and only they.
+  Attacks lead away from `labels` and Grad-CAM explains them; cross-entropies,
+  and only they, use `targets`.
 
   Attributes:
     images: Float [B, H, W, C] in [0, 1].
@@ -34,7 +35,7 @@ class Batch(NamedTuple):
 
 
 def make_batch(images: Array, labels: Array, num_classes: int) -> Batch:
-  """A batch with hard labels and an attack of full strength.
+  """Builds a batch with hard labels and an attack of full strength.
 
   Args:
     images: Float [B, H, W, C].
@@ -49,14 +50,14 @@ def make_batch(images: Array, labels: Array, num_classes: int) -> Batch:
 
 
 class Outcome(NamedTuple):
-  """What `loss` returns.
+  """Loss of a batch, with its terms and logits.
 
   Attributes:
-    total: [B], what is minimised, weights applied.
+    total: [B], the loss of each example, weights applied.
     terms: Name to [B]: each term before its weight.
     batch_stats: Running statistics after the pass.
-    logits_clean: [B, K], or None where no clean image was seen.
-    logits_adversarial: [B, K], or None where nothing was attacked.
+    logits_clean: [B, K]; None if the student sees no clean images.
+    logits_adversarial: [B, K]; None if there is no attack.
   """
 
   total: Array
@@ -67,16 +68,15 @@ class Outcome(NamedTuple):
 
 
 class Objective(Protocol):
-  """The contract of an entry of `OBJECTIVES`, a frozen dataclass.
+  """Contract of an entry of `OBJECTIVES`, a frozen dataclass.
 
   Every field has a default: the value that the method's authors use. Inherit
-  from this class, or give all of its attributes.
+  from this class, or define all of its attributes.
 
   Attributes:
     cifar_training: Fields of `config.train` with which the authors train on
       CIFAR, where they differ from the default configuration.
-    cifar_padding: Pixels of padding before the random crop on CIFAR, as the
-      authors have it.
+    cifar_padding: The authors' padding before the random crop on CIFAR, pixels.
   """
 
   cifar_training: ClassVar[dict[str, Any]] = {}
@@ -84,7 +84,7 @@ class Objective(Protocol):
 
   @property
   def needs_teacher(self) -> bool:
-    """Whether `prepare` is given a teacher's variables."""
+    """Whether `prepare` needs a teacher's variables."""
 
   @property
   def starts_from_teacher(self) -> bool:
@@ -92,7 +92,7 @@ class Objective(Protocol):
 
   @property
   def term_names(self) -> tuple[str, ...]:
-    """The keys of `Outcome.terms`."""
+    """Keys of `Outcome.terms`."""
 
   @property
   def sees_clean(self) -> bool:
@@ -110,7 +110,18 @@ class Objective(Protocol):
     teacher: Variables | None,
     batch: Batch,
   ) -> Any:
-    """Constants of the loss: adversarial images, teacher maps. A pytree."""
+    """Computes the constants of the loss; nothing here is differentiated.
+
+    Args:
+      key: Key of this step's random draws.
+      model: Network of the student and of the teacher.
+      variables: The student's variables.
+      teacher: The teacher's variables, or None.
+      batch: Training batch.
+
+    Returns:
+      A pytree, the argument `prepared` of `loss`.
+    """
 
   def loss(
     self,
@@ -119,4 +130,14 @@ class Objective(Protocol):
     prepared: Any,
     batch: Batch,
   ) -> Outcome:
-    """The loss of each example; differentiated with respect to variables."""
+    """Computes the loss of each example.
+
+    Args:
+      model: Network of the student.
+      variables: The student's variables, which the loss is differentiated by.
+      prepared: Result of `prepare`.
+      batch: Training batch.
+
+    Returns:
+      The loss, its terms, logits and moved running statistics.
+    """

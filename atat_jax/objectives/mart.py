@@ -3,10 +3,9 @@
   Eq. (11)  L = BCE(p(x_adv), y) + beta * KL(p(x) || p(x_adv)) (1 - p_y(x))
   Eq. (8)   BCE = -log p_y(x_adv) - log(1 - max_{k != y} p_k(x_adv))
 
-As in the method's own code: the attack increases cross-entropy from
-0.001 * N(0, 1) beside the clean image, with running statistics; each batch is
-normalised by itself; gradients flow everywhere; the second logarithm is of
-1.0001 - p.
+As in the authors' code, the attack increases cross-entropy from 0.001 * N(0, 1)
+beside the clean image, with running statistics; each batch is normalised by
+itself; gradients flow everywhere; the second logarithm is of 1.0001 - p.
 """
 
 import dataclasses
@@ -18,20 +17,20 @@ from flax import linen as nn
 
 from atat_jax import losses
 from atat_jax.objectives.adversarial import (
-  Attacked,
+  InnerAttackResult,
   PairedPasses,
   check_weights,
 )
 from atat_jax.objectives.base import Batch, Outcome
-from atat_jax.typing import Array, BatchNormMode, Variables
+from atat_jax.typing import BatchNormMode, Variables
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MART(PairedPasses):
-  """The method.
+  """MART, under its authors' attack.
 
   Attributes:
-    beta: Weight of the KL; lambda of the method's paper.
+    beta: Weight of the KL; lambda in the authors' paper.
   """
 
   beta: float = 6.0
@@ -54,29 +53,18 @@ class MART(PairedPasses):
   cifar_padding: ClassVar[int] = 4
 
   def __post_init__(self) -> None:
-    """Refuses values that make no objective."""
+    """Checks the hyperparameters."""
     super().__post_init__()
     check_weights(self, "beta")
-
-  def prepare(
-    self,
-    key: Array,
-    model: nn.Module,
-    variables: Variables,
-    teacher: Variables | None,
-    batch: Batch,
-  ) -> Attacked:
-    """Attacks the student."""
-    return self.attack(key, model, variables, batch)
 
   def loss(
     self,
     model: nn.Module,
     variables: Variables,
-    prepared: Attacked,
+    prepared: InnerAttackResult,
     batch: Batch,
   ) -> Outcome:
-    """Eq. (11) of the method's paper."""
+    """Computes Eq. (11) of Wang et al."""
     clean, adversarial, stats = self.logits_pair(
       model, variables, prepared, batch
     )

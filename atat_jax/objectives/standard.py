@@ -1,4 +1,4 @@
-"""Standard training: cross-entropy on clean images. Makes the teacher."""
+"""Standard training: cross-entropy on clean images. Trains the teacher."""
 
 import dataclasses
 
@@ -11,7 +11,7 @@ from atat_jax.typing import Array, Variables
 
 @dataclasses.dataclass(frozen=True)
 class Standard(Objective):
-  """min E[CE(f(x), y)]."""
+  """Standard training: min E[CE(f(x), y)]."""
 
   needs_teacher = False
   starts_from_teacher = False
@@ -27,7 +27,7 @@ class Standard(Objective):
     teacher: Variables | None,
     batch: Batch,
   ) -> None:
-    """Nothing: no attack, no teacher."""
+    """Prepares nothing: there is no attack and no teacher."""
 
   def loss(
     self,
@@ -36,7 +36,7 @@ class Standard(Objective):
     prepared: None,
     batch: Batch,
   ) -> Outcome:
-    """Cross-entropy of the clean images."""
+    """Computes the cross-entropy of the clean images."""
     logits, stats = batch_norm.apply(
       model, variables, batch.images, batch_norm="batch"
     )

@@ -5,22 +5,23 @@
       + lambda2 * sum_p mean_j (h_j(x_adv)^2 + h_j(p)^2 + h_j(n)^2)
 
 d(a, b) = 1 - |cos(a, b)|; h is the last convolutional tensor, pooled. The
-anchor is the adversarial image. There are two triplets, of the positives p: the
-clean image, and another clean image of its class. Both have the negative n: of
-a dictionary, the clean image of another class whose embedding has the highest
-cosine to the anchor's.
+anchor is the adversarial image. There are two triplets, one for each positive p:
+the clean image, and another clean image of its class. Both have the same
+negative n: in a dictionary of clean images of other classes, the one whose
+embedding has the highest cosine to the anchor's.
 
-The method's own code embeds 500 random clean images in evaluation mode for a
-dictionary and draws a second positive from the whole data set. Here both are of
-the batch, so that the step stays a function of its batch and embeds nothing
-twice: the dictionary has B - 1 images at most and batch statistics. An image
-that is the only one of its class in the batch is its own second positive; in a
-batch of one class there is no triplet. (Where gradients are accumulated, the
-batch is its part.) That code also adds uniform noise to the
+The authors' code embeds 500 random clean images in evaluation mode for the
+dictionary and draws the second positive from the whole data set. Here both come
+from the batch, so that the step stays a function of its batch and embeds no
+image twice: the dictionary has at most B - 1 images and batch statistics. An
+image that is the only one of its class in the batch is its own second positive;
+in a batch of one class there is no triplet. (With gradient accumulation, each
+part is a batch in this sense.) The authors' code also adds uniform noise to the
 first positive; here it is the clean image.
 """
 
 import dataclasses
+import functools
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -29,7 +30,7 @@ from flax import linen as nn
 
 from atat_jax import attention, checks, losses
 from atat_jax.objectives.adversarial import (
-  Attacked,
+  InnerAttackResult,
   PairedPasses,
   check_weights,
 )
@@ -38,29 +39,30 @@ from atat_jax.rng import stream
 from atat_jax.typing import Array, BatchNormMode, PyTree, Variables
 
 
-class Prepared(NamedTuple):
-  """Constants of the loss.
+class PreparedTLA(NamedTuple):
+  """Constants of the loss of TLA.
 
   Attributes:
-    attacked: Adversarial images, and the statistics after the attack.
-    relatives: int32 [B]: place in the batch of another image of the class.
+    attack: Adversarial images, and the statistics after the attack.
+    relatives: int32 [B]: index in the batch of another image of the class.
   """
 
-  attacked: Attacked
+  attack: InnerAttackResult
   relatives: Array
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TLA(PairedPasses):
-  """The method.
+  """Triplet loss adversarial training.
 
   Attributes:
     lambda1: Weight of the two triplets.
-    lambda2: Weight of the embeddings' squares; in the method's code 0.001
-      inside of each triplet.
-    margin: By how much the negative is to be further away than the positive.
-    layer: The tensor that is pooled to the embedding; "": the last
-      [B, h, w, C].
+    lambda2: Weight of the squared embeddings; in the authors' code 0.001 inside
+      each triplet.
+    margin: Margin of the triplets: distance by which the negative is to exceed
+      the positive.
+    layer: Name of the tensor that is pooled to the embedding; "": the last
+      tensor [B, h, w, C].
   """
 
   lambda1: float = 2.0
@@ -81,7 +83,7 @@ class TLA(PairedPasses):
   }
 
   def __post_init__(self) -> None:
-    """Refuses values that make no objective."""
+    """Checks the hyperparameters."""
     super().__post_init__()
     check_weights(self, "lambda1", "lambda2")
     checks.not_negative("margin", self.margin)
@@ -93,16 +95,16 @@ class TLA(PairedPasses):
     variables: Variables,
     teacher: Variables | None,
     batch: Batch,
-  ) -> Prepared:
+  ) -> PreparedTLA:
     """Attacks the student and draws the second positives."""
     labels = batch.labels
     scores = jax.random.uniform(
       stream(key, "relatives"), (len(labels), len(labels))
     )
-    # Another image of the class, or if there is none the image itself.
+    # The image itself has the lowest score of its class: the last resort.
     scores -= jnp.eye(len(labels))
     scores = jnp.where(labels == labels[:, None], scores, -jnp.inf)
-    return Prepared(
+    return PreparedTLA(
       self.attack(key, model, variables, batch), scores.argmax(-1)
     )
 
@@ -110,30 +112,13 @@ class TLA(PairedPasses):
     self,
     model: nn.Module,
     variables: Variables,
-    prepared: Prepared,
+    prepared: PreparedTLA,
     batch: Batch,
   ) -> Outcome:
-    """Eq. (6) of the method's paper."""
-
-    def forward(
-      stats: PyTree, images: Array, _: Array
-    ) -> tuple[tuple[Array, Array], PyTree]:
-      logits, activations, stats = attention.activations(
-        model,
-        {"params": variables["params"], "batch_stats": stats},
-        images,
-        layers=(self.layer,) if self.layer else None,
-        batch_norm="batch",
-      )
-      (tensor,) = activations.values()
-      wide = jnp.promote_types(tensor.dtype, jnp.float32)
-      return (logits, tensor.astype(wide).mean((1, 2))), stats
-
+    """Computes Eq. (6) of Mao et al."""
+    forward = functools.partial(self._forward, model, variables["params"])
     (clean, embedded), (adversarial, anchor), stats = self.forward_pair(
-      forward,
-      prepared.attacked.batch_stats,
-      batch,
-      prepared.attacked.images_adv,
+      forward, prepared.attack, batch
     )
     hardest, exists = hardest_negatives(anchor, embedded, batch.labels)
     negative = embedded[hardest]
@@ -158,19 +143,40 @@ class TLA(PairedPasses):
       logits_adversarial=adversarial,
     )
 
+  def _forward(
+    self,
+    model: nn.Module,
+    params: PyTree,
+    stats: PyTree,
+    images: Array,
+    _: Array,
+  ) -> tuple[tuple[Array, Array], PyTree]:
+    """Makes the student's pass for logits and embeddings [B, D], a `Forward`."""
+    logits, activations, stats = attention.activations(
+      model,
+      {"params": params, "batch_stats": stats},
+      images,
+      layers=(self.layer,) if self.layer else None,
+      batch_norm="batch",
+    )
+    (tensor,) = activations.values()
+    wide = jnp.promote_types(tensor.dtype, jnp.float32)
+    return (logits, tensor.astype(wide).mean((1, 2))), stats
+
 
 def hardest_negatives(
   anchor: Array, embedded: Array, labels: Array
 ) -> tuple[Array, Array]:
-  """Of another class, the clean image whose cosine to the anchor is highest.
+  """Finds the clean image of another class with the highest cosine to an anchor.
 
   Args:
     anchor: Embeddings of the adversarial images, [B, D].
-    embedded: Of the clean ones, [B, D].
-    labels: int32 [B], of both.
+    embedded: Embeddings of the clean images, [B, D].
+    labels: Labels of both, int32 [B].
 
   Returns:
-    Places in the batch, int32 [B], and bool [B]: whether there is another class.
+    Indices in the batch, int32 [B], and bool [B]: whether there is another
+    class.
   """
   cosines = _directions(anchor) @ _directions(embedded).T
   other = labels != labels[:, None]

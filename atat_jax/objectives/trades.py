@@ -2,11 +2,11 @@
 
   L = CE(f(x), y) + beta * KL(p(x) || p(x_adv))
 
-The attack increases the same KL from 0.001 * N(0, 1) beside the clean image,
-where its gradient would be zero. As in the method's own code, the attack uses
+The attack increases the same KL, from 0.001 * N(0, 1) beside the clean image,
+where its gradient would be zero. As in the authors' code, the attack uses
 running statistics, each batch is normalised by itself, and gradients flow to
-both sides of the KL. (That code passes the clean batch twice, so that it moves
-the running statistics twice; here it does once.)
+both sides of the KL. (That code passes the clean batch twice and so moves the
+running statistics twice; here the clean batch is passed once.)
 """
 
 import dataclasses
@@ -16,20 +16,20 @@ from flax import linen as nn
 
 from atat_jax import losses
 from atat_jax.objectives.adversarial import (
-  Attacked,
+  InnerAttackResult,
   PairedPasses,
   check_weights,
 )
 from atat_jax.objectives.base import Batch, Outcome
-from atat_jax.typing import Array, BatchNormMode, Variables
+from atat_jax.typing import BatchNormMode, Variables
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TRADES(PairedPasses):
-  """The method.
+  """TRADES, under its authors' attack.
 
   Attributes:
-    beta: Weight of the KL; 1 / lambda of the method's paper.
+    beta: Weight of the KL; 1 / lambda in the authors' paper.
   """
 
   beta: float = 6.0
@@ -52,29 +52,18 @@ class TRADES(PairedPasses):
   cifar_padding: ClassVar[int] = 4
 
   def __post_init__(self) -> None:
-    """Refuses values that make no objective."""
+    """Checks the hyperparameters."""
     super().__post_init__()
     check_weights(self, "beta")
-
-  def prepare(
-    self,
-    key: Array,
-    model: nn.Module,
-    variables: Variables,
-    teacher: Variables | None,
-    batch: Batch,
-  ) -> Attacked:
-    """Attacks the student."""
-    return self.attack(key, model, variables, batch)
 
   def loss(
     self,
     model: nn.Module,
     variables: Variables,
-    prepared: Attacked,
+    prepared: InnerAttackResult,
     batch: Batch,
   ) -> Outcome:
-    """Eq. (5) of the method's paper."""
+    """Computes Eq. (5) of Zhang et al."""
     clean, adversarial, stats = self.logits_pair(
       model, variables, prepared, batch
     )

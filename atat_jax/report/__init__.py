@@ -1,12 +1,9 @@
 """Pages that people read: one run's report, and several runs compared."""
 
-from atat_jax.report.run_page import (
-  is_old,
-  results_table,
-  verdict,
-  write_comparison,
-  write_report,
-)
+from atat_jax.report.comparison import write_comparison
+from atat_jax.report.results import results_table
+from atat_jax.report.run_page import is_old, write_report
+from atat_jax.report.summary import verdict
 
 __all__ = [
   "is_old",

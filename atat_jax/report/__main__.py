@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from atat_jax.errors import UserError
-from atat_jax.report.run_page import write_comparison
+from atat_jax.report import write_comparison
 
 
 def main(argv: Sequence[str] | None = None) -> None:

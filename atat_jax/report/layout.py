@@ -1,36 +1,42 @@
-"""A comparison as tables, and the tables as Markdown and as HTML."""
+"""Tables of a comparison, and the verdict on it."""
 
 import dataclasses
 from typing import Any, NamedTuple
 
-from atat_jax.report import page
 from atat_jax.report.merge import FIELDS
+from atat_jax.runs import intervals, wording
 from atat_jax.runs import tables as rows_lib
-from atat_jax.runs import wording
-
-_HEADINGS = {
-  "running": "Running statistics: one fixed classifier",
-  "batch": f"Batch statistics: {rows_lib.BATCH_WARNING}",
-}
 
 
 class Cell(NamedTuple):
-  """A number, and what is said of it in small print."""
+  """Cell of a table.
+
+  Attributes:
+    text: Number or name.
+    notes: Remarks on it, for small print.
+    error: Its standard error, "± 0.50", or "".
+  """
 
   text: str
   notes: tuple[str, ...] = ()
+  error: str = ""
+
+  @property
+  def small_print(self) -> tuple[str, ...]:
+    """Standard error and notes, for a page."""
+    return (self.error, *self.notes) if self.error else self.notes
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-  """Rows of cells under a heading.
+  """Table with a heading and notes.
 
   Attributes:
-    heading: Of the table.
+    heading: Heading of the table.
     kind: "running", "batch", or "" where neither applies.
     head: Names of the columns.
-    rows: The first cell of each names it.
-    notes: What must be known to read it, a sentence or more each.
+    rows: Rows of cells; the first cell of each names the row.
+    notes: Sentences that a reader of the table needs.
   """
 
   heading: str
@@ -41,30 +47,33 @@ class Table:
 
 
 def percent(mean: float | None, error: float | None = None) -> str:
-  """An accuracy in [0, 1] as percent, with its standard error if it has one."""
+  """Writes an accuracy in [0, 1] as percent, with its standard error."""
   if mean is None:
     return "–"
-  text = f"{100 * mean:.2f}"
-  return text if error is None else f"{text} ± {100 * error:.2f}"
+  return f"{100 * mean:.2f} {_plus_minus(error)}".rstrip()
+
+
+def _plus_minus(error: float | None) -> str:
+  return "" if error is None else f"± {100 * error:.2f}"
 
 
 def points(difference: dict[str, Any]) -> str:
-  """A difference of accuracies in percentage points, with its error."""
-  # + 0.0: no minus before a zero.
+  """Writes a difference of accuracies in points, with its standard error."""
+  # + 0.0 turns a negative zero into a positive one.
   text = f"{round(100 * difference['accuracy'], 1) + 0.0:+.1f}"
   error = difference["standard_error"]
   return text if error is None else f"{text} ± {100 * error:.1f}"
 
 
 def datasets(comparison: dict[str, Any]) -> list[str]:
-  """The data sets, in order of appearance."""
+  """Lists the data sets in order of appearance."""
   return list(dict.fromkeys(row["dataset"] for row in comparison["rows"]))
 
 
 def columns(
   comparison: dict[str, Any], dataset: str, batch_norm: str
 ) -> list[rows_lib.Column]:
-  """The columns of one block, the paper's first."""
+  """Groups the rows of one data set and mode by attack, the paper's first."""
   rows = [
     row
     for row in comparison["rows"]
@@ -74,7 +83,7 @@ def columns(
 
 
 def tables(comparison: dict[str, Any]) -> list[Table]:
-  """The accuracies: for each data set a table for each BatchNorm mode."""
+  """Makes the tables of accuracies, one a data set and BatchNorm mode."""
   return [
     _accuracies(comparison, dataset, batch_norm)
     for dataset in datasets(comparison)
@@ -84,7 +93,7 @@ def tables(comparison: dict[str, Any]) -> list[Table]:
 
 
 def _labels(comparison: dict[str, Any], dataset: str) -> dict[str, int]:
-  """The methods evaluated on a data set, and how many runs each has."""
+  """Returns the methods of a data set with their numbers of runs."""
   evaluated = {
     row["model"] for row in comparison["rows"] if row["dataset"] == dataset
   }
@@ -102,13 +111,28 @@ def _accuracies(
   found = columns(comparison, dataset, batch_norm)
   rows = []
   for label, num_runs in _labels(comparison, dataset).items():
-    unit = "run" if num_runs == 1 else "runs"
-    cells = [Cell(label, (f"{num_runs} {unit}",))]
+    cells = [Cell(label, (wording.plural(num_runs, "run"),))]
     cells += [
       _accuracy(column.rows.get((label, batch_norm)), num_runs)
       for column in found
     ]
     rows.append(cells)
+  return Table(
+    heading=f"{dataset}. {rows_lib.BATCH_NORM_HEADINGS[batch_norm]}",
+    kind=batch_norm,
+    head=["accuracy (%)", *(column.label for column in found)],
+    rows=rows,
+    notes=[
+      *_legend(comparison, found),
+      *(f"{c.label}: {rows_lib.protocol(c)}." for c in found),
+    ],
+  )
+
+
+def _legend(
+  comparison: dict[str, Any], found: list[rows_lib.Column]
+) -> list[str]:
+  """Explains the small print of a table of accuracies."""
   shown = [row for column in found for row in column.rows.values()]
   notes = []
   if any(row["standard_error"] is not None for row in shown):
@@ -117,6 +141,11 @@ def _accuracies(
       " deviation / √n). All seeds are scored on the same images, so it does not"
       " tell how well these stand for others."
     )
+  if any(row["standard_error"] is None for row in shown):
+    notes.append(
+      "a–b: Wilson's 95% interval over the images, for a method with one run."
+      " It does not tell how much another training seed would change."
+    )
   if any("difference" in row for row in shown):
     notes.append(
       "+/−: percentage points by which batch statistics differ from running"
@@ -124,14 +153,7 @@ def _accuracies(
     )
   if any(row["published"] is not None for row in shown):
     notes.append(f"paper: {comparison['source']}")
-  notes += [f"{column.label}: {rows_lib.protocol(column)}." for column in found]
-  return Table(
-    heading=f"{dataset}. {_HEADINGS[batch_norm]}",
-    kind=batch_norm,
-    head=["accuracy (%)", *(column.label for column in found)],
-    rows=rows,
-    notes=notes,
-  )
+  return notes
 
 
 def _accuracy(row: rows_lib.Row | None, num_runs: int) -> Cell:
@@ -140,31 +162,31 @@ def _accuracy(row: rows_lib.Row | None, num_runs: int) -> Cell:
   notes = []
   if row["num_runs"] < num_runs:
     notes.append(f"n = {row['num_runs']}")
+  if row["standard_error"] is None:
+    low, high = intervals.proportion(row["accuracy"], row["num_examples"])
+    notes.append(f"{100 * low:.1f}–{100 * high:.1f}")
   if "difference" in row:
     notes.append(points(row["difference"]))
   if row["published"] is not None:
     notes.append(f"paper {percent(row['published'])}")
-  return Cell(percent(row["accuracy"], row["standard_error"]), tuple(notes))
+  return Cell(
+    percent(row["accuracy"]), tuple(notes), _plus_minus(row["standard_error"])
+  )
 
 
 def costs(comparison: dict[str, Any]) -> Table | None:
-  """Time of a training step; None where no run has measured it."""
+  """Makes the table of step times; None if no run has measured them."""
   if not comparison["costs"]:
     return None
-  rows = []
-  for cost in comparison["costs"]:
-    milliseconds = f"{1000 * cost['seconds_per_step']:.1f}"
-    if cost["standard_error"] is not None:
-      milliseconds += f" ± {1000 * cost['standard_error']:.1f}"
-    relative = cost["relative_to_at"]
-    rows.append(
-      [
-        Cell(cost["label"]),
-        Cell(str(cost["num_runs"])),
-        Cell(milliseconds),
-        Cell("–" if relative is None else f"{relative:.2f}"),
-      ]
-    )
+  rows = [
+    [
+      Cell(cost["label"]),
+      Cell(str(cost["num_runs"])),
+      Cell(_milliseconds(cost["seconds_per_step"], cost["standard_error"])),
+      Cell(_ratio(cost["relative_to_at"])),
+    ]
+    for cost in comparison["costs"]
+  ]
   return Table(
     heading="Time of a training step",
     kind="",
@@ -179,8 +201,17 @@ def costs(comparison: dict[str, Any]) -> Table | None:
   )
 
 
+def _milliseconds(seconds: float, error: float | None) -> str:
+  text = f"{1000 * seconds:.1f}"
+  return text if error is None else f"{text} ± {1000 * error:.1f}"
+
+
+def _ratio(value: float | None) -> str:
+  return "–" if value is None else f"{value:.2f}"
+
+
 def training(comparison: dict[str, Any]) -> Table | None:
-  """The fields in which the trainings differ; None where there are none."""
+  """Makes the table of fields that differ in training; None if none does."""
   fields = comparison["training"]
   if not fields:
     return None
@@ -200,164 +231,89 @@ def training(comparison: dict[str, Any]) -> Table | None:
   )
 
 
+def _fact(field: str, value: object) -> str:
+  if value is None:
+    return "–"
+  return str(value)[:10] if field == "date" else str(value)
+
+
 def runs(comparison: dict[str, Any]) -> Table:
-  """Where every number comes from."""
+  """Makes the table of runs, the source of every number."""
+  fields = {
+    "run": "workdir",
+    "method": "label",
+    "seed": "seed",
+    "network": "network",
+    "step": "checkpoint_step",
+    "commit": "commit",
+    "date": "date",
+  }
+  devices = dict.fromkeys(
+    tuple(map(str, run["devices"])) for run in comparison["runs"]
+  )
   return Table(
     heading="Runs",
     kind="",
-    head=["run", "method", "seed", "network", "step", "commit", "date"],
+    head=list(fields),
     rows=[
-      [
-        Cell("–" if run[field] is None else str(run[field]))
-        for field in (
-          "workdir",
-          "label",
-          "seed",
-          "network",
-          "checkpoint_step",
-          "commit",
-          "date",
-        )
-      ]
+      [Cell(_fact(field, run[field])) for field in fields.values()]
       for run in comparison["runs"]
     ],
     notes=[
-      "step: of the checkpoint that was evaluated, chosen on validation images.",
-      *(
-        f"Devices: {', '.join(devices)}."
-        for devices in dict.fromkeys(
-          tuple(map(str, run["devices"])) for run in comparison["runs"]
-        )
-        if devices
-      ),
+      "step: step of the checkpoint that was evaluated, chosen on validation"
+      " images.",
+      *(f"Devices: {', '.join(names)}." for names in devices if names),
     ],
   )
 
 
 def verdict(comparison: dict[str, Any]) -> list[str]:
-  """What the numbers say, a sentence for each data set."""
-  sentences = []
-  for dataset in datasets(comparison):
-    attacked = [
-      column
-      for column in columns(comparison, dataset, "running")
-      if not column.nominal
-    ]
-    labels = _labels(comparison, dataset)
-    complete = [
-      column
-      for column in attacked
-      if all((label, "running") in column.rows for label in labels)
-    ]
-    if not complete:
-      sentences.append(
-        f"{dataset}: no attack was run on every method with BatchNorm's running"
-        " statistics, so there is no ranking."
-      )
-      continue
+  """Says which method is the most robust, a sentence for each data set."""
+  return [_ranking(comparison, dataset) for dataset in datasets(comparison)]
 
-    def total(column: rows_lib.Column) -> float:
-      return sum(row["accuracy"] for row in column.rows.values())
 
-    strongest = min(complete, key=total)
-    ranked = sorted(strongest.rows.values(), key=lambda row: -row["accuracy"])
-    listed = ", ".join(
-      f"{row['model']} {percent(row['accuracy'], row['standard_error'])} %"
-      for row in ranked
+def _ranking(comparison: dict[str, Any], dataset: str) -> str:
+  labels = _labels(comparison, dataset)
+  complete = [
+    column
+    for column in columns(comparison, dataset, "running")
+    if not column.nominal
+    and all((label, "running") in column.rows for label in labels)
+  ]
+  if not complete:
+    return (
+      f"{dataset}: no attack was run on every method with BatchNorm's running"
+      " statistics, so there is no ranking."
     )
-    first = strongest.protocol
-    sentences.append(
-      f"{dataset}, running statistics, {strongest.label} (of the attacks run on"
-      f" every method the one that leaves least; {first['norm']}, epsilon"
-      f" {wording.pixels(first['epsilon'])}, {first['num_examples']:,} images):"
-      f" {listed}. An attack only bounds robustness from above."
-    )
-  return sentences
+  strongest = min(
+    complete, key=lambda c: sum(row["accuracy"] for row in c.rows.values())
+  )
+  ranked = sorted(strongest.rows.values(), key=lambda row: -row["accuracy"])
+  listed = ", ".join(
+    f"{row['model']} {percent(row['accuracy'], row['standard_error'])} %"
+    for row in ranked
+  )
+  first = strongest.protocol
+  return (
+    f"{dataset}, running statistics, {strongest.label} (of the attacks run on"
+    f" every method the one that leaves least; {first['norm']}, epsilon"
+    f" {wording.pixels(first['epsilon'])}, {first['num_examples']:,} images):"
+    f" {listed}. An attack only bounds robustness from above."
+  )
 
 
-def _all_tables(comparison: dict[str, Any]) -> list[Table]:
+def other_tables(comparison: dict[str, Any]) -> list[Table]:
+  """Makes the tables beside the accuracies: training, costs, runs."""
   others = (training(comparison), costs(comparison), runs(comparison))
-  return [*tables(comparison), *(found for found in others if found)]
+  return [found for found in others if found]
 
 
 def _plain(cell: Cell) -> str:
-  return " ".join([cell.text, *(f"[{note}]" for note in cell.notes)])
+  notes = [f"[{note}]" for note in cell.notes]
+  return " ".join(filter(None, [cell.text, cell.error, *notes]))
 
 
 def table_as_markdown(found: Table) -> str:
-  """A table alone: neither heading nor notes."""
+  """Lays out a table as Markdown, without heading and notes."""
   lines = [found.head, *([_plain(cell) for cell in row] for row in found.rows)]
   return rows_lib.markdown(lines)
-
-
-def as_markdown(comparison: dict[str, Any]) -> str:
-  """The whole comparison as Markdown text."""
-  parts = ["# Comparison", *verdict(comparison)]
-  for found in _all_tables(comparison):
-    parts += [
-      f"## {found.heading}",
-      table_as_markdown(found),
-      "\n".join(f"- {note}" for note in found.notes),
-    ]
-  if comparison["missing"]:
-    parts += [
-      "## Missing",
-      "\n".join(f"- {sentence}" for sentence in comparison["missing"]),
-    ]
-  return "\n\n".join(filter(None, parts)) + "\n"
-
-
-def _html_cell(tag: str, cell: Cell) -> str:
-  notes = "".join(
-    f"<span class='delta'>{page.escape(note)}</span>" for note in cell.notes
-  )
-  return f"<{tag}>{page.escape(cell.text)}{notes}</{tag.split()[0]}>"
-
-
-def _table_as_html(found: Table) -> str:
-  head = "".join(
-    f"<th scope='col'>{page.escape(name)}</th>" for name in found.head
-  )
-  rows = "\n".join(
-    "<tr>"
-    + _html_cell("th scope='row'", row[0])
-    + "".join(_html_cell("td", cell) for cell in row[1:])
-    + "</tr>"
-    for row in found.rows
-  )
-  notes = "\n".join(f"<li>{page.escape(note)}</li>" for note in found.notes)
-  return (
-    f"<h2>{page.escape(found.heading)}</h2>\n<div class='scroll'>\n<table>\n"
-    f"<thead><tr>{head}</tr></thead>\n<tbody class='{found.kind}'>\n{rows}\n"
-    f"</tbody>\n</table>\n</div>\n<ul class='soft'>\n{notes}\n</ul>"
-  )
-
-
-def as_html(comparison: dict[str, Any], pictures: str = "") -> str:
-  """The whole comparison as a page that needs nothing but itself.
-
-  Args:
-    comparison: What `compare` returns.
-    pictures: A piece of HTML to stand below the accuracies.
-
-  Returns:
-    The text of the file.
-  """
-  accuracies = tables(comparison)
-  body = ["<h1>Comparison</h1>"]
-  body += [
-    f"<p class='verdict'>{page.escape(text)}</p>"
-    for text in verdict(comparison)
-  ]
-  body += [_table_as_html(found) for found in accuracies]
-  body.append(pictures)
-  if comparison["missing"]:
-    items = "\n".join(
-      f"<li>{page.escape(text)}</li>" for text in comparison["missing"]
-    )
-    body.append(f"<h2>Missing</h2>\n<ul>\n{items}\n</ul>")
-  body += [
-    _table_as_html(found)
-    for found in _all_tables(comparison)[len(accuracies) :]
-  ]
-  return page.document("Comparison", body)

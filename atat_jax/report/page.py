@@ -24,7 +24,12 @@ def data_uri(picture: pathlib.Path) -> str:
   return f"data:image/png;base64,{content}"
 
 
-_TEMPLATES.filters["data_uri"] = data_uri
+def breakable(text: str) -> markupsafe.Markup:
+  """Escapes a name and lets a browser break its line at underscores."""
+  return markupsafe.escape(text).replace("_", markupsafe.Markup("_<wbr>"))
+
+
+_TEMPLATES.filters |= {"data_uri": data_uri, "breakable": breakable}
 
 
 def render(template: str, **values: Any) -> str:

@@ -1,4 +1,4 @@
-"""The numbers of the paper's Tables 1 and 2, and when they may stand by ours."""
+"""Numbers of the paper's Tables 1 and 2, for results of the same protocol."""
 
 import math
 from typing import Any
@@ -15,7 +15,7 @@ _COLUMNS = {
   "cifar100": ("nominal", "fgsm", "ifgsm20", "pgd10", "pgd20"),
 }
 
-# Percent. "at" is the paper's AT-PGD, "ifgsm20" its FGSM(20).
+# In percent. "at" is the paper's AT-PGD, "ifgsm20" its FGSM(20).
 _TABLES = {
   "cifar10": {
     "standard": (95.01, 13.35, 0.00, 0.00, 0.00),
@@ -39,15 +39,15 @@ _BATCH_SIZE = 100  # images that share their statistics in the released code
 
 
 def accuracy(method: str, row: dict[str, Any]) -> float | None:
-  """The published accuracy under the protocol of a row.
+  """Returns the published accuracy under the protocol of a row.
 
   Args:
-    method: Its name here, e.g. "at".
-    row: A row of `results.json`.
+    method: Name of the objective, e.g. "at".
+    row: Row of `results.json`, of either BatchNorm mode.
 
   Returns:
-    In [0, 1]; None where the paper has no number for the method, the data set
-    and the attack with all its numbers. The BatchNorm mode may be either.
+    Accuracy in [0, 1]; None where the paper has no number for the method, the
+    data set and the attack with all its numbers.
   """
   dataset = row["dataset"]
   numbers = _TABLES.get(dataset, {}).get(method)

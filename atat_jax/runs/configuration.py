@@ -8,8 +8,6 @@ from typing import Any
 from atat_jax.errors import UserError
 from atat_jax.runs import files
 
-FILE = "config.json"
-
 # Fields that the trained weights do not depend on.
 _FREE = (
   "evaluation",
@@ -99,7 +97,7 @@ def read(workdir: pathlib.Path) -> Configuration:
     UserError: There is no such file, or it is damaged.
   """
   for directory in (workdir, workdir.parent):
-    tree = files.read_json(directory / FILE)
+    tree = files.read_json(directory / files.CONFIG)
     if tree is not None:
       return parse(tree, directory)
   raise UserError(
@@ -142,7 +140,7 @@ def check(tree: Mapping[str, Any], workdir: pathlib.Path) -> None:
   Raises:
     UserError: The directory holds a run with another training.
   """
-  stored = files.read_json(workdir / FILE)
+  stored = files.read_json(workdir / files.CONFIG)
   if stored is None:
     return
   found = training_fields(stored)
@@ -165,6 +163,6 @@ def write(tree: Mapping[str, Any], workdir: pathlib.Path) -> None:
     UserError: The directory cannot be written.
   """
   try:
-    files.write_json(workdir / FILE, tree)
+    files.write_json(workdir / files.CONFIG, tree)
   except OSError as error:
     raise UserError(f"workdir: {workdir}: {error.strerror}") from None

@@ -113,6 +113,14 @@ def strongest(found: list[Column], model: str) -> Column:
   return min(found, key=lambda c: c.rows[model, "running"]["accuracy"])
 
 
+def trained(rows: list[Row]) -> str:
+  """Returns the network that a run trained: the student, if there is one."""
+  models = [model for model, _ in series(rows)]
+  if roles.STUDENT in models or not models:
+    return roles.STUDENT
+  return models[0]
+
+
 def series(rows: list[Row]) -> list[tuple[str, str]]:
   """Lists the (model, batch_norm) pairs of the rows in the order of a table."""
   models = dict.fromkeys([*roles.MODELS, *(row["model"] for row in rows)])

@@ -1,21 +1,22 @@
 """Averages of the weights along a run: EMA and SWA.
 
-Both move the average by a share of the way to the new weights, the EMA
-(Polyak and Juditsky, 1992) by
+Both move the average towards the new weights by a share of the distance. The
+share of EMA (Polyak and Juditsky, 1992) is
 
   1 - min(decay, (1 + t) / (10 + t)),   t updates made before this one,
 
-so that the first steps are soon forgotten, and SWA (Izmailov et al., 2018) by
-1 / n for the n-th weights since its start, an equal average of all of them.
-Before its start SWA's average is the weights themselves.
+so that the first steps are soon forgotten. The share of SWA (Izmailov et al.,
+2018) is 1 / n for the n-th weights since its start, which makes an equal average
+of all of them. Before its start, the average of SWA is the weights themselves.
 
-BatchNorm's statistics are not a function of the weights alone. Either they are
-averaged as the weights are, good where these have hardly changed over the
-average's memory; or they are estimated with the averaged weights: passes of the
-objective over training batches, attack and all, move them as they would move
-in training if the weights stood still.
+The statistics of BatchNorm are not a function of the weights alone. Either they
+are averaged like the weights, which is accurate if the weights hardly change
+over the memory of the average. Or they are estimated with the averaged weights:
+passes of the objective over training batches, attack included, move them as
+training would if the weights did not change.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -34,7 +35,7 @@ from atat_jax.typing import Array, PyTree, Variables
 
 
 def share(step: Array, options: Options) -> Array:
-  """How far the average moves to the weights after update `step`, from 0."""
+  """Returns the share by which the average moves after update `step`."""
   if options.ema_decay:
     return 1 - jnp.minimum(options.ema_decay, (1 + step) / (10 + step))
   return 1 / jnp.maximum(1, step - options.swa_start + 1)
@@ -46,17 +47,17 @@ def update(
   step: Array,
   options: Options,
 ) -> Variables | None:
-  """The average after update `step`.
+  """Updates the average after update `step`.
 
   Args:
     average: {"params", "batch_stats"}; None: nothing is averaged.
-    new: The same of the weights just made.
-    step: int32 scalar, from 0.
-    options: Which average.
+    new: New weights and statistics, of the same structure.
+    step: Number of the update, int32 scalar, from 0.
+    options: Options that choose the average.
 
   Returns:
-    The average. Where statistics are to be estimated it holds those of the
-    weights, so that no state depends on when they were estimated.
+    The average. If statistics are to be estimated, it holds those of the
+    current weights, so that no state depends on when they were estimated.
   """
   if average is None:
     return None
@@ -68,7 +69,9 @@ def update(
   return moved
 
 
-Pass = Callable[..., tuple[PyTree, PyTree]]
+StatisticsPass = Callable[..., tuple[PyTree, PyTree]]
+"""(state, teacher or None, data, indices, extra, statistics, mean, index) to
+the statistics after the pass and the new mean."""
 
 
 def make_statistics_pass(
@@ -80,92 +83,131 @@ def make_statistics_pass(
   padding: int = 0,
   flip: bool = False,
   options: Options,
-) -> Pass:
-  """Builds the pass that estimates statistics of the averaged weights.
+) -> StatisticsPass:
+  """Compiles `move_statistics`; nothing is donated.
 
   Args:
-    model: The network.
-    objective: Whose passes move the statistics.
-    mesh: The devices.
+    model: Network of the student.
+    objective: Objective whose passes move the statistics.
+    mesh: Devices.
     num_classes: K.
-    padding: Of the augmentation.
-    flip: Of the augmentation.
-    options: Those of the step.
+    padding: Pixels of zero padding before the random crop; 0: no crop.
+    flip: Whether images are flipped at random.
+    options: Options of the step.
 
   Returns:
-    (state, teacher, data, indices, extra, statistics, their mean, i) to the
-    statistics after pass i, from 0, and the mean of those of the second half
-    of all passes. Nothing is donated.
+    The compiled pass.
   """
-  burn_in = options.statistics_batches // 2
-
-  def statistics_pass(
-    state: TrainState,
-    teacher: Variables | None,
-    data: Split,
-    indices: Array,
-    extra: Split | None,
-    statistics: PyTree,
-    mean: PyTree,
-    index: Array,
-  ) -> tuple[PyTree, PyTree]:
-    key = rng.stream(state.rng, "statistics", index)
-    batch = assemble(
-      key,
-      state.step,
-      *gather(data, indices, extra, mesh),
-      num_classes=num_classes,
-      padding=padding,
-      flip=flip,
-      options=options,
-    )
-
-    def part(
-      stats: PyTree, part_key: Array, part_batch: Batch
-    ) -> tuple[None, Outcome]:
-      variables = {"params": state.ema["params"], "batch_stats": stats}
-      prepared = objective.prepare(
-        part_key, model, variables, teacher, part_batch
-      )
-      return None, objective.loss(model, variables, prepared, part_batch)
-
-    _, outcome = accumulation.accumulate(
-      part,
-      statistics,
-      rng.stream(key, "attack", state.step),
-      batch,
-      parts=options.accumulate_steps,
-      params=None,
-    )
-    statistics = outcome.batch_stats
-    weight = 1 / jnp.maximum(1, index - burn_in + 1)
-    return statistics, optax.incremental_update(statistics, mean, weight)
-
-  return compilation.jit(
-    statistics_pass, out_shardings=sharding.replicated(mesh)
+  function = functools.partial(
+    move_statistics,
+    model=model,
+    objective=objective,
+    mesh=mesh,
+    num_classes=num_classes,
+    padding=padding,
+    flip=flip,
+    options=options,
   )
+  return compilation.jit(function, out_shardings=sharding.replicated(mesh))
+
+
+def move_statistics(
+  state: TrainState,
+  teacher: Variables | None,
+  data: Split,
+  indices: Array,
+  extra: Split | None,
+  statistics: PyTree,
+  mean: PyTree,
+  index: Array,
+  *,
+  model: nn.Module,
+  objective: Objective,
+  mesh: jax.sharding.Mesh,
+  num_classes: int,
+  padding: int,
+  flip: bool,
+  options: Options,
+) -> tuple[PyTree, PyTree]:
+  """Moves statistics by a pass of the objective with the averaged weights.
+
+  Args:
+    state: State of the run; its averaged weights are used.
+    teacher: The teacher's variables, or None.
+    data: Training split, on the device.
+    indices: Examples of the batch in the split, int32 [M].
+    extra: Further images [E] of the batch, or None.
+    statistics: Running statistics before the pass.
+    mean: Mean of the statistics so far.
+    index: Number of the pass, from 0, int32.
+    model, objective, mesh, num_classes, padding, flip, options: See
+      `make_statistics_pass`.
+
+  Returns:
+    The statistics after the pass, and the mean of those after the passes of the
+    second half (the first half is burn-in).
+  """
+  key = rng.stream(state.rng, "statistics", index)
+  batch = assemble(
+    key,
+    state.step,
+    *gather(data, indices, extra, mesh),
+    num_classes=num_classes,
+    padding=padding,
+    flip=flip,
+    options=options,
+  )
+  _, outcome = accumulation.accumulate(
+    functools.partial(_outcome, state.ema["params"], teacher, model, objective),
+    statistics,
+    rng.stream(key, "attack", state.step),
+    batch,
+    parts=options.accumulate_steps,
+    params=None,
+  )
+  statistics = outcome.batch_stats
+  burn_in = options.statistics_batches // 2
+  weight = 1 / jnp.maximum(1, index - burn_in + 1)
+  return statistics, optax.incremental_update(statistics, mean, weight)
+
+
+def _outcome(
+  params: PyTree,
+  teacher: Variables | None,
+  model: nn.Module,
+  objective: Objective,
+  stats: PyTree,
+  key: Array,
+  batch: Batch,
+) -> tuple[None, Outcome]:
+  """An `accumulation.Part` without a gradient."""
+  variables = {"params": params, "batch_stats": stats}
+  prepared = objective.prepare(key, model, variables, teacher, batch)
+  return None, objective.loss(model, variables, prepared, batch)
 
 
 def estimate_statistics(
   state: TrainState,
-  statistics_pass: Pass,
+  statistics_pass: StatisticsPass,
   teacher: Variables | None,
   data: Split,
   draw: Callable[[int], tuple[Array, Split | None]],
   options: Options,
 ) -> TrainState:
-  """The state with estimated statistics of its averaged weights.
+  """Estimates the statistics of the averaged weights.
+
+  The estimate is a function of the state alone, not of earlier estimates.
 
   Args:
-    state: The state; a function of it, and of nothing estimated before.
-    statistics_pass: As `make_statistics_pass` makes it.
-    teacher: Variables, or None.
-    data: The training split, on the device.
+    state: State of the run.
+    statistics_pass: Result of `make_statistics_pass`.
+    teacher: The teacher's variables, or None.
+    data: Training split, on the device.
     draw: Number of a batch to its indices and extra images, on the device.
-    options: Those of the step.
+    options: Options of the step.
 
   Returns:
-    The state; itself where nothing is to be estimated.
+    The state with the estimate; the same state if there is nothing to estimate.
   """
   if not options.estimates or int(state.step) <= options.swa_start:
     return state

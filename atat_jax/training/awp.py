@@ -4,10 +4,13 @@
 
 One step of ascent solves the inner problem: d_l = gamma ||w_l|| g_l / ||g_l||
 with g the gradient of the objective's own loss (Eq. 8 and Algorithm 1 of the
-paper, K2 = 1, A = 1). The training gradient is that at w + d, the update is
-made at w. As in the authors' code only tensors of more than one axis are
-perturbed: no bias, no scale of BatchNorm.
+paper, K2 = 1, A = 1). The training gradient is taken at w + d, the update is
+made at w. As in the authors' code, only tensors of more than one axis are
+perturbed: no bias, and no scale of BatchNorm.
 """
+
+import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -15,25 +18,61 @@ import jax.numpy as jnp
 from atat_jax.typing import Array, PyTree
 
 
+def ascend(
+  params: PyTree,
+  gradient_fn: Callable[[PyTree], PyTree],
+  *,
+  gamma: float,
+  step: Array,
+  start: int,
+) -> PyTree:
+  """Returns w + d from step `start` on, and w before it.
+
+  Args:
+    params: w.
+    gradient_fn: Gradient of the loss at given weights.
+    gamma: Length of d relative to w, > 0.
+    step: Number of the step, int32 scalar.
+    start: First step with a perturbation.
+
+  Returns:
+    Weights of the same structure.
+  """
+  perturbed = functools.partial(
+    _perturb_by, gradient_fn=gradient_fn, gamma=gamma
+  )
+  if not start:
+    return perturbed(params)
+  return jax.lax.cond(step >= start, perturbed, lambda w: w, params)
+
+
+def _perturb_by(
+  params: PyTree, *, gradient_fn: Callable[[PyTree], PyTree], gamma: float
+) -> PyTree:
+  return perturb(params, gradient_fn(params), gamma)
+
+
 def perturb(params: PyTree, gradient: PyTree, gamma: float) -> PyTree:
-  """w + d.
+  """Returns w + d.
 
   Args:
     params: w.
     gradient: g, of the same structure.
-    gamma: > 0.
+    gamma: Length of d relative to w, > 0.
 
   Returns:
-    The same structure; a tensor whose gradient is 0 stays.
+    The same structure; a tensor whose gradient is 0 stays as it is.
   """
+  return jax.tree.map(
+    functools.partial(_perturb_tensor, gamma=gamma), params, gradient
+  )
 
-  def one(weight: Array, ascent: Array) -> Array:
-    if weight.ndim < 2:
-      return weight
-    length = jnp.sqrt(jnp.square(ascent).sum())
-    radius = gamma * jnp.sqrt(jnp.square(weight).sum())
-    zero = length == 0  # not "<= 0": a NaN must stay one
-    factor = jnp.where(zero, 0.0, radius / jnp.where(zero, 1.0, length))
-    return weight + factor * ascent
 
-  return jax.tree.map(one, params, gradient)
+def _perturb_tensor(weight: Array, gradient: Array, *, gamma: float) -> Array:
+  if weight.ndim < 2:
+    return weight
+  length = jnp.sqrt(jnp.square(gradient).sum())
+  radius = gamma * jnp.sqrt(jnp.square(weight).sum())
+  zero = length == 0  # not "<= 0": a NaN must stay one
+  factor = jnp.where(zero, 0.0, radius / jnp.where(zero, 1.0, length))
+  return weight + factor * gradient

@@ -1,4 +1,4 @@
-"""From pixels at rest to the batch that an objective is given."""
+"""Builds a training batch from stored uint8 images."""
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +15,13 @@ from atat_jax.typing import Array
 def gather(
   data: Split, indices: Array, extra: Split | None, mesh: jax.sharding.Mesh
 ) -> tuple[Array, Array]:
-  """The images of a batch: those of the resident data, then extra ones.
+  """Gathers a batch: images of the resident data, then the extra ones.
 
   Args:
-    data: The training split, on the device.
+    data: Training split, on the device.
     indices: int32 [M].
     extra: E further images, or None.
-    mesh: The devices.
+    mesh: Devices.
 
   Returns:
     uint8 [M + E, H, W, C] and int32 [M + E].
@@ -29,8 +29,8 @@ def gather(
   images, labels = (jnp.asarray(x)[indices] for x in data)
   if extra is None:
     return images, labels
-  # Neither part need divide by the devices, and what all of them hold whole
-  # they would also all compute.
+  # Either part alone may not divide by the number of devices and would then be
+  # replicated, and every device would compute all of it.
   return jax.lax.with_sharding_constraint(
     (
       jnp.concatenate([images, extra.images]),
@@ -41,7 +41,7 @@ def gather(
 
 
 def epsilon_scale(step: Array, warmup: int) -> Array:
-  """(step + 1) / warmup, at most 1: a linear rise of the attack's radius."""
+  """Returns (step + 1) / warmup, at most 1: a linear rise of the radius."""
   return jnp.minimum(1.0, (step + 1) / warmup)
 
 
@@ -56,17 +56,17 @@ def assemble(
   flip: bool,
   options: Options,
 ) -> Batch:
-  """Augments, mixes, and makes the targets.
+  """Augments and mixes images, and computes the targets.
 
   Args:
-    key: The run's key.
-    step: int32 scalar.
+    key: Key of the run.
+    step: Number of the step, int32 scalar.
     images: uint8 [B, H, W, C].
     labels: int32 [B].
     num_classes: K.
     padding: Pixels of zero padding before the random crop; 0: no crop.
-    flip: Whether to flip at random.
-    options: Which of these are on.
+    flip: Whether images are flipped at random.
+    options: Mixing, label smoothing and the warm-up of epsilon.
 
   Returns:
     The batch.

@@ -1,7 +1,7 @@
-"""What any objective can be combined with: data only, everything off.
+"""Options of the train step, for every objective; all off by default.
 
-Times are steps of the run, from 0. What the options do is written where they
-are done: `inputs` (label smoothing, mixing, the attack's warm-up), `awp`,
+Times are steps of the run, counted from 0. Each option is described where it is
+implemented: `batch` (label smoothing, mixing, the attack's warm-up), `awp`,
 `accumulation`, `averaging`. `docs/training.md` lists them all.
 """
 
@@ -14,23 +14,24 @@ from atat_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """Options of the train step; hashable, so that what is off costs nothing.
+  """Options of the train step, static: an option that is off costs nothing.
 
   Attributes:
     awp_gamma: Size of the adversarial weight perturbation, relative to the
       norm of each tensor; 0: none.
-    awp_start: The first step that has it.
-    ema_decay: Of the exponential moving average of the weights; 0: none.
-    swa_start: The first step whose weights enter the equal average; 0: none.
-    statistics_batches: Batches that estimate the statistics of averaged
-      weights; 0: statistics are averaged as the weights are.
-    label_smoothing: Share of every target spread over all classes.
-    epsilon_warmup: Steps in which the attack's epsilon rises from 0.
-    accumulate_steps: Parts of a batch that are computed one after another.
-    remat: Whether the student's backward pass keeps the results of convolutions
-      and matrix products only and computes the rest again, for memory.
-    mix: One of `mixing.MIXES`.
-    mix_alpha: Of its Beta distribution.
+    awp_start: First step with a weight perturbation.
+    ema_decay: Decay of the exponential moving average of the weights; 0: none.
+    swa_start: First step whose weights enter the equal average; 0: none.
+    statistics_batches: Number of batches that estimate the statistics of the
+      averaged weights; 0: statistics are averaged like the weights.
+    label_smoothing: Share of every target that is spread over all classes.
+    epsilon_warmup: Number of steps in which the attack's epsilon rises from 0.
+    accumulate_steps: Number of parts in which a batch is computed, one after
+      another.
+    remat: Whether the student's backward pass keeps only the results of
+      convolutions and matrix products and recomputes the rest, to save memory.
+    mix: Mixing of images, one of `mixing.MIXES`.
+    mix_alpha: Parameter of the Beta distribution of the mixing weight.
   """
 
   awp_gamma: float = 0.0
@@ -46,7 +47,7 @@ class Options:
   mix_alpha: float = 1.0
 
   def __post_init__(self) -> None:
-    """Refuses values out of range, and what does not go together."""
+    """Refuses values out of range and options that exclude each other."""
     checks.not_negative("awp_gamma", self.awp_gamma)
     for name in ("ema_decay", "label_smoothing"):
       if not 0 <= getattr(self, name) < 1:
@@ -73,14 +74,14 @@ class Options:
 
   @property
   def averages(self) -> bool:
-    """Whether there are averaged weights beside the trained ones."""
+    """Whether averaged weights are kept beside the trained ones."""
     return bool(self.ema_decay or self.swa_start)
 
   @property
   def estimates(self) -> bool:
-    """Whether statistics of the averaged weights are estimated."""
+    """Whether the statistics of the averaged weights are estimated."""
     return self.averages and bool(self.statistics_batches)
 
 
 OFF = Options()
-"""No option at all."""
+"""All options off."""

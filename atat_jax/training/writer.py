@@ -35,7 +35,7 @@ class MetricsWriter(contextlib.AbstractContextManager[Any]):
     self._writes = jax.process_index() == 0
     if not self._writes:
       return
-    path = directory / "metrics.jsonl"
+    path = directory / files.METRICS
     kept = []
     if path.exists():
       for line in path.read_text(encoding="utf-8").splitlines():
@@ -47,7 +47,7 @@ class MetricsWriter(contextlib.AbstractContextManager[Any]):
     files.write_text(path, "".join(kept))
     self._file = path.open("a", encoding="utf-8")
     self._board = tensorboardX.SummaryWriter(
-      str(directory / "tensorboard"), purge_step=step + 1
+      str(directory / files.TENSORBOARD), purge_step=step + 1
     )
 
   def write(
@@ -167,7 +167,7 @@ class Journal(contextlib.AbstractContextManager[Any]):
   ):
     self._outline, self._checkpointer = outline, checkpointer
     self._saved, start = saved, saved or 0
-    self._place = outline.directory / "checkpoints"
+    self._place = outline.directory / files.CHECKPOINTS
     metrics_writer = MetricsWriter(outline.directory, start)
     bar = StepBar(
       outline.name,

@@ -94,7 +94,9 @@ def _our_gradient(
   def gradient(variables: Any, teacher: Any, *arrays: Any) -> Any:
     images, adversarials, labels = arrays
     batch = objectives.make_batch(images, labels, 10)
-    fixed = adversarial.Attacked(adversarials, variables["batch_stats"])
+    fixed = adversarial.InnerAttackResult(
+      adversarials, variables["batch_stats"]
+    )
     with mock.patch.object(type(objective), "attack", lambda *_: fixed):
       prepared = objective.prepare(
         jax.random.key(3), model, variables, teacher, batch

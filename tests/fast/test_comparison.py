@@ -1,20 +1,22 @@
 """Several runs as one table: arithmetic, what is never merged, the pages."""
 
-import importlib
 import json
 import pathlib
 import re
 
 import numpy as np
 import pytest
+import run_files
 from html_page import Page
 from PIL import Image
+from run_files import write_run
 
-from atat_jax import report
+from atat_jax import objectives, report
 from atat_jax.drawing import style
 from atat_jax.errors import UserError
+from atat_jax.figures import comparison as figures
 from atat_jax.report import __main__ as command
-from atat_jax.report import comparison, published
+from atat_jax.report import comparison, layout, merge, published
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -22,30 +24,21 @@ ACCURACIES = {
   "running": {"nominal": 0.9, "fgsm": 0.5, "pgd20": 0.4},
   "batch": {"nominal": 0.91, "pgd20": 0.45},
 }
-STEPS = {"fgsm": 1, "ifgsm20": 20, "pgd7": 7, "pgd10": 10, "pgd20": 20}
 
 
 def row(attack, mode, accuracy, **changes):
-  attacked = attack != "nominal"
-  return {
-    "model": "at",
-    "dataset": "cifar10",
-    "split": "test",
-    "num_examples": 10_000,
-    "attack": attack,
-    "norm": "linf" if attacked else None,
-    "epsilon": 8 / 255 if attacked else None,
-    "step_size": (8 if attack == "fgsm" else 2) / 255 if attacked else None,
-    "num_steps": STEPS.get(attack),
-    "num_restarts": 1 if attacked else None,
-    "loss": "cross_entropy" if attacked else None,
-    "batch_norm": mode,
-    "batch_size": 100 if mode == "batch" else 500,
-    "seed": 0,
-    "accuracy": accuracy,
-    "seconds": 1.0,
-    "checkpoint_step": 9,
-  } | changes
+  return (
+    run_files.result_row(
+      changes.pop("model", "at"),
+      attack,
+      mode,
+      accuracy,
+      dataset="cifar10",
+      num_examples=10_000,
+      batch_size=100 if mode == "batch" else 500,
+    )
+    | changes
+  )
 
 
 def rows(accuracies=ACCURACIES, **changes):
@@ -54,30 +47,6 @@ def rows(accuracies=ACCURACIES, **changes):
     for mode, values in accuracies.items()
     for attack, accuracy in values.items()
   ]
-
-
-def write_run(workdir, found, method="at", seed=0, rates=(), **fields):
-  """A finished run; `fields` are of the objective."""
-  config = {
-    "seed": seed,
-    "method": method,
-    "objective": {"epsilon": 8 / 255, **fields},
-    "train": {"batch_size": 64},
-    "model": {"name": "wide_resnet", "depth": 8, "width": 2},
-    "evaluation": {"attacks": f"whatever {seed}"},
-    "teacher_workdir": f"teachers/{seed}",
-  }
-  run = {"config": config, "commit": "0123abcd", "devices": ["cpu"]}
-  workdir.mkdir(parents=True)
-  results = {"format": 1, "run": run, "rows": found, "diagnostics": {}}
-  (workdir / "results.json").write_text(json.dumps(results))
-  lines = [
-    {"split": "train", "step": step, "images_per_second": rate}
-    for step, rate in enumerate(rates)
-  ]
-  text = "".join(json.dumps(line) + "\n" for line in lines)
-  (workdir / "metrics.jsonl").write_text(text)
-  return workdir
 
 
 def shifted(by):
@@ -111,7 +80,7 @@ def test_mean_and_standard_error_over_seeds(tmp_path):
     )
     for seed, a, b in zip((3, 1, 2), running, batch, strict=True)
   ]
-  found = comparison.compare(workdirs)
+  found = merge.compare(workdirs)
   assert len(found["rows"]) == 2
   for mode, values in (("running", running), ("batch", batch)):
     merged = find(found, "at", "pgd20", mode)
@@ -133,7 +102,7 @@ def test_mean_and_standard_error_over_seeds(tmp_path):
 
 
 def test_one_run_has_no_standard_error(tmp_path):
-  found = comparison.compare([write_run(tmp_path / "a", rows())])
+  found = merge.compare([write_run(tmp_path / "a", rows())])
   assert find(found, "at", "pgd20")["standard_error"] is None
   assert "±" not in comparison.as_markdown(found).split("## What")[0]
 
@@ -141,13 +110,13 @@ def test_one_run_has_no_standard_error(tmp_path):
 def test_the_network_that_was_trained_counts(tmp_path):
   both = rows(model="student") + rows(shifted(-0.3), model="teacher")
   workdir = write_run(tmp_path / "a", both, method="atat")
-  found = comparison.compare([workdir])
+  found = merge.compare([workdir])
   assert find(found, "atat", "pgd20")["accuracy"] == 0.4
   assert {r["model"] for r in found["rows"]} == {"atat"}
 
 
 def test_other_trainings_are_other_rows(tmp_path):
-  found = comparison.compare(
+  found = merge.compare(
     [
       write_run(tmp_path / "a", rows(), weight=1.0),
       write_run(tmp_path / "b", rows(shifted(0.1)), weight=0.5, seed=1),
@@ -181,7 +150,7 @@ def test_other_trainings_are_other_rows(tmp_path):
 def test_other_protocols_are_never_merged(tmp_path, field, value):
   one = rows({"running": {"pgd20": 0.4}})
   other = rows({"running": {"pgd20": 0.6}}, **{field: value})
-  found = comparison.compare(
+  found = merge.compare(
     [
       write_run(tmp_path / "a", one, seed=0),
       write_run(tmp_path / "b", other, seed=1),
@@ -193,7 +162,7 @@ def test_other_protocols_are_never_merged(tmp_path, field, value):
 
 @pytest.mark.parametrize("mode", ["running", "batch"])
 def test_the_batch_size_counts_with_batch_statistics(tmp_path, mode):
-  found = comparison.compare(
+  found = merge.compare(
     [
       write_run(
         tmp_path / str(size),
@@ -204,7 +173,7 @@ def test_the_batch_size_counts_with_batch_statistics(tmp_path, mode):
     ]
   )
   assert len(found["rows"]) == (1 if mode == "running" else 2)
-  (shown,) = comparison.tables(found)
+  (shown,) = layout.tables(found)
   if mode == "batch":
     assert shown.head[1:] == ["pgd20 (batch_size=50)", "pgd20 (batch_size=100)"]
 
@@ -216,42 +185,46 @@ def test_a_column_that_a_run_lacks_is_a_dash_and_named(tmp_path):
   c = write_run(tmp_path / "c", rows(only, model="alp"), method="alp", seed=1)
   (b2,) = [tmp_path / "d"]
   write_run(b2, rows(model="alp"), method="alp", seed=2)
-  found = comparison.compare([a, b, c])
+  found = merge.compare([a, b, c])
   assert found["missing"] == [
     f"{b} (alp, seed 0) has no fgsm with running statistics.",
     f"{b} (alp, seed 0) has no nominal, pgd20 with batch statistics.",
     f"{c} (alp, seed 1) has no fgsm with running statistics.",
     f"{c} (alp, seed 1) has no nominal, pgd20 with batch statistics.",
   ]
-  running, batch = comparison.tables(found)
-  assert [cell.text for cell in running.rows[1]] == [
-    "alp",
-    "80.00 ± 0.00",
-    "–",
-    "70.00 ± 0.00",
+  running, batch = layout.tables(found)
+  assert [(cell.text, cell.error) for cell in running.rows[1]] == [
+    ("alp", ""),
+    ("80.00", "± 0.00"),
+    ("–", ""),
+    ("70.00", "± 0.00"),
   ]
   assert [cell.text for cell in batch.rows[1]] == ["alp", "–", "–"]
   # Where some of the runs have it, their number is told.
-  running, _ = comparison.tables(comparison.compare([a, b, c, b2]))
-  assert running.rows[1][2] == ("50.00", ("n = 1", "paper 60.57"))
+  running, _ = layout.tables(merge.compare([a, b, c, b2]))
+  assert running.rows[1][2] == (
+    "50.00",
+    ("n = 1", "49.0–51.0", "paper 60.57"),
+    "",
+  )
 
 
 def test_runs_that_are_not_finished_are_refused(tmp_path):
   good = write_run(tmp_path / "good", rows())
   with pytest.raises(UserError, match=r"missing has no results\.json.*main"):
-    comparison.compare([good, tmp_path / "missing"])
+    merge.compare([good, tmp_path / "missing"])
   half = write_run(tmp_path / "half", rows(model="teacher"), method="atat")
   with pytest.raises(UserError, match="half has no results of 'atat'"):
-    comparison.compare([good, half])
+    merge.compare([good, half])
   with pytest.raises(UserError, match="workdirs: none"):
-    comparison.compare([])
+    merge.compare([])
 
 
 def test_a_run_counts_once(tmp_path):
   a = write_run(tmp_path / "a", rows())
   b = write_run(tmp_path / "b", rows(shifted(0.1)))
   with pytest.raises(UserError, match=f"{b} is the same training as {a}"):
-    comparison.compare([a, b])
+    merge.compare([a, b])
 
 
 def test_time_of_a_step(tmp_path):
@@ -260,7 +233,7 @@ def test_time_of_a_step(tmp_path):
       tmp_path / name, rows(model=method), method, seed, rates=rates
     )
 
-  found = comparison.compare(
+  found = merge.compare(
     [
       run("a", "at", 0, (64, 640, 320)),
       run("b", "at", 1, (160, 160)),
@@ -282,7 +255,7 @@ def test_times_on_other_devices_are_not_compared(tmp_path):
   results = json.loads((b / "results.json").read_text())
   results["run"]["devices"] = ["TPU v4"]
   (b / "results.json").write_text(json.dumps(results))
-  found = comparison.compare([a, b])
+  found = merge.compare([a, b])
   assert [cost["relative_to_at"] for cost in found["costs"]] == [1, None]
 
 
@@ -295,10 +268,10 @@ def test_autoattack_that_ended_early_has_its_protocol_in_full(tmp_path):
     ]
     return write_run(tmp_path / name, [attack], method)
 
-  found = comparison.compare(
+  found = merge.compare(
     [run("a", "standard", ["apgd-ce"]), run("b", "at", ["apgd-ce", "apgd-t"])]
   )
-  (shown,) = comparison.tables(found)
+  (shown,) = layout.tables(found)
   assert "apgd-ce (apgd-ce!), apgd-t (apgd-t!)" in shown.notes[-1]
 
 
@@ -367,6 +340,15 @@ def test_published_figures_only_where_the_protocol_matches(attack, changes):
   assert published.accuracy("at", ours) is None
 
 
+def test_methods_are_in_the_order_of_the_registry(tmp_path):
+  names = [*reversed(objectives.OBJECTIVES), "another"]
+  found = merge.compare(
+    [write_run(tmp_path / name, rows(model=name), name) for name in names]
+  )
+  expected = [*objectives.OBJECTIVES, "another"]
+  assert [run["label"] for run in found["runs"]] == expected
+
+
 def test_published_figures_are_only_those_of_the_paper():
   for method in ("trades", "mart", "atat_released", "student"):
     assert published.accuracy(method, row("pgd20", "running", 0.1)) is None
@@ -377,9 +359,10 @@ def test_published_figures_are_only_those_of_the_paper():
 # --- Pages -------------------------------------------------------------------
 
 
-@pytest.fixture
-def made(tmp_path):
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
   """The pages of three methods, given in no order; attacks as well."""
+  tmp_path = tmp_path_factory.mktemp("made")
   mixed = {
     "running": {"autoattack": 0.3, "pgd20": 0.4, "nominal": 0.9, "fgsm": 0.5},
     "batch": {"pgd20": 0.45, "nominal": 0.91},
@@ -417,16 +400,16 @@ def test_layout_of_the_papers_tables(made):
   head, at, atat, toy, batch_head, batch_at, *_ = page.rows
   assert head == ["accuracy (%)", "nominal", "fgsm", "pgd20", "autoattack"]
   assert at == [
-    "at",
-    "90.50 ± 0.50",
-    "50.50 ± 0.50",
-    "40.50 ± 0.50",
+    "at 2 runs",
+    "90.50 ± 0.50 paper 87.25",
+    "50.50 ± 0.50 paper 56.22",
+    "40.50 ± 0.50 paper 45.87",
     "30.50 ± 0.50",
   ]
-  assert [atat[0], toy[0]] == ["atat", "toy<b>|"]
+  assert [atat[0], toy[0]] == ["atat 2 runs", "toy<b>| 2 runs"]
   assert batch_head == ["accuracy (%)", "nominal", "pgd20"]
-  assert batch_at[0] == "at" and batch_at[2] == "45.50 ± 0.50"
-  assert "paper 63.81" in page.text and "+5.0 ± 0.0" in page.text
+  assert batch_at[2] == "45.50 ± 0.50 +5.0 ± 0.0 paper 45.87"
+  assert "paper 63.81" in page.text
   assert published.SOURCE in page.text
   for text in (
     "pgd20: linf, epsilon 8/255, 20 steps of 2/255, 1 restart, cross_entropy"
@@ -460,23 +443,70 @@ def test_markdown_has_the_same_numbers(made):
   assert lines[3][3] == "40.50 ± 0.50 [paper 63.81]"
 
 
-def count_pixels(path, color):
+def is_color(path, color):
   with Image.open(path) as image:
     pixels = np.asarray(image.convert("RGB")).astype(int)
   rgb = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
-  return (abs(pixels - rgb) <= 20).all(-1).sum()
+  return (abs(pixels - rgb) <= 20).all(-1)
+
+
+def count_pixels(path, color):
+  return is_color(path, color).sum()
 
 
 def test_the_chart_shows_what_was_measured(made, tmp_path):
   (path,) = made[2].parent.glob("*.png")
   assert path.name == "all.runs_cifar10.png"
-  assert count_pixels(path, style.BLUE) > 200
-  assert count_pixels(path, style.VERMILION) > 20  # hollow squares
-  running = {"running": ACCURACIES["running"]}
-  workdir = write_run(tmp_path / "running", rows(running))
-  report.write_comparison([workdir], tmp_path / "one")
-  assert count_pixels(tmp_path / "one_cifar10.png", style.BLUE) > 50
-  assert count_pixels(tmp_path / "one_cifar10.png", style.VERMILION) == 0
+  colors = style.model_colors(("at", "atat", "toy<b>|"))
+  for color in colors.values():
+    assert count_pixels(path, color) > 100
+  (drawn,) = figures.draw(made[2], tmp_path)
+  assert drawn.name == path.name
+  assert drawn.read_bytes() == path.read_bytes()
+
+
+def limits(*spans):
+  return figures._limits(
+    [
+      {"accuracy": a, "standard_error": error, "published": None}
+      for a, error in spans
+    ]
+  )
+
+
+def test_an_axis_spreads_its_points():
+  low, high = limits((0.62, None), (0.70, 0.01), (0.66, None))
+  assert 60 < low < 62 and 71 < high < 75
+  low, high = limits((0.5, None))  # a single point is in the middle
+  assert low < 48 and 52 < high
+
+
+def test_a_method_far_below_the_others_does_not_squeeze_them():
+  others = [(a, None) for a in (0.62, 0.65, 0.66, 0.68, 0.7)]
+  low, _ = limits((0.0, None), *others)
+  assert 55 < low < 62
+  low, _ = limits((0.0, None), (0.01, None), *others)  # not a few
+  assert low < 0
+
+
+def test_an_arrow_is_left_of_an_axis_that_does_not_reach_a_point(tmp_path):
+  drawn = {}
+  for name, worst in (("far", 0.0), ("near", 0.6)):
+    accuracies = [worst, 0.62, 0.65, 0.66, 0.68, 0.7]
+    found = [
+      row("pgd20", "running", accuracy, model=f"m{k}")
+      | {"standard_error": None, "published": None}
+      for k, accuracy in enumerate(accuracies)
+    ]
+    path = tmp_path / f"{name}.json"
+    path.write_text(json.dumps({"format": 1, "rows": found}))
+    (drawn[name],) = figures.draw(path)
+  color = style.model_colors([f"m{k}" for k in range(6)])["m0"]
+  columns = {
+    name: np.flatnonzero(is_color(path, color).any(0)).mean()
+    for name, path in drawn.items()
+  }
+  assert columns["far"] < columns["near"]
 
 
 def test_the_command(tmp_path, capsys):
@@ -494,232 +524,3 @@ def test_the_command(tmp_path, capsys):
     "training",
     "costs",
   }
-
-
-# --- The page of the reproduction --------------------------------------------
-
-
-@pytest.fixture
-def reproduction(monkeypatch):
-  monkeypatch.syspath_prepend(ROOT)
-  return importlib.import_module("benchmarks.reproduction")
-
-
-def test_the_page_says_what_was_measured(reproduction):
-  """As its JSON has it; where there is none, nothing."""
-  text = reproduction.PAGE.read_text(encoding="utf-8")
-  assert reproduction.generate(text, reproduction.RESULTS) == text
-  markers = re.findall(r"<!-- generated: (\w+) -->", text)
-  assert sorted(markers) == sorted(reproduction.PARTS)
-  missing = 0 if reproduction.RESULTS.exists() else len(markers) - 1
-  missing += not reproduction.RESULTS.with_name("costs.json").exists()
-  assert text.count("Not measured yet.") == missing
-  for name in re.findall(r"\(figures/(\w+\.png)\)", text):
-    assert (reproduction.FIGURES / name).exists()
-
-
-def test_measured_parts_come_from_the_comparison(reproduction, made, tmp_path):
-  page = (
-    "Before.\n<!-- generated: batch_statistics -->\nold\n<!-- end -->\n"
-    "<!-- generated: provenance -->\n<!-- end -->\nAfter.\n"
-  )
-  found = reproduction.generate(page, made[2])
-  assert "old" not in found
-  assert found.startswith("Before.\n") and found.endswith("After.\n")
-  lines = [line for line in found.splitlines() if line.startswith("| at ")]
-  (cells,) = [[c.strip() for c in line.split("|")[1:-1]] for line in lines]
-  assert cells == ["at", "40.50 ± 0.50", "45.50 ± 0.50", "+5.0 ± 0.0", "2"]
-  assert "6 runs; commit `0123abcd`" in found
-  assert reproduction.generate(found, made[2]) == found
-  nothing = reproduction.generate(found, tmp_path / "none.json")
-  assert nothing.count("Not measured yet.") == 2 and "40.50" not in nothing
-  with pytest.raises(UserError, match="generated: 'x'; allowed: accuracies"):
-    reproduction.generate("<!-- generated: x -->\n<!-- end -->", made[2])
-
-
-def test_costs_are_relative_to_at(monkeypatch):
-  monkeypatch.syspath_prepend(ROOT)
-  costs = importlib.import_module("benchmarks.costs")
-  rows = [
-    costs.merge(
-      [
-        {
-          "method": method,
-          "num_steps": 10,
-          "seconds_per_step": seconds * factor,
-          "memory_bytes": mib * 2**20,
-          "compile_seconds": compiling,
-        }
-        for factor, compiling in ((0.5, 3.0), (2.0, 0.1), (1.0, 0.1))
-      ]
-    )
-    for method, seconds, mib in (("standard", 0.02, 10), ("at", 0.08, 40))
-  ]
-  assert [row["num_steps"] for row in rows] == [30, 30]
-  line, last = (
-    [cell.strip() for cell in text.strip("|").split("|")]
-    for text in costs.as_markdown(rows).splitlines()[2:]
-  )
-  assert line == [
-    "standard",
-    "20.0",
-    "10.0 to 40.0",
-    "0.25",
-    "10.0",
-    "0.25",
-    "3.0",
-  ]
-  assert last == ["at", "80.0", "40.0 to 160.0", "1.00", "40.0", "1.00", "3.0"]
-  assert costs.as_markdown(rows[:1]).count(" – |") == 2
-
-
-# --- The command that makes all runs -----------------------------------------
-
-
-@pytest.fixture
-def methods(monkeypatch):
-  monkeypatch.syspath_prepend(ROOT)
-  return importlib.import_module("benchmarks.methods")
-
-
-def test_every_registered_method_is_run(methods):
-  from atat_jax import objectives
-
-  args = methods.parser().parse_args(["--workdir=all"])
-  assert args.methods == list(objectives.OBJECTIVES)
-
-
-def make_runs(methods, *flags):
-  args = methods.parser().parse_args(["--workdir=all", *flags])
-  return methods.make_runs(args)
-
-
-def test_runs_of_all_seeds_share_a_teacher_a_seed(methods):
-  runs = make_runs(
-    methods,
-    "--methods=atat",
-    "--seeds=4,2",
-    "--attacks=nominal,pgd20",
-    "--set=objective.lambda1=0.5",
-    "--set=train.num_epochs=1",
-  )
-  assert [(run.method, run.seed) for run in runs] == [
-    ("standard", 4),
-    ("atat", 4),
-    ("standard", 2),
-    ("atat", 2),
-  ]
-  for run in runs:
-    assert run.workdir == pathlib.Path("all", f"seed{run.seed}", run.method)
-    alone, both = run.configs
-    assert alone.evaluation.attacks == "autoattack-fast"
-    assert alone.evaluation.batch_norm == ("running",)
-    assert both.evaluation.batch_norm == ("running", "batch")
-    assert both.evaluation.attacks == "nominal,pgd20"
-    for config in run.configs:
-      assert config.seed == run.seed and config.train.num_epochs == 1
-      if run.method == "atat":
-        assert config.teacher_workdir == f"all/seed{run.seed}/standard"
-        assert config.objective.lambda1 == 0.5
-      else:
-        assert config.teacher_workdir is None
-
-
-@pytest.mark.parametrize(
-  ("flag", "message"),
-  [
-    ("--set=train.nothing=1", "set: 'train.nothing=1'; allowed"),
-    ("--set=train.num_epochs=many", "set: 'train.num_epochs=many'"),
-    ("--set=train.num_epochs=0", "train.num_epochs: 0"),
-    ("--methods=none", "method: 'none'"),
-    ("--config=nowhere.py", "config: nowhere.py"),
-    ("--running_attacks=bim", "evaluation.attack: 'bim'"),
-  ],
-)
-def test_bad_flags_are_refused_before_anything_runs(methods, flag, message):
-  with pytest.raises(UserError, match=re.escape(message)):
-    make_runs(methods, flag)
-
-
-def test_time_left(methods):
-  runs = make_runs(methods, "--methods=standard,atat", "--seeds=0,1")
-  assert methods.remaining(runs, {}) is None
-  assert methods.remaining(runs, {"standard": [10, 20]}) == 4 * 15
-  seconds = {"standard": [10], "atat": [100]}
-  assert methods.remaining(runs[1:], seconds) == 100 + 10 + 100
-
-
-@pytest.mark.slow
-def test_all_runs_then_nothing_is_left_to_do(methods, tmp_path, monkeypatch):
-  flags = [
-    f"--workdir={tmp_path}",
-    "--methods=atat",
-    "--seeds=0,1",
-    "--attacks=nominal,fgsm",
-    "--running_attacks=apgd2",
-    "--running_examples=20",
-    "--set=train.num_epochs=1",
-    "--set=train.batch_size=256",
-    "--set=objective.num_steps=1",
-    "--set=model.width=1",
-    "--set=evaluation.validation_attack=pgd1",
-    "--set=evaluation.num_examples=40",
-    "--set=figures.attack=pgd1",
-  ]
-  methods.main(flags)
-  found = json.loads((tmp_path / "comparison.json").read_text())
-  assert [(r["label"], r["seed"]) for r in found["runs"]] == [
-    ("standard", 0),
-    ("standard", 1),
-    ("atat", 0),
-    ("atat", 1),
-  ]
-  assert {
-    (r["model"], r["attack"], r["batch_norm"], r["num_examples"], r["num_runs"])
-    for r in found["rows"]
-  } == {
-    (model, *protocol, 2)
-    for model in ("standard", "atat")
-    for protocol in (
-      ("nominal", "running", 40),
-      ("fgsm", "running", 40),
-      ("nominal", "batch", 40),
-      ("fgsm", "batch", 40),
-      ("apgd2", "running", 20),
-    )
-  }
-  assert found["missing"] == []
-  assert not (tmp_path / "seed0" / "atat" / "teacher").exists()
-
-  def fail(*args):
-    raise AssertionError("a finished run was run again")
-
-  monkeypatch.setattr(methods.pipeline, "run", fail)
-  methods.main(flags)
-  for more in ("--attacks=nominal,fgsm,ifgsm2", "--running_examples=30"):
-    with pytest.raises(AssertionError, match="run again"):
-      methods.main([*flags, more])
-
-
-@pytest.mark.slow
-def test_costs_of_a_step_are_measured(monkeypatch, tmp_path, capsys):
-  monkeypatch.syspath_prepend(ROOT)
-  costs = importlib.import_module("benchmarks.costs")
-  original = costs.steps.make_train_step
-  out = tmp_path / "costs.json"
-  costs.main(
-    [
-      "--methods=standard",
-      "--set=train.batch_size=256",
-      "--set=model.width=1",
-      "--turns=3",
-      f"--out={out}",
-    ]
-  )
-  (found,) = json.loads(out.read_text())["rows"]
-  assert found["method"] == "standard" and found["num_steps"] == 3 * (2 * 4 - 1)
-  assert 0 < found["seconds_per_step"] < found["compile_seconds"]
-  # At least the activations of the first stage: 16 channels of 8 x 8.
-  assert found["memory_bytes"] > 256 * 8 * 8 * 16 * 4
-  assert "| standard |" in capsys.readouterr().out
-  assert costs.steps.make_train_step is original

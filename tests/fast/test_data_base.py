@@ -104,15 +104,6 @@ def test_checked_split_says_what_is_wrong(images, labels, message):
     base.checked_split(SPEC, images, labels, where="here")
 
 
-@pytest.mark.parametrize("name", sorted(data.DATASETS))
-def test_specs_are_consistent(name):
-  spec = data.spec(name)
-  assert spec.name == name
-  assert len(set(spec.class_names)) == spec.num_classes
-  assert len(spec.mean) == len(spec.std) == spec.image_shape[2]
-  assert all(0 < value < 1 for value in (*spec.mean, *spec.std))
-
-
 def test_unknown_name_lists_the_known_ones():
   for call in (data.spec, data.load):
     with pytest.raises(UserError, match=r"'mnist'.*digits, cifar10, cifar100"):

@@ -1,6 +1,10 @@
+"""Examples of each batch, and the walk over all of them."""
+
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from atat_jax import sharding
 from atat_jax.data import batches
 from atat_jax.errors import UserError
 
@@ -108,3 +112,81 @@ def test_eval_fills_up_with_the_first_examples():
 def test_eval_errors(sizes):
   with pytest.raises(UserError, match="=0: must be at least 1"):
     batches.eval_batches(*sizes)
+
+
+def _numbered(count):
+  """Images and labels that differ in every number."""
+  images = np.arange(count * 6, dtype=np.float32).reshape(count, 2, 3)
+  return images, np.arange(count, dtype=np.int32) + 1000
+
+
+def _products(xp, images, labels, axis):
+  """A pytree of arrays that have the examples along `axis`."""
+  scaled = images * labels[:, None, None]
+  return {
+    "scaled": xp.moveaxis(scaled, 0, axis),
+    "others": (xp.moveaxis(images[:, :1], 0, axis),),
+  }
+
+
+@pytest.mark.parametrize("num_devices", [1, 8])
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize(
+  ("count", "batch_size"), [(16, 8), (13, 8), (3, 8), (7, 3), (5, 1)]
+)
+def test_map_batches_equals_a_loop_over_examples(
+  count, batch_size, axis, num_devices, eight_devices
+):
+  images, labels = _numbered(count)
+  found = batches.map_batches(
+    lambda _, *batch: _products(jnp, *batch, axis),
+    images,
+    labels,
+    batch_size=batch_size,
+    mesh=sharding.make_mesh(eight_devices[:num_devices]),
+    axis=axis,
+  )
+  each = [
+    _products(np, images[i : i + 1], labels[i : i + 1], axis)
+    for i in range(count)
+  ]
+  for actual, parts in (
+    (found["scaled"], [x["scaled"] for x in each]),
+    (found["others"][0], [x["others"][0] for x in each]),
+  ):
+    assert isinstance(actual, np.ndarray)
+    np.testing.assert_array_equal(actual, np.concatenate(parts, axis))
+
+
+def test_map_batches_splits_full_batches_over_the_devices(eight_devices):
+  """Every call has a whole batch, filled up with the first examples."""
+  images, labels = _numbered(20)
+  calls = []
+
+  def function(number, images, labels):
+    assert len(images.sharding.device_set) == 8
+    assert images.sharding.shard_shape(images.shape) == (1, 2, 3)
+    calls.append((number, np.asarray(labels).tolist()))
+    return labels
+
+  found = batches.map_batches(
+    function,
+    images,
+    labels,
+    batch_size=8,
+    mesh=sharding.make_mesh(eight_devices),
+  )
+  assert found.tolist() == labels.tolist()
+  order = [*labels.tolist(), *labels[:4].tolist()]
+  assert calls == [(i, order[8 * i : 8 * i + 8]) for i in range(3)]
+
+
+@pytest.mark.parametrize(("count", "batch_size"), [(0, 4), (4, 0)])
+def test_map_batches_refuses_empty_sizes(count, batch_size, eight_devices):
+  with pytest.raises(UserError, match="=0: must be at least 1"):
+    batches.map_batches(
+      lambda _, x: x,
+      np.zeros((count, 2)),
+      batch_size=batch_size,
+      mesh=sharding.make_mesh(eight_devices[:1]),
+    )

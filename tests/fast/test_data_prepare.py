@@ -241,7 +241,7 @@ def server(tmp_path):
   folder.mkdir()
   handler = functools.partial(Handler, directory=str(folder))
   httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-  thread = threading.Thread(target=httpd.serve_forever)
+  thread = threading.Thread(target=httpd.serve_forever, args=(0.01,))
   thread.start()
   yield folder, f"http://127.0.0.1:{httpd.server_port}"
   httpd.shutdown()

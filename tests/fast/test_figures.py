@@ -135,50 +135,6 @@ def test_draws_every_figure_whose_inputs_are_there(tmp_path):
   assert matplotlib.rcParams.copy() == before  # the user's own plots
 
 
-def test_bars_are_as_long_as_the_accuracies(tmp_path):
-  write_results(
-    tmp_path,
-    [
-      result_row("student", "nominal", "running", 0.9),
-      result_row("student", "pgd20", "running", 0.45),
-      result_row("student", "pgd20", "batch", 0.6),
-    ],
-  )
-  (path,) = figures.draw_all(tmp_path)
-  blue = is_color(pixels(path), style.BLUE)
-  # Rows of solid bars: the legend's patch, 0.9 and 0.45; no hatched one.
-  lengths = blue.sum(axis=1)
-  solid = np.unique(lengths[lengths > 100])
-  full = solid.max()
-  half = solid[abs(solid - full / 2) <= 3]
-  assert half.size, solid
-  starts = np.flatnonzero(np.diff((lengths >= full - 2).astype(int)) == 1)
-  assert len(starts) == 1, "one bar of 0.9"
-
-
-def test_attention_loss_and_attacked_accuracy_only_for_the_student(tmp_path):
-  write_metrics(tmp_path / "metrics.jsonl", adversarial=True)
-  write_metrics(tmp_path / "teacher" / "metrics.jsonl", adversarial=False)
-  paths = {path.stem: path for path in figures.draw_all(tmp_path)}
-  for panel in ("loss", "training"):
-    for model in files.MODELS:
-      array = pixels(paths[f"curves_{model}_{panel}"])
-      assert is_color(array, style.BLUE).sum() > 100
-      found = is_color(array, style.VERMILION).sum() > 100
-      assert found == (model == "student")
-
-
-def test_curves_survive_one_point_and_not_a_number(tmp_path):
-  lines = [
-    {"split": "train", "step": 1, "epoch": 0.1, "loss": float("nan")},
-    {"split": "validation", "step": 1, "epoch": 0.1, "accuracy_clean": 0.5},
-  ]
-  text = "\n".join(json.dumps(line) for line in lines)
-  (tmp_path / "metrics.jsonl").write_text(text)
-  stems = [path.stem for path in figures.draw_all(tmp_path)]
-  assert stems == ["curves_student_loss", "curves_student_validation"]
-
-
 def test_attention_is_drawn_where_it_is(tmp_path):
   arrays = attention_arrays(models=("teacher",), n=1)
   clean, attacked = np.zeros((2, 1, 4, 4), np.float32)

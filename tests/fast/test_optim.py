@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import quick
 
 from atat_jax import models, optim
 from atat_jax.errors import UserError
@@ -18,7 +19,8 @@ def _schedule(name: str, **options) -> np.ndarray:
   schedule = optim.make_schedule(
     name, learning_rate=PEAK, total_steps=STEPS, **options
   )
-  return np.asarray(jax.vmap(schedule)(jnp.arange(STEPS + 1)), np.float64)
+  rates = quick.jit(jax.vmap(schedule))(np.arange(STEPS + 1))
+  return np.asarray(rates, np.float64)
 
 
 def test_constant():
@@ -68,7 +70,7 @@ def test_cosine_with_linear_warm_up():
 
 
 def test_one_cycle_rises_and_falls_as_a_cosine():
-  """From peak / 25 to the peak, then to peak / 25e4 (Smith, 2018)."""
+  """The rate goes from peak / 25 to the peak, then to peak / 25e4 (Smith, 2018)."""
 
   def between(start, end, share):
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * share))
@@ -101,10 +103,14 @@ def test_decay_is_on_kernels_only(wrn):
 
 
 def _trajectory(optimizer, params, gradients):
+  @quick.jit
+  def update(gradient, state, params):
+    updates, state = optimizer.update(gradient, state, params)
+    return optax.apply_updates(params, updates), state
+
   state, path = optimizer.init(params), []
   for gradient in gradients:
-    updates, state = optimizer.update(gradient, state, params)
-    params = optax.apply_updates(params, updates)
+    params, state = update(gradient, state, params)
     path.append(params)
   return path
 
@@ -233,19 +239,19 @@ def test_the_losss_gradient_is_clipped_before_the_penalty_joins(length):
   """By hand; at a norm of 2 nothing happens below it, all above."""
   generator = np.random.default_rng(0)
   params = {
-    name: {"kernel": jnp.asarray(generator.normal(size=(3, 2)), jnp.float32)}
-    for name in "ab"
+    name: {"kernel": np.float32(generator.normal(size=(3, 2)))} for name in "ab"
   }
   direction = generator.normal(size=(2, 3, 2))
   direction *= length / np.linalg.norm(direction.ravel())
   gradient = {
-    name: {"kernel": jnp.asarray(g, jnp.float32)}
+    name: {"kernel": np.float32(g)}
     for name, g in zip("ab", direction, strict=True)
   }
   optimizer = optim.make_optimizer(
     lambda step: 0.1, weight_decay=0.5, clip_norm=2.0
   )
-  updates, _ = optimizer.update(gradient, optimizer.init(params), params)
+  state = optimizer.init(params)
+  updates, _ = quick.jit(optimizer.update)(gradient, state, params)
   for name, g in zip("ab", direction, strict=True):
     clipped = g * min(1, 2.0 / length)
     expected = -0.1 * (clipped + 0.5 * np.asarray(params[name]["kernel"]))

@@ -8,7 +8,7 @@ from atat_jax import evaluation
 
 
 def rows(accuracies, model="student", batch_norm="running", count=10_000):
-  """Rows of a table from {attack: accuracy}."""
+  """Makes rows of a table from {attack: accuracy}."""
   made = []
   for attack, value in accuracies.items():
     steps = attack.removeprefix("pgd").removesuffix("-margin")
@@ -85,7 +85,7 @@ def test_batch_statistics_that_flatter_are_flagged():
 
 
 def test_noise_of_few_examples_raises_no_flag():
-  """3 points are nothing with 100 images, and something with 10,000."""
+  """3 points are noise with 100 images, and a finding with 10,000."""
   for count, expected in ((100, False), (10_000, True)):
     made = rows({**SOUND, "fgsm": 0.47}, count=count)
     found = evaluation.diagnose(made, "student")

@@ -1,41 +1,36 @@
 """Every objective's terms and gradient against PyTorch, in float64.
 
 The adversarial images are given, the targets are not one-hot: cross-entropies
-aim at them, everything else at the labels.
+use them, everything else uses the labels.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import quick
 
-from atat_jax import attention, objectives
-from atat_jax.objectives import adversarial, atat, atat_released, tla
+from atat_jax import objectives
+from atat_jax.objectives import adversarial, tla
 
-# Compiling is most of the time that these tests take, running none of it.
-jit = functools.partial(
-  jax.jit, compiler_options={"xla_backend_optimization_level": 0}
-)
-
-ATTACK = dict(epsilon=0.1, step_size=0.03, num_steps=3)
 TOLERANCE = dict(rtol=1e-8, atol=1e-10)
 
 
-class Student(NamedTuple):
-  """What the student makes of both batches, in PyTorch.
+class Outputs(NamedTuple):
+  """Outputs of a network for clean and adversarial images, in PyTorch.
 
   Attributes:
     clean: Logits.
     adversarial: Logits.
     maps_clean: {layer: [B, h, w]}.
-    maps_adversarial: The same.
+    maps_adversarial: {layer: [B, h, w]}.
     embedded_clean: {layer: [B, C]}, pooled activations.
-    embedded_adversarial: The same.
-    stats: Running statistics after both.
+    embedded_adversarial: {layer: [B, C]}.
+    stats: Running statistics after the passes.
   """
 
   clean: Any
@@ -48,25 +43,48 @@ class Student(NamedTuple):
 
 
 class Case(NamedTuple):
-  """What a method's formula is given, in PyTorch."""
+  """Arguments of a method's formula, in PyTorch.
+
+  Attributes:
+    torch: The module.
+    objective: The objective, for its hyperparameters.
+    student: Outputs of the student.
+    teacher: Outputs of the teacher for the clean images, without gradient.
+    targets: [B, K].
+    labels: B integers.
+    y: The labels as a tensor.
+    relatives: TLA's second positives.
+  """
 
   torch: Any
-  student: Student
-  teacher: Student
-  """Its clean half is all there is of it."""
+  objective: Any
+  student: Outputs
+  teacher: Outputs
   targets: Any
   labels: list[int]
   y: Any
+  relatives: list[int]
 
   def cross_entropy(self, logits: Any) -> Any:
     return -(self.targets * logits.log_softmax(1)).sum(1)
+
+  def mixture(self) -> Any:
+    clean, adversarial = self.student[:2]
+    return (self.cross_entropy(clean) + self.cross_entropy(adversarial)) / 2
+
+  def kl(self) -> Any:
+    """KL(clean || adversarial), by PyTorch's own function."""
+    clean, adversarial = self.student[:2]
+    return self.torch.nn.functional.kl_div(
+      adversarial.log_softmax(1), clean.softmax(1), reduction="none"
+    ).sum(1)
 
   def length(self, difference: Any, p: int = 2) -> Any:
     return self.torch.linalg.vector_norm(difference.flatten(1), ord=p, dim=1)
 
 
 Formula = Callable[[Case], tuple[dict[str, Any], Any]]
-"""To terms and total."""
+"""A case to terms and total."""
 
 
 def _maps(torch: Any, result: Any, y: Any, kind: str) -> dict[str, Any]:
@@ -84,18 +102,20 @@ def _maps(torch: Any, result: Any, y: Any, kind: str) -> dict[str, Any]:
   return maps
 
 
-def _look(
+def _outputs(
   torch: Any,
-  passes: Callable[[Any, Any], Any],
+  forward: Callable[[Any, Any], Any],
   stats: Any,
   x: Any,
   x_adv: Any,
   y: Any,
   mode: str,
   kind: str,
-) -> Student:
+) -> Outputs:
+  """Passes in the mode of BatchNorm: a student's, or "clean" for one batch."""
+
   def one(stats: Any, x: Any, y: Any) -> tuple[Any, ...]:
-    result = passes(stats, x)
+    result = forward(stats, x)
     embedded = {k: v.mean((2, 3)) for k, v in result.activations.items()}
     maps = _maps(torch, result, y, kind)
     return (result.logits, maps, embedded), result.stats
@@ -104,30 +124,24 @@ def _look(
     (logits, maps, embedded), stats = one(
       stats, torch.cat([x, x_adv]), torch.cat([y, y])
     )
-    halves = [
+    clean, adversarial = (
       (
         logits.chunk(2)[half],
         {k: v.chunk(2)[half] for k, v in maps.items()},
         {k: v.chunk(2)[half] for k, v in embedded.items()},
       )
       for half in (0, 1)
-    ]
+    )
+  elif mode in ("clean", "adversarial"):
+    clean, stats = one(stats, x if mode == "clean" else x_adv, y)
+    adversarial = clean
   else:
     clean, moved = one(stats, x, y)
     if mode == "in_turn":
       stats = moved
     adversarial, stats = one(stats, x_adv, y)
-    halves = [clean, adversarial]
-  (clean, adversarial) = halves
-  return Student(
-    clean[0],
-    adversarial[0],
-    clean[1],
-    adversarial[1],
-    clean[2],
-    adversarial[2],
-    stats,
-  )
+  paired = zip(clean, adversarial, strict=True)
+  return Outputs(*(half for pair in paired for half in pair), stats)
 
 
 def _assert_trees_close(actual: Any, expected: Any, **tolerance: Any) -> None:
@@ -144,19 +158,26 @@ def _assert_trees_close(actual: Any, expected: Any, **tolerance: Any) -> None:
     )
 
 
+def _relatives(labels: list[int]) -> list[int]:
+  """Another image of the class: the next one, around the corner."""
+  size = len(labels)
+  found = [
+    next(j % size for j in range(i + 1, i + size + 1) if labels[j % size] == y)
+    for i, y in enumerate(labels)
+  ]
+  assert found != list(range(size))
+  return found
+
+
 def _check(
   objective: Any,
   example: Any,
   network: Any,
   twin: Any,
   make_variables: Any,
-  prepare: Callable[[Any, Any], Any],
   formula: Formula,
-  *,
-  kind: str = "grad_cam",
-  adversarial_only: bool = False,
 ) -> Any:
-  """`prepare`: (attacked, function of the teacher) to the method's Prepared."""
+  """Compares `prepare` (but for the attack) and `loss` with a formula."""
   model, variables, images, labels = example
   teacher = make_variables(model, images, seed=9, dtype=np.float64)
   generator = np.random.default_rng(2)
@@ -165,24 +186,30 @@ def _check(
   num_classes = variables["params"]["head"]["bias"].size
   targets = generator.dirichlet(np.ones(num_classes), len(labels))
   batch = objectives.Batch(images, labels, jnp.asarray(targets), 1.0)
+  relatives = _relatives(labels.tolist())
 
-  @jit
+  @quick.jit
   def ours(params, teacher):
-    attacked = adversarial.Attacked(images_adv, variables["batch_stats"])
-    prepared = prepare(
-      attacked,
-      lambda **options: attention.forward(
-        model, teacher, images, labels, **options
-      ),
-    )
+    attack = adversarial.InnerAttackResult(images_adv, variables["batch_stats"])
+    # Statistics of an objective that attacks are those after the attack.
+    stats = (teacher if objective.attacks else variables)["batch_stats"]
+    student = {"params": params, "batch_stats": stats}
+    with mock.patch.object(
+      adversarial.InnerAttack, "attack", lambda *_: attack
+    ):
+      prepared = objective.prepare(
+        jax.random.key(0),
+        model,
+        student,
+        teacher if objective.needs_teacher else None,
+        batch,
+      )
+    if isinstance(prepared, tla.PreparedTLA):  # drawn at random
+      prepared = prepared._replace(relatives=jnp.asarray(relatives))
 
     def mean_total(params):
       outcome = objective.loss(
-        # The statistics that count are those after the attack.
-        model,
-        {"params": params, "batch_stats": teacher["batch_stats"]},
-        prepared,
-        batch,
+        model, {**student, "params": params}, prepared, batch
       )
       return outcome.total.mean(), outcome
 
@@ -195,31 +222,26 @@ def _check(
   y = torch.tensor(np.array(labels)).long()
   params = twin.tree(variables["params"], requires_grad=True)
   frozen = twin.tree(teacher["params"], requires_grad=True)
-  student = _look(
+  kind = getattr(objective, "maps", "grad_cam")
+  alone = "adversarial" if objective.attacks else "clean"
+  student = _outputs(
     torch,
     lambda stats, x: network(model, params, stats, x, train=True),
     twin.tree(variables["batch_stats"]),
     x,
     x_adv,
     y,
-    "in_turn"
-    if adversarial_only
-    else getattr(objective, "student_batch_norm", "mixture"),
+    getattr(objective, "student_batch_norm", alone),
     kind,
   )
-  if adversarial_only:
-    alone = network(
-      model, params, twin.tree(variables["batch_stats"]), x_adv, train=True
-    )
-    student = student._replace(adversarial=alone.logits, stats=alone.stats)
-  teachers = _look(
+  teachers = _outputs(
     torch,
     lambda stats, x: network(model, frozen, stats, x, train=False),
     twin.tree(teacher["batch_stats"]),
     x,
     x,
     y,
-    "in_turn",
+    "clean",
     kind,
   )
   detached = teachers._replace(
@@ -227,14 +249,26 @@ def _check(
     maps_clean={k: v.detach() for k, v in teachers.maps_clean.items()},
   )
   terms, total = formula(
-    Case(torch, student, detached, torch.tensor(targets), labels.tolist(), y)
+    Case(
+      torch,
+      objective,
+      student,
+      detached,
+      torch.tensor(targets),
+      labels.tolist(),
+      y,
+      relatives,
+    )
   )
   total.mean().backward()
 
   assert set(outcome.terms) == set(objective.term_names) == set(terms)
   for name, term in terms.items():
     assert outcome.terms[name].shape == (len(labels),)
-    assert term.abs().max() > 1e-4 or "transfer" in name  # the term is there
+    # The term is there; the released maps are tiny.
+    assert (
+      term.abs().max() > 1e-4 or getattr(objective, "variant", "") == "maps"
+    )
     np.testing.assert_allclose(
       outcome.terms[name], term.detach(), err_msg=name, **TOLERANCE
     )
@@ -243,24 +277,21 @@ def _check(
     gradient, jax.tree.map(lambda leaf: leaf.grad, params), **TOLERANCE
   )
   _assert_trees_close(dict(outcome.batch_stats), student.stats, **TOLERANCE)
-  np.testing.assert_allclose(
-    outcome.logits_adversarial, student.adversarial.detach(), **TOLERANCE
-  )
-  if objective.sees_clean:
-    np.testing.assert_allclose(
-      outcome.logits_clean, student.clean.detach(), **TOLERANCE
-    )
-  else:
-    assert outcome.logits_clean is None
+  for logits, expected, there in (
+    (outcome.logits_clean, student.clean, objective.sees_clean),
+    (outcome.logits_adversarial, student.adversarial, objective.attacks),
+  ):
+    assert (logits is not None) == there
+    if there:
+      np.testing.assert_allclose(logits, expected.detach(), **TOLERANCE)
   return outcome
 
 
-def _attacked_only(attacked: Any, teacher: Any) -> Any:
-  del teacher
-  return attacked
-
-
-# Peers.
+def _standard(case):
+  cross_entropy = case.torch.nn.functional.cross_entropy(
+    case.student.clean, case.targets, reduction="none"
+  )
+  return {"cross_entropy": cross_entropy}, cross_entropy
 
 
 def _at(case):
@@ -268,28 +299,15 @@ def _at(case):
   return {"cross_entropy": cross_entropy}, cross_entropy
 
 
-def _mixture(case):
-  clean, adversarial = case.student[:2]
-  return (case.cross_entropy(clean) + case.cross_entropy(adversarial)) / 2
-
-
 def _alp(case):
-  mixture = _mixture(case)
+  mixture = case.mixture()
   pairing = (case.student.clean - case.student.adversarial).square().mean(1)
   terms = {"cross_entropy": mixture, "logit_pairing": pairing}
   return terms, mixture + 0.5 * pairing
 
 
-def _kl(case):
-  """KL(clean || adversarial), by PyTorch's own function."""
-  clean, adversarial = case.student[:2]
-  return case.torch.nn.functional.kl_div(
-    adversarial.log_softmax(1), clean.softmax(1), reduction="none"
-  ).sum(1)
-
-
 def _trades(case):
-  cross_entropy, kl = case.cross_entropy(case.student.clean), _kl(case)
+  cross_entropy, kl = case.cross_entropy(case.student.clean), case.kl()
   return {"cross_entropy": cross_entropy, "kl": kl}, cross_entropy + 6 * kl
 
 
@@ -303,83 +321,15 @@ def _mart(case):
     margins.append(-(1.0001 - runner_up).log())
   margin = case.torch.stack(margins)
   doubt = 1 - clean.softmax(1).gather(1, case.y[:, None])[:, 0]
-  kl = _kl(case) * doubt
+  kl = case.kl() * doubt
   terms = {"cross_entropy": cross_entropy, "margin": margin, "kl": kl}
   return terms, cross_entropy + margin + 6 * kl
 
 
-PEERS: dict[str, tuple[str, dict[str, Any], Formula]] = {
-  "at": ("at", {}, _at),
-  "alp": ("alp", {}, _alp),
-  "alp-separate": ("alp", {"student_batch_norm": "separate"}, _alp),
-  "trades": ("trades", {}, _trades),
-  "mart": ("mart", {}, _mart),
-}
-
-
-@pytest.mark.parametrize("name", PEERS)
-def test_peers_equal_pytorch(name, small, twin, make_variables, x64):
-  method, fields, formula = PEERS[name]
-  _check(
-    objectives.create(method, **ATTACK, **fields),
-    small.astype(np.float64),
-    twin.small,
-    twin,
-    make_variables,
-    _attacked_only,
-    formula,
-    adversarial_only=method == "at",
-  )
-
-
-def test_standard_equals_pytorch(small, twin, x64):
-  model, variables, images, labels = small.astype(np.float64)
-  objective = objectives.create("standard")
-  targets = np.random.default_rng(2).dirichlet(np.ones(3), 8)
-  batch = objectives.Batch(images, labels, jnp.asarray(targets), 1.0)
-
-  @jit
-  def ours(params):
-    def mean_total(params):
-      outcome = objective.loss(
-        model, {**variables, "params": params}, None, batch
-      )
-      return outcome.total.mean(), outcome
-
-    return jax.grad(mean_total, has_aux=True)(params)
-
-  gradient, outcome = ours(variables["params"])
-  torch = twin.torch
-  params = twin.tree(variables["params"], requires_grad=True)
-  result = twin.small(
-    model,
-    params,
-    twin.tree(variables["batch_stats"]),
-    torch.tensor(np.array(images)),
-    train=True,
-  )
-  expected = torch.nn.functional.cross_entropy(
-    result.logits, torch.tensor(targets), reduction="none"
-  )
-  expected.mean().backward()
-  np.testing.assert_allclose(outcome.total, expected.detach(), rtol=1e-10)
-  assert list(outcome.terms) == ["cross_entropy"]
-  np.testing.assert_array_equal(outcome.terms["cross_entropy"], outcome.total)
-  _assert_trees_close(
-    gradient,
-    jax.tree.map(lambda leaf: leaf.grad, params),
-    rtol=1e-8,
-    atol=1e-12,
-  )
-  _assert_trees_close(dict(outcome.batch_stats), result.stats, rtol=1e-10)
-  assert outcome.logits_adversarial is None
-
-
-# TLA.
-
-
-def _tla(case, *, layer, relatives, margin, lambda1, lambda2):
-  torch, student = case.torch, case.student
+def _tla(case):
+  torch, student, objective = case.torch, case.student, case.objective
+  layer, relatives = objective.layer or "bn2", case.relatives
+  margin = 0.03
   anchors = student.embedded_adversarial[layer]
   embedded = student.embedded_clean[layer]
 
@@ -407,35 +357,186 @@ def _tla(case, *, layer, relatives, margin, lambda1, lambda2):
     "triplet": triplet,
     "embedding_square": square,
   }
-  return terms, cross_entropy + lambda1 * triplet + lambda2 * square
+  weighted = objective.lambda1 * triplet + objective.lambda2 * square
+  return terms, cross_entropy + weighted
 
 
-@pytest.mark.parametrize(
-  ("layer", "mode"), [("", "in_turn"), ("bn1", "mixture")], ids=["top", "bn1"]
-)
-def test_tla_equals_pytorch(layer, mode, small, twin, make_variables, x64):
-  example = small.astype(np.float64)
-  # Another of the class: the next one, around the corner.
-  labels = example.labels.tolist()
-  relatives = [
-    next(j % 8 for j in range(i + 1, i + 9) if labels[j % 8] == labels[i])
-    for i in range(8)
-  ]
-  assert relatives != list(range(8))
-  weights = dict(margin=0.03, lambda1=2.0, lambda2=0.1)
+def _atat(case):
+  torch, objective = case.torch, case.objective
+  layers = objective.layers or list(case.student.maps_clean)[-1:]
+
+  def normalized(maps):
+    if objective.normalization == "l2":
+      return maps / case.length(maps)[:, None, None]
+    if objective.normalization == "min_max":
+      low, high = (f(maps, (1, 2), True) for f in (torch.amin, torch.amax))
+      return (maps - low) / (high - low)
+    return maps
+
+  maps = {
+    "teacher": case.teacher.maps_clean,
+    "clean": case.student.maps_clean,
+    "adversarial": case.student.maps_adversarial,
+  }
+  transfer = 0
+  for pair in objective.pairs:
+    first, second = pair.split("_")
+    for layer in layers:
+      difference = normalized(maps[first][layer]) - normalized(
+        maps[second][layer]
+      )
+      if objective.distance == "norm":
+        transfer = transfer + case.length(difference, objective.p)
+      else:
+        transfer = transfer + difference.square().mean((1, 2))
+  pairing = case.length(case.student.clean - case.student.adversarial)
+  mixture = case.mixture()
+  terms = {
+    "cross_entropy": mixture,
+    "attention": transfer,
+    "logit_pairing": pairing,
+  }
+  weighted = objective.lambda1 * transfer + objective.lambda2 * pairing
+  return terms, mixture + weighted
+
+
+def _released(case):
+  student, teacher = case.student, case.teacher
+  size, num_classes = case.targets.shape
+  if case.objective.variant == "logits":
+    target, clean, adversarial = (
+      teacher.clean,
+      student.clean,
+      student.adversarial,
+    )
+  else:
+    # The released gradient is that of a mean over N images and K classes.
+    target = teacher.maps_clean["bn2"] / (size * num_classes)
+    clean, adversarial = (
+      maps["bn2"] / (2 * size * num_classes)
+      for maps in (student.maps_clean, student.maps_adversarial)
+    )
+  one = (clean - target).square().flatten(1).mean(1)
+  other = (adversarial - target).square().flatten(1).mean(1)
+  mixture = case.mixture()
+  terms = {
+    "cross_entropy": mixture,
+    "transfer_clean": one,
+    "transfer_adversarial": other,
+  }
+  return terms, mixture + case.objective.weight * (one + other)
+
+
+FORMULAS: dict[str, Formula] = {
+  "standard": _standard,
+  "at": _at,
+  "alp": _alp,
+  "tla": _tla,
+  "trades": _trades,
+  "mart": _mart,
+  "atat": _atat,
+  "atat_released": _released,
+}
+"""The published methods."""
+
+
+@pytest.mark.parametrize("method", objectives.OBJECTIVES)
+def test_loss_and_gradient_equal_pytorch(
+  method, small, twin, make_variables, x64
+):
+  if method not in FORMULAS:
+    pytest.skip(
+      f"no formula in PyTorch for {method!r}: nothing to compare with"
+    )
   _check(
-    objectives.create(
-      "tla", **ATTACK, **weights, layer=layer, student_batch_norm=mode
-    ),
-    example,
+    objectives.create(method),
+    small.astype(np.float64),
     twin.small,
     twin,
     make_variables,
-    lambda attacked, _: tla.Prepared(attacked, jnp.asarray(relatives)),
-    functools.partial(
-      _tla, layer=layer or "bn2", relatives=relatives, **weights
-    ),
+    FORMULAS[method],
   )
+
+
+@pytest.mark.parametrize(
+  ("method", "fields"),
+  [
+    (
+      "tla",
+      {"layer": "bn1", "student_batch_norm": "mixture", "lambda2": 0.1},
+    ),
+    (
+      "atat",
+      {
+        "lambda1": 0.7,
+        "lambda2": 0.3,
+        "p": 1,
+        "layers": ("conv1", "bn2"),
+        "normalization": "l2",
+        "pairs": ("clean_adversarial", "teacher_clean"),
+      },
+    ),
+    ("atat", {"normalization": "min_max", "distance": "mean_square"}),
+    (
+      "atat",
+      {
+        "maps": "channel_sum",
+        "pairs": ("clean_adversarial",),
+        "student_batch_norm": "in_turn",
+        "layers": ("bn1",),
+      },
+    ),
+    (
+      "atat",
+      {
+        "maps": "channel_sum",
+        "normalization": "min_max",
+        "p": 1,
+        "student_batch_norm": "separate",
+      },
+    ),
+  ],
+  ids=["tla-bn1", "atat-l2", "atat-min-max", "atat-self", "atat-channels"],
+)
+def test_variations_equal_pytorch(
+  method, fields, small, twin, make_variables, x64
+):
+  _check(
+    objectives.create(method, **fields),
+    small.astype(np.float64),
+    twin.small,
+    twin,
+    make_variables,
+    FORMULAS[method],
+  )
+
+
+def test_released_maps_equal_pytorch_and_are_negligible(
+  small, twin, make_variables, x64
+):
+  outcome = _check(
+    objectives.create("atat_released", variant="maps", weight=1e4),
+    small.astype(np.float64),
+    twin.small,
+    twin,
+    make_variables,
+    _released,
+  )
+  assert 0 < outcome.terms["transfer_adversarial"].max() < 1e-3
+
+
+def test_atat_of_the_wide_resnet_equals_pytorch(wrn, twin, make_variables, x64):
+  _check(
+    objectives.create("atat", lambda1=0.7, lambda2=0.3),
+    wrn.astype(np.float64),
+    twin.wide_resnet,
+    twin,
+    make_variables,
+    _atat,
+  )
+
+
+# Draws and triplets of TLA.
 
 
 def test_hardest_negatives_are_the_most_similar_of_other_classes():
@@ -466,12 +567,18 @@ def test_hardest_negatives_are_the_most_similar_of_other_classes():
 def test_relatives_are_others_of_the_class_where_there_are(small):
   model, variables, images, _ = small
   labels = jnp.asarray([0, 1, 0, 2, 0, 1, 0, 0], jnp.int32)
-  objective = objectives.create("tla", **ATTACK)
+  objective = objectives.create("tla")
   batch = objectives.make_batch(images, labels, 3)
-  prepare = jit(
-    lambda key: objective.prepare(key, model, variables, None, batch).relatives
-  )
-  drawn = np.stack([prepare(jax.random.key(seed)) for seed in range(20)])
+  attack = adversarial.InnerAttackResult(images, {})
+
+  def draw(key):
+    with mock.patch.object(
+      adversarial.InnerAttack, "attack", lambda *_: attack
+    ):
+      return objective.prepare(key, model, variables, None, batch).relatives
+
+  keys = jax.random.split(jax.random.key(0), 20)
+  drawn = np.asarray(quick.jit(jax.vmap(draw))(keys))
   assert (drawn[:, 3] == 3).all()  # the only one of its class
   assert (drawn[:, 1] == 5).all() and (drawn[:, 5] == 1).all()
   for i in (0, 2, 4, 6, 7):
@@ -480,17 +587,17 @@ def test_relatives_are_others_of_the_class_where_there_are(small):
 
 def test_a_batch_of_one_class_has_no_triplet(small):
   model, variables, images, _ = small
-  objective = objectives.create("tla", **ATTACK)
+  objective = objectives.create("tla")
   batch = objectives.make_batch(images, jnp.ones(8, jnp.int32), 3)
-  attacked = adversarial.Attacked(images, variables["batch_stats"])
+  attack = adversarial.InnerAttackResult(images, variables["batch_stats"])
 
-  @jit
+  @quick.jit
   def run(params):
     def mean_total(params):
       outcome = objective.loss(
         model,
         {"params": params},
-        tla.Prepared(attacked, jnp.arange(8)),
+        tla.PreparedTLA(attack, jnp.arange(8)),
         batch,
       )
       return outcome.total.mean(), outcome.terms
@@ -500,185 +607,3 @@ def test_a_batch_of_one_class_has_no_triplet(small):
   gradient, terms = run(variables["params"])
   assert (terms["triplet"] == 0).all()
   assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
-
-
-# ATAT.
-
-LAMBDA1, LAMBDA2 = 0.7, 0.3
-
-
-def _atat(case, objective, layers):
-  torch = case.torch
-
-  def normalized(maps):
-    if objective.normalization == "l2":
-      return maps / case.length(maps)[:, None, None]
-    if objective.normalization == "min_max":
-      low, high = (f(maps, (1, 2), True) for f in (torch.amin, torch.amax))
-      return (maps - low) / (high - low)
-    return maps
-
-  maps = {
-    "teacher": case.teacher.maps_clean,
-    "clean": case.student.maps_clean,
-    "adversarial": case.student.maps_adversarial,
-  }
-  transfer = 0
-  for pair in objective.pairs:
-    first, second = pair.split("_")
-    for layer in layers:
-      difference = normalized(maps[first][layer]) - normalized(
-        maps[second][layer]
-      )
-      if objective.distance == "norm":
-        transfer = transfer + case.length(difference, objective.p)
-      else:
-        transfer = transfer + difference.square().mean((1, 2))
-  pairing = case.length(case.student.clean - case.student.adversarial)
-  mixture = _mixture(case)
-  terms = {
-    "cross_entropy": mixture,
-    "attention": transfer,
-    "logit_pairing": pairing,
-  }
-  return terms, mixture + LAMBDA1 * transfer + LAMBDA2 * pairing
-
-
-def _check_atat(example, network, twin, make_variables, **fields):
-  objective = objectives.create(
-    "atat", lambda1=LAMBDA1, lambda2=LAMBDA2, **ATTACK, **fields
-  )
-  model, variables, images, _ = example
-  names = attention.layer_names(model, variables, images)
-  layers = objective.layers or names[-1:]
-
-  def prepare(attacked, teacher):
-    if not objective.needs_teacher:
-      return atat.Prepared(attacked, {})
-    maps = teacher(layers=layers, maps=objective.maps)[1]
-    return atat.Prepared(attacked, objective._normalized(maps))
-
-  _check(
-    objective,
-    example,
-    network,
-    twin,
-    make_variables,
-    prepare,
-    functools.partial(_atat, objective=objective, layers=layers),
-    kind=objective.maps,
-  )
-
-
-@pytest.mark.parametrize(
-  "fields",
-  [
-    {},
-    {"p": 1, "layers": ("conv1", "bn2")},
-    {"normalization": "l2", "pairs": ("clean_adversarial", "teacher_clean")},
-    {"normalization": "min_max", "distance": "mean_square"},
-    {
-      "maps": "channel_sum",
-      "pairs": ("clean_adversarial",),
-      "student_batch_norm": "in_turn",
-      "layers": ("bn1",),
-    },
-    {
-      "maps": "channel_sum",
-      "normalization": "min_max",
-      "p": 1,
-      "student_batch_norm": "separate",
-    },
-  ],
-  ids=["paper", "two", "l2", "min-max", "self", "channels"],
-)
-def test_atat_equals_pytorch(fields, small, twin, make_variables, x64):
-  example = small.astype(np.float64)
-  _check_atat(example, twin.small, twin, make_variables, **fields)
-
-
-def test_atat_of_the_wide_resnet_equals_pytorch(wrn, twin, make_variables, x64):
-  _check_atat(wrn.astype(np.float64), twin.wide_resnet, twin, make_variables)
-
-
-# The released variants.
-
-
-def _released(case, *, variant, weight):
-  student, teacher = case.student, case.teacher
-  size, num_classes = case.targets.shape
-  if variant == "logits":
-    target, clean, adversarial = (
-      teacher.clean,
-      student.clean,
-      student.adversarial,
-    )
-  else:
-    # The released gradient is that of a mean over N images and K classes.
-    target = teacher.maps_clean["bn2"] / (size * num_classes)
-    clean, adversarial = (
-      maps["bn2"] / (2 * size * num_classes)
-      for maps in (student.maps_clean, student.maps_adversarial)
-    )
-  one = (clean - target).square().flatten(1).mean(1)
-  other = (adversarial - target).square().flatten(1).mean(1)
-  mixture = _mixture(case)
-  terms = {
-    "cross_entropy": mixture,
-    "transfer_clean": one,
-    "transfer_adversarial": other,
-  }
-  return terms, mixture + weight * (one + other)
-
-
-@pytest.mark.parametrize(
-  ("variant", "weight"),
-  [("logits", 1.0), ("maps", 1e4)],
-  ids=["logits", "maps"],
-)
-def test_released_variants_equal_pytorch(
-  variant, weight, small, twin, make_variables, x64
-):
-  def prepare(attacked, teacher):
-    logits, maps, _ = teacher()
-    if variant == "logits":
-      return atat_released.Prepared(attacked, logits)
-    return atat_released.Prepared(attacked, maps["bn2"] / (8 * 3))
-
-  outcome = _check(
-    objectives.create(
-      "atat_released", **ATTACK, variant=variant, weight=weight
-    ),
-    small.astype(np.float64),
-    twin.small,
-    twin,
-    make_variables,
-    prepare,
-    functools.partial(_released, variant=variant, weight=weight),
-  )
-  transfer = outcome.terms["transfer_adversarial"].max()
-  assert transfer > 1e-3 if variant == "logits" else 0 < transfer < 1e-3
-
-
-def test_released_teacher_is_scaled_by_its_own_batch(
-  small, make_variables, x64
-):
-  model, variables, images, labels = small.astype(np.float64)
-  teacher = make_variables(model, images, seed=9, dtype=np.float64)
-  batch = objectives.make_batch(images, labels, 3)
-  for variant, expected in (
-    ("logits", lambda: model.apply(teacher, images)),
-    (
-      "maps",
-      lambda: (
-        attention.grad_cam(model, teacher, images, labels)["bn2"] / (8 * 3)
-      ),
-    ),
-  ):
-    objective = objectives.create("atat_released", **ATTACK, variant=variant)
-    prepared = jit(
-      lambda teacher, o=objective: (
-        o.prepare(jax.random.key(0), model, variables, teacher, batch).teacher
-      )
-    )(teacher)
-    np.testing.assert_allclose(prepared, expected(), rtol=1e-9)

@@ -1,6 +1,7 @@
-"""Checkpoints: which are kept, what comes back, and what is never touched."""
+"""Checkpoints: which are kept, how they come back, and which are left alone."""
 
 import json
+import pathlib
 import shutil
 
 import jax
@@ -37,7 +38,7 @@ def spec(model):
 
 @pytest.fixture(scope="module")
 def make_state(model, make_variables):
-  """A seed to a train state with nothing at its initial value."""
+  """Makes a train state from a seed, with no value at its initial one."""
 
   def make(seed, mesh=None, averages=False):
     images = jnp.zeros((1, *IMAGE_SHAPE))
@@ -75,6 +76,14 @@ def save(workdir, spec, states):
   with checkpoints.Checkpointer(workdir, spec) as checkpointer:
     for step, saved, accuracy in states:
       checkpointer.save(saved, step, accuracy)
+
+
+@pytest.fixture(scope="module")
+def two_saved(tmp_path_factory, spec, make_state):
+  """A run with checkpoints at steps 4, the best, and 8; no test changes it."""
+  workdir = tmp_path_factory.mktemp("two") / "run"
+  save(workdir, spec, [(4, make_state(1), 0.5), (8, make_state(2), 0.4)])
+  return workdir
 
 
 def steps_of(workdir):
@@ -143,7 +152,7 @@ def test_before_the_first_validation_the_last_will_do(
 def test_a_model_comes_back_from_disk_alone(
   tmp_path, make_variables, monkeypatch
 ):
-  """No configuration: the checkpoint knows the network."""
+  """The checkpoint knows the network; no configuration is needed."""
   model = make_model(
     depth=10,
     num_classes=3,
@@ -182,8 +191,10 @@ def test_a_state_comes_back_whole(tmp_path, spec, make_state):
     assert_equal(checkpointer.restore(make_state(1), 4), saved)
 
 
-def test_averaged_weights_are_what_is_evaluated(tmp_path, spec, make_state):
-  """Beside the others, from which training goes on."""
+def test_averaged_weights_are_restored_for_evaluation(
+  tmp_path, spec, make_state
+):
+  """They lie beside the trained weights, from which training resumes."""
   saved = make_state(4, averages=True)
   save(tmp_path, spec, [(4, saved, 0.5)])
   with checkpoints.Checkpointer(tmp_path, spec) as checkpointer:
@@ -210,8 +221,8 @@ def test_an_average_is_neither_invented_nor_dropped(
   assert ("has no such" in message) == (not averages)
 
 
-def test_items_lie_apart(tmp_path, spec, make_state):
-  """Weights can be read without the optimizer, with Orbax alone."""
+def test_items_can_be_read_one_by_one(tmp_path, spec, make_state):
+  """Weights can be read with Orbax alone, without the optimizer's state."""
   saved = make_state(4)
   save(tmp_path, spec, [(4, saved, 0.5)])
   folder = tmp_path.absolute() / "checkpoints" / "4"
@@ -227,7 +238,7 @@ def test_items_lie_apart(tmp_path, spec, make_state):
 
 
 @pytest.mark.parametrize(("saver", "reader"), [(8, 1), (1, 8)])
-def test_other_devices_open_it(
+def test_a_checkpoint_opens_on_other_devices(
   tmp_path, spec, make_state, eight_devices, saver, reader
 ):
   meshes = {n: sharding.make_mesh(eight_devices[:n]) for n in (saver, reader)}
@@ -247,7 +258,9 @@ def test_other_devices_open_it(
   assert len(devices) == 1
 
 
-def test_errors_name_what_is_there(tmp_path, spec, make_state):
+def test_a_missing_checkpoint_is_refused_with_those_that_exist(
+  tmp_path, two_saved, make_state
+):
   with pytest.raises(UserError, match="nothing has no checkpoints"):
     checkpoints.restore_model(tmp_path / "nothing")
   assert not (tmp_path / "nothing").exists()
@@ -255,12 +268,11 @@ def test_errors_name_what_is_there(tmp_path, spec, make_state):
   with pytest.raises(UserError, match="no complete checkpoint"):
     checkpoints.restore_model(tmp_path / "empty")
   assert list((tmp_path / "empty" / "checkpoints").iterdir()) == []
-  save(tmp_path, spec, [(5, make_state(1), 0.5), (8, make_state(2), 0.1)])
-  with pytest.raises(UserError, match="step: 6; allowed: 5, 8"):
-    checkpoints.restore_model(tmp_path, step=6)
+  with pytest.raises(UserError, match="step: 6; allowed: 4, 8"):
+    checkpoints.restore_model(two_saved, step=6)
   with pytest.raises(UserError, match="which: 'newest'; allowed: best, last"):
-    checkpoints.restore_model(tmp_path, which="newest")
-  _, variables = checkpoints.restore_model(tmp_path, step=8)
+    checkpoints.restore_model(two_saved, which="newest")
+  _, variables = checkpoints.restore_model(two_saved, step=8)
   assert_equal(variables, state.variables(make_state(2)))
 
 
@@ -275,20 +287,18 @@ def test_errors_name_what_is_there(tmp_path, spec, make_state):
   ],
 )
 def test_another_network_is_refused_and_nothing_deleted(
-  tmp_path, spec, make_state, fields, named
+  two_saved, make_state, fields, named
 ):
-  saved = make_state(1)
-  save(tmp_path, spec, [(4, saved, 0.5), (8, saved, 0.4)])
-  before = tiny.snapshot(tmp_path)
+  before = tiny.snapshot(two_saved)
   other = checkpoints.model_spec(
     "wide_resnet", make_model(**fields), IMAGE_SHAPE
   )
-  with checkpoints.Checkpointer(tmp_path, other) as checkpointer:
+  with checkpoints.Checkpointer(two_saved, other) as checkpointer:
     with pytest.raises(UserError, match=named) as error:
-      checkpointer.restore(saved, 8)
+      checkpointer.restore(make_state(1), 8)
     assert len(str(error.value).splitlines()) == 1
-    assert str(tmp_path / "checkpoints") in str(error.value)
-  assert tiny.snapshot(tmp_path) == before
+    assert str(two_saved / "checkpoints") in str(error.value)
+  assert tiny.snapshot(two_saved) == before
 
 
 def test_another_kind_of_network_is_refused(tmp_path, spec, make_state):
@@ -314,7 +324,7 @@ def test_another_kind_of_network_is_refused(tmp_path, spec, make_state):
 def test_a_workdir_without_its_configuration_is_refused_too(
   finished, tmp_path, mode, method
 ):
-  """`config.json` is gone: the checkpoint itself tells the network."""
+  """Without `config.json` the checkpoint itself tells the network."""
   workdir = finished.copy(tmp_path / "run")
   (workdir / "config.json").unlink()
   before = tiny.snapshot(workdir / "checkpoints")
@@ -326,25 +336,25 @@ def test_a_workdir_without_its_configuration_is_refused_too(
 
 
 def half_written(workdir, step):
-  """What a save under way, or one that was killed, looks like."""
+  """Makes the folder that an unfinished or killed save leaves."""
   folder = workdir / "checkpoints" / f"{step}.orbax-checkpoint-tmp-17"
   (folder / "params").mkdir(parents=True)
   (folder / "params" / "shard").write_bytes(b"half")
   return folder
 
 
-def test_reading_leaves_a_running_training_alone(tmp_path, spec, make_state):
-  save(tmp_path, spec, [(4, make_state(1), 0.5), (8, make_state(2), 0.4)])
-  half = half_written(tmp_path, 12)
-  before = tiny.snapshot(tmp_path)
+def test_reading_leaves_a_running_training_alone(tmp_path, two_saved):
+  workdir = pathlib.Path(shutil.copytree(two_saved, tmp_path / "run"))
+  half = half_written(workdir, 12)
+  before = tiny.snapshot(workdir)
   for which in ("best", "last"):
-    checkpoints.restore_model(tmp_path, which=which)
-  assert tiny.snapshot(tmp_path) == before
+    checkpoints.restore_model(workdir, which=which)
+  assert tiny.snapshot(workdir) == before
   assert half.exists()
-  assert checkpoints.checkpoint_step(tmp_path, which="last") == 8
+  assert checkpoints.checkpoint_step(workdir, which="last") == 8
 
 
-def test_what_a_killed_save_left_is_removed(tmp_path, spec, make_state):
+def test_the_remains_of_a_killed_save_are_removed(tmp_path, spec, make_state):
   save(tmp_path, spec, [(4, make_state(1), 0.5)])
   half = half_written(tmp_path, 8)
   save(tmp_path, spec, [(8, make_state(2), 0.6)])

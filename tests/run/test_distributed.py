@@ -1,4 +1,4 @@
-"""Several processes: `--distributed`, as SLURM would start them."""
+"""Several processes: `--distributed`, as SLURM starts them."""
 
 import json
 import os
@@ -15,6 +15,7 @@ pytest_plugins = ("tiny",)
 def _start(rank, workdir):
   environment = {
     **os.environ,
+    **tiny.QUICK,
     "JAX_PLATFORMS": "cpu",
     "JAX_NUM_CPU_DEVICES": "2",
     # Not a real job: the variables that jax recognises one by.
@@ -36,11 +37,11 @@ def _start(rank, workdir):
 
 @pytest.mark.slow
 def test_two_processes_make_one_run(tmp_path):
-  """Two processes of two devices, against one process of four."""
+  """Two processes of two devices agree with one process of four."""
   processes = [_start(rank, tmp_path / "two") for rank in range(2)]
   outputs = [process.communicate(timeout=500)[0] for process in processes]
   assert [process.returncode for process in processes] == [0, 0], outputs
-  # One of them speaks for both.
+  # Only the first process prints.
   assert ["report:" in output for output in outputs] == [True, False]
 
   results = json.loads((tmp_path / "two" / "results.json").read_text())

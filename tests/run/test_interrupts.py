@@ -1,4 +1,4 @@
-"""Signals: a request to stop, in handlers and on whole processes."""
+"""Signals ask to stop: handlers alone, and whole processes."""
 
 import os
 import signal
@@ -23,7 +23,7 @@ pytest_plugins = ("tiny",)
 
 @pytest.fixture(params=SIGNALS, ids=lambda signum: signum.name)
 def signum(request):
-  """Outside the context the signal raises, as `main.py` sets it."""
+  """A signal that raises outside the context, as `main.py` sets it up."""
   previous = signal.signal(request.param, raise_interrupted)
   yield request.param
   signal.signal(request.param, previous)
@@ -43,7 +43,7 @@ def test_the_second_signal_ends_it(signum):
     assert interrupt.signum == signum
     os.kill(os.getpid(), signum)
   assert stopped.value.signum == signum
-  # Whoever catches exceptions must not swallow it.
+  # Code that catches exceptions must not swallow it.
   assert isinstance(stopped.value, KeyboardInterrupt)
   assert not isinstance(stopped.value, Exception)
 
@@ -70,7 +70,7 @@ def test_outside_the_main_thread_it_is_inert():
 
 
 class Process:
-  """`python main.py` in a process of its own, stopped half way."""
+  """`python main.py` in a process of its own, which gets a signal."""
 
   def __init__(self, folder, *arguments):
     self.output = folder / "output"
@@ -78,12 +78,13 @@ class Process:
       self._process = subprocess.Popen(
         [sys.executable, "main.py", *arguments],
         cwd=tiny.ROOT,
+        env={**os.environ, **tiny.QUICK},
         stdout=file,
         stderr=subprocess.STDOUT,
       )
 
   def signal_when(self, ready, signum):
-    """Sends a signal once `ready()`; the process must still be running."""
+    """Sends a signal to the running process once `ready()` is true."""
     deadline = time.monotonic() + 120
     while not ready():
       assert self._process.poll() is None, self.output.read_text()
@@ -92,7 +93,7 @@ class Process:
     self._process.send_signal(signum)
 
   def wait(self):
-    """Its exit status and its output."""
+    """Waits for the end; returns exit status and output."""
     try:
       return self._process.wait(180), self.output.read_text()
     finally:
@@ -103,14 +104,14 @@ def count(path):
   return len(path.read_text().splitlines()) if path.exists() else 0
 
 
-def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
+def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path, command_line):
   workdir = tmp_path / "run"
-  total = 12 * tiny.STEPS_PER_EPOCH
+  total = 8 * tiny.STEPS_PER_EPOCH
   arguments = tiny.flags(
     workdir,
-    "--config.train.num_epochs=12",
+    "--config.train.num_epochs=8",
     "--config.train.log_every_steps=1",
-    "--config.train.validate_every_epochs=12",
+    "--config.train.validate_every_epochs=8",
     method="standard",
     mode="train",
   )
@@ -127,9 +128,9 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
   assert str(workdir / "checkpoints") in last
   assert "the same command resumes" in last
 
-  status, output = Process(tmp_path, *arguments).wait()
-  assert status == 0, output
-  assert f"resumed at step {step} of {total}" in output
+  outcome = command_line(*arguments)
+  assert outcome.status == 0, outcome.stderr
+  assert f"resumed at step {step} of {total}" in outcome.stderr
   assert checkpoints.checkpoint_step(workdir, which="last") == total
   found = tiny.metrics(path)
   steps = [line["step"] for line in found if line["split"] == "train"]

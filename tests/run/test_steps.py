@@ -1,4 +1,4 @@
-"""The fused step: what it computes, where, how often it compiles."""
+"""The fused train step: its results, its devices, its compilations."""
 
 import functools
 from typing import Any, NamedTuple
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import quick
 
 from atat_jax import (
   compilation,
@@ -25,10 +26,6 @@ from atat_jax.data.base import Split
 from atat_jax.state import NEVER
 from atat_jax.training.options import Options
 
-# Compiling is most of the time that these tests take, running none of it.
-jit = functools.partial(
-  jax.jit, compiler_options={"xla_backend_optimization_level": 0}
-)
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 RATE = 0.2
@@ -39,8 +36,10 @@ class Run(NamedTuple):
   """A compiled step and what it is called with."""
 
   step: steps.TrainStep
+  create: Any
+  """A key and variables to the state before the first step."""
   start: Any
-  """Makes a fresh state, replicated."""
+  """Makes a fresh state, replicated; its arrays may be donated."""
   teacher: Any
   data: Split
   put: Any
@@ -83,19 +82,29 @@ def _make_run(
     weight_decay=0.01,
   )
 
-  def start() -> state.TrainState:
-    return sharding.put_replicated(
-      mesh,
-      state.create(
-        model,
-        optimizer,
-        jax.random.key(4),
-        images[:1],
-        metric_names=steps.metric_names(objective),
-        term_names=steps.term_names(objective),
-        initial=variables,
-      ),
+  def create(key: jax.Array, initial: Any) -> state.TrainState:
+    return state.create(
+      model,
+      optimizer,
+      key,
+      images[:1],
+      metric_names=steps.metric_names(objective),
+      term_names=steps.term_names(objective),
+      initial=initial,
     )
+
+  # Created, and so compiled, once.
+  fresh = jax.tree.map(
+    lambda leaf: (
+      leaf
+      if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+      else np.asarray(leaf)
+    ),
+    create(jax.random.key(4), variables),
+  )
+
+  def start() -> state.TrainState:
+    return sharding.put_replicated(mesh, jax.tree.map(jnp.copy, fresh))
 
   generator = np.random.default_rng(6)
   shape = (40, *images.shape[1:])
@@ -115,6 +124,7 @@ def _make_run(
       num_classes=num_classes,
       **options,
     ),
+    create,
     start,
     sharding.put_replicated(mesh, teacher),
     sharding.put_replicated(mesh, data),
@@ -159,7 +169,7 @@ def test_fused_step_equals_its_parts_one_after_another(run, small):
     "atat", lambda1=0.7, lambda2=0.3, epsilon=0.1, step_size=0.04, num_steps=3
   )
 
-  @jit
+  @quick.jit
   def gradient_and_outcome(variables, images, labels, step):
     batch = objectives.make_batch(images, labels, 3)
     prepared = objective.prepare(
@@ -178,7 +188,7 @@ def test_fused_step_equals_its_parts_one_after_another(run, small):
 
     return jax.grad(mean_total, has_aux=True)(variables["params"])
 
-  augmentation = jit(
+  augmentation = quick.jit(
     functools.partial(augment.pad_crop_flip, padding=1, flip=True)
   )
   velocity = jax.tree.map(lambda x: np.zeros(x.shape), variables["params"])
@@ -358,79 +368,35 @@ def test_what_is_off_leaves_the_step_as_it_was(run, small):
     )
 
 
-def test_metric_and_term_names(run):
-  adversarial = objectives.create(
-    "atat", lambda1=1, lambda2=1, epsilon=0.1, step_size=0.1, num_steps=1
-  )
-  assert steps.metric_names(adversarial) == (
-    "loss",
-    "cross_entropy",
-    "attention",
-    "logit_pairing",
-    "accuracy_clean",
-    "accuracy_adversarial",
-    "gradient_norm",
-  )
-  standard = objectives.create("standard")
-  assert steps.metric_names(standard) == (
-    "loss",
-    "cross_entropy",
-    "accuracy_clean",
-    "gradient_norm",
-  )
-  assert steps.term_names(standard) == ("cross_entropy", "gradient")
-
-
 def test_eight_devices_equal_one_and_trace_once(
-  wrn, eight_devices, compilations
+  run, small, eight_devices, compilations
 ):
-  results = {}
-  for devices in (eight_devices[:1], eight_devices):
-    run = _make_run(wrn, devices, padding=2, flip=True)
-    inputs = [run.put(indices) for indices in INDICES]
-    assert len(inputs[0].sharding.device_set) == len(devices)
-    current = run.step(run.start(), run.teacher, run.data, inputs[0])
-    traced, before = len(run.traces), compilations()
-    for indices in inputs[1:]:
-      current = run.step(current, run.teacher, run.data, indices)
-    assert compilations() == before and len(run.traces) == traced == 1
-    for leaf in jax.tree.leaves(current):
-      assert leaf.sharding.is_fully_replicated
-      assert len(leaf.sharding.device_set) == len(devices)
-    results[len(devices)] = current
-  one, eight = results[1], results[8]
+  eight = _make_run(small, eight_devices, padding=1, flip=True)
+  inputs = [eight.put(indices) for indices in INDICES]
+  assert len(inputs[0].sharding.device_set) == 8
+  current = eight.step(eight.start(), eight.teacher, eight.data, inputs[0])
+  traced, before = len(eight.traces), compilations()
+  for indices in inputs[1:]:
+    current = eight.step(current, eight.teacher, eight.data, indices)
+  assert compilations() == before and len(eight.traces) == traced == 1
+  for leaf in jax.tree.leaves(current):
+    assert leaf.sharding.is_fully_replicated
+    assert len(leaf.sharding.device_set) == 8
+  one = _train(run)
   tolerance = dict(rtol=1e-3, atol=1e-4)  # order of summation, three steps
-  _assert_close(eight.params, one.params, **tolerance)
-  _assert_close(eight.batch_stats, one.batch_stats, **tolerance)
+  _assert_close(current.params, one.params, **tolerance)
+  _assert_close(current.batch_stats, one.batch_stats, **tolerance)
   for name, sums in one.sums.items():
-    np.testing.assert_allclose(eight.sums[name], sums, rtol=1e-3, err_msg=name)
-
-
-def test_a_batch_that_does_not_divide_is_replicated(eight_devices):
-  mesh = sharding.make_mesh(eight_devices)
-  whole = sharding.put_batch(mesh, np.arange(100.0))
-  assert whole.sharding.is_fully_replicated
-  split = sharding.put_batch(mesh, np.arange(96.0))
-  assert [shard.data.shape for shard in split.addressable_shards] == [(12,)] * 8
-  np.testing.assert_array_equal(split, np.arange(96.0))
+    np.testing.assert_allclose(
+      current.sums[name], sums, rtol=1e-3, err_msg=name
+    )
 
 
 def test_state_is_donated_and_nothing_else(run, small):
+  # The student starts as the teacher.
   teacher = jax.tree.map(jnp.copy, small.variables)
   key = jax.random.key(4)
-  model, _, images, _ = small
-  objective = objectives.create(
-    "atat", lambda1=0.7, lambda2=0.3, epsilon=0.1, step_size=0.04, num_steps=3
-  )
-  fresh = state.create(
-    model,
-    optim.make_optimizer(lambda step: 0.1),
-    key,
-    images[:1],
-    metric_names=steps.metric_names(objective),
-    term_names=steps.term_names(objective),
-    initial=teacher,  # the student starts as the teacher
-  )
+  fresh = run.create(key, teacher)
   before = sharding.put_replicated(run.mesh, fresh)
   # Donating the state takes neither the caller's key nor its teacher away.
   after = run.step(before, teacher, run.data, run.put(INDICES[0]))
@@ -551,22 +517,6 @@ def test_a_fresh_state_counts_nothing(small):
   jax.tree.map(
     np.testing.assert_array_equal, state.variables(fresh), dict(variables)
   )
-  # Of fresh variables, the same kind of state.
+  # Fresh variables make the same kind of state.
   other = jax.eval_shape(lambda: create(None))
   chex.assert_trees_all_equal_shapes_and_dtypes(other, fresh)
-
-
-def test_streams_depend_on_key_name_and_step_only():
-  def draw(seed, name, step):
-    return jax.random.bits(rng.stream(jax.random.key(seed), name, step))
-
-  cases = [
-    (seed, name, step)
-    for seed in (0, 1)
-    for name in ("attack", "augmentation")
-    for step in (0, 1, 2)
-  ]
-  assert len({int(draw(*case)) for case in cases}) == len(cases)
-  assert draw(0, "attack", 1) == draw(0, "attack", 1)
-  traced = jax.jit(lambda step: draw(0, "attack", step))(1)
-  assert traced == draw(0, "attack", 1)

@@ -1,4 +1,4 @@
-"""Training end to end: resumed runs are bit-equal, and divergence is told."""
+"""Training end to end: resumed runs are bit-equal, divergence is reported."""
 
 import collections
 import contextlib
@@ -35,7 +35,7 @@ ITEMS = ("params", "batch_stats", "opt_state", "run")
 
 
 def stored(directory, step, items=ITEMS):
-  """A checkpoint as Orbax alone reads it, by item and path."""
+  """Reads a checkpoint with Orbax alone, by item and path."""
   found = {}
   with ocp.StandardCheckpointer() as checkpointer:
     for item in items:
@@ -49,7 +49,7 @@ def stored(directory, step, items=ITEMS):
 
 
 def assert_same_run(directory, expected, step, items=ITEMS):
-  """Bit-equal checkpoints and, but for the clock, equal metrics."""
+  """Checks that checkpoints are bit-equal, and metrics equal but for the speed."""
   a, b = stored(directory, step, items), stored(expected, step, items)
   assert set(a) == set(b)
   assert {item for item in items if any(k.startswith(item) for k in a)} == {
@@ -64,7 +64,7 @@ def assert_same_run(directory, expected, step, items=ITEMS):
 
 
 def stop(workdir, step, seed, signum=signal.SIGTERM):
-  """Trains until the signal; how it says that it stopped."""
+  """Trains until the signal; returns the message of the stopped run."""
   handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
   with (
     tiny.signal_before(step, seed, signum),
@@ -100,12 +100,12 @@ def test_stopped_twice_and_killed_it_ends_the_same(finished, tmp_path):
   assert checkpoints.checkpoint_step(workdir, which="last") == 13
   assert checkpoints.checkpoint_step(workdir) in (5, 10)
 
-  # What a later kill leaves: lines beyond the checkpoint, the last one torn.
+  # A later kill leaves lines beyond the checkpoint, the last one torn,
   with (workdir / "metrics.jsonl").open("a") as file:
     for step in (15, 16):
       file.write(json.dumps({"split": "train", "step": step, "loss": 9}) + "\n")
     file.write('{"split": "train", "step": 20, "lo')
-  # ... and a checkpoint that was being written.
+  # and a checkpoint that was being written.
   half = workdir / "checkpoints" / "16.orbax-checkpoint-tmp-1"
   shutil.copytree(workdir / "checkpoints" / "13", half)
   shutil.rmtree(half / "opt_state")
@@ -125,8 +125,10 @@ def test_a_signal_at_a_stages_last_step_stops_the_run(tmp_path):
   assert not (workdir / "checkpoints").exists()
 
 
-def test_teacher_of_a_finished_run_on_more_devices(finished, tmp_path):
-  """The same numbers on two devices; and the teacher is not trained again."""
+def test_a_finished_teacher_and_two_devices_give_the_same_student(
+  finished, tmp_path
+):
+  """Two devices give the same numbers, and the teacher is not trained again."""
   workdir = tmp_path / "run"
   made = tiny.config(teacher_workdir=str(finished.workdir / "teacher"))
   tiny.run(workdir, "train", made, num_devices=2)
@@ -165,8 +167,8 @@ def test_a_teacher_that_does_not_exist_is_named(tmp_path):
   assert not (tmp_path / "none").exists()
 
 
-def test_the_student_starts_as_the_teacher(finished, tmp_path):
-  """Section 3.2 of the paper: parameters, and here running statistics too."""
+def test_the_student_starts_with_the_teachers_weights(finished, tmp_path):
+  """Section 3.2 of the paper: parameters; here running statistics as well."""
   workdir = tmp_path / "run"
   made = tiny.config(teacher_workdir=str(finished.workdir / "teacher"))
   with tiny.instant_steps():
@@ -180,7 +182,7 @@ def test_the_student_starts_as_the_teacher(finished, tmp_path):
     np.testing.assert_array_equal(student[name], teacher[name])
 
 
-def test_it_compiles_while_it_warms_up_and_never_again(finished):
+def test_nothing_compiles_after_the_first_validation(finished):
   numbers = {
     directory: [
       (split, step, number)
@@ -211,7 +213,7 @@ def test_it_compiles_while_it_warms_up_and_never_again(finished):
 
 
 def test_no_function_compiles_twice(finished):
-  """But for single operations: they differ in what jax does not print."""
+  """Single operations are left out: jax does not print all that tells them apart."""
   counted = collections.Counter(finished.compilations.programs)
   names = collections.Counter(name for name, _ in counted)
   assert names["dispatch"] == names["build"] == 2  # teacher and student
@@ -227,7 +229,7 @@ def test_no_function_compiles_twice(finished):
 
 @pytest.mark.slow
 def test_a_second_start_compiles_nothing(tmp_path, monkeypatch):
-  """All that is compiled is kept, and there is nothing new to keep."""
+  """The first start keeps every program, the second one adds none."""
   cache = tmp_path / "cache"
   monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(cache))
   with contextlib.closing(tiny.CommandLine(tmp_path)) as command_line:
@@ -265,7 +267,7 @@ def test_steps_are_grouped_up_to_log_lines_validations_and_the_profile():
 
 
 def test_a_profile_of_two_steps(tmp_path):
-  """With steps that only count: what they trace is not what is tested."""
+  """The steps only count, as their content does not matter here."""
   made = tiny.config("standard", profile_steps=(3, 4))
   with tiny.instant_steps():
     tiny.run(tmp_path / "run", "train", made)
@@ -276,7 +278,7 @@ def test_a_profile_of_two_steps(tmp_path):
 
 
 def test_a_profile_ends_with_the_run(tmp_path):
-  """An interrupted run leaves no recording behind that blocks the next one."""
+  """An interrupted run leaves no recording that blocks the next one."""
   trace = profile.Trace(tmp_path, (1, 9))
   with pytest.raises(KeyError), trace:
     trace.before(1, ())
@@ -340,8 +342,10 @@ def test_divergence_counts_steps_as_log_lines_do(tmp_path):
 
 
 @pytest.mark.parametrize("method", ["atat", "atat_released"])
-def test_where_the_student_starts(method, tmp_path, monkeypatch):
-  """In the paper as the teacher, in the released code afresh."""
+def test_only_the_papers_student_starts_from_the_teacher(
+  method, tmp_path, monkeypatch
+):
+  """The paper starts from the teacher, the released code from fresh weights."""
   started = []
 
   def create(*_, initial, **__):
@@ -372,7 +376,7 @@ def test_where_the_student_starts(method, tmp_path, monkeypatch):
   "method", sorted({*objectives.OBJECTIVES} - {"atat", "standard"})
 )
 def test_every_method_trains_and_is_evaluated(method, tmp_path):
-  """From its configuration to the page; only those with a teacher train one."""
+  """A whole run from configuration to page; only some methods train a teacher."""
   made = tiny.config(method)
   tiny.run(tmp_path, made=made)
   needs_teacher = objectives.create(method, **made.objective).needs_teacher
@@ -400,7 +404,7 @@ OPTIONS = {
 
 @pytest.fixture
 def validations(monkeypatch):
-  """Variables of each network that was validated, instead of accuracies."""
+  """Collects the variables of each validated network; no accuracy is computed."""
   found = []
 
   def accuracy(key, classifier, data, **kwargs):
@@ -447,7 +451,7 @@ def test_resumed_with_averages_and_extra_images_it_ends_the_same(
     pytest.raises(Interrupted),
   ):
     tiny.run(parts, "train", made)
-  # What was saved in between is not the trained weights either.
+  # The checkpoint in between also differs from the trained weights.
   _, averaged = checkpoints.restore_model(parts, which="last")
   _, trained = checkpoints.restore_model(parts, which="last", averaged=False)
   for item in ("params", "batch_stats"):

@@ -1,7 +1,6 @@
-"""A headless Chromium, by the DevTools protocol over a pipe.
+"""A headless Chromium for tests of pages, by Selenium.
 
-For tests of pages: no driver and no package is needed, only the browser, which
-is found on the path.
+Needs the browser and its driver on the path; nothing is downloaded.
 """
 
 import base64
@@ -9,20 +8,22 @@ import contextlib
 import json
 import os
 import pathlib
-import select
 import shutil
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from typing import Any
+
+import pytest
+from selenium import webdriver
+from selenium.webdriver.chrome.service import Service
+
+os.environ["SE_OFFLINE"] = "true"
+os.environ["SE_AVOID_STATS"] = "true"
 
 _NAMES = ("chromium", "chromium-browser", "google-chrome")
 _FLAGS = (
   "--headless",
   "--no-sandbox",  # root in a container
   "--disable-gpu",
-  "--disable-quic",
   "--disable-dev-shm-usage",
   "--disable-background-networking",
   "--disable-component-update",
@@ -30,95 +31,48 @@ _FLAGS = (
   "--disable-sync",
   "--hide-scrollbars",
   "--no-first-run",
-  "--remote-debugging-pipe",
 )
-# The browser reads from descriptor 3 and writes to 4.
-_LAUNCH = """
-import fcntl, os, sys
-ends = [fcntl.fcntl(int(end), fcntl.F_DUPFD, 10) for end in sys.argv[1:3]]
-os.dup2(ends[0], 3)
-os.dup2(ends[1], 4)
-os.execv(sys.argv[3], sys.argv[3:])
-"""
-_PATIENCE = 60  # seconds; a busy machine starts a browser slowly
-
-
-def find() -> str | None:
-  """The browser's path, None where there is none."""
-  return next(filter(None, map(shutil.which, _NAMES)), None)
 
 
 class Tab:
-  """A page in the browser, and all that it said and asked for.
+  """The page in a browser.
 
   Attributes:
-    requests: The URLs of all requests, `data:` ones too.
-    complaints: Console messages, log entries and exceptions.
+    driver: The browser, for all that is not here.
   """
 
-  def __init__(self, to_browser: int, from_browser: int) -> None:
-    self.requests: list[str] = []
-    self.complaints: list[str] = []
-    self._to, self._from = to_browser, from_browser
-    self._buffer, self._number, self._session = b"", 0, None
-    self._loaded = False
-    target = self.call("Target.createTarget", url="about:blank")["targetId"]
-    self._session = self.call(
-      "Target.attachToTarget", targetId=target, flatten=True
-    )["sessionId"]
-    for domain in ("Page", "Network", "Log", "Runtime"):
-      self.call(f"{domain}.enable")
-
-  def call(self, method: str, **parameters: Any) -> dict[str, Any]:
-    """Calls a method of the protocol and waits for what it returns."""
-    self._number += 1
-    message = {"id": self._number, "method": method, "params": parameters}
-    if self._session is not None:
-      message["sessionId"] = self._session
-    os.write(self._to, json.dumps(message).encode() + b"\0")
-    deadline = time.monotonic() + _PATIENCE
-    while True:
-      answer = self._read(deadline)
-      if answer.get("id") == self._number:
-        assert "error" not in answer, (method, answer["error"])
-        return answer["result"]
-
-  def _read(self, deadline: float) -> dict[str, Any]:
-    """The next message; events are noted."""
-    while b"\0" not in self._buffer:
-      wait = max(0.0, deadline - time.monotonic())
-      ready, _, _ = select.select([self._from], [], [], wait)
-      assert ready, "the browser does not answer"
-      piece = os.read(self._from, 1 << 20)
-      assert piece, "the browser has ended"
-      self._buffer += piece
-    text, self._buffer = self._buffer.split(b"\0", 1)
-    message = json.loads(text)
-    found = message.get("params", {})
-    match message.get("method"):
-      case "Network.requestWillBeSent":
-        self.requests.append(found["request"]["url"])
-      case "Log.entryAdded":
-        self.complaints.append(found["entry"]["text"])
-      case "Runtime.consoleAPICalled" | "Runtime.exceptionThrown":
-        self.complaints.append(json.dumps(found))
-      case "Page.loadEventFired":
-        self._loaded = True
-    return message
+  def __init__(self, driver: webdriver.Chrome) -> None:
+    self.driver = driver
 
   def open(self, path: pathlib.Path) -> str:
     """Opens a file, waits until it has loaded, and returns its URL."""
-    self._loaded = False
+    self.requests()
+    self.complaints()
     url = path.resolve().as_uri()
-    self.call("Page.navigate", url=url)
-    deadline = time.monotonic() + _PATIENCE
-    while not self._loaded:
-      self._read(deadline)
+    self.driver.get(url)
     return url
 
+  def requests(self) -> list[str]:
+    """Returns the URLs requested since the last call, `data:` ones too."""
+    messages = [
+      json.loads(entry["message"])["message"]
+      for entry in self.driver.get_log("performance")
+    ]
+    return [
+      message["params"]["request"]["url"]
+      for message in messages
+      if message["method"] == "Network.requestWillBeSent"
+      # The browser's own first page does not count.
+      and not message["params"]["documentURL"].startswith("chrome:")
+    ]
+
+  def complaints(self) -> list[str]:
+    """Returns the console messages and errors since the last call."""
+    return [entry["message"] for entry in self.driver.get_log("browser")]
+
   def resize(self, width: int, height: int) -> None:
-    """Sets the size of the window, in CSS pixels."""
-    self.call(
+    """Sets the size of the window, in CSS pixels; any width, unlike Chrome."""
+    self._call(
       "Emulation.setDeviceMetricsOverride",
       width=width,
       height=height,
@@ -127,68 +81,51 @@ class Tab:
     )
 
   def set_scheme(self, scheme: str) -> None:
-    """Prefers "dark" or "light"."""
+    """Makes the page prefer "dark" or "light"."""
     feature = {"name": "prefers-color-scheme", "value": scheme}
-    self.call("Emulation.setEmulatedMedia", features=[feature])
+    self._call("Emulation.setEmulatedMedia", features=[feature])
 
   def evaluate(self, expression: str) -> Any:
-    """The value of an expression in JavaScript."""
-    found = self.call(
-      "Runtime.evaluate",
-      expression=expression,
-      returnByValue=True,
-      awaitPromise=True,
-    )
-    assert "exceptionDetails" not in found, found
-    return found["result"]["value"]
+    """Returns the value of an expression in JavaScript."""
+    return self.driver.execute_script(f"return {expression.strip()}")
 
   def screenshot(self, *, whole: bool = False) -> bytes:
-    """A PNG of the window, or of the whole page."""
-    found = self.call("Page.captureScreenshot", captureBeyondViewport=whole)
+    """Returns a PNG of the window, or of the whole page."""
+    found = self._call("Page.captureScreenshot", captureBeyondViewport=whole)
     return base64.b64decode(found["data"])
 
   def pdf(self) -> bytes:
-    """The page as it would be printed."""
-    found = self.call("Page.printToPDF", printBackground=False)
-    return base64.b64decode(found["data"])
+    """Returns the page as it would be printed."""
+    return base64.b64decode(self.driver.print_page())
+
+  def _call(self, command: str, **parameters: Any) -> Any:
+    return self.driver.execute_cdp_cmd(command, parameters)
 
 
 @contextlib.contextmanager
 def tab(profile: pathlib.Path) -> Iterator[Tab]:
-  """A fresh browser with one page.
+  """Starts a browser with one page, or skips the test where there is none.
 
   Args:
-    profile: An empty directory for what the browser writes.
+    profile: Empty directory for what the browser writes.
+
+  Yields:
+    The page.
   """
-  browser = find()
-  assert browser is not None
-  read_here, write_there = os.pipe()
-  read_there, write_here = os.pipe()
-  process = subprocess.Popen(
-    [
-      sys.executable,
-      "-c",
-      _LAUNCH,
-      str(read_there),
-      str(write_there),
-      browser,
-      *_FLAGS,
-      f"--user-data-dir={profile}",
-    ],
-    pass_fds=(read_there, write_there),
-    stdin=subprocess.DEVNULL,
-    stdout=subprocess.DEVNULL,
-    stderr=subprocess.DEVNULL,
+  browser = next(filter(None, map(shutil.which, _NAMES)), None)
+  driver = shutil.which("chromedriver")
+  if browser is None or driver is None:
+    missing = "Chromium" if browser is None else "chromedriver"
+    pytest.skip(f"no {missing} on the path: nobody has looked at the page")
+  options = webdriver.ChromeOptions()
+  options.binary_location = browser
+  for flag in (*_FLAGS, f"--user-data-dir={profile}"):
+    options.add_argument(flag)
+  options.set_capability(
+    "goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"}
   )
-  os.close(read_there)
-  os.close(write_there)
+  chrome = webdriver.Chrome(options, Service(executable_path=driver))
   try:
-    yield Tab(write_here, read_here)
+    yield Tab(chrome)
   finally:
-    os.close(write_here)  # the browser ends when its pipe does
-    try:
-      process.wait(10)
-    except subprocess.TimeoutExpired:
-      process.kill()
-      process.wait()
-    os.close(read_here)
+    chrome.quit()

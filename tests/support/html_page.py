@@ -1,12 +1,20 @@
-"""Reads a report as a browser would."""
+"""Pages as a reader of their HTML sees them."""
 
 import html.parser
 
 
 class Page(html.parser.HTMLParser):
-  """What a browser would make of the page; asserts that tags are balanced."""
+  """Parsed page; refuses tags that are not balanced.
 
-  VOID = frozenset({"meta", "img"})
+  Attributes:
+    source: The HTML.
+    text: All text but the style.
+    tags: (tag, attributes) of every element, in order.
+    rows: Text of the cells of every table row, small print included.
+    headings: Text of the second-level headings.
+  """
+
+  VOID = frozenset({"meta", "img", "wbr"})
 
   def __init__(self, path):
     super().__init__()
@@ -25,15 +33,19 @@ class Page(html.parser.HTMLParser):
       self.rows.append([])
     if tag in ("td", "th"):
       self.rows[-1].append("")
+    elif tag == "span" and {"td", "th"} & set(self.open):
+      self.rows[-1][-1] += " "  # small print has a line of its own
 
   def handle_endtag(self, tag):
     assert self.open.pop() == tag
+    if tag in ("td", "th"):
+      self.rows[-1][-1] = " ".join(self.rows[-1][-1].split())
 
   def handle_data(self, data):
     if not self.open or self.open[-1] == "style":
       return
     self.text += data
-    if self.open[-1] in ("td", "th"):
+    if {"td", "th"} & set(self.open):
       self.rows[-1][-1] += data
     if self.open[-1] == "h2":
       self.headings.append(data)

@@ -26,13 +26,32 @@ from typing import Any, NamedTuple
 
 import jax
 import pytest
+import quick
 from ml_collections import ConfigDict
 
-from atat_jax import evaluation, objectives, pipeline, sharding, steps
+from atat_jax import (
+  compilation,
+  evaluation,
+  objectives,
+  pipeline,
+  plan,
+  sharding,
+  steps,
+)
 from atat_jax.data import batches
-from atat_jax.training import writer
+from atat_jax.training import averaging, writer
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+QUICK = {
+  "XLA_FLAGS": " ".join(
+    [
+      os.environ.get("XLA_FLAGS", ""),
+      *(f"--{k}={str(v).lower()}" for k, v in quick.OPTIONS.items()),
+    ]
+  )
+}
+"""Environment of a process whose programs compile quickly."""
 
 STEPS_PER_EPOCH = 10
 TEACHER_STEPS, STUDENT_STEPS = 10, 20
@@ -121,6 +140,41 @@ def devices(number: int) -> Iterator[None]:
     yield
 
 
+_made: dict[Any, Any] = {}
+
+
+def _remembered(function: Callable[..., Any]) -> Callable[..., Any]:
+  """Wraps a maker of programs: the same arguments give the same program."""
+
+  def make(*args: Any, **kwargs: Any) -> Any:
+    key = (function, args, tuple(sorted(kwargs.items())))
+    if key not in _made:
+      _made[key] = function(*args, **kwargs)
+    return _made[key]
+
+  return make
+
+
+@contextmanager
+def quick_programs() -> Iterator[None]:
+  """Programs compile quickly, and trainings of one plan share theirs.
+
+  Compilation takes most of a tiny run's time, and a resumed run, which is a new
+  process elsewhere, would compile the same programs again.
+  """
+  options = compilation.compiler_options() | quick.OPTIONS
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(compilation, "compiler_options", lambda **_: options)
+    for owner, name in (
+      (plan.StagePlan, "make_optimizer"),
+      (steps, "make_train_step"),
+      (averaging, "make_statistics_pass"),
+    ):
+      if hasattr(owner, name):  # a test may have removed it
+        patch.setattr(owner, name, _remembered(getattr(owner, name)))
+    yield
+
+
 def run(
   workdir: pathlib.Path,
   mode: str = "run",
@@ -128,8 +182,8 @@ def run(
   *,
   num_devices: int = 1,
 ) -> None:
-  """Runs a mode of `main.py` in this process."""
-  with devices(num_devices):
+  """Runs a mode of `main.py` in this process, with `quick_programs`."""
+  with devices(num_devices), quick_programs():
     pipeline.run(mode, made or config(), workdir)
 
 
@@ -254,6 +308,7 @@ def finished(
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(writer.MetricsWriter, "write", counted_write)
     patch.setattr(evaluation, "class_counts", counted_evaluation)
+    _made.clear()  # this run compiles all of its programs
     with noted_programs(counts.programs):
       run(workdir)
   return FinishedRun(workdir, counts)
@@ -326,6 +381,7 @@ class CommandLine:
     self._server = subprocess.Popen(
       [sys.executable, "-W", "ignore", "-c", _SERVER],
       cwd=ROOT,
+      env={**os.environ, **QUICK},
       stdin=subprocess.PIPE,
       stdout=subprocess.PIPE,
       stderr=subprocess.DEVNULL,

@@ -1,13 +1,30 @@
 """Losses against numpy in float64, and where their gradients are delicate."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import quick
 
 from atat_jax import losses
 
 BATCH, CLASSES = 6, 5
+
+
+@functools.cache
+def _compiled(loss):
+  def total(logits, *rest):
+    values = loss(logits, *rest)
+    return values.sum(), values
+
+  return quick.jit(jax.value_and_grad(total, has_aux=True))
+
+
+def _value_and_gradient(loss, logits, *rest):
+  (_, values), gradient = _compiled(loss)(logits, *rest)
+  return np.asarray(values), np.asarray(gradient)
 
 
 @pytest.fixture
@@ -26,10 +43,8 @@ def test_cross_entropy_and_its_gradient(batch):
   logits, labels = batch
   softmax = _softmax(logits)
   expected = -np.log(softmax[np.arange(BATCH), labels])
-  np.testing.assert_allclose(
-    losses.cross_entropy(logits, labels), expected, rtol=1e-12
-  )
-  gradient = jax.grad(lambda z: losses.cross_entropy(z, labels).sum())(logits)
+  values, gradient = _value_and_gradient(losses.cross_entropy, logits, labels)
+  np.testing.assert_allclose(values, expected, rtol=1e-12)
   np.testing.assert_allclose(
     gradient, softmax - np.eye(CLASSES)[labels], atol=1e-12
   )
@@ -40,21 +55,22 @@ def test_soft_cross_entropy_and_its_gradient(batch):
   softmax = _softmax(logits)
   one_hot = np.eye(CLASSES)[labels]
   for targets in (one_hot, 0.7 * one_hot + 0.3 * one_hot[::-1]):
-    np.testing.assert_allclose(
-      losses.soft_cross_entropy(logits, targets),
-      -(targets * np.log(softmax)).sum(-1),
-      rtol=1e-12,
+    values, gradient = _value_and_gradient(
+      losses.soft_cross_entropy, logits, targets
     )
-    gradient = jax.grad(
-      lambda z, t=targets: losses.soft_cross_entropy(z, t).sum()
-    )(logits)
+    np.testing.assert_allclose(
+      values, -(targets * np.log(softmax)).sum(-1), rtol=1e-12
+    )
     np.testing.assert_allclose(gradient, softmax - targets, atol=1e-12)
 
 
 def test_cross_entropy_of_extreme_logits():
-  logits = jnp.array([[1e4, 0.0, -1e4], [1e4, 0.0, -1e4]])
-  labels = jnp.array([0, 2])
-  np.testing.assert_allclose(losses.cross_entropy(logits, labels), [0, 2e4])
+  logits = np.array([[1e4, 0.0, -1e4], [1e4, 0.0, -1e4]], np.float32)
+  values, gradient = _value_and_gradient(
+    losses.cross_entropy, logits, np.array([0, 2], np.int32)
+  )
+  np.testing.assert_allclose(values, [0, 2e4])
+  np.testing.assert_allclose(gradient, [[0, 0, 0], [1, 0, -1]])
 
 
 def test_margin_and_its_gradient(batch):
@@ -65,10 +81,9 @@ def test_margin_and_its_gradient(batch):
     best = max(others, key=lambda k: row[k])
     expected.append(row[best] - row[label])
     gradient[i, best], gradient[i, label] = 1, -1
-  np.testing.assert_allclose(losses.margin(logits, labels), expected)
-  np.testing.assert_array_equal(
-    jax.grad(lambda z: losses.margin(z, labels).sum())(logits), gradient
-  )
+  values, actual = _value_and_gradient(losses.margin, logits, labels)
+  np.testing.assert_allclose(values, expected)
+  np.testing.assert_array_equal(actual, gradient)
 
 
 def test_margin_is_positive_exactly_where_fooled(batch):
@@ -76,12 +91,17 @@ def test_margin_is_positive_exactly_where_fooled(batch):
   best = logits.argmax(-1)
   fooled = np.arange(BATCH) % 2 == 0
   labels = np.where(fooled, (best + 1) % CLASSES, best)
-  np.testing.assert_array_equal(losses.margin(logits, labels) > 0, fooled)
+  values, _ = _value_and_gradient(
+    losses.margin, logits, labels.astype(np.int32)
+  )
+  np.testing.assert_array_equal(values > 0, fooled)
 
 
 def test_margin_with_two_classes_is_finite():
-  logits, labels = jnp.array([[2.0, -1.0]]), jnp.array([0])
-  assert losses.margin(logits, labels).tolist() == [-3.0]
+  values, _ = _value_and_gradient(
+    losses.margin, np.float32([[2, -1]]), np.zeros(1, np.int32)
+  )
+  assert values.tolist() == [-3.0]
 
 
 # Difference of logits ratio: by the label's place among the logits, 0 the top.
@@ -109,8 +129,8 @@ def test_dlr_and_its_gradient(place, x64):
   other = ordered[:, 1] if place == 0 else top
   difference, scale = other - logits[np.arange(BATCH), labels], top - third
   expected = difference / (scale + 1e-12)
-  np.testing.assert_allclose(losses.dlr(logits, labels), expected, rtol=1e-12)
-  gradient = jax.grad(lambda z: losses.dlr(z, labels).sum())(logits)
+  values, gradient = _value_and_gradient(losses.dlr, logits, labels)
+  np.testing.assert_allclose(values, expected, rtol=1e-12)
   d_difference = _unit(order[:, 1 if place == 0 else 0]) - _unit(labels)
   d_scale = _unit(order[:, 0]) - _unit(order[:, 2])
   np.testing.assert_allclose(
@@ -138,15 +158,10 @@ def test_targeted_dlr_and_its_gradient(place, target_place, x64):
   rows = np.arange(BATCH)
   difference = logits[rows, targets] - logits[rows, labels]
   expected = difference / (scale + 1e-12)
-  np.testing.assert_allclose(
-    losses.targeted_dlr(logits, labels, targets),
-    expected,
-    rtol=1e-12,
-    atol=1e-15,
+  values, gradient = _value_and_gradient(
+    losses.targeted_dlr, logits, labels, targets
   )
-  gradient = jax.grad(lambda z: losses.targeted_dlr(z, labels, targets).sum())(
-    logits
-  )
+  np.testing.assert_allclose(values, expected, rtol=1e-12, atol=1e-15)
   d_scale = _unit(order[:, 0]) - (_unit(order[:, 2]) + _unit(order[:, 3])) / 2
   d_difference = _unit(targets) - _unit(labels)
   np.testing.assert_allclose(
@@ -162,12 +177,10 @@ def test_targeted_margin_and_its_gradient(batch):
   targets = (labels + 1 + np.arange(BATCH) % (CLASSES - 1)) % CLASSES
   rows = np.arange(BATCH)
   expected = logits[rows, targets] - logits[rows, labels]
-  np.testing.assert_array_equal(
-    losses.targeted_margin(logits, labels, targets), expected
+  values, gradient = _value_and_gradient(
+    losses.targeted_margin, logits, labels, targets.astype(np.int32)
   )
-  gradient = jax.grad(
-    lambda z: losses.targeted_margin(z, labels, targets).sum()
-  )(logits)
+  np.testing.assert_array_equal(values, expected)
   np.testing.assert_array_equal(gradient, _unit(targets) - _unit(labels))
 
 
@@ -178,8 +191,8 @@ def test_no_scale_or_shift_of_the_logits_changes_a_ratio(name, batch):
 
   def loss(z):
     if name == "dlr":
-      return losses.dlr(z, labels)
-    return losses.targeted_dlr(z, labels, targets)
+      return _value_and_gradient(losses.dlr, z, labels)[0]
+    return _value_and_gradient(losses.targeted_dlr, z, labels, targets)[0]
 
   expected = loss(logits)
   for scale, shift in ((1e-3, 0.0), (50.0, 0.0), (1.0, 100.0), (7.0, -3.0)):
@@ -191,22 +204,21 @@ def test_no_scale_or_shift_of_the_logits_changes_a_ratio(name, batch):
 
 
 def test_ratios_of_equal_logits_are_finite():
-  logits, zeros = jnp.zeros((2, 5)), jnp.zeros(2, jnp.int32)
-  for value, gradient in (
-    jax.value_and_grad(lambda z: losses.dlr(z, zeros).sum())(logits),
-    jax.value_and_grad(
-      lambda z: losses.targeted_dlr(z, zeros, zeros + 1).sum()
-    )(logits),
+  logits, zeros = np.zeros((2, 5), np.float32), np.zeros(2, np.int32)
+  for values, gradient in (
+    _value_and_gradient(losses.dlr, logits, zeros),
+    _value_and_gradient(losses.targeted_dlr, logits, zeros, zeros + 1),
   ):
-    assert value == 0 and np.isfinite(gradient).all()
+    assert (values == 0).all() and np.isfinite(gradient).all()
 
 
 def test_ratios_of_as_few_classes_as_there_may_be():
   """3 for dlr, 4 for the targeted one; fewer are refused by the attacks."""
   assert losses.MIN_CLASSES == {"dlr": 3, "targeted_dlr": 4}
-  label = jnp.array([0])
-  assert losses.dlr(jnp.array([[4.0, 3.0, 2.0]]), label).tolist() == [-0.5]
-  value = losses.targeted_dlr(jnp.array([[4.0, 3, 2, 0]]), label, label + 3)
+  label, logits = np.array([0], np.int32), np.float32([[4, 3, 2, 0]])
+  value, _ = _value_and_gradient(losses.dlr, logits[:, :3], label)
+  assert value.tolist() == [-0.5]
+  value, _ = _value_and_gradient(losses.targeted_dlr, logits, label, label + 3)
   np.testing.assert_allclose(value, -4 / 3, rtol=1e-6)
   assert set(losses.MIN_CLASSES) <= {
     *losses.ATTACK_LOSSES,
@@ -217,7 +229,7 @@ def test_ratios_of_as_few_classes_as_there_may_be():
 @pytest.mark.parametrize("name", losses.ATTACK_LOSSES)
 def test_attack_losses_are_per_example(name, batch):
   """[B] out, examples apart, higher where the label's logit is lower."""
-  loss = losses.ATTACK_LOSSES[name]
+  loss = quick.jit(losses.ATTACK_LOSSES[name])
   logits, labels = batch
   values = loss(logits, labels)
   assert values.shape == (BATCH,)
@@ -236,7 +248,7 @@ def test_attack_losses_are_per_example(name, batch):
 @pytest.mark.parametrize("name", losses.TARGETED_LOSSES)
 def test_targeted_losses_are_per_example(name, batch):
   """[B] out, examples apart, higher where the target's logit is higher."""
-  loss = losses.TARGETED_LOSSES[name]
+  loss = quick.jit(losses.TARGETED_LOSSES[name])
   logits, labels = batch
   targets = (labels + 2) % CLASSES
   values = loss(logits, labels, targets)
@@ -256,8 +268,10 @@ def test_distance_and_its_gradient(p, x64):
   a, b = generator.normal(size=(2, 4, 3, 2))
   difference = (a - b).reshape(4, -1)
   expected = np.linalg.norm(difference, ord=p, axis=1)
-  np.testing.assert_allclose(losses.distance(a, b, p), expected, rtol=1e-12)
-  gradient = jax.grad(lambda a: losses.distance(a, b, p).sum())(a)
+  values, gradient = _value_and_gradient(
+    functools.partial(losses.distance, p=p), a, b
+  )
+  np.testing.assert_allclose(values, expected, rtol=1e-12)
   by_hand = np.sign(a - b)
   if p == 2:
     by_hand = (a - b) / expected[:, None, None]
@@ -265,27 +279,27 @@ def test_distance_and_its_gradient(p, x64):
 
 
 def test_distance_is_the_norm_and_not_its_square():
-  a = jnp.array([[3.0, 4.0]])
-  assert losses.distance(a, jnp.zeros_like(a)).tolist() == [5.0]
-  assert losses.distance(a, jnp.zeros_like(a), 1).tolist() == [7.0]
+  a, zeros = np.float32([[3, 4]]), np.zeros((1, 2), np.float32)
+  distance = quick.jit(losses.distance, static_argnames="p")
+  assert distance(a, zeros).tolist() == [5.0]
+  assert distance(a, zeros, p=1).tolist() == [7.0]
 
 
 @pytest.mark.parametrize("p", [1, 2])
 def test_gradient_at_distance_zero_is_zero(p):
   """One example at zero, one that is not: neither spoils the other."""
-  a = jnp.array([[1.0, 2.0], [3.0, 4.0]])
-  b = jnp.array([[1.0, 2.0], [0.0, 0.0]])
-  value, gradient = jax.jit(
-    jax.value_and_grad(lambda a: losses.distance(a, b, p).sum())
-  )(a)
-  assert value == (7.0 if p == 1 else 5.0)
+  a, b = np.float32([[1, 2], [3, 4]]), np.float32([[1, 2], [0, 0]])
+  values, gradient = _value_and_gradient(
+    functools.partial(losses.distance, p=p), a, b
+  )
+  assert values.sum() == (7.0 if p == 1 else 5.0)
   expected = [[0, 0], [1, 1] if p == 1 else [0.6, 0.8]]
   np.testing.assert_allclose(gradient, expected, rtol=1e-6)
 
 
 def test_tiny_distances_do_not_underflow_into_nan():
-  a = jnp.full((1, 4), 1e-25)  # its square is no float32
-  value, gradient = jax.value_and_grad(lambda a: losses.norm(a).sum())(a)
+  a = np.full((1, 4), 1e-25, np.float32)  # its square is no float32
+  value, gradient = _value_and_gradient(losses.norm, a)
   assert value == 0 and np.isfinite(gradient).all()
 
 
@@ -314,4 +328,4 @@ def test_tiny_distances_do_not_underflow_into_nan():
 )
 def test_shapes_that_would_broadcast_are_refused(call):
   with pytest.raises(AssertionError):
-    call()
+    jax.eval_shape(call)

@@ -1,0 +1,198 @@
+"""Finished runs, grouped by training: runs that differ in the seed alone.
+
+Numbers are merged only where all fields of the configuration but the seed are
+the same.
+"""
+
+import dataclasses
+import json
+import pathlib
+import statistics
+from typing import Any
+
+from atat_jax.errors import UserError
+from atat_jax.runs import configuration, files, roles, tables
+
+# Runs of one method may differ in these and are still merged. The teacher is
+# that of the seed.
+_SEEDS = ("seed", "teacher_workdir")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """Results of one working directory.
+
+  Attributes:
+    workdir: Path of the directory, as it was given.
+    method: Name of the objective.
+    seed: Seed of the training.
+    network: Name of the network that the run trained, in `rows`.
+    training: Every other field on which the training depends.
+    record: "run" of `results.json`.
+    rows: Rows of `network`.
+    seconds_per_step: Median over the training; None if it was not measured.
+  """
+
+  workdir: str
+  method: str
+  seed: int
+  network: str
+  training: dict[str, Any]
+  record: dict[str, Any]
+  rows: list[tables.Row]
+  seconds_per_step: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+  """Runs of one method with one training.
+
+  Attributes:
+    label: The method, with the fields that tell it from its namesakes.
+    method: Name of the objective.
+    runs: Runs in order of seed.
+  """
+
+  label: str
+  method: str
+  runs: list[Run]
+
+
+def read(workdir: pathlib.Path) -> Run:
+  """Reads a finished run.
+
+  The network that the run has trained counts; a teacher is another run's.
+
+  Args:
+    workdir: Directory with `results.json`; `metrics.jsonl` is read if it is
+      there.
+
+  Returns:
+    The run.
+
+  Raises:
+    UserError: The directory has no results of the network that it trains.
+  """
+  results = files.read_results(workdir)
+  if results is None:
+    raise UserError(
+      f"workdir: {workdir} has no results.json; allowed: finished runs, made by"
+      f" `python main.py --config=... --workdir={workdir}`"
+    )
+  record = results.get("run", {})
+  config = configuration.parse(
+    record.get("config") or files.read_json(workdir / files.CONFIG) or {},
+    workdir,
+  )
+  names = {row["model"] for row in results["rows"]}
+  network = roles.STUDENT if roles.STUDENT in names else config.method
+  rows = [row for row in results["rows"] if row["model"] == network]
+  if not rows:
+    raise UserError(
+      f"workdir: {workdir} has no results of {network!r}, which it trains;"
+      " evaluate first, with `python main.py --mode=evaluate --config=..."
+      f" --workdir={workdir}`"
+    )
+  return Run(
+    workdir=str(workdir),
+    method=config.method,
+    seed=config.seed,
+    network=network,
+    training={k: v for k, v in config.training.items() if k not in _SEEDS},
+    record=record,
+    rows=rows,
+    seconds_per_step=_seconds_per_step(workdir, config.batch_size),
+  )
+
+
+def _seconds_per_step(
+  workdir: pathlib.Path, batch_size: int | None
+) -> float | None:
+  lines = files.read_metrics(workdir / files.METRICS).get("train", [])
+  rates = [
+    line["images_per_second"] for line in lines if line.get("images_per_second")
+  ]
+  if not rates or not batch_size:
+    return None
+  return batch_size / statistics.median(rates)
+
+
+def by_training(runs: list[Run]) -> list[Group]:
+  """Groups runs of equal training, in the order of the registered methods.
+
+  Args:
+    runs: Finished runs in any order.
+
+  Returns:
+    Groups; methods that are not registered come last.
+
+  Raises:
+    UserError: A run is given twice.
+  """
+  from atat_jax.objectives import OBJECTIVES  # slow: it imports JAX
+
+  kinds: dict[tuple[str, str], list[Run]] = {}
+  for run in runs:
+    kind = (run.method, json.dumps(run.training, sort_keys=True))
+    kinds.setdefault(kind, []).append(run)
+  for same in kinds.values():
+    _check_seeds(same)
+  places = {name: place for place, name in enumerate(OBJECTIVES)}
+  return [
+    Group(
+      label=_label(same[0], [other[0] for other in kinds.values()]),
+      method=method,
+      runs=sorted(same, key=lambda run: run.seed),
+    )
+    for (method, _), same in sorted(
+      kinds.items(), key=lambda item: places.get(item[0][0], len(places))
+    )
+  ]
+
+
+def _check_seeds(same: list[Run]) -> None:
+  """Checks that runs of one training have different seeds."""
+  seeds: dict[int, Run] = {}
+  for run in same:
+    other = seeds.setdefault(run.seed, run)
+    if other is not run:
+      raise UserError(
+        f"workdir: {run.workdir} is the same training as {other.workdir},"
+        f" seed {run.seed} included; allowed: each run once, other seeds"
+      )
+
+
+def _label(run: Run, firsts: list[Run]) -> str:
+  namesakes = [other for other in firsts if other.method == run.method]
+  marks = [
+    f"{field.removeprefix('objective.')}={_text(run.training.get(field))}"
+    for field in _differing(namesakes)
+  ]
+  return f"{run.method} ({', '.join(marks)})" if marks else run.method
+
+
+def _differing(runs: list[Run]) -> list[str]:
+  """Fields in which trainings differ; a field that one lacks is one of them."""
+  fields = dict.fromkeys(field for run in runs for field in run.training)
+  return [
+    field
+    for field in fields
+    if len({_text(run.training.get(field)) for run in runs}) > 1
+  ]
+
+
+def differing_fields(groups: list[Group]) -> dict[str, dict[str, str]]:
+  """Returns {field: {label: value}} of fields that differ; "–": not there."""
+  firsts = [group.runs[0] for group in groups]
+  return {
+    field: {
+      group.label: _text(group.runs[0].training.get(field, "–"))
+      for group in groups
+    }
+    for field in sorted(_differing(firsts))
+    if field != "method"
+  }
+
+
+def _text(value: object) -> str:
+  return "none" if value is None else str(value)

@@ -84,7 +84,7 @@ def evaluate(
       lacks an image that an analysis is to show.
   """
   with in_section("figures"):
-    plan.figures.check_images(len(dataset.test.labels))
+    analyses.check_images(plan.figures, len(dataset.test.labels))
   found = find_checkpoints(plan, workdir)
   networks = {}
   for role, (directory, step) in found.items():

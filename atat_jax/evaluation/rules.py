@@ -13,6 +13,9 @@ from atat_jax.runs import wording
 
 Row = Mapping[str, Any]
 
+CONVERGED = 0.02
+"""Largest fall in accuracy under more steps of an attack that has converged."""
+
 
 class Evidence(NamedTuple):
   """Comparable rows of one model.
@@ -135,7 +138,7 @@ def steps_converged(evidence: Evidence) -> Diagnostic | None:
     else f"from {few} to {most} steps the accuracy does not fall"
   )
   return diagnostic(
-    fall > 0.02,
+    fall > CONVERGED,
     flagged=(
       "PGD had not converged",
       f"PGD had not converged: {change}; more steps may lower it further.",

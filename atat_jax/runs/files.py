@@ -258,18 +258,15 @@ class Attention:
     return self.class_names[label]
 
 
-def read_attention(path: pathlib.Path) -> Attention | None:
-  """Reads an `attention.npz`; None if there is no such file.
+def attention(arrays: Arrays) -> Attention:
+  """Arranges the arrays of an `attention.npz` by network and kind of input.
 
   Files of earlier versions, which do not say whose maps they hold, have those
   of `MODELS`.
 
   Raises:
-    UserError: the file is damaged or lacks an array.
+    UserError: An array is missing.
   """
-  arrays = read_arrays(path)
-  if arrays is None:
-    return None
   old = [name for name in MODELS if f"{name}_clean_map" in arrays]
   networks = [str(name) for name in arrays.get("networks", np.array(old))]
   kinds = [str(kind) for kind in arrays.get("kinds", np.array(KINDS))]

@@ -814,6 +814,8 @@ def test_stays_in_ball_and_box(name, case):
 def _assert_in_ball_and_box(name, norm, case):
   images = jnp.concatenate([case.images[:4], case.images[4:].round()])
   changes = {} if norm == "linf" else {"norm": norm}
+  # Each pixel is rounded on its own when the perturbation is added.
+  rounding = 1e-7 + 3e-8 * _length(np.ones((1, 24)), norm)[0]
   for epsilon in (8 / 255, 0.3, 1.0):
     adversarial = _attack(
       name, case, images=images, **_arguments(name, epsilon) | changes
@@ -822,7 +824,7 @@ def _assert_in_ball_and_box(name, norm, case):
     assert adversarial.dtype == np.float32
     assert (adversarial >= 0).all() and (adversarial <= 1).all()
     delta = np.asarray(adversarial, np.float64) - np.asarray(images)
-    assert (_length(delta, norm) <= epsilon * (1 + 1e-6) + 1e-7).all()
+    assert (_length(delta, norm) <= epsilon * (1 + 1e-6) + rounding).all()
     # FAB goes no further than it must, in l1 there is little room to go to.
     most = 0 if name == "fab" or norm == "l1" else 0.5 * min(epsilon, 0.5)
     assert _length(delta, norm).max() > most

@@ -417,6 +417,7 @@ def test_layout_of_the_papers_tables(made):
     " 100 images",
     "cifar10, running statistics, autoattack",
     "0123abcd",
+    "12,345",
   ):
     assert text in page.text
 

@@ -99,7 +99,12 @@ def write_run(workdir, rows, method="at", seed=0, rates=(), **fields):
     "evaluation": {"attacks": f"whatever {seed}"},
     "teacher_workdir": f"teachers/{seed}",
   }
-  run = {"config": config, "commit": "0123abcd", "devices": ["cpu"]}
+  run = {
+    "config": config,
+    "commit": "0123abcd",
+    "devices": ["cpu"],
+    "num_parameters": {"student": 12345, method: 12345},
+  }
   workdir.mkdir(parents=True)
   save(workdir, {"format": 1, "run": run, "rows": rows, "diagnostics": {}})
   lines = [

@@ -46,7 +46,7 @@ def _accuracies(rows: Sequence[Row], batch_norm: str) -> dict[str, float]:
 def _comparable(rows: Sequence[Row], model: str) -> list[Row]:
   """Selects a model's rows on the most images, at the first epsilon.
 
-  A quick look at a few images, or another epsilon or seed, is no evidence for
+  A quick test on a few images, or another epsilon or seed, is no evidence for
   or against the others.
   """
   rows = [row for row in rows if row["model"] == model]

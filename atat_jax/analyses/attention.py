@@ -11,7 +11,7 @@ from atat_jax.drawing import map_grid
 from atat_jax.evaluation.attention_views import Attacked, attention_views
 from atat_jax.evaluation.networks import Networks
 from atat_jax.evaluation.protocols import Protocol
-from atat_jax.runs import files, wording
+from atat_jax.runs import attention_file, files, wording
 from atat_jax.typing import Array, Classifier
 
 
@@ -78,7 +78,7 @@ def draw_maps(
   data: files.Arrays, directory: pathlib.Path
 ) -> list[pathlib.Path]:
   """Draws the maps of a few images on each figure; see `map_grid.draw`."""
-  return map_grid.draw(files.attention(data), data.path.stem, directory)
+  return map_grid.draw(attention_file.arrange(data), data.path.stem, directory)
 
 
 def find_in_maps(data: files.Arrays, heading: str, when: str) -> base.Finding:
@@ -89,7 +89,7 @@ def find_in_maps(data: files.Arrays, heading: str, when: str) -> base.Finding:
     heading: Heading of the section.
     when: The kinds of images, in words.
   """
-  maps = files.attention(data)
+  maps = attention_file.arrange(data)
   names, labels = maps.networks, maps.labels
   right = {
     name: [maps.views[name, kind].predictions == labels for kind in maps.kinds]
@@ -113,7 +113,7 @@ def find_in_maps(data: files.Arrays, heading: str, when: str) -> base.Finding:
   return base.Finding(heading, sentence, _caption(maps))
 
 
-def _caption(maps: files.Attention) -> str:
+def _caption(maps: attention_file.Attention) -> str:
   corrected = (
     f"; green and a full frame: right where {maps.networks[0]} is wrong"
     if len(maps.networks) > 1

@@ -8,7 +8,7 @@ import numpy as np
 
 from atat_jax.drawing import style
 from atat_jax.drawing.style import Axes, Figure
-from atat_jax.runs import files
+from atat_jax.runs import attention_file
 
 _ROWS_PER_FIGURE = 6  # rows of maps
 _COLOR_MAP = "viridis"  # perceptually ordered
@@ -18,7 +18,7 @@ _PAIR = 0.62  # height of the attacked image and its perturbation, in cells
 
 
 def draw(
-  data: files.Attention, stem: str, directory: pathlib.Path
+  data: attention_file.Attention, stem: str, directory: pathlib.Path
 ) -> list[pathlib.Path]:
   """Draws the maps of a few images on each figure.
 
@@ -67,7 +67,7 @@ def kind_name(kind: str) -> str:
   return f"{number} round" + ("s" if number > 1 else "")
 
 
-def magnification(data: files.Attention) -> float:
+def magnification(data: attention_file.Attention) -> float:
   """Returns the factor that lets the largest perturbation fill half the range."""
   peak = max(
     float(abs(view.images - data.images).max()) for view in data.views.values()
@@ -89,17 +89,17 @@ class _Row(NamedTuple):
   views: tuple[tuple[str, str], ...]
 
 
-def _by_network(data: files.Attention) -> bool:
+def _by_network(data: attention_file.Attention) -> bool:
   return len(data.networks) >= max(2, len(data.kinds))
 
 
-def _columns(data: files.Attention) -> list[str]:
+def _columns(data: attention_file.Attention) -> list[str]:
   if _by_network(data):
     return data.networks
   return [kind_name(kind) for kind in data.kinds]
 
 
-def _rows(data: files.Attention) -> list[_Row]:
+def _rows(data: attention_file.Attention) -> list[_Row]:
   rows = []
   if _by_network(data):
     for kind in data.kinds:
@@ -116,7 +116,7 @@ def _rows(data: files.Attention) -> list[_Row]:
 
 
 def _figure(
-  data: files.Attention, rows: list[_Row], start: int, count: int
+  data: attention_file.Attention, rows: list[_Row], start: int, count: int
 ) -> Figure:
   """Returns the figure of `count` images, fewer at the end of the data."""
   columns = _columns(data)
@@ -162,7 +162,7 @@ def _figure(
 
 
 def _pair(
-  ax: Axes, data: files.Attention, key: tuple[str, str], index: int
+  ax: Axes, data: attention_file.Attention, key: tuple[str, str], index: int
 ) -> None:
   """Draws the attacked image and, beside it, the magnified perturbation."""
   if key[1] == "clean":
@@ -262,7 +262,7 @@ _FRAMES: dict[str, dict[str, Any]] = {
 
 
 def _map(
-  ax: Axes, data: files.Attention, key: tuple[str, str], index: int
+  ax: Axes, data: attention_file.Attention, key: tuple[str, str], index: int
 ) -> str:
   """Draws a map; returns "right", "corrected" or "wrong"."""
   network, kind = key

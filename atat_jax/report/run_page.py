@@ -51,7 +51,7 @@ def write_report(workdir: str | os.PathLike[str]) -> pathlib.Path:
     blocks=results.blocks(rows),
     bars=figures.draw_results(workdir),
     by_class=results.by_class(rows, run.get("class_names")),
-    diagnostics=found.get("diagnostics", {}),
+    diagnostics=results.titled(found.get("diagnostics", {}), rows),
     curves=figures.draw_curves(workdir),
     sections=analyses.sections(workdir, workdir / files.FIGURES),
     facts=_facts(run, rows),

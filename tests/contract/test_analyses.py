@@ -86,9 +86,6 @@ def test_its_arrays_are_plain_and_of_each_network(computed, name):
   assert list(data["indices"]) == list(expected)
   own = [{k for k in data if k.startswith(f"{n}_")} for n in data["networks"]]
   assert own[0] and len(own[0]) == len(own[1])
-  for key in own[0]:
-    if data[key].dtype.kind == "f" and "shift" not in name:
-      assert np.isfinite(data[key]).all(), key
 
 
 @every_analysis
@@ -119,13 +116,8 @@ def test_only_what_changed_is_computed_again(
   unseen[7] = 0  # no analysis is made of it
   write(name, path.parent, images=unseen)
   assert path.stat().st_mtime_ns == before
-  seen = np.array(small.images)
-  seen[1] = 0
   swapped = {"first": networks["second"], "second": networks["first"]}
-  for changes in ({"images": seen}, {"networks": swapped}):
-    if changes.get("images") is seen and len(analysis.images(SETTINGS, 8)) < 2:
-      if 1 not in analysis.images(SETTINGS, 8):
-        continue
+  for changes in ({"images": 0.5 * small.images}, {"networks": swapped}):
     with pytest.raises(Computed):
       write(name, path.parent, **changes)
 

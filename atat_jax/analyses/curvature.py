@@ -201,7 +201,7 @@ def _draw(data: files.Arrays, directory: pathlib.Path) -> list[pathlib.Path]:
   with style.context():
     fig = style.new_figure(5.2, 2.0 + 0.38 * len(names))
     ax = fig.add_subplot()
-    ax.set_title("curvature of the loss: its Hessian in the pixels")
+    ax.set_title("Curvature of the loss: its Hessian in the pixels")
     ax.set_xscale("log")
     for number, name in enumerate(names):
       _draw_row(ax, data, number, name, colors[name])

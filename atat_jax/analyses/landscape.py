@@ -201,7 +201,7 @@ def _title(data: files.Arrays, image: int) -> str:
   number = int(data["indices"][image]) if "indices" in data else image + 1
   label = data["labels"][image]
   name = data["class_names"][label] if "class_names" in data else label
-  return f"loss around image {number} ({str(name).replace('_', ' ')})"
+  return f"Loss around image {number} (class {str(name).replace('_', ' ')})"
 
 
 def _find(data: files.Arrays) -> base.Finding:

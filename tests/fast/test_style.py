@@ -88,11 +88,16 @@ def _problems(text: str) -> list[str]:
       for word in _openings(docstring)
       if word in HALVES
     ]
+  last = 0
   for token in tokenize.generate_tokens(io.StringIO(text).readline):
-    if token.type == tokenize.COMMENT and re.match(
-      r"#+ (of|what|whose)\b", token.string, re.IGNORECASE
-    ):
-      found.append(f"line {token.start[0]}: {token.string}")
+    if token.type != tokenize.COMMENT:
+      continue
+    line, before = token.start[0], last
+    last = line
+    # A line that goes on with the comment above may open with anything.
+    goes_on = before == line - 1 and token.line.lstrip().startswith("#")
+    if not goes_on and re.match(r"(?i)#+ (of|what|whose)\b", token.string):
+      found.append(f"line {line}: {token.string}")
   return found
 
 

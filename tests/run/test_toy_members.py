@@ -42,7 +42,7 @@ def toy_attack(
     images,
     labels,
     epsilon=epsilon,
-    step_size=epsilon / 2,
+    step_size=0.1,
     num_steps=num_steps,
     norm=norm,
   )
@@ -274,7 +274,7 @@ def test_a_run_knows_the_toys(copy, tmp_path):
 
 def test_the_contracts_cover_the_toys(copy):
   out = _run(
-    copy, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/contract",
+    copy, "-m", "pytest", "-q", "tests/contract",
     "-k", "toy",
   )  # fmt: skip
   passed = re.search(r"(\d+) passed", out)
@@ -283,6 +283,6 @@ def test_the_contracts_cover_the_toys(copy):
 
 def test_no_other_list_misses_the_toys(copy):
   _run(
-    copy, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/fast",
+    copy, "-m", "pytest", "-q", "tests/fast",
     "-k", "readme or methods or config or layers or protocols or comparison",
   )  # fmt: skip

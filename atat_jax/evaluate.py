@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import linen as nn
 from jax.sharding import Mesh
 from tqdm import tqdm
 
@@ -28,7 +27,7 @@ from atat_jax.errors import UserError, in_section
 from atat_jax.evaluation import Protocol
 from atat_jax.plan import Plan
 from atat_jax.runs import files, provenance
-from atat_jax.typing import Classifier, Variables
+from atat_jax.typing import BatchNormMode, Classifier
 
 _log = logging.getLogger(__name__)
 
@@ -83,9 +82,9 @@ def evaluate(
     UserError: A checkpoint is missing or of another network; the test split
       lacks an image that an analysis is to show.
   """
-  with in_section("figures"):
-    plan.figures.check_images(len(dataset.test.labels))
   found = find_checkpoints(plan, workdir)
+  with in_section("figures"):
+    analyses.check_images(plan.figures, len(dataset.test.labels))
   networks = {}
   for role, (directory, step) in found.items():
     model, variables = checkpoints.restore_model(
@@ -104,8 +103,13 @@ def evaluate(
       for role, (_, variables) in networks.items()
     },
   )
+  classifiers = {
+    (role, mode): models.classifier(*network, batch_norm=mode)
+    for role, network in networks.items()
+    for mode in plan.evaluation.batch_norm
+  }
   table = _Table(workdir / files.RESULTS, steps=steps, record=record)
-  _complete(table, plan, networks, dataset.test, mesh)
+  _complete(table, plan, classifiers, dataset.test, mesh)
   analyses.write(
     workdir,
     networks,
@@ -191,7 +195,7 @@ def _identity(row: Row) -> str:
 def _complete(
   table: _Table,
   plan: Plan,
-  networks: Mapping[str, tuple[nn.Module, Variables]],
+  classifiers: Mapping[tuple[str, BatchNormMode], Classifier],
   test: Split,
   mesh: Mesh,
 ) -> None:
@@ -202,8 +206,7 @@ def _complete(
   data, images = sharding.put_replicated(mesh, test), len(test.labels)
   rows = [
     (_make_row(plan, role, table.steps[role], images, mode, protocol), protocol)
-    for role in networks
-    for mode in settings.batch_norm
+    for role, mode in classifiers
     for protocol in settings.protocols
   ]
   if all(row in table for row, _ in rows):
@@ -222,9 +225,7 @@ def _complete(
       bar.set_postfix_str(f"{row['model']} {row['batch_norm']} {row['attack']}")
       began = time.perf_counter()
       measured = _measure(
-        models.classifier(
-          *networks[row["model"]], batch_norm=row["batch_norm"]
-        ),
+        classifiers[row["model"], row["batch_norm"]],
         data,
         protocol=protocol,
         seed=settings.seed,

@@ -1,4 +1,4 @@
-"""Pictures of any networks: attention, landscapes, attacks, on one page.
+"""Explains any networks in pictures: attention, landscapes, attacks, one page.
 
   python -m atat_jax.explain runs/standard runs/atat --out explained
 
@@ -7,8 +7,8 @@ explains the networks of finished runs on their test images, and
   python -m atat_jax.explain --model resnet50 --weights resnet50.pth \\
     --images cat.jpg cup.jpg --labels 281 504 --out explained
 
-networks with weights from PyTorch on photographs. What is there already with
-the same networks, images and numbers is not computed again.
+networks with weights from PyTorch on photographs. Arrays that are there already
+for the same networks, images and numbers are not computed again.
 """
 
 import argparse
@@ -28,8 +28,6 @@ from atat_jax import (
   checks,
   data,
   evaluation,
-  figures,
-  findings,
   interop,
   models,
   runtime,
@@ -39,26 +37,26 @@ from atat_jax.data.photographs import read_photograph
 from atat_jax.errors import UserError
 from atat_jax.evaluation.networks import Networks
 from atat_jax.report import page
-from atat_jax.runs import configuration, files, provenance
+from atat_jax.runs import configuration, files, provenance, roles
 
 # Photographs are few: nothing is averaged over them unless it is asked for.
 _OF_FEW = "attention,rounds,landscape"
-# Of photographs; Fig. 3 of the paper has epsilon 16/255.
+# For photographs; Fig. 3 of the paper has epsilon 16/255.
 _PHOTOGRAPHS = {"epsilon": 16 / 255, "step_size": 2 / 255, "norm": "linf"}
 _ATTACK = tuple(_PHOTOGRAPHS)
 
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-  """What is explained.
+  """Networks and the images on which they are explained.
 
   Attributes:
-    what: In words, e.g. "digits test images".
+    what: The images in words, e.g. "digits test images".
     networks: Name to (module, variables).
     images: [N, H, W, C], uint8 or float32 in [0, 1].
     labels: int32 [N].
-    class_names: One a class.
-    rows: Of the networks' own `results.json`, `model` being the name.
+    class_names: Names of the classes.
+    rows: Rows of the networks' own `results.json`, `model` being the name.
   """
 
   what: str
@@ -73,21 +71,49 @@ class Subject:
 
 
 def run_names(workdirs: Sequence[pathlib.Path]) -> list[str]:
-  """As much of each path's end as tells it from the others: "at", "seed0-at".
+  """Returns the names of the networks of some runs.
+
+  A run is named by as much of its path's end as tells it from the others: "at",
+  "seed0-at". Its teacher is "atat (teacher)", and where both are there it is
+  "atat (student)".
+
+  Args:
+    workdirs: Directories of runs, or `<workdir>/teacher`.
 
   Raises:
     UserError: A directory is given twice.
   """
-  paths = [path.resolve().parts for path in workdirs]
+  paths = [path.resolve() for path in workdirs]
   if len(set(paths)) < len(paths):
     raise UserError(
       f"runs: {' '.join(map(str, workdirs))}; allowed: each directory once"
     )
-  for length in range(1, max(map(len, paths)) + 1):
-    names = ["-".join(parts[-length:]) for parts in paths]
+  runs = [_run_of(path) for path in paths]
+  short = _short_names(list(dict.fromkeys(runs)))
+  names = []
+  for path, run in zip(paths, runs, strict=True):
+    if path != run:
+      names.append(f"{short[run]} ({roles.TEACHER})")
+    elif runs.count(run) > 1:
+      names.append(f"{short[run]} ({roles.STUDENT})")
+    else:
+      names.append(short[run])
+  return names
+
+
+def _run_of(path: pathlib.Path) -> pathlib.Path:
+  """Returns the run whose teacher is in a directory; otherwise the directory."""
+  has_run = path.name == roles.TEACHER and not (path / "config.json").exists()
+  return path.parent if has_run else path
+
+
+def _short_names(runs: Sequence[pathlib.Path]) -> dict[pathlib.Path, str]:
+  """Returns as much of each path's end as tells it from the others."""
+  for length in range(1, max(len(run.parts) for run in runs) + 1):
+    names = ["-".join(run.parts[-length:]) for run in runs]
     if len(set(names)) == len(names):
       break
-  return names
+  return dict(zip(runs, names, strict=True))
 
 
 def _agreed(
@@ -105,11 +131,11 @@ def _agreed(
 def attack_of_runs(
   workdirs: Sequence[pathlib.Path], given: dict[str, Any]
 ) -> dict[str, Any]:
-  """The attack that all runs are evaluated with.
+  """Returns the attack with which all runs are evaluated.
 
   Args:
-    workdirs: Of the runs.
-    given: epsilon, step_size and norm, None where the runs are to say it.
+    workdirs: Directories of the runs.
+    given: epsilon, step_size and norm; None where the runs are to say it.
 
   Returns:
     The same without None.
@@ -134,11 +160,11 @@ def attack_of_runs(
 def load_runs(
   workdirs: Sequence[pathlib.Path], data_dir: str | None = None
 ) -> Subject:
-  """The best networks of finished runs, and their test images.
+  """Returns the best networks of finished runs, and their test images.
 
   Args:
-    workdirs: Of the runs, or `<workdir>/teacher`.
-    data_dir: Where the data are; None: where the first run has read them.
+    workdirs: Directories of the runs, or `<workdir>/teacher`.
+    data_dir: Directory of the data; None: the first run's.
 
   Returns:
     The networks by the names of `run_names`.
@@ -156,8 +182,9 @@ def load_runs(
   rows = []
   for name, path in zip(names, workdirs, strict=True):
     own = (files.read_results(path) or {"rows": []})["rows"]
-    # A run of two networks: the other one is the teacher.
-    rows += [{**row, "model": name} for row in own if row["model"] != "teacher"]
+    rows += [
+      {**row, "model": name} for row in own if row["model"] != roles.TEACHER
+    ]
   return Subject(
     what=f"{dataset.spec.name} test images",
     networks={
@@ -183,21 +210,21 @@ def load_photographs(
   num_classes: int = 1000,
   class_names: str | None = None,
 ) -> Subject:
-  """Networks with weights from PyTorch, and photographs to explain them on.
+  """Returns networks with weights from PyTorch, and photographs for them.
 
   Args:
-    names: Of `models.MODELS`, each once.
+    names: Names of `models.MODELS`, each once.
     weights: A file for each, see `interop.load_torch`.
     photographs: Files that Pillow can read.
     labels: The true class of each.
-    num_classes: Of all the networks.
+    num_classes: Number of classes of all the networks.
     class_names: A text file with a class name a line; None: numbers.
 
   Returns:
     The networks by their names.
 
   Raises:
-    UserError: Names, files or labels that do not fit; named.
+    UserError: Names, files or labels that do not fit, by name.
   """
   for name in names:
     checks.choice("model", name, models.MODELS)
@@ -262,15 +289,15 @@ def explain(
 
   Args:
     subject: Networks and images.
-    settings: What is computed with which numbers.
+    settings: Which analyses, with which numbers.
     out: Directory for everything.
-    command: What the page says it was made by.
+    command: Command line that the page shows.
 
   Returns:
     Path of `explain.html`.
 
   Raises:
-    UserError: An index beyond the images; what `evaluation` refuses.
+    UserError: An index beyond the images, an argument that an analysis refuses.
   """
   mesh = sharding.make_mesh()
   # Where the figures look for AutoAttack's accuracies.
@@ -287,28 +314,22 @@ def explain(
     class_names=subject.class_names,
     mesh=mesh,
   )
-  drawn = figures.draw_analyses(out, out / "figures")
+  # Files of earlier commands may be in the directory, too.
+  sections = analyses.sections(out, out / "figures", only=settings.analyses)
   names = ", ".join(subject.networks)
-  facts = {
-    "Devices": ", ".join(device.device_kind for device in jax.devices()),
-    "Commit": provenance.commit() or "not recorded",
-    "Files": ", ".join(path.name for path in drawn),
-  }
-  body = [
-    f"<h1>{page.escape(names)}</h1>",
-    f"<p class='soft'>Explained on {page.escape(subject.what)}</p>",
-    # What an earlier command has left in the directory is not of this page.
-    *(
-      findings.section(path, pictures)
-      for path, pictures in drawn.items()
-      if path in paths
-    ),
-    "<h2>How it was made</h2>",
-    f"<pre>{page.escape(command)}</pre>" if command else "",
-    page.facts(facts),
-  ]
-  text = page.document(f"{names} explained", body)
-  return files.write_bytes(out / "explain.html", text.encode())
+  text = page.render(
+    "explain.html.j2",
+    title=f"{names} explained",
+    subject=subject.what,
+    sections=sections,
+    command=command,
+    facts={
+      "Devices": ", ".join(device.device_kind for device in jax.devices()),
+      "Commit": provenance.commit() or "not recorded",
+      "Files": ", ".join(path.name for path in paths),
+    },
+  )
+  return files.write_text(out / "explain.html", text)
 
 
 # --- The command -------------------------------------------------------------
@@ -320,43 +341,82 @@ def _number(text: str) -> float:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-  defaults = {
-    field.name: field.default
-    for field in dataclasses.fields(analyses.FigureSettings)
-  }
   flags = argparse.ArgumentParser(
     prog="python -m atat_jax.explain",
     description="Pictures of any networks: attention under attack, attention"
     " shift, loss landscapes, curvature, accuracy against steps and epsilon.",
   )
+  _add_subject(flags)
+  _add_numbers(flags)
+  args = flags.parse_args(argv)
+  if bool(args.runs) == bool(args.model):
+    flags.error("name runs, or networks with --model and --weights")
+  return args
+
+
+def _add_subject(flags: argparse.ArgumentParser) -> None:
   add = flags.add_argument
   add("runs", nargs="*", type=pathlib.Path, help="directories of finished runs")
-  add("--out", type=pathlib.Path, default="explained", help="where to")
-  add("--data-dir", help="of the runs' data; default: where they read them")
+  add(
+    "--out",
+    type=pathlib.Path,
+    default="explained",
+    help="directory for arrays, figures and page (%(default)s)",
+  )
+  add("--data-dir", help="directory of the data; default: the first run's")
   add("--model", nargs="+", help="networks: " + ", ".join(models.MODELS))
-  add("--weights", nargs="+", default=[], help="a PyTorch file for each")
+  add(
+    "--weights", nargs="+", default=[], help="a PyTorch file for each network"
+  )
   add("--images", nargs="+", default=[], help="photographs")
-  add("--labels", nargs="+", type=int, default=[], help="a class for each")
-  add("--num-classes", type=int, default=1000, help="of the networks")
-  add("--class-names", help="a text file, a name a line")
+  add(
+    "--labels",
+    nargs="+",
+    type=int,
+    default=[],
+    help="the true class of each photograph",
+  )
+  add(
+    "--num-classes",
+    type=int,
+    default=1000,
+    help="number of classes (%(default)s)",
+  )
+  add("--class-names", help="text file with one class name a line")
   add(
     "--figures",
-    help=f"a list of {','.join(analyses.ANALYSES)}; default: all, of"
+    help=f"analyses, some of {','.join(analyses.ANALYSES)}; default: all, for"
     f" photographs {_OF_FEW}",
   )
+
+
+def _add_numbers(flags: argparse.ArgumentParser) -> None:
+  defaults = {
+    field.name: field.default
+    for field in dataclasses.fields(analyses.FigureSettings)
+  }
+  add = flags.add_argument
   attack = "default: as the runs are evaluated; photographs:"
   add("--epsilon", type=_number, help=f"radius, as in 8/255; {attack} 16/255")
-  add("--step-size", type=_number, help=f"of the attacks; {attack} 2/255")
-  add("--norm", help=f"linf, l2, l1; {attack} linf")
-  add("--attack", default="pgd20", help="of the attention maps")
+  add("--step-size", type=_number, help=f"length of a step; {attack} 2/255")
+  add("--norm", help=f"norm: linf, l2 or l1; {attack} linf")
+  add(
+    "--attack",
+    default="pgd20",
+    help="attack of the attention maps (%(default)s)",
+  )
   for name, kind, text in (
-    ("num_images", int, "attention: of the first images"),
-    ("num_followed", int, "rounds: of the first images"),
-    ("num_examples", int, "shift, curvature, steps, epsilons: images"),
+    ("num_images", int, "attention: number of images"),
+    ("num_followed", int, "rounds: number of images"),
+    (
+      "num_examples",
+      int,
+      "shift, curvature, steps, epsilons: number of images",
+    ),
     ("num_points", int, "landscape: points a side"),
-    ("num_steps", int, "steps: of the longest attack"),
+    ("num_steps", int, "steps: number of steps of the longest attack"),
     ("batch_size", int, "images at a time"),
-    ("seed", int, "of all random numbers"),
+    ("seed", int, "seed of all random numbers"),
   ):
     add(
       f"--{name.replace('_', '-')}",
@@ -366,14 +426,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
   for name, number, text in (
     ("rounds", int, "rounds, shift: rounds of the attack (2 8 16)"),
-    ("indices", int, "landscape: around these images (0 1)"),
-    ("epsilons", _number, "epsilons: radii, default: about --epsilon"),
+    ("indices", int, "landscape: numbers of the images (0 1)"),
+    ("epsilons", _number, "epsilons: radii; default: some around --epsilon"),
   ):
     add(f"--{name}", nargs="+", type=number, help=text)
-  args = flags.parse_args(argv)
-  if bool(args.runs) == bool(args.model):
-    flags.error("name runs, or networks with --model and --weights")
-  return args
 
 
 def _settings(args: argparse.Namespace) -> analyses.FigureSettings:
@@ -430,7 +486,7 @@ def main(argv: Sequence[str] | None = None) -> None:
       num_classes=args.num_classes,
       class_names=args.class_names,
     )
-  settings.check_images(len(subject.labels))
+  analyses.check_images(settings, len(subject.labels))
   words = sys.argv[1:] if argv is None else argv
   command = shlex.join(["python", "-m", "atat_jax.explain", *words])
   path = explain(subject, settings, args.out, command=command)

@@ -20,6 +20,7 @@ from atat_jax.evaluation import Protocol
 from atat_jax.objectives import Objective
 from atat_jax.runs import roles
 from atat_jax.training.options import Options
+from atat_jax.typing import BatchNormMode
 
 
 def check_seed(name: str, seed: int) -> None:
@@ -307,7 +308,7 @@ class EvaluationPlan:
 
   validation: Protocol
   protocols: tuple[Protocol, ...]
-  batch_norm: tuple[str, ...]
+  batch_norm: tuple[BatchNormMode, ...]
   batch_size: int
   batch_statistics_size: int
   num_examples: int

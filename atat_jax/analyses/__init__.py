@@ -1,27 +1,194 @@
-"""Analyses behind the pictures, by name."""
+"""Analyses of networks behind the pictures of a page, by name.
 
-from atat_jax.analyses.attention import attention_maps, attention_rounds
-from atat_jax.analyses.base import ANALYSES, FigureSettings, parse, write
-from atat_jax.analyses.curvature import curvature
-from atat_jax.analyses.landscape import loss_landscape
-from atat_jax.analyses.shift import attention_shift
-from atat_jax.analyses.steps import (
-  attack_epsilons,
-  attack_steps,
-  default_epsilons,
+`main.py` computes them for the networks of a run, `python -m atat_jax.explain`
+for any networks. Adding one is a file beside this one, which says how its arrays
+are computed, drawn and put into a sentence, and a line in `ANALYSES`.
+"""
+
+import pathlib
+from collections.abc import Iterable, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from atat_jax import checks, sharding
+from atat_jax.analyses import (
+  attention,
+  base,
+  curvature,
+  epsilons,
+  landscape,
+  rounds,
+  shift,
+  steps,
 )
+from atat_jax.analyses.attention import attention_maps
+from atat_jax.analyses.base import Analysis, FigureSettings, Finding, Section
+from atat_jax.analyses.curvature import loss_curvature
+from atat_jax.analyses.epsilons import attack_epsilons, default_epsilons
+from atat_jax.analyses.landscape import loss_landscape
+from atat_jax.analyses.rounds import attention_rounds
+from atat_jax.analyses.shift import attention_shift
+from atat_jax.analyses.steps import attack_steps
+from atat_jax.errors import UserError
+from atat_jax.evaluation.networks import Networks
 
 __all__ = [
   "ANALYSES",
+  "Analysis",
   "FigureSettings",
+  "Finding",
+  "Section",
   "attack_epsilons",
   "attack_steps",
   "attention_maps",
   "attention_rounds",
   "attention_shift",
-  "curvature",
+  "check_images",
   "default_epsilons",
+  "draw",
+  "loss_curvature",
   "loss_landscape",
   "parse",
+  "sections",
   "write",
 ]
+
+ANALYSES: dict[str, Analysis] = {
+  "steps": steps.ANALYSIS,
+  "epsilons": epsilons.ANALYSIS,
+  "attention": attention.ANALYSIS,
+  "rounds": rounds.ANALYSIS,
+  "shift": shift.ANALYSIS,
+  "landscape": landscape.ANALYSIS,
+  "curvature": curvature.ANALYSIS,
+}
+"""Name, as configurations and commands have it, in the order of a page."""
+
+
+def parse(names: str) -> tuple[str, ...]:
+  """Returns the names of a comma-separated list; none for "".
+
+  Raises:
+    UserError: A name is not one of `ANALYSES`, or is there twice.
+  """
+  found = tuple(name.strip() for name in names.split(",") if name.strip())
+  _check_names(found)
+  return found
+
+
+def _check_names(names: Sequence[str]) -> None:
+  for name in names:
+    checks.choice("analyses", name, ANALYSES)
+  if len(set(names)) < len(names):
+    raise UserError(f"analyses: {','.join(names)!r}; allowed: each name once")
+
+
+def check_images(settings: FigureSettings, count: int) -> None:
+  """Checks that there are the images that the analyses are made of.
+
+  Args:
+    settings: Which analyses, of which images.
+    count: Number of images.
+
+  Raises:
+    UserError: An index is too large.
+  """
+  for name in settings.analyses:
+    last = max(ANALYSES[name].images(settings, count))
+    if last >= count:
+      raise UserError(
+        f"indices: {last}; allowed: 0 to {count - 1}, there are {count} images"
+      )
+
+
+def write(
+  directory: pathlib.Path,
+  networks: Networks,
+  images: np.ndarray,
+  labels: np.ndarray,
+  *,
+  settings: FigureSettings,
+  class_names: Sequence[str],
+  mesh: Mesh,
+) -> list[pathlib.Path]:
+  """Computes what is not there yet with these settings, networks and images.
+
+  Args:
+    directory: Directory that gets `<stem>.npz` for each of the analyses.
+    networks: Name to (module, variables); running statistics.
+    images: [N, H, W, C], uint8 or float in [0, 1].
+    labels: int32 [N].
+    settings: Which analyses, with which numbers.
+    class_names: Names of the classes, for the pictures.
+    mesh: The devices.
+
+  Returns:
+    Paths of the files, also of those that were there.
+
+  Raises:
+    UserError: An analysis that does not exist, an index beyond the images, an
+      argument that an analysis refuses.
+  """
+  _check_names(settings.analyses)
+  check_images(settings, len(labels))
+  weights = {
+    name: base.digest(sharding.to_host(mesh, variables))
+    for name, (_, variables) in networks.items()
+  }
+  subject = base.Subject(networks, weights, images, labels, class_names)
+  paths = []
+  with tqdm(
+    settings.analyses,
+    desc="explain",
+    unit="analysis",
+    dynamic_ncols=True,
+    disable=jax.process_index() != 0,
+  ) as bar:
+    for name in bar:
+      bar.set_postfix_str(name)
+      paths.append(ANALYSES[name].path(directory))
+      base.write(ANALYSES[name], paths[-1], subject, settings, mesh)
+  return paths
+
+
+def sections(
+  directory: pathlib.Path,
+  figures_directory: pathlib.Path,
+  only: Iterable[str] | None = None,
+) -> list[Section]:
+  """Draws the analyses whose files are there, and says what they found.
+
+  Needs the files alone: no network, no device.
+
+  Args:
+    directory: Directory of the `.npz` files.
+    figures_directory: Directory for the pictures.
+    only: Names of the analyses that are shown; None: all.
+
+  Returns:
+    One section for each file that is there, in the order of `ANALYSES`.
+
+  Raises:
+    UserError: A file cannot be read.
+  """
+  wanted = set(ANALYSES) if only is None else set(only)
+  found = (
+    base.section(analysis, analysis.path(directory), figures_directory)
+    for name, analysis in ANALYSES.items()
+    if name in wanted
+  )
+  return [section for section in found if section is not None]
+
+
+def draw(
+  directory: pathlib.Path, figures_directory: pathlib.Path
+) -> list[pathlib.Path]:
+  """Draws the analyses whose files are there; returns the PNG files."""
+  return [
+    path
+    for section in sections(directory, figures_directory)
+    for path in section.pictures
+  ]

@@ -1,55 +1,84 @@
-"""The analyses behind the pictures, by name: which files, which images.
+"""An analysis: arrays that are computed, drawn, and summed up in a sentence.
 
-`main.py` computes them for the networks of a run, `python -m atat_jax.explain`
-for any networks. Adding one is a function in `evaluation/`, a line in
-`ANALYSES`, its picture in `figures/` and its sentence in `findings.py`.
+A member of `ANALYSES` is one file that makes one `Analysis`. The functions here
+take one member; those over the registry are in `analyses/__init__.py`.
 """
 
 import dataclasses
 import json
-import os
 import pathlib
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from tqdm import tqdm
 
-from atat_jax import checks, sharding
-from atat_jax.analyses import attention, curvature, landscape, shift, steps
+from atat_jax import checks
 from atat_jax.attacks import balls
 from atat_jax.errors import UserError
 from atat_jax.evaluation import Protocol
 from atat_jax.evaluation.networks import Networks
+from atat_jax.runs import files
 from atat_jax.typing import PyTree
+
+
+class Finding(NamedTuple):
+  """Text about the pictures of an analysis, made of the numbers in its file.
+
+  Attributes:
+    heading: Heading of its section.
+    sentence: The result, with its numbers.
+    caption: A guide to the pictures, and the protocol.
+  """
+
+  heading: str
+  sentence: str
+  caption: str
+
+
+class Section(NamedTuple):
+  """The part of a page on one analysis.
+
+  Attributes:
+    heading: Heading, plain text as the following.
+    sentence: The result, with its numbers.
+    caption: A guide to the pictures, and the protocol.
+    pictures: PNG files.
+    wide: Whether the pictures need the whole width of a page.
+  """
+
+  heading: str
+  sentence: str
+  caption: str
+  pictures: list[pathlib.Path]
+  wide: bool
 
 
 @dataclasses.dataclass(frozen=True)
 class FigureSettings:
-  """What is computed, and with which numbers; checked when it is made.
+  """Which analyses are computed, and with which numbers; checked when made.
 
   Attributes:
     analyses: Names of `ANALYSES`.
-    attack: Of the attention maps.
+    attack: Attack of the attention maps.
     epsilon: Radius of the other attacks, pixels in [0, 1], and half the side of
       the landscapes.
-    step_size: Of a step.
-    norm: Of the ball.
-    num_images: Attention maps: of the first so many images.
-    rounds: Of the attack whose maps are followed; the clean image is shown
-      besides.
-    num_followed: ... on the first so many images.
-    num_examples: What is averaged: the first so many images.
-    indices: Landscapes: around these images.
-    num_points: Landscapes: points a side.
-    num_steps: Of the longest attack of the sweep over steps.
-    epsilons: Of the sweep over radii; (): about `epsilon`.
+    step_size: Length of a step, in the same unit.
+    norm: Norm of the ball: linf, l2 or l1.
+    num_images: Number of images of the attention maps, the first ones.
+    rounds: Numbers of steps after which maps are followed; the clean image is
+      shown besides.
+    num_followed: Number of images that are followed, the first ones.
+    num_examples: Number of images that are averaged over, the first ones.
+    indices: Images around which landscapes are drawn.
+    num_points: Points of a landscape on each side.
+    num_steps: Number of steps of the longest attack in the sweep over steps.
+    epsilons: Radii of the sweep over epsilon; (): some around `epsilon`.
     batch_size: Images at a time.
-    seed: Of all random numbers.
+    seed: Seed of all random numbers.
   """
 
   analyses: tuple[str, ...]
@@ -70,11 +99,6 @@ class FigureSettings:
 
   def __post_init__(self) -> None:
     """Refuses what cannot be computed, naming the field."""
-    for name in self.analyses:
-      checks.choice("analyses", name, ANALYSES)
-    if len(set(self.analyses)) < len(self.analyses):
-      names = ",".join(self.analyses)
-      raise UserError(f"analyses: {names!r}; allowed: each name once")
     for field in (
       "num_images",
       "num_followed",
@@ -103,20 +127,13 @@ class FigureSettings:
     if not self.indices or min(self.indices) < 0:
       raise UserError(f"indices: {self.indices}; allowed: one or more, from 0")
 
-  def check_images(self, count: int) -> None:
-    """Refuses indices beyond the images that there are.
-
-    Args:
-      count: How many images there are.
-
-    Raises:
-      UserError: An index is too large.
-    """
-    if "landscape" in self.analyses and max(self.indices) >= count:
-      raise UserError(
-        f"indices: {max(self.indices)}; allowed: 0 to {count - 1}, there are"
-        f" {count} images"
-      )
+  def pgd(self) -> dict[str, Any]:
+    """Returns `epsilon`, `step_size` and `norm`, as keyword arguments."""
+    return {
+      "epsilon": self.epsilon,
+      "step_size": self.step_size,
+      "norm": self.norm,
+    }
 
 
 def _check_increasing(field: str, values: Sequence[float]) -> None:
@@ -124,189 +141,126 @@ def _check_increasing(field: str, values: Sequence[float]) -> None:
     raise UserError(f"{field}: {values}; allowed: from 0, increasing")
 
 
-class Analysis(NamedTuple):
+Indices = Callable[[FigureSettings, int], Sequence[int]]
+
+
+def first(field: str) -> Indices:
+  """Returns a choice of images: the first ones, as many as a field says."""
+
+  def chosen(settings: FigureSettings, count: int) -> Sequence[int]:
+    return range(min(getattr(settings, field), count))
+
+  return chosen
+
+
+@dataclasses.dataclass(frozen=True)
+class Analysis:
   """One entry of `ANALYSES`.
 
   Attributes:
-    stem: Of its file, `<stem>.npz`.
-    function: Of `evaluation`, (key, networks, images, labels, **arguments).
-    images: (settings, number of images) to the indices of those it is of.
-    arguments: (settings, shape of an image) to its keyword arguments.
-    sharded: Whether it takes the mesh.
+    stem: Name of its file without suffix, `<stem>.npz`, and the beginning of
+      its pictures' names.
+    compute: (key, networks, images, labels, *, mesh, **arguments) to arrays by
+      name; one of them is `networks`, their names.
+    arguments: (settings, shape of an image) to the keyword arguments. Other
+      arguments, weights or images make another result; nothing else does.
+    images: (settings, number of images) to the indices of those it is made of.
+    draw: (content of the file, directory) to the PNG files drawn there, in the
+      order in which a reader wants them.
+    find: Content of the file to its `Finding`. `data.path` is the file.
+    wide: Whether its pictures need the whole width of a page.
   """
 
   stem: str
-  function: Callable[..., dict[str, np.ndarray]]
-  images: Callable[[FigureSettings, int], Sequence[int]]
+  compute: Callable[..., dict[str, np.ndarray]]
   arguments: Callable[[FigureSettings, tuple[int, ...]], dict[str, Any]]
-  sharded: bool = True
+  images: Indices
+  draw: Callable[[files.Arrays, pathlib.Path], list[pathlib.Path]]
+  find: Callable[[files.Arrays], Finding]
+  wide: bool = False
+
+  def path(self, directory: pathlib.Path) -> pathlib.Path:
+    """Returns the path of its file in a directory."""
+    return directory / f"{self.stem}.npz"
 
 
-def _shown(settings: FigureSettings, count: int) -> Sequence[int]:
-  return range(min(settings.num_images, count))
+class Subject(NamedTuple):
+  """Networks and images that are analysed.
 
+  Attributes:
+    networks: Name to (module, variables); running statistics.
+    weights: Name to a digest of the variables.
+    images: [N, H, W, C], uint8 or float in [0, 1].
+    labels: int32 [N].
+    class_names: Names of the classes, for the pictures.
+  """
 
-def _followed(settings: FigureSettings, count: int) -> Sequence[int]:
-  return range(min(settings.num_followed, count))
-
-
-def _sample(settings: FigureSettings, count: int) -> Sequence[int]:
-  return range(min(settings.num_examples, count))
-
-
-def _attack(settings: FigureSettings) -> dict[str, Any]:
-  return {
-    "epsilon": settings.epsilon,
-    "step_size": settings.step_size,
-    "norm": settings.norm,
-  }
-
-
-def _batched(settings: FigureSettings, **arguments: Any) -> dict[str, Any]:
-  return {"batch_size": settings.batch_size, **arguments}
-
-
-def _radii(
-  settings: FigureSettings, shape: tuple[int, ...]
-) -> tuple[float, ...]:
-  if settings.epsilons:
-    return settings.epsilons
-  size = int(np.prod(shape))
-  return steps.default_epsilons(settings.epsilon, settings.norm, size)
-
-
-ANALYSES: dict[str, Analysis] = {
-  "attention": Analysis(
-    "attention",
-    attention.attention_maps,
-    _shown,
-    lambda s, _: {"protocol": s.attack},
-  ),
-  "rounds": Analysis(
-    "attention_rounds",
-    attention.attention_rounds,
-    _followed,
-    lambda s, _: {"rounds": s.rounds, **_attack(s)},
-  ),
-  "shift": Analysis(
-    "attention_shift",
-    shift.attention_shift,
-    _sample,
-    lambda s, _: _batched(
-      s, rounds=tuple(range(s.rounds[-1] + 1)), **_attack(s)
-    ),
-  ),
-  "landscape": Analysis(
-    "loss_landscape",
-    landscape.loss_landscape,
-    lambda s, _: s.indices,
-    lambda s, _: {"radius": s.epsilon, "num_points": s.num_points},
-    sharded=False,
-  ),
-  "curvature": Analysis(
-    "curvature",
-    curvature.curvature,
-    _sample,
-    lambda s, _: _batched(s),
-    sharded=False,
-  ),
-  "steps": Analysis(
-    "attack_steps",
-    steps.attack_steps,
-    _sample,
-    lambda s, _: _batched(s, num_steps=s.num_steps, **_attack(s)),
-  ),
-  "epsilons": Analysis(
-    "attack_epsilons",
-    steps.attack_epsilons,
-    _sample,
-    lambda s, shape: _batched(s, epsilons=_radii(s, shape), norm=s.norm),
-  ),
-}
-"""Name, as configurations and commands have it, to analysis."""
-
-
-def parse(names: str) -> tuple[str, ...]:
-  """The names of a comma-separated list; of "" none."""
-  return tuple(name.strip() for name in names.split(",") if name.strip())
+  networks: Networks
+  weights: Mapping[str, int]
+  images: np.ndarray
+  labels: np.ndarray
+  class_names: Sequence[str]
 
 
 def write(
-  directory: pathlib.Path,
-  networks: Networks,
-  images: np.ndarray,
-  labels: np.ndarray,
-  *,
+  analysis: Analysis,
+  path: pathlib.Path,
+  subject: Subject,
   settings: FigureSettings,
-  class_names: Sequence[str],
   mesh: Mesh,
-) -> list[pathlib.Path]:
-  """Computes what is not there yet with these settings, networks and images.
+) -> None:
+  """Computes an analysis, unless its file is the result of the same inputs.
 
   Args:
-    directory: Gets `<stem>.npz` for each of the analyses.
-    networks: Name to (module, variables); running statistics.
-    images: [N, H, W, C], uint8 or float in [0, 1].
-    labels: int32 [N].
-    settings: What to compute.
-    class_names: One a class, for the pictures.
+    analysis: The analysis.
+    path: Its file; process 0 writes it.
+    subject: Networks and images.
+    settings: Numbers.
     mesh: The devices.
 
-  Returns:
-    Paths of the files, also of those that were there.
-
   Raises:
-    UserError: An index beyond the images; what `evaluation` refuses.
+    UserError: An argument that the computation refuses.
   """
-  settings.check_images(len(labels))
-  weights = {
-    name: _digest(sharding.to_host(mesh, variables))
-    for name, (_, variables) in networks.items()
-  }
-  paths = []
-  with tqdm(
-    settings.analyses,
-    desc="explain",
-    unit="analysis",
-    dynamic_ncols=True,
-    disable=jax.process_index() != 0,
-  ) as bar:
-    for name in bar:
-      bar.set_postfix_str(name)
-      analysis = ANALYSES[name]
-      rows = np.array(analysis.images(settings, len(labels)))
-      shown, classes = _as_float(images[rows]), labels[rows]
-      arguments = analysis.arguments(settings, images.shape[1:])
-      identity = json.dumps(
-        [
-          {**arguments, "seed": settings.seed},
-          weights,
-          _digest([shown, classes]),
-        ],
-        default=str,
-      )
-      path = directory / f"{analysis.stem}.npz"
-      paths.append(path)
-      if _is_there(path, identity):
-        continue
-      found = analysis.function(
-        jax.random.key(settings.seed),
-        networks,
-        shown,
-        classes,
-        **arguments,
-        **({"mesh": mesh} if analysis.sharded else {}),
-      )
-      _save(
-        path,
-        {
-          **found,
-          "indices": rows,
-          "class_names": np.array(class_names),
-          "identity": np.array(identity),
-        },
-      )
-  return paths
+  rows = np.array(analysis.images(settings, len(subject.labels)))
+  images = _as_float(subject.images[rows])
+  labels = subject.labels[rows]
+  arguments = analysis.arguments(settings, subject.images.shape[1:])
+  identity = json.dumps(
+    [
+      {**arguments, "seed": settings.seed},
+      subject.weights,
+      digest([images, labels]),
+    ],
+    default=str,
+  )
+  if _is_there(path, identity):
+    return
+  found = analysis.compute(
+    jax.random.key(settings.seed),
+    subject.networks,
+    images,
+    labels,
+    mesh=mesh,
+    **arguments,
+  )
+  if jax.process_index() == 0:
+    files.write_arrays(
+      path,
+      {
+        **found,
+        "indices": rows,
+        "class_names": np.array(subject.class_names),
+        "identity": np.array(identity),
+      },
+    )
+
+
+def digest(tree: PyTree) -> int:
+  """Returns a checksum of all numbers of a tree of arrays on the host."""
+  mark = 0
+  for leaf in jax.tree.leaves(tree):
+    mark = zlib.crc32(np.ascontiguousarray(leaf).tobytes(), mark)
+  return mark
 
 
 def _as_float(images: np.ndarray) -> np.ndarray:
@@ -315,27 +269,34 @@ def _as_float(images: np.ndarray) -> np.ndarray:
   return images.astype(np.float32) / np.float32(255)
 
 
-def _digest(tree: PyTree) -> int:
-  """A mark of all numbers of a tree of arrays."""
-  mark = 0
-  for leaf in jax.tree.leaves(tree):
-    mark = zlib.crc32(np.ascontiguousarray(leaf).tobytes(), mark)
-  return mark
-
-
 def _is_there(path: pathlib.Path, identity: str) -> bool:
   try:
     with path.open("rb") as file, np.load(file) as old:
       return str(old.get("identity")) == identity
   except (AttributeError, EOFError, OSError, ValueError, zipfile.BadZipFile):
-    return False  # not there, or damaged: made again
+    return False  # missing, or damaged: computed again
 
 
-def _save(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
-  """Writes a whole file or none (process 0 only)."""
-  if jax.process_index():
-    return
-  path.parent.mkdir(parents=True, exist_ok=True)
-  partial = path.with_name(f".{path.stem}.partial.npz")
-  np.savez(partial, **arrays)  # type: ignore[arg-type]
-  os.replace(partial, path)
+def section(
+  analysis: Analysis, path: pathlib.Path, directory: pathlib.Path
+) -> Section | None:
+  """Draws an analysis and says what it found; None if it has no file.
+
+  Args:
+    analysis: The analysis.
+    path: Its file. `results.json` beside it may add AutoAttack's accuracies.
+    directory: Directory for the pictures.
+
+  Raises:
+    UserError: The file cannot be read, or lacks an array.
+  """
+  data = files.read_arrays(path)
+  if data is None:
+    return None
+  pictures = analysis.draw(data, directory)
+  return Section(*analysis.find(data), pictures, analysis.wide)
+
+
+def network_names(data: files.Arrays) -> list[str]:
+  """Returns the names of the networks that a file is about."""
+  return [str(name) for name in data["networks"]]

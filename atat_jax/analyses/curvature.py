@@ -1,22 +1,48 @@
-"""How strongly the loss bends at an image: the Hessian's largest eigenvalue."""
+"""Curvature of the loss at images: the largest eigenvalue of its Hessian.
 
+By power iteration with Hessian-vector products, all in one compiled loop that
+ends when every image of a batch has converged. The eigenvalue keeps its sign
+(it is the Rayleigh quotient). A residual |H v - lambda v| / |lambda| of r says
+that an eigenvalue lies within r |lambda| of lambda.
+
+Mind what this sees. A network of (leaky) ReLUs is linear in its normalised
+input between kinks: within a linear region only the softmax bends the loss
+(the Gauss-Newton part, J^T (diag(p) - p p^T) J, which is never negative) and
+the normalisation of the input, where it is per image. The kinks themselves,
+where such a loss surface turns, add nothing. And where the softmax is
+saturated, p near one class, the curvature vanishes: a network that is sure of
+itself on clean images looks flat there, and need not be robust. Attacked images
+show that; the landscape shows the kinks.
+
+Arrays: `networks` [m], `num_examples`, `protocol`, `tolerance`, and for each
+network `<name>_eigenvalue` float32 [n], in nats per squared unit of the pixels,
+`<name>_residual` float32 [n], `<name>_mean`, the mean eigenvalue, and
+`<name>_interval` float64 [2], its 95 % confidence interval by the normal
+approximation (NaN for one image).
+"""
+
+import functools
+import pathlib
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import Mesh
 
-from atat_jax import checks, compilation, losses, rng
+from atat_jax import checks, compilation, losses, rng, sharding
+from atat_jax.analyses import base
 from atat_jax.data import batches
+from atat_jax.drawing import style
+from atat_jax.drawing.style import Axes
 from atat_jax.evaluation.networks import Networks, classifiers
+from atat_jax.runs import files, intervals, wording
 from atat_jax.typing import Array, Classifier
-
-_NORMAL_95 = 1.96  # standard errors to either side
 
 
 class _Iterate(NamedTuple):
-  """The state of a power iteration on B matrices."""
+  """State of a power iteration on B matrices."""
 
   number: Array  # int32
   vectors: Array  # [B, H, W, C], of length 1
@@ -28,8 +54,8 @@ def _dot(a: Array, b: Array) -> Array:
   return (a * b).reshape(len(a), -1).sum(-1)
 
 
-def _of_length_one(x: Array) -> Array:
-  """Each example scaled to an l2 norm of 1, however small it is; or 0."""
+def _normalized(x: Array) -> Array:
+  """Scales each example to an l2 norm of 1, however small it is; 0 stays 0."""
   shape = (-1, 1, 1, 1)
   largest = jnp.abs(x).reshape(len(x), -1).max(-1).reshape(shape)
   x = x / jnp.where(largest == 0, 1.0, largest)  # the squares do not vanish
@@ -45,7 +71,7 @@ def _power_iteration(
   tolerance: Array,
   num_iterations: Array,
 ) -> tuple[Array, Array]:
-  """Eigenvalues and residuals [B]."""
+  """Returns eigenvalues and residuals [B]."""
 
   def total_loss(x: Array) -> Array:
     return losses.cross_entropy(classifier(x), labels).sum()
@@ -68,7 +94,7 @@ def _power_iteration(
 
   def body(carry: tuple[Array, _Iterate]) -> tuple[Array, _Iterate]:
     product, last = carry
-    return measure(last.number + 1, _of_length_one(product))
+    return measure(last.number + 1, _normalized(product))
 
   def unfinished(carry: tuple[Array, _Iterate]) -> Array:
     _, last = carry
@@ -77,7 +103,7 @@ def _power_iteration(
     return (last.number < num_iterations) & open_.any()
 
   start = jax.random.normal(key, images.shape, images.dtype)
-  first = measure(jnp.ones((), jnp.int32), _of_length_one(start))
+  first = measure(jnp.ones((), jnp.int32), _normalized(start))
   _, last = lax.while_loop(unfinished, body, first)
   return last.eigenvalues, last.residuals
 
@@ -85,7 +111,28 @@ def _power_iteration(
 _jitted = compilation.jit(_power_iteration)
 
 
-def curvature(
+def _measure(
+  number: int,
+  images: Array,
+  labels: Array,
+  *,
+  key: Array,
+  classifier: Classifier,
+  tolerance: float,
+  num_iterations: int,
+) -> tuple[Array, Array]:
+  """Returns eigenvalues and residuals [B] of one batch."""
+  return _jitted(
+    rng.stream(key, "curvature", number),
+    classifier,
+    images,
+    labels,
+    jnp.asarray(tolerance, images.dtype),
+    jnp.asarray(num_iterations, jnp.int32),
+  )
+
+
+def loss_curvature(
   key: Array,
   networks: Networks,
   images: Array | np.ndarray,
@@ -94,56 +141,34 @@ def curvature(
   num_iterations: int = 100,
   tolerance: float = 0.05,
   batch_size: int = 64,
+  mesh: Mesh | None = None,
 ) -> dict[str, np.ndarray]:
-  """The eigenvalue of largest magnitude of the loss's Hessian in the pixels.
-
-  By power iteration with Hessian-vector products, all in one compiled loop that
-  ends when every image of a batch has converged. The eigenvalue keeps its sign
-  (it is the Rayleigh quotient). A residual |H v - lambda v| / |lambda| of r
-  says that an eigenvalue lies within r |lambda| of lambda.
-
-  Mind what this sees. A network of (leaky) ReLUs is linear in its normalised
-  input between kinks: within a linear region only the softmax bends the loss
-  (the Gauss-Newton part, J^T (diag(p) - p p^T) J, which is never negative) and
-  the normalisation of the input, where it is per image. The kinks themselves,
-  where such a loss surface turns, add nothing. And where the softmax is
-  saturated, p near one class, the curvature vanishes: a network that is sure of
-  itself on clean images looks flat there, and need not be a step away. Attacked
-  images show that; the landscape shows the kinks.
+  """Returns the eigenvalues of largest magnitude of the loss's Hessians.
 
   Args:
     key: Random key of the first vectors.
     networks: Name to (module, variables); running statistics.
     images: Float [n, H, W, C] in [0, 1], a few hundred; clean or attacked.
     labels: Integers [n]: the true classes.
-    num_iterations: The most products of Hessian and vector.
-    tolerance: The residual at which an image has converged.
-    batch_size: Images at a time.
+    num_iterations: Largest number of products of Hessian and vector.
+    tolerance: Residual at which an image has converged.
+    batch_size: Images at a time, over all devices.
+    mesh: The devices; None: all of them.
 
   Returns:
-    `networks` [m], `num_examples`, `protocol`, `tolerance`, and for each
-    network
-    `<name>_eigenvalue` float32 [n], in nats per squared unit of the pixels,
-    `<name>_residual` float32 [n],
-    `<name>_mean`, the mean eigenvalue, and
-    `<name>_interval` float64 [2], its 95 % confidence interval by the normal
-    approximation (NaN for one image).
+    The arrays that the module describes, by name.
 
   Raises:
     UserError: An argument of a wrong shape, dtype or range, by name.
   """
-  for name, value in (
-    ("num_iterations", num_iterations),
-    ("batch_size", batch_size),
-  ):
-    checks.positive(name, value, integer=True)
+  checks.positive("num_iterations", num_iterations, integer=True)
+  checks.positive("batch_size", batch_size, integer=True)
   checks.positive("tolerance", tolerance)
   named, images, labels, _ = classifiers(networks, images, labels)
-  count = len(labels)
-  indices, _ = batches.eval_batches(count, min(batch_size, count))
+  mesh = sharding.make_mesh() if mesh is None else mesh
   found = {
     "networks": np.array(list(named)),
-    "num_examples": np.array(count),
+    "num_examples": np.array(len(labels)),
     "protocol": np.array(
       f"power iteration to a residual of {tolerance:g}, at most"
       f" {num_iterations} Hessian-vector products; running statistics"
@@ -151,31 +176,116 @@ def curvature(
     "tolerance": np.array(tolerance),
   }
   for name, classifier in named.items():
-    parts = [
-      _jitted(
-        rng.stream(key, "curvature", number),
-        classifier,
-        images[rows],
-        labels[rows],
-        jnp.asarray(tolerance, images.dtype),
-        jnp.asarray(num_iterations, jnp.int32),
-      )
-      for number, rows in enumerate(indices)
-    ]
-    eigenvalues, residuals = (
-      np.concatenate(part)[:count] for part in zip(*parts, strict=True)
+    measure = functools.partial(
+      _measure,
+      key=key,
+      classifier=sharding.put_replicated(mesh, classifier),
+      tolerance=tolerance,
+      num_iterations=num_iterations,
     )
+    size = min(batch_size, len(labels))
+    eigenvalues, residuals = batches.map_batches(
+      measure, images, labels, batch_size=size, mesh=mesh
+    )
+    mean, interval = intervals.mean(eigenvalues)
     found[f"{name}_eigenvalue"] = eigenvalues
     found[f"{name}_residual"] = residuals
-    mean, interval = _mean_interval(eigenvalues)
     found[f"{name}_mean"], found[f"{name}_interval"] = mean, interval
   return found
 
 
-def _mean_interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """The mean of [n] values and its 95 % interval [2], by normal approximation."""
-  values = np.asarray(values, np.float64)
-  with np.errstate(invalid="ignore"):  # 0 / 0 for one value
-    error = values.std() / np.sqrt(np.float64(len(values) - 1))
-  mean = values.mean()
-  return np.array(mean), mean + _NORMAL_95 * error * np.array([-1.0, 1.0])
+def _draw(data: files.Arrays, directory: pathlib.Path) -> list[pathlib.Path]:
+  """Draws a row a network: the spread of the eigenvalues and their mean."""
+  names = base.network_names(data)
+  colors = style.model_colors(names)
+  with style.context():
+    fig = style.new_figure(5.2, 2.0 + 0.38 * len(names))
+    ax = fig.add_subplot()
+    ax.set_title("Curvature of the loss: its Hessian in the pixels")
+    ax.set_xscale("log")
+    for number, name in enumerate(names):
+      _draw_row(ax, data, number, name, colors[name])
+    ax.set_yticks(range(len(names)), names)
+    ax.set_ylim(len(names) - 0.5, -0.5)  # the first model on top
+    ax.tick_params(axis="y", length=0)
+    ax.grid(visible=False, axis="y")
+    ax.set_xlabel("largest |eigenvalue| (nats per squared unit of pixels)")
+    style.caption(fig, _how_to_read(data))
+    return [style.save(fig, directory / "curvature.png")]
+
+
+def _draw_row(
+  ax: Axes, data: files.Arrays, row: int, name: str, color: str
+) -> None:
+  values = np.abs(data[f"{name}_eigenvalue"])
+  low, quarter, median, three_quarters, high = np.percentile(
+    values[values > 0] if (values > 0).any() else [np.nan],
+    [5, 25, 50, 75, 95],
+  )
+  ax.plot([low, high], [row, row], color=color, linewidth=1.2)
+  ax.barh(
+    row,
+    three_quarters - quarter,
+    0.5,
+    left=quarter,
+    facecolor="white",
+    edgecolor=color,
+    linewidth=1.6,
+  )
+  ax.plot([median, median], [row - 0.25, row + 0.25], color=color)
+  mean = abs(float(data[f"{name}_mean"]))
+  ends = np.sort(abs(data[f"{name}_interval"]))
+  ax.plot(ends, [row, row], color=style.BLACK, linewidth=2.5)
+  ax.plot(mean, row, "D", color=style.BLACK, markersize=5)
+
+
+def _how_to_read(data: files.Arrays) -> str:
+  names = base.network_names(data)
+  negative = np.mean([(data[f"{n}_eigenvalue"] < 0).mean() for n in names])
+  converged = np.mean(
+    [(data[f"{n}_residual"] <= data["tolerance"]).mean() for n in names]
+  )
+  return (
+    f"{wording.plural(int(data['num_examples']), 'image')}. Diamond: mean with"
+    " its 95 % interval; box: quartiles and median; line: 5th to 95th"
+    f" percentile. {wording.percent(negative)} of the eigenvalues are negative."
+    f" {wording.percent(converged)} have converged ({data['protocol']})."
+  )
+
+
+def _find(data: files.Arrays) -> base.Finding:
+  names = base.network_names(data)
+  means = {name: float(data[f"{name}_mean"]) for name in names}
+  parts = []
+  for name in names:
+    low, high = data[f"{name}_interval"]
+    parts.append(f"{name} {means[name]:.3g} (95% {low:.3g} to {high:.3g})")
+  sentence = (
+    "The largest eigenvalue of the loss's Hessian in the pixels is on average"
+    f" {wording.listed(parts)}."
+  )
+  flattest = min(names, key=lambda name: abs(means[name]))
+  steepest = max(names, key=lambda name: abs(means[name]))
+  if flattest != steepest and means[flattest]:
+    ratio = abs(means[steepest] / means[flattest])
+    sentence += (
+      f" The loss of {steepest} bends {ratio:.3g} times as much as that of"
+      f" {flattest}."
+    )
+  caption = (
+    "How strongly the loss bends at the clean images. A network that is sure of"
+    " itself looks flat there and need not be robust: the landscape and the"
+    " attacks say more."
+    f" {wording.plural(int(data['num_examples']), 'image')}, {data['protocol']}."
+  )
+  return base.Finding("Curvature of the loss", sentence, caption)
+
+
+ANALYSIS = base.Analysis(
+  stem="curvature",
+  compute=loss_curvature,
+  arguments=lambda settings, _: {"batch_size": settings.batch_size},
+  images=base.first("num_examples"),
+  draw=_draw,
+  find=_find,
+)

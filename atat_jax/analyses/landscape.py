@@ -1,17 +1,40 @@
-"""The loss around images, over the plane of two directions (Fig. 7)."""
+"""The loss around images, over the plane of two directions (Fig. 7).
+
+As in the paper, the second direction r is a Rademacher direction (each entry -1
+or 1 with probability one half), drawn for each image and shared by the networks.
+The first, sign(grad), is each network's own, at the clean image. The paper does
+not say how far a and b go; here both go from -radius to radius, so that with the
+radius of an attack the edge b = 0, a = radius is FGSM's point but for the clip.
+
+Points are not clipped to [0, 1]: clipping would bend the plane wherever a pixel
+is near 0 or 1. So a point may be no image that an attack could make.
+
+Arrays: `networks` [m], `images` [n, H, W, C], `labels` int32 [n], `protocol`,
+`coefficients` float32 [P], `random_direction` int8 [n, H, W, C], and for each
+network `<name>_loss` float32 [n, P, P] (image, a, b), in nats,
+`<name>_margin` float32 [n, P, P], the highest other logit minus the true class's
+(positive where the prediction is wrong), and
+`<name>_gradient_direction` int8 [n, H, W, C].
+"""
+
+import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import Mesh
 
 from atat_jax import checks, compilation, losses, rng
+from atat_jax.analyses import base
+from atat_jax.drawing import style, surfaces
 from atat_jax.errors import UserError
 from atat_jax.evaluation.networks import Networks, classifiers
+from atat_jax.runs import files, wording
 from atat_jax.typing import Array, Classifier
 
 PAPER_INDICES = (1450, 7558)
-"""The test images of CIFAR-10 that the paper shows."""
+"""Test images of CIFAR-10 that the paper shows."""
 
 
 def _surface(
@@ -23,7 +46,7 @@ def _surface(
   *,
   rows: int,
 ) -> tuple[Array, Array, Array]:
-  """Losses and margins [n, P, P] over the plane, and sign(grad)."""
+  """Returns losses and margins [n, P, P] over the plane, and sign(grad)."""
 
   def total_loss(x: Array) -> Array:
     return losses.cross_entropy(classifier(x), labels).sum()
@@ -32,7 +55,7 @@ def _surface(
   count, side = len(images), len(coefficients)
   points = jnp.arange(count * side * side).reshape(-1, rows)
 
-  def look(point: Array) -> tuple[Array, Array]:
+  def measure(point: Array) -> tuple[Array, Array]:
     image, place = jnp.divmod(point, side * side)
     along, across = jnp.divmod(place, side)
 
@@ -44,7 +67,7 @@ def _surface(
     y = labels[image]
     return losses.cross_entropy(logits, y), losses.margin(logits, y)
 
-  value, margin = lax.map(look, points)
+  value, margin = lax.map(measure, points)
   shape = (count, side, side)
   return value.reshape(shape), margin.reshape(shape), gradient_direction
 
@@ -61,20 +84,9 @@ def loss_landscape(
   radius: float,
   num_points: int = 41,
   batch_size: int = 256,
+  mesh: Mesh | None = None,
 ) -> dict[str, np.ndarray]:
-  """Cross-entropy at x + a * sign(grad of the loss) + b * r for each image x.
-
-  As in Fig. 7 of the paper, r is a Rademacher direction (each entry -1 or 1
-  with probability one half). sign(grad) is each network's own, at the clean
-  image: the paper writes it with the gradient of the model that it shows. r is
-  drawn for each image and shared by the networks. The paper does not say how
-  far a and b go; here both go from -radius to radius, so that with the radius
-  of an attack the edge b = 0, a = radius is FGSM's point but for the clip.
-
-  Points are not clipped to [0, 1]: the surface is of the network's loss over
-  its input space. Clipping would bend the plane wherever a pixel is near 0 or
-  1, and show edges and plateaus that are the clip's and not the network's. So
-  a point may lie outside the box, and be no image that an attack could make.
+  """Returns cross-entropy at x + a sign(grad of the loss) + b r for images x.
 
   One compiled program a network goes through all points, with exactly one
   forward pass a point, and one gradient an image.
@@ -82,58 +94,40 @@ def loss_landscape(
   Args:
     key: Random key of the Rademacher directions.
     networks: Name to (module, variables); running statistics.
-    images: Float [n, H, W, C] in [0, 1]: those to look at, e.g. `PAPER_INDICES`
-      of CIFAR-10's test images.
+    images: Float [n, H, W, C] in [0, 1], e.g. those of `PAPER_INDICES`.
     labels: Integers [n]: the true classes.
     radius: Half the side of the square, in the unit of the pixels.
     num_points: P, points a side; odd, so that the image itself is one.
-    batch_size: The most points at a time. So many are taken as divide their
-      number: 82 of 41 x 41 points of 2 images.
+    batch_size: Largest number of points at a time. So many are taken as divide
+      their number: 82 of 41 x 41 points of 2 images.
+    mesh: Ignored: it is computed where the variables are.
 
   Returns:
-    `networks` [m], `images` [n, H, W, C], `labels` int32 [n], `protocol`,
-    `coefficients` float32 [P], `random_direction` int8 [n, H, W, C], and for
-    each network
-    `<name>_loss` float32 [n, P, P] (image, a, b), in nats,
-    `<name>_margin` float32 [n, P, P], the highest other logit minus the true
-    class's (positive where the prediction is wrong), and
-    `<name>_gradient_direction` int8 [n, H, W, C].
+    The arrays that the module describes, by name.
 
   Raises:
     UserError: An argument of a wrong shape, dtype or range, by name.
   """
+  del mesh
   checks.positive("radius", radius)
   checks.positive("batch_size", batch_size, integer=True)
   checks.positive("num_points", num_points, integer=True)
   if num_points % 2 == 0 or num_points < 3:
     raise UserError(f"num_points: {num_points}; allowed: odd, at least 3")
   named, images, labels, _ = classifiers(networks, images, labels)
-  # The point in the middle is 0 exactly.
-  coefficients = np.float32(radius) * np.linspace(
-    -1, 1, num_points, dtype=np.float32
-  )
-  random_direction = np.asarray(
-    jax.random.rademacher(rng.stream(key, "rademacher"), images.shape, np.int8)
-  )
+  coefficients, signs = _plane(key, images.shape, radius, num_points)
+  rows = _largest_divisor(len(images) * num_points**2, batch_size)
   found = {
     "networks": np.array(list(named)),
     "images": images,
     "labels": labels,
-    "protocol": np.array(
-      "cross-entropy at x + a sign(gradient) + b Rademacher, not clipped to"
-      " [0, 1]; running statistics"
-    ),
+    "protocol": np.array(_PROTOCOL),
     "coefficients": coefficients,
-    "random_direction": random_direction,
+    "random_direction": signs,
   }
   for name, classifier in named.items():
     value, margin, direction = _jitted(
-      classifier,
-      images,
-      labels,
-      random_direction,
-      coefficients,
-      rows=_largest_divisor(len(images) * num_points**2, batch_size),
+      classifier, images, labels, signs, coefficients, rows=rows
     )
     found[f"{name}_loss"] = np.asarray(value)
     found[f"{name}_margin"] = np.asarray(margin)
@@ -141,6 +135,109 @@ def loss_landscape(
   return found
 
 
+def _plane(
+  key: Array, shape: tuple[int, ...], radius: float, num_points: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Returns coefficients float32 [P] and Rademacher directions int8 [n, ...]."""
+  # The point in the middle is 0 exactly.
+  places = np.linspace(-1, 1, num_points, dtype=np.float32)
+  signs = jax.random.rademacher(rng.stream(key, "rademacher"), shape, np.int8)
+  return np.float32(radius) * places, np.asarray(signs)
+
+
+_PROTOCOL = (
+  "cross-entropy at x + a sign(gradient) + b Rademacher, not clipped to [0, 1];"
+  " running statistics"
+)
+
+
 def _largest_divisor(number: int, limit: int) -> int:
-  """Of the number, among those up to the limit."""
+  """Returns the largest divisor of a number up to a limit."""
   return max(n for n in range(1, min(number, limit) + 1) if number % n == 0)
+
+
+def _draw(data: files.Arrays, directory: pathlib.Path) -> list[pathlib.Path]:
+  """Draws a figure for each image: a surface and its contours a network.
+
+  Titles use `indices` [n] and `class_names` [K], where the file has them.
+  """
+  return [
+    _draw_image(data, image, directory / f"loss_landscape_{image + 1}.png")
+    for image in range(len(data["labels"]))
+  ]
+
+
+def _draw_image(
+  data: files.Arrays, image: int, path: pathlib.Path
+) -> pathlib.Path:
+  shown = [
+    surfaces.Surface(
+      name, data[f"{name}_loss"][image], data[f"{name}_margin"][image]
+    )
+    for name in base.network_names(data)
+  ]
+  with style.context():
+    fig = surfaces.draw(
+      shown,
+      title=_title(data, image),
+      unit="nats",
+      axis_names=("a, along sign(gradient)", "b, Rademacher"),
+    )
+    style.caption(
+      fig,
+      f"{data['protocol']}. a and b in units of {_radius(data)}. Surfaces: one scale for"
+      " all models; below: the loss in nats on each model's own scale. Cross: the"
+      " image. Thick line: where the prediction turns from right to wrong.",
+    )
+    return style.save(fig, path)
+
+
+def _radius(data: files.Arrays) -> str:
+  # The file has it in float32.
+  return wording.pixels(float(f"{data['coefficients'][-1]:.6g}"))
+
+
+def _title(data: files.Arrays, image: int) -> str:
+  number = int(data["indices"][image]) if "indices" in data else image + 1
+  label = data["labels"][image]
+  name = data["class_names"][label] if "class_names" in data else label
+  return f"Loss around image {number} (class {str(name).replace('_', ' ')})"
+
+
+def _find(data: files.Arrays) -> base.Finding:
+  parts = []
+  for name in base.network_names(data):
+    value = data[f"{name}_loss"]
+    middle = value.shape[1] // 2
+    along = value[:, -1, middle].mean() - value[:, middle, middle].mean()
+    wrong = (data[f"{name}_margin"] > 0).mean()
+    parts.append(
+      f"{name}: the loss changes by {along:+.2g} nats from the image to the end"
+      f" of the gradient's direction and reaches {value.max():.2g};"
+      f" {wording.percent(wrong)} of the plane is classified wrongly."
+    )
+  count = wording.plural(len(data["labels"]), "image")
+  caption = (
+    "The loss around an image: a along the sign of the gradient, b along random"
+    f" signs, in units of {_radius(data)}. Surfaces: all models on one scale; below: each"
+    " on a scale of its own. Vermilion line: where the prediction turns wrong."
+    f" {data['protocol']}."
+  )
+  return base.Finding(
+    "Loss landscape",
+    f"Around {count}, on average. {' '.join(parts)}",
+    caption,
+  )
+
+
+ANALYSIS = base.Analysis(
+  stem="loss_landscape",
+  compute=loss_landscape,
+  arguments=lambda settings, _: {
+    "radius": settings.epsilon,
+    "num_points": settings.num_points,
+  },
+  images=lambda settings, _: settings.indices,
+  draw=_draw,
+  find=_find,
+)

@@ -1,151 +1,33 @@
-"""Accuracy against the strength of an attack: its steps, its radius (Fig. 8).
+"""Accuracy against the steps of an attack (Fig. 8).
 
 A hundred numbers of steps are one attack of a hundred steps that is watched:
 the pass that yields a step's gradient also says who is still right, so every
 number of steps costs the longest attack and one more forward pass.
+
+Arrays: `networks` [m], `num_examples`, `chance` (1 / K), `protocol`, `norm`,
+`epsilon`, `steps` int [s + 1] from 0, the random start, and for each network
+`<name>_clean`, the accuracy without attack,
+`<name>_accuracy` float64 [s + 1] at each iterate,
+`<name>_worst_case` float64 [s + 1], the share of images that no iterate so far
+has fooled, and `<name>_correct` bool [s + 1, n], image by image.
 """
 
-import dataclasses
-from collections.abc import Callable, Sequence
+import pathlib
+from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from atat_jax import checks, compilation, losses, rng, sharding
-from atat_jax.attacks import balls, base
-from atat_jax.data import batches
-from atat_jax.errors import UserError
-from atat_jax.evaluation import iterates
-from atat_jax.evaluation.auditing import growing
-from atat_jax.evaluation.networks import Networks, classifiers
-from atat_jax.typing import Array, Classifier
+from atat_jax import checks
+from atat_jax.analyses import base
+from atat_jax.attacks import balls
+from atat_jax.drawing import panels, style
+from atat_jax.evaluation import rules, sweeps
+from atat_jax.evaluation.networks import Networks
+from atat_jax.runs import files, tables, wording
+from atat_jax.typing import Array
 
-
-def _watched(
-  key: Array,
-  classifier: Classifier,
-  images: Array,
-  labels: Array,
-  epsilon: Array,
-  step_size: Array,
-  *,
-  num_steps: int,
-  norm: str,
-  loss: str,
-) -> Array:
-  """Who is right at each iterate of PGD, bool [num_steps + 1, B]."""
-
-  def keep(correct: Array, step: Array, _: Array, logits: Array) -> Array:
-    return correct.at[step].set(logits.argmax(-1) == labels)
-
-  return iterates.watch(
-    key,
-    classifier,
-    images,
-    labels,
-    jnp.zeros((num_steps + 1, images.shape[0]), bool),
-    keep,
-    epsilon=epsilon,
-    step_size=step_size,
-    num_steps=num_steps,
-    norm=norm,
-    loss=loss,
-  )
-
-
-def _clean(classifier: Classifier, images: Array, labels: Array) -> Array:
-  return classifier(images).argmax(-1) == labels
-
-
-_jitted_watched = compilation.jit(
-  _watched, static_argnames=("num_steps", "norm", "loss")
-)
-_jitted_clean = compilation.jit(_clean)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Data:
-  """Images with their labels, on the host, and how they are gone through."""
-
-  images: np.ndarray
-  labels: np.ndarray
-  batch_size: int
-  mesh: Mesh
-
-  def gather(
-    self, function: Callable[[int, Array, Array], Array]
-  ) -> np.ndarray:
-    """(number of the batch, images, labels) to bool [..., B]; all [..., n]."""
-    count = len(self.labels)
-    indices, _ = batches.eval_batches(count, min(self.batch_size, count))
-    found = []
-    for number, rows in enumerate(indices):
-      x = sharding.put_batch(self.mesh, self.images[rows])
-      y = sharding.put_batch(self.mesh, self.labels[rows])
-      found.append(sharding.to_host(self.mesh, function(number, x, y)))
-    return np.concatenate(found, axis=-1)[..., :count]
-
-
-def _clean_correct(classifier: Classifier, data: _Data) -> np.ndarray:
-  """Who is right without attack, bool [n]."""
-  return data.gather(lambda _, x, y: _jitted_clean(classifier, x, y))
-
-
-def _correct_by_step(
-  key: Array,
-  classifier: Classifier,
-  data: _Data,
-  *,
-  epsilon: float,
-  step_size: float,
-  num_steps: int,
-  norm: str,
-  loss: str,
-) -> np.ndarray:
-  """Who is right after each step, bool [num_steps + 1, n]."""
-  return data.gather(
-    lambda number, x, y: _jitted_watched(
-      rng.stream(key, "evaluation", number),
-      classifier,
-      x,
-      y,
-      jnp.asarray(epsilon, x.dtype),
-      jnp.asarray(step_size, x.dtype),
-      num_steps=num_steps,
-      norm=norm,
-      loss=loss,
-    )
-  )
-
-
-def _prepare(
-  networks: Networks,
-  images: Array | np.ndarray,
-  labels: Array | np.ndarray,
-  *,
-  num_steps: int,
-  loss: str,
-  batch_size: int,
-  mesh: Mesh | None,
-) -> tuple[dict[str, Classifier], _Data, dict[str, np.ndarray]]:
-  """Checks; classifiers on the devices, the data, what both sweeps return."""
-  checks.choice("loss", loss, losses.ATTACK_LOSSES)
-  for name, value in (("num_steps", num_steps), ("batch_size", batch_size)):
-    checks.positive(name, value, integer=True)
-  named, images, labels, num_classes = classifiers(networks, images, labels)
-  base.check_loss(loss, num_classes)
-  mesh = sharding.make_mesh() if mesh is None else mesh
-  placed = {
-    name: sharding.put_replicated(mesh, classifier)
-    for name, classifier in named.items()
-  }
-  shared = {
-    "networks": np.array(list(named)),
-    "num_examples": np.array(len(labels)),
-    "chance": np.array(1 / num_classes),
-  }
-  return placed, _Data(images, labels, batch_size, mesh), shared
+_TICKS = (0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 
 
 def attack_steps(
@@ -162,35 +44,28 @@ def attack_steps(
   batch_size: int = 128,
   mesh: Mesh | None = None,
 ) -> dict[str, np.ndarray]:
-  """Accuracy after every step of PGD, in one pass of one attack (Fig. 8).
+  """Returns the accuracy after every step of PGD, in one pass of one attack.
 
-  What stands after k steps is what `attacks.pgd` with num_steps=k leaves, as
+  The iterate after k steps is what `attacks.pgd` with num_steps=k returns, as
   its step size does not depend on k. Batches draw from the keys from which
   `evaluation.accuracy` draws: with its key and batch size, the accuracy after
   20 steps is that of the protocol pgd20.
 
   Args:
     key: Random key of the starts.
-    networks: Name to (module, variables); running statistics.
-    images: Float [n, H, W, C] in [0, 1], any number.
-    labels: Integers [n]: the true classes.
+    networks: Name to (module, variables); more in `sweeps.prepare`.
+    images: Float [n, H, W, C] in [0, 1].
+    labels: Integers [n].
     epsilon: Radius of the ball, in the unit of the pixels. The paper: 8/255.
     step_size: Length of a step, in the same unit. The paper: 2/255.
-    num_steps: Of the longest attack. The paper: 100.
-    norm: "linf", "l2" or "l1".
-    loss: What the attack increases, one of `losses.ATTACK_LOSSES`.
-    batch_size: Images at a time, over all devices.
-    mesh: The devices; None: all of them.
+    num_steps: Number of steps. The paper: 100.
+    norm: Norm of the ball: linf, l2 or l1.
+    loss: Loss that the attack increases.
+    batch_size: Images at a time.
+    mesh: The devices.
 
   Returns:
-    `networks` [m], `num_examples`, `chance` (1 / K), `protocol`, `norm`,
-    `epsilon`, `steps` int [num_steps + 1] from 0, the random start, and for
-    each network
-    `<name>_clean`, the accuracy without attack,
-    `<name>_accuracy` float64 [num_steps + 1] at each iterate,
-    `<name>_worst_case` float64 [num_steps + 1], the share of images that no
-    iterate so far has fooled, and
-    `<name>_correct` bool [num_steps + 1, n], image by image.
+    The arrays that the module describes, by name.
 
   Raises:
     UserError: An argument of a wrong shape, dtype or range, by name.
@@ -198,156 +73,135 @@ def attack_steps(
   checks.choice("norm", norm, balls.BALLS)
   checks.epsilon(epsilon, norm)
   checks.positive("step_size", step_size)
-  named, data, found = _prepare(
-    networks,
-    images,
-    labels,
-    num_steps=num_steps,
-    loss=loss,
-    batch_size=batch_size,
-    mesh=mesh,
+  sweep = sweeps.prepare(
+    networks, images, labels, num_steps, loss, batch_size, mesh
   )
-  found |= {
-    "protocol": np.array(
-      f"PGD, {norm}, epsilon {epsilon:.4g}, steps of {step_size:.4g}, random"
-      f" start, {loss} loss; running statistics"
-    ),
+  found = sweep.facts() | {
+    "protocol": np.array(_describe(norm, epsilon, step_size, loss)),
     "norm": np.array(norm),
     "epsilon": np.array(float(epsilon)),
     "steps": np.arange(num_steps + 1),
   }
-  for name, classifier in named.items():
-    correct = _correct_by_step(
-      key,
-      classifier,
-      data,
-      epsilon=epsilon,
-      step_size=step_size,
-      num_steps=num_steps,
-      norm=norm,
-      loss=loss,
-    )
-    found[f"{name}_clean"] = np.array(_clean_correct(classifier, data).mean())
-    found[f"{name}_accuracy"] = correct.mean(-1)
-    found[f"{name}_worst_case"] = np.logical_and.accumulate(correct).mean(-1)
-    found[f"{name}_correct"] = correct
+  attack: dict[str, Any] = {"epsilon": epsilon, "step_size": step_size}
+  attack |= {"num_steps": num_steps, "norm": norm, "loss": loss}
+  for name in sweep.classifiers:
+    clean = sweep.clean_correct(name)
+    correct = sweep.correct_by_step(name, key, **attack)
+    statistics = _statistics(clean, correct)
+    found |= {f"{name}_{what}": value for what, value in statistics.items()}
   return found
 
 
-def default_epsilons(
-  epsilon: float, norm: str, num_pixels: int
-) -> tuple[float, ...]:
-  """Radii for `attack_epsilons`, about one that matters.
-
-  Args:
-    epsilon: That radius, in the unit of the pixels.
-    norm: "linf", "l2" or "l1".
-    num_pixels: H * W * C of an image.
-
-  Returns:
-    0, quarters of epsilon up to it, then one and a half of it and doublings to
-    the radius that covers all images.
-  """
-  first, *larger = growing(epsilon, norm, num_pixels)
-  quarters = [first * part for part in (0.0, 0.25, 0.5, 0.75, 1.0)]
-  between = [first * 1.5] if larger and first * 1.5 < larger[0] else []
-  return (*quarters, *between, *larger)
-
-
-def attack_epsilons(
-  key: Array,
-  networks: Networks,
-  images: Array | np.ndarray,
-  labels: Array | np.ndarray,
-  *,
-  epsilons: Sequence[float],
-  num_steps: int = 20,
-  norm: str = "linf",
-  loss: str = "margin",
-  batch_size: int = 128,
-  mesh: Mesh | None = None,
-) -> dict[str, np.ndarray]:
-  """Accuracy under PGD against the radius of the ball, without recompilation.
-
-  A step is a quarter of each radius. In a ball that covers all images any
-  classifier that has more than one answer can be fooled: accuracy that is left
-  there is the attack's failure (vanishing or masked gradients), and casts doubt
-  on every smaller radius. So does accuracy that rises with the radius. The
-  margin is the default because cross-entropy's own gradient vanishes in float32
-  where a network is sure of itself.
-
-  Args:
-    key: Random key of the starts, the same for each radius.
-    networks: Name to (module, variables); running statistics.
-    images: Float [n, H, W, C] in [0, 1], any number.
-    labels: Integers [n]: the true classes.
-    epsilons: Radii in the unit of the pixels, increasing; 0 is no attack. See
-      `default_epsilons`.
-    num_steps: Of each attack.
-    norm: "linf", "l2" or "l1" (whose sparse steps stall at the box).
-    loss: What the attack increases, one of `losses.ATTACK_LOSSES`.
-    batch_size: Images at a time, over all devices.
-    mesh: The devices; None: all of them.
-
-  Returns:
-    `networks` [m], `num_examples`, `chance` (1 / K), `protocol`, `norm`,
-    `epsilons` float64 [e], and for each network
-    `<name>_accuracy` float64 [e] at the last iterate,
-    `<name>_worst_case` float64 [e], the share of images that no iterate in this
-    or a smaller ball has fooled, and
-    `<name>_correct` bool [e, n], image by image, at the last iterate.
-
-  Raises:
-    UserError: An argument of a wrong shape, dtype or range, by name.
-  """
-  checks.choice("norm", norm, balls.BALLS)
-  radii = _increasing(epsilons, norm)
-  named, data, found = _prepare(
-    networks,
-    images,
-    labels,
-    num_steps=num_steps,
-    loss=loss,
-    batch_size=batch_size,
-    mesh=mesh,
+def _describe(norm: str, epsilon: float, step_size: float, loss: str) -> str:
+  numbers = wording.attack(norm=norm, epsilon=epsilon)
+  return (
+    f"PGD, {numbers}, steps of {wording.pixels(step_size)}, random start,"
+    f" {loss} loss; running statistics"
   )
-  found |= {
-    "protocol": np.array(
-      f"PGD, {norm}, {num_steps} steps of a quarter of epsilon, random start,"
-      f" {loss} loss; running statistics"
-    ),
-    "norm": np.array(norm),
-    "epsilons": np.array(radii),
+
+
+def _statistics(
+  clean: np.ndarray, correct: np.ndarray
+) -> dict[str, np.ndarray]:
+  """Returns one network's arrays, from who is right without attack and at steps."""
+  return {
+    "clean": np.array(clean.mean()),
+    "accuracy": correct.mean(-1),
+    "worst_case": np.logical_and.accumulate(correct).mean(-1),
+    "correct": correct,
   }
-  for name, classifier in named.items():
-    last, standing = [], []
-    for radius in radii:
-      if radius == 0:
-        correct = _clean_correct(classifier, data)[None]
-      else:
-        correct = _correct_by_step(
-          key,
-          classifier,
-          data,
-          epsilon=radius,
-          step_size=radius / 4,
-          num_steps=num_steps,
-          norm=norm,
-          loss=loss,
-        )
-      last.append(correct[-1])
-      standing.append(correct.all(0))
-    found[f"{name}_accuracy"] = np.mean(last, axis=-1)
-    found[f"{name}_worst_case"] = np.logical_and.accumulate(standing).mean(-1)
-    found[f"{name}_correct"] = np.array(last)
-  return found
 
 
-def _increasing(epsilons: Sequence[float], norm: str) -> list[float]:
-  radii = [float(radius) for radius in epsilons]
-  for radius in radii:
-    if radius != 0:
-      checks.epsilon(radius, norm, "epsilons")
-  if not radii or radii != sorted(set(radii)):
-    raise UserError(f"epsilons: {epsilons!r}; allowed: one or more, increasing")
-  return radii
+def _autoattack(data: files.Arrays) -> dict[str, tables.Row]:
+  """Returns AutoAttack's rows of the networks, where a `results.json` has them."""
+  rows = files.read_autoattack(
+    data.path.parent, float(data["epsilon"]), str(data["norm"])
+  )
+  names = base.network_names(data)
+  return {name: rows[name] for name in names if name in rows}
+
+
+def _draw(data: files.Arrays, directory: pathlib.Path) -> list[pathlib.Path]:
+  """Draws a line a network: accuracy at the iterate after each step.
+
+  A thin dotted line of its colour is AutoAttack's accuracy, where a
+  `results.json` beside the file has it with the same norm and epsilon.
+  """
+  names, steps = base.network_names(data), data["steps"]
+  autoattack = _autoattack(data)
+  with style.context():
+    fig, ax = panels.accuracy_axes(len(names), float(data["chance"]))
+    accuracies = {name: 100 * data[f"{name}_accuracy"] for name in names}
+    panels.lines(ax, steps, accuracies)
+    colors = style.model_colors(names)
+    for name, row in autoattack.items():
+      ax.axhline(
+        100 * row["accuracy"], color=colors[name], linestyle=":", linewidth=1.2
+      )
+    ax.set_xscale("symlog", linthresh=1, linscale=0.4)
+    ax.set_xlim(0, steps[-1])
+    shown = [tick for tick in _TICKS if tick <= steps[-1]]
+    panels.ticks(ax, shown, "{:g}".format)
+    ax.set_xlabel("steps of PGD (0: the random start)")
+    style.legend(fig, ax)
+    notes = [f"{data['protocol']}.", panels.sample(int(data["num_examples"]))]
+    if autoattack:
+      # By its own name: a run may have had two of its attacks only.
+      attacks = dict.fromkeys(
+        f"{row['attack']}, {wording.plural(row['num_examples'], 'image')}"
+        for row in autoattack.values()
+      )
+      notes.append(f"Dotted, in a model's colour: {' / '.join(attacks)}.")
+    style.caption(fig, " ".join(notes))
+    return [style.save(fig, directory / "attack_steps.png")]
+
+
+def _find(data: files.Arrays) -> base.Finding:
+  names, last = base.network_names(data), int(data["steps"][-1])
+  middle = 20 if last > 20 else max(1, last // 2)
+  parts, gains = [], []
+  for name in names:
+    accuracy = data[f"{name}_accuracy"]
+    gains.append(float(accuracy[middle] - accuracy[-1]))
+    shares = (data[f"{name}_clean"], accuracy[middle], accuracy[-1])
+    listed = wording.listed([wording.percent(float(x)) for x in shares])
+    parts.append(f"{name} {listed}")
+  sentence = (
+    f"Accuracy without attack, after {middle} and after"
+    f" {wording.plural(last, 'step')}: {'; '.join(parts)}. From {middle} to"
+    f" {last} steps it falls by {100 * max(gains):.1f} points at most: "
+    + (
+      f"PGD had converged after {middle}."
+      if max(gains) <= rules.CONVERGED + 1e-9  # of rounding
+      else f"PGD had not converged after {middle}, and fewer steps overstate"
+      " robustness."
+    )
+  )
+  caption = (
+    "Accuracy at the iterate after each step of one attack; step 0 is its random"
+    f" start. {wording.plural(int(data['num_examples']), 'image')},"
+    f" {data['protocol']}."
+  )
+  stronger = [
+    f"{name} {wording.percent(row['accuracy'])} ({row['attack']},"
+    f" {wording.plural(row['num_examples'], 'image')})"
+    for name, row in _autoattack(data).items()
+  ]
+  if stronger:
+    sentence += f" AutoAttack leaves {wording.listed(stronger)}."
+    caption += " Dotted lines: AutoAttack."
+  return base.Finding("Accuracy against the attack's steps", sentence, caption)
+
+
+ANALYSIS = base.Analysis(
+  stem="attack_steps",
+  compute=attack_steps,
+  arguments=lambda settings, _: {
+    "batch_size": settings.batch_size,
+    "num_steps": settings.num_steps,
+    **settings.pgd(),
+  },
+  images=base.first("num_examples"),
+  draw=_draw,
+  find=_find,
+)

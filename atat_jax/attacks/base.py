@@ -1,4 +1,4 @@
-"""What all attacks share: classifiers as pytrees, checks of their arguments."""
+"""Classifiers as pytrees and checks of arguments, shared by all attacks."""
 
 import dataclasses
 import inspect

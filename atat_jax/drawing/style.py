@@ -94,16 +94,29 @@ def new_figure(width: float, height: float, pad: float = 0.04) -> Figure:
 def model_looks(names: Iterable[str]) -> dict[str, Look]:
   """Returns one look a model, the same in every figure of these models.
 
-  Teacher and student have looks of their own; other models take theirs from a
-  fixed cycle, in the order of their names.
+  Teacher and student, also those of a named run ("atat (student)"), have looks
+  of their own; other models take theirs from a fixed cycle, in the order of
+  their names.
 
   Args:
     names: Names of the models, in any order.
   """
   known = dict.fromkeys(str(name) for name in names)
-  others = sorted(name for name in known if name not in _ROLE_LOOKS)
-  cycle = dict(zip(others, itertools.cycle(_OTHER_LOOKS), strict=False))
-  return {name: (_ROLE_LOOKS | cycle)[name] for name in known}
+  roles_of = {name: _role(name) for name in known}
+  shared = list(roles_of.values())
+  looks = {
+    name: _ROLE_LOOKS[role]
+    for name, role in roles_of.items()
+    if role in _ROLE_LOOKS and shared.count(role) == 1
+  }
+  others = sorted(name for name in known if name not in looks)
+  looks |= dict(zip(others, itertools.cycle(_OTHER_LOOKS), strict=False))
+  return {name: looks[name] for name in known}
+
+
+def _role(name: str) -> str:
+  """Returns "student" for "student" and for "atat (student)"."""
+  return name.rpartition("(")[2].rstrip(")")
 
 
 def model_colors(names: Iterable[str]) -> dict[str, str]:
@@ -117,6 +130,23 @@ def line(look: Look, *, marked: bool = False) -> dict[str, Any]:
   return found | ({"marker": look.marker} if marked else {})
 
 
+def legend(fig: Figure, ax: Axes) -> None:
+  """Draws the legend of one of the axes above the figure, in rows that fit."""
+  handles, names = ax.get_legend_handles_labels()
+  fits = sum(len(name) + 6 for name in names) <= 12 * fig.get_figwidth()
+  fig.legend(
+    handles,
+    names,
+    loc="outside upper center",
+    ncols=len(names) if fits else 2,
+  )
+
+
+def letters(size: float, text: str, room: int) -> float:
+  """Returns the size, less for a text of more letters than there is room."""
+  return size * min(1, room / max(len(text), 1))
+
+
 def caption(fig: Figure, text: str, size: float = 8) -> None:
   """Writes sentences below a figure, broken to its width.
 
@@ -125,8 +155,8 @@ def caption(fig: Figure, text: str, size: float = 8) -> None:
     text: The sentences.
     size: Size of the letters, in points.
   """
-  letters = int(fig.get_figwidth() * 72 / (0.52 * size))
-  text = "\n".join(textwrap.wrap(text[0].upper() + text[1:], letters))
+  width = int(fig.get_figwidth() * 72 / (0.52 * size))
+  text = "\n".join(textwrap.wrap(text[0].upper() + text[1:], width))
   fig.supxlabel(text, fontsize=size, color="#444444")
 
 

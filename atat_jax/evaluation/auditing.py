@@ -4,7 +4,7 @@ The checks follow "On Evaluating Adversarial Robustness" (Carlini et al., 2019)
 and the flags of the AutoAttack reference. They ask whether the images keep to
 the rules, whether the classifier is one that gradient attacks can judge, and
 whether a plain attack, given more steps or a larger ball, does what it must.
-A flag is a reason to look closer; no flag is no proof of robustness.
+A flag is a reason to investigate; no flag is no proof of robustness.
 
 The checks, in their order:
   in_ball: whether the images are in the ball and in [0, 1];
@@ -38,8 +38,8 @@ from atat_jax.errors import UserError
 from atat_jax.runs import wording
 from atat_jax.typing import Array, Classifier
 
-# For a randomised classifier: gradients averaged at each point, and evaluations
-# of a set of images.
+# A randomised classifier has this many gradients averaged at each point, and its
+# images are evaluated as often.
 _EOT_SAMPLES = _NUM_EVALUATIONS = 20
 _STEPS_FOR_RADII = 40
 _ROUNDING = 1e-6
@@ -99,9 +99,7 @@ def audit(
   num_steps = _increasing(num_steps)
   data = base.on_host(classifier, images, labels)[:3]
   adversarial = _as_images(adversarial, data[1].shape)
-  audited = _AuditedClassifier(
-    key, *data, norm=norm, batch_size=batch_size, mesh=mesh
-  )
+  audited = _Audited(key, *data, norm=norm, batch_size=batch_size, mesh=mesh)
   trials = audited.trials(num_examples)
   with trials.show_progress(progress, epsilon, num_steps, num_noise):
     found = audited.check(adversarial, epsilon)
@@ -109,7 +107,7 @@ def audit(
   return found
 
 
-class _AuditedClassifier:
+class _Audited:
   """Classifier under audit, with its images."""
 
   def __init__(

@@ -1,10 +1,10 @@
-"""How far apart two attention maps are: four answers, none of them of scale.
+"""Distances between two attention maps: four of them, all blind to scale.
 
 All take maps [..., h, w] >= 0, clean and attacked, of shapes that broadcast, and
 return float32 [...]. 0 is the same attention. A map says where a network looks
 by its values' proportions or order, so multiplying one by a number changes
 nothing. Maps of zeros (Eq. (3) leaves nothing where nothing speaks for the
-class) and equal values are common; what they count as stands at each function.
+class) and equal values are common; each function says how it counts them.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from atat_jax.typing import Array
 
 
 def _flat(clean: Array, attacked: Array) -> tuple[Array, Array]:
-  """Both as float32 [..., h * w], of one shape, their largest value 1 or 0."""
+  """Returns both as float32 [..., h * w] of one shape, with largest value 1 or 0."""
   clean, attacked = jnp.broadcast_arrays(clean, attacked)
   return _scaled(clean), _scaled(attacked)
 
@@ -29,7 +29,7 @@ def _scaled(maps: Array) -> Array:
 
 
 def cosine(clean: Array, attacked: Array) -> Array:
-  """1 - a.b / (|a| |b|), in [0, 1].
+  """Returns 1 - a.b / (|a| |b|), in [0, 1].
 
   Two maps of zeros are at 0; a map of zeros is at 1 from any other.
 
@@ -53,7 +53,7 @@ def cosine(clean: Array, attacked: Array) -> Array:
 
 
 def _ranks(values: Array) -> Array:
-  """Ranks from 1 of [..., n], equal values sharing the mean of theirs."""
+  """Returns ranks from 1 of [..., n]; equal values share their mean rank."""
 
   def one(x: Array) -> Array:
     ordered = jnp.sort(x)
@@ -66,7 +66,7 @@ def _ranks(values: Array) -> Array:
 
 
 def rank_correlation(clean: Array, attacked: Array) -> Array:
-  """1 - Spearman's rank correlation, in [0, 2].
+  """Returns 1 - Spearman's rank correlation, in [0, 2].
 
   Equal values share the mean of their ranks. A map whose values are all equal
   has no order: it is at 1 (no correlation) from any other, two such are at 0.
@@ -89,10 +89,10 @@ def rank_correlation(clean: Array, attacked: Array) -> Array:
 
 
 def _top(values: Array, count: int) -> Array:
-  """Membership [..., n] in the `count` largest, summing to `count`.
+  """Returns membership [..., n] in the `count` largest, summing to `count`.
 
-  1 above the value at the border, 0 below; those equal to it share what is
-  left.
+  It is 1 above the value at the border and 0 below; values equal to it share
+  the remaining places.
   """
   border = jnp.sort(values, -1)[..., -count, None]
   above, at = values > border, values == border
@@ -102,7 +102,7 @@ def _top(values: Array, count: int) -> Array:
 
 
 def top_decile(clean: Array, attacked: Array) -> Array:
-  """1 - the overlap of the highest tenth of both maps' positions, in [0, 1].
+  """Returns 1 - the overlap of both maps' highest tenth of positions, in [0, 1].
 
   The tenth is k = ceil(h w / 10) positions, the overlap the shared share of
   them. Where values at its border are equal, they share the remaining places,
@@ -124,7 +124,7 @@ def top_decile(clean: Array, attacked: Array) -> Array:
 
 
 def _center(flat: Array, height: int, width: int) -> Array:
-  """Row and column [..., 2], in cells; the middle for a map of zeros."""
+  """Returns row and column [..., 2] in cells; the middle for a map of zeros."""
   total = flat.sum(-1, keepdims=True)
   weights = jnp.where(total > 0, flat, 1.0)
   weights = weights / weights.sum(-1, keepdims=True)
@@ -135,7 +135,7 @@ def _center(flat: Array, height: int, width: int) -> Array:
 
 
 def center_of_mass(clean: Array, attacked: Array) -> Array:
-  """Way of the centre of mass, in diagonals of the map, in [0, 1).
+  """Returns how far the centre of mass moves, in diagonals of the map, in [0, 1).
 
   The distance between both centres over sqrt(h^2 + w^2), in cells. The centre
   of a map of zeros is the middle, as that of any even map.

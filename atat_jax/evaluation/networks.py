@@ -1,4 +1,4 @@
-"""What analyses of several networks on the same images share: their checks."""
+"""Checks of several networks on the same images."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -19,7 +19,7 @@ Networks = Mapping[str, tuple[nn.Module, Variables]]
 def classifiers(
   networks: Networks, images: Any, labels: Any
 ) -> tuple[dict[str, jax.tree_util.Partial], np.ndarray, np.ndarray, int]:
-  """Checks networks and images; wraps the former with running statistics.
+  """Checks networks and images; makes classifiers with running statistics.
 
   Args:
     networks: Name to (module, variables); at least one.
@@ -30,7 +30,7 @@ def classifiers(
     Name to classifier, float32 images and int32 labels on the host, and K.
 
   Raises:
-    UserError: Naming the argument, its value and what is allowed.
+    UserError: An argument that is not allowed, by name.
   """
   if not networks:
     raise UserError("networks: none; allowed: one or more")

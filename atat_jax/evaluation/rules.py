@@ -13,6 +13,9 @@ from atat_jax.runs import wording
 
 Row = Mapping[str, Any]
 
+CONVERGED = 0.02
+"""Largest fall in accuracy under more steps of an attack that has converged."""
+
 
 class Evidence(NamedTuple):
   """Comparable rows of one model.
@@ -43,7 +46,7 @@ def _accuracies(rows: Sequence[Row], batch_norm: str) -> dict[str, float]:
 def _comparable(rows: Sequence[Row], model: str) -> list[Row]:
   """Selects a model's rows on the most images, at the first epsilon.
 
-  A quick look at a few images, or another epsilon or seed, is no evidence for
+  A quick test on a few images, or another epsilon or seed, is no evidence for
   or against the others.
   """
   rows = [row for row in rows if row["model"] == model]
@@ -135,7 +138,7 @@ def steps_converged(evidence: Evidence) -> Diagnostic | None:
     else f"from {few} to {most} steps the accuracy does not fall"
   )
   return diagnostic(
-    fall > 0.02,
+    fall > CONVERGED,
     flagged=(
       "PGD had not converged",
       f"PGD had not converged: {change}; more steps may lower it further.",

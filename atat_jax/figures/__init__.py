@@ -1,6 +1,6 @@
 """Pictures of a run, drawn from the files of its working directory alone.
 
-Nothing here needs a model or JAX, so a picture can be redone anywhere.
+Nothing here needs a model or a device, so a picture can be redone anywhere.
 """
 
 import os
@@ -11,7 +11,7 @@ def draw_all(workdir: str | os.PathLike[str]) -> list[pathlib.Path]:
   """Draws every figure whose inputs are there.
 
   Args:
-    workdir: directory of a run. Read: `metrics.jsonl`,
+    workdir: Directory of a run. Read: `metrics.jsonl`,
       `teacher/metrics.jsonl`, `results.json` and the files of the analyses,
       each if it exists.
 
@@ -20,14 +20,15 @@ def draw_all(workdir: str | os.PathLike[str]) -> list[pathlib.Path]:
     which a reader wants them; empty if there is nothing to draw.
 
   Raises:
-    UserError: an input exists and cannot be read.
+    UserError: An input exists and cannot be read.
   """
+  from atat_jax import analyses  # it imports JAX, which takes long
+
   workdir = pathlib.Path(workdir)
-  drawn = draw_analyses(workdir, workdir / "figures")
   return [
     *draw_results(workdir),
     *draw_curves(workdir),
-    *(path for paths in drawn.values() for path in paths),
+    *analyses.draw(workdir, workdir / "figures"),
   ]
 
 
@@ -44,47 +45,6 @@ def draw_curves(workdir: pathlib.Path) -> list[pathlib.Path]:
   from atat_jax.figures import curves
 
   return curves.draw(workdir)
-
-
-def draw_analyses(
-  source: pathlib.Path, directory: pathlib.Path
-) -> dict[pathlib.Path, list[pathlib.Path]]:
-  """Draws the analyses whose files are there.
-
-  Args:
-    source: Directory of the `.npz` files.
-    directory: Where to.
-
-  Returns:
-    Path of a file to the PNG files drawn of it, in the order in which a reader
-    wants them.
-
-  Raises:
-    UserError: A file cannot be read.
-  """
-  from atat_jax.figures import (
-    attack_steps,
-    attention,
-    attention_shift,
-    curvature,
-    loss_landscape,
-  )
-
-  draw = {
-    "attack_steps": attack_steps.draw,
-    "attack_epsilons": attack_steps.draw_epsilons,
-    "attention": attention.draw,
-    "attention_rounds": attention.draw,
-    "attention_shift": attention_shift.draw,
-    "loss_landscape": loss_landscape.draw,
-    "curvature": curvature.draw,
-  }
-  paths = {source / f"{stem}.npz": function for stem, function in draw.items()}
-  return {
-    path: function(path, directory)
-    for path, function in paths.items()
-    if path.exists()
-  }
 
 
 def draw_comparison(path: pathlib.Path) -> list[pathlib.Path]:

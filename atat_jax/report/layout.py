@@ -234,6 +234,8 @@ def training(comparison: dict[str, Any]) -> Table | None:
 def _fact(field: str, value: object) -> str:
   if value is None:
     return "–"
+  if field == "num_parameters":
+    return f"{value:,}"
   return str(value)[:10] if field == "date" else str(value)
 
 
@@ -244,6 +246,7 @@ def runs(comparison: dict[str, Any]) -> Table:
     "method": "label",
     "seed": "seed",
     "network": "network",
+    "parameters": "num_parameters",
     "step": "checkpoint_step",
     "commit": "commit",
     "date": "date",
@@ -256,7 +259,7 @@ def runs(comparison: dict[str, Any]) -> Table:
     kind="",
     head=list(fields),
     rows=[
-      [Cell(_fact(field, run[field])) for field in fields.values()]
+      [Cell(_fact(field, run.get(field))) for field in fields.values()]
       for run in comparison["runs"]
     ],
     notes=[

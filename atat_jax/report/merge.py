@@ -207,6 +207,7 @@ def _facts(group: Group, run: Run) -> dict[str, Any]:
     "seed": run.seed,
     "workdir": run.workdir,
     "network": f"{network.get('name', 'unknown')} {size}".rstrip(),
+    "num_parameters": run.record.get("num_parameters", {}).get(run.network),
     "checkpoint_step": point.get("step"),
     "commit": run.record.get("commit"),
     "date": run.record.get("date"),

@@ -179,6 +179,24 @@ def by_class(
   return ByClass(sentence, strongest.label, lines)
 
 
+def titled(
+  diagnostics: dict[str, dict[str, Any]], rows: list[tables.Row]
+) -> list[tuple[str, dict[str, Any]]]:
+  """Pairs each diagnostic with its title, which names the model.
+
+  Args:
+    diagnostics: "diagnostics" of `results.json`, by `<model>_<rule>`.
+    rows: Rows of `results.json`.
+  """
+  found = []
+  for name, check in diagnostics.items():
+    model = next((m for m in models(rows) if name.startswith(f"{m}_")), "")
+    rule = name.removeprefix(f"{model}_") if model else name
+    title = check.get("title") or rule.replace("_", " ")
+    found.append((f"{model}: {title}" if model else title, check))
+  return found
+
+
 def total_time(rows: list[tables.Row]) -> str:
   """Returns the time of all evaluations, "" if none was measured."""
   seconds = [row["seconds"] for row in rows if row.get("seconds") is not None]

@@ -3,10 +3,9 @@
 import json
 import os
 import pathlib
-import types
 from typing import Any
 
-from atat_jax import figures, findings
+from atat_jax import figures
 from atat_jax.errors import UserError
 from atat_jax.report import page, results, summary
 from atat_jax.runs import files, roles, tables
@@ -30,6 +29,8 @@ def write_report(workdir: str | os.PathLike[str]) -> pathlib.Path:
   Raises:
     UserError: There is no `results.json`, or an input cannot be read.
   """
+  from atat_jax import analyses  # it imports JAX, which takes long
+
   workdir = pathlib.Path(workdir)
   found = files.read_results(workdir)
   if found is None:
@@ -50,30 +51,15 @@ def write_report(workdir: str | os.PathLike[str]) -> pathlib.Path:
     blocks=results.blocks(rows),
     bars=figures.draw_results(workdir),
     by_class=results.by_class(rows, run.get("class_names")),
-    diagnostics=found.get("diagnostics", {}),
+    diagnostics=results.titled(found.get("diagnostics", {}), rows),
     curves=figures.draw_curves(workdir),
-    sections=_sections(workdir),
+    sections=analyses.sections(workdir, workdir / files.FIGURES),
     facts=_facts(run, rows),
     commit=run.get("commit"),
     command=run.get("command"),
     config=json.dumps(config, indent=2) if config else "",
   )
   return files.write_text(workdir / files.REPORT, text)
-
-
-def _sections(workdir: pathlib.Path) -> list[Any]:
-  drawn = figures.draw_analyses(workdir, workdir / files.FIGURES)
-  found = []
-  for path, pictures in drawn.items():
-    data = files.read_arrays(path)
-    if data is None or not pictures:
-      continue
-    finding = findings._FINDINGS[path.stem](data)
-    wide = path.stem in findings._WIDE
-    found.append(
-      types.SimpleNamespace(**finding._asdict(), pictures=pictures, wide=wide)
-    )
-  return found
 
 
 def is_old(workdir: pathlib.Path) -> bool:

@@ -1,7 +1,6 @@
 """Files of a working directory: their names, readers, the atomic writer."""
 
 import contextlib
-import dataclasses
 import json
 import os
 import pathlib
@@ -13,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from atat_jax.errors import UserError
-from atat_jax.runs.roles import MODELS
 
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
@@ -23,8 +21,6 @@ EXPLANATION = "explain.html"
 CHECKPOINTS = "checkpoints"
 FIGURES = "figures"
 TENSORBOARD = "tensorboard"
-
-KINDS = ("clean", "adversarial")
 
 
 @contextlib.contextmanager
@@ -208,88 +204,3 @@ def read_arrays(path: pathlib.Path) -> Arrays | None:
     raise UserError(
       f"{path} cannot be read ({error}): delete it and evaluate again"
     ) from error
-
-
-@dataclasses.dataclass(frozen=True)
-class AttentionMaps:
-  """Attention of one model on clean or attacked images.
-
-  Attributes:
-    images: float32 [N, H, W, C] in [0, 1], what the model saw.
-    maps: float32 [N, h, w], at least 0.
-    predictions: int32 [N].
-    probabilities: float32 [N], of the predicted class.
-  """
-
-  images: np.ndarray
-  maps: np.ndarray
-  predictions: np.ndarray
-  probabilities: np.ndarray
-
-
-@dataclasses.dataclass(frozen=True)
-class Attention:
-  """What `attention.npz` holds.
-
-  Attributes:
-    images: float32 [N, H, W, C] in [0, 1], clean test images.
-    labels: int32 [N].
-    class_names: one name a class; None: the file has none.
-    layer: the tensor whose attention is shown.
-    protocol: attack and BatchNorm mode, in one line.
-    networks: names of the models, in the order of the file.
-    kinds: of inputs, "clean" first: "adversarial", or "round<k>" of an attack.
-    views: {(model, kind): maps}, of each model with each kind.
-  """
-
-  images: np.ndarray
-  labels: np.ndarray
-  class_names: list[str] | None
-  layer: str
-  protocol: str
-  networks: list[str]
-  kinds: list[str]
-  views: dict[tuple[str, str], AttentionMaps]
-
-  def name(self, label: int) -> str:
-    """A class's name."""
-    if self.class_names is None:
-      return f"class {label}"
-    return self.class_names[label]
-
-
-def read_attention(path: pathlib.Path) -> Attention | None:
-  """Reads an `attention.npz`; None if there is no such file.
-
-  Files of earlier versions, which do not say whose maps they hold, have those
-  of `MODELS`.
-
-  Raises:
-    UserError: the file is damaged or lacks an array.
-  """
-  arrays = read_arrays(path)
-  if arrays is None:
-    return None
-  old = [name for name in MODELS if f"{name}_clean_map" in arrays]
-  networks = [str(name) for name in arrays.get("networks", np.array(old))]
-  kinds = [str(kind) for kind in arrays.get("kinds", np.array(KINDS))]
-  names = arrays.get("class_names")
-  return Attention(
-    images=arrays["images"],
-    labels=arrays["labels"],
-    class_names=None if names is None else [str(name) for name in names],
-    layer=str(arrays["layer"]),
-    protocol=str(arrays["protocol"]),
-    networks=networks,
-    kinds=kinds,
-    views={
-      (network, kind): AttentionMaps(
-        images=arrays["images" if kind == "clean" else f"{network}_{kind}"],
-        maps=arrays[f"{network}_{kind}_map"],
-        predictions=arrays[f"{network}_{kind}_prediction"],
-        probabilities=arrays[f"{network}_{kind}_probability"],
-      )
-      for network in networks
-      for kind in kinds
-    },
-  )

@@ -1,4 +1,4 @@
-"""Figures of landscapes, curvature and sweeps: pictures of the numbers given."""
+"""Figures of landscapes, curvature and sweeps show the numbers given."""
 
 import json
 
@@ -8,70 +8,44 @@ from analysis_files import (
   curvature_arrays,
   epsilons_arrays,
   landscape_arrays,
+  maps,
+  shifts,
   steps_arrays,
 )
-from PIL import Image
+from matplotlib import colors
 
+from atat_jax import analyses
 from atat_jax.drawing import style
 from atat_jax.errors import UserError
-from atat_jax.figures import attack_steps, curvature, loss_landscape
 from atat_jax.runs import files
 
-
-def pixels(path):
-  with Image.open(path) as image:
-    assert image.format == "PNG"
-    return np.asarray(image.convert("RGB")).astype(int)
+pytest_plugins = ("pictures",)
 
 
-def count(array, color):
-  rgb = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
-  return int((abs(array - rgb) <= 3).all(axis=-1).sum())
+def draw(name, directory, arrays):
+  """Draws made-up arrays of an analysis."""
+  analysis = analyses.ANALYSES[name]
+  return analysis.draw(
+    files.Arrays(analysis.path(directory), arrays), directory
+  )
 
 
-FIGURES = {
-  "attack_steps": (attack_steps.draw, steps_arrays, 1),
-  "attack_epsilons": (attack_steps.draw_epsilons, epsilons_arrays, 1),
-  "curvature": (curvature.draw, curvature_arrays, 1),
-  "loss_landscape": (loss_landscape.draw, landscape_arrays, 2),
-}
-every_figure = pytest.mark.parametrize("name", FIGURES)
-
-
-@every_figure
-def test_png_and_pdf_are_the_same_every_time(tmp_path, name):
-  draw, arrays, number = FIGURES[name]
-  path = tmp_path / f"{name}.npz"
-  assert draw(path, tmp_path / "none") == []
-  assert not (tmp_path / "none").exists()
-  np.savez(path, **arrays())
-  first, again = (draw(path, tmp_path / folder) for folder in ("a", "b"))
-  assert len(first) == number
-  for one, other in zip(first, again, strict=True):
-    assert one.suffix == ".png" and one.stem.startswith(name)
-    array = pixels(one)
-    assert min(array.shape[:2]) > 300 and array.std() > 10
-    for suffix, start in ((".png", b"\x89PNG"), (".pdf", b"%PDF-")):
-      content = one.with_suffix(suffix).read_bytes()
-      assert content.startswith(start)
-      assert content == other.with_suffix(suffix).read_bytes()
-      assert b"CreationDate" not in content
-
-
-@every_figure
-def test_damaged_files_are_named(tmp_path, name):
-  draw, arrays, _ = FIGURES[name]
-  path = tmp_path / f"{name}.npz"
-  for content in (b"", b"not an archive"):
-    path.write_bytes(content)
-    with pytest.raises(UserError, match=rf"{name}\.npz cannot be read"):
-      draw(path, tmp_path)
+@pytest.mark.parametrize(
+  ("name", "arrays", "lost"),
+  [
+    ("steps", steps_arrays, "atat_accuracy"),
+    ("epsilons", epsilons_arrays, "atat_accuracy"),
+    ("curvature", curvature_arrays, "atat_eigenvalue"),
+    ("landscape", landscape_arrays, "atat_loss"),
+    ("attention", lambda: maps(["a"], ["clean", "adversarial"]), "a_clean_map"),
+    ("shift", lambda: shifts({"raw": 0.5}), "raw_cosine_mean"),
+  ],
+)
+def test_a_missing_array_is_named(figures_drawn, tmp_path, name, arrays, lost):
   given = arrays()
-  lost = next(key for key in given if key.startswith("atat_"))
   del given[lost]
-  np.savez(path, **given)
   with pytest.raises(UserError, match=f"it has no {lost}"):
-    draw(path, tmp_path)
+    draw(name, tmp_path, given)
 
 
 def autoattack_row(**changes):
@@ -92,19 +66,23 @@ def write_rows(directory, *rows):
   (directory / "results.json").write_text(json.dumps(results))
 
 
-def test_lines_lie_at_the_accuracies(tmp_path):
-  path = tmp_path / "attack_steps.npz"
-  np.savez(path, **steps_arrays())
+def levels(fig):
+  """Heights of the horizontal lines of a figure, by colour."""
+  found = {}
+  for line in fig.axes[0].lines:
+    y = np.asarray(line.get_ydata(), float)
+    if np.ptp(y) == 0:
+      found.setdefault(colors.to_hex(line.get_color()), []).append(y[0])
+  return {color: sorted(heights) for color, heights in found.items()}
 
-  def long_rows():
-    array = pixels(attack_steps.draw(path, tmp_path)[0])
-    marked = (array[..., 1] - array[..., 0] > 50).sum(axis=1)
-    rows = np.flatnonzero(marked > 150)
-    return len(np.split(rows, np.flatnonzero(np.diff(rows) > 5) + 1))
 
-  assert long_rows() == 1  # of green: the line at 60 %
+def test_lines_lie_at_the_accuracies(figures_drawn, tmp_path):
+  green = style.model_colors(["standard", "atat"])["atat"].lower()
+  draw("steps", tmp_path, steps_arrays())
+  assert levels(figures_drawn["attack_steps"])[green] == [60]
   write_rows(tmp_path, autoattack_row())
-  assert long_rows() == 2  # and AutoAttack's at 50 %
+  draw("steps", tmp_path, steps_arrays())
+  assert levels(figures_drawn["attack_steps"])[green] == [50, 60]
 
 
 @pytest.mark.parametrize(
@@ -133,41 +111,59 @@ def test_of_many_rows_the_one_of_most_images_counts(tmp_path):
   assert files.read_autoattack(tmp_path / "nothing", 8 / 255, "linf") == {}
 
 
-def test_what_is_left_in_the_largest_ball_is_said(tmp_path, monkeypatch):
-  texts = []
-  monkeypatch.setattr(style, "caption", lambda fig, text: texts.append(text))
-  path = tmp_path / "attack_epsilons.npz"
-  np.savez(path, **epsilons_arrays())
-  attack_steps.draw_epsilons(path, tmp_path)
+def caption(fig):
+  return fig.get_supxlabel().replace("\n", " ")
+
+
+def test_images_that_the_largest_ball_leaves_are_told(figures_drawn, tmp_path):
   arrays = epsilons_arrays()
+  draw("epsilons", tmp_path, arrays)
+  assert "leaves: atat 10.0%." in caption(figures_drawn["attack_epsilons"])
   arrays["atat_worst_case"][-1] = 0
-  np.savez(path, **arrays)
-  attack_steps.draw_epsilons(path, tmp_path)
-  assert "leaves: atat 10.0 %." in texts[0]
-  assert "leaves: no image of any model." in texts[1]
+  draw("epsilons", tmp_path, arrays)
+  text = caption(figures_drawn["attack_epsilons"])
+  assert "leaves: no image of any model." in text
 
 
-def test_one_scale_for_all_networks(tmp_path):
-  """The steep surface goes through the colours, the flat one has the lowest."""
-  path = tmp_path / "loss_landscape.npz"
-  np.savez(path, **landscape_arrays())
-  crossed, never = (pixels(p) for p in loss_landscape.draw(path, tmp_path))
-  middle = crossed.shape[1] // 2
-  yellow = (crossed[..., :2] > 200).all(-1) & (crossed[..., 2] < 80)
-  upper = yellow[: int(0.8 * len(yellow))]  # not the colour bar
-  assert upper[:, :middle].sum() > 200 and upper[:, middle:].sum() == 0
-  assert count(crossed, style.VERMILION) > 300  # both have a border there
-  assert count(never, style.VERMILION) == 0
+def planes(fig):
+  """Panels with contours."""
+  return [ax for ax in fig.axes if ax.get_xlabel().startswith("a, ")]
 
 
-@pytest.mark.parametrize(("number", "rows"), [(1, 1), (4, 2)])
-def test_any_number_of_networks(tmp_path, number, rows):
+def test_surfaces_share_a_scale_and_contours_have_their_own(
+  figures_drawn, tmp_path
+):
+  draw("landscape", tmp_path, landscape_arrays())
+  crossed, never = (figures_drawn[f"loss_landscape_{k}"] for k in (1, 2))
+  steep, flat = (ax for ax in crossed.axes if hasattr(ax, "get_zlim"))
+  steep_below, flat_below = planes(crossed)
+  assert steep.get_zlim() == flat.get_zlim() == (0, pytest.approx(8))
+  peaks = [ax.collections[0].get_clim()[1] for ax in (steep_below, flat_below)]
+  assert peaks == [pytest.approx(8), pytest.approx(0.04)]
+
+  def has_border(ax):
+    return any(
+      style.VERMILION.lower() == colors.to_hex(color)
+      for lines in ax.collections[1:]
+      for color in lines.get_edgecolor()
+    )
+
+  assert has_border(steep_below) and has_border(flat_below)
+  assert not has_border(
+    planes(never)[0]
+  )  # no point of it is classified wrongly
+
+
+@pytest.mark.parametrize(
+  ("number", "shape"), [(1, (1, 1)), (3, (1, 3)), (4, (2, 2)), (5, (2, 3))]
+)
+def test_panels_fill_their_rows(figures_drawn, tmp_path, number, shape):
   arrays = landscape_arrays([f"net{n}" for n in range(number)])
   arrays["labels"] = arrays["labels"][:1]
-  np.savez(tmp_path / "loss_landscape.npz", **arrays)
-  (path,) = loss_landscape.draw(tmp_path / "loss_landscape.npz", tmp_path)
-  height = len(pixels(path)) / 140  # inches
-  assert 4.5 * rows < height < 4.5 * rows + 2
+  draw("landscape", tmp_path, arrays)
+  panels = figures_drawn["loss_landscape_1"].axes[: 2 * number]
+  grid = panels[0].get_gridspec()
+  assert (grid.nrows // 2, grid.ncols) == shape
 
 
 def test_each_model_has_one_look_whatever_the_order():

@@ -1,125 +1,145 @@
 """Figures of attention maps and of attention shift: what they show."""
 
-import jax
 import numpy as np
 import pytest
 from analysis_files import maps, shifts
-from PIL import Image
+from matplotlib import colors
+from pictures import pixels
 
-from atat_jax import analyses, evaluation, models
-from atat_jax.data.photographs import read_photograph
-from atat_jax.drawing import style
-from atat_jax.errors import UserError
+from atat_jax import analyses
+from atat_jax.drawing import map_grid, style
 from atat_jax.evaluation.map_distances import DISTANCES
-from atat_jax.figures import attention, attention_shift
+from atat_jax.runs import files
+
+pytest_plugins = ("pictures",)
+
+ROUNDS = ("clean", "round2", "round8", "round16")
+BOTH = ("clean", "adversarial")
 
 
-def pixels(path):
-  with Image.open(path) as image:
-    array = np.asarray(image.convert("RGB")).astype(int)
-  assert min(array.shape[:2]) > 200 and array.std() > 10
-  assert path.with_suffix(".pdf").read_bytes().startswith(b"%PDF-")
-  return array
+def draw(name, directory, arrays):
+  """Draws made-up arrays of an analysis."""
+  analysis = analyses.ANALYSES[name]
+  return analysis.draw(
+    files.Arrays(analysis.path(directory), arrays), directory
+  )
 
 
-def is_color(array, color):
-  rgb = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
-  return (abs(array - rgb) <= 3).all(axis=-1)
-
-
-def save(path, arrays):
-  np.savez(path, **arrays)
-  return path
+def map_panels(fig):
+  """Panels of maps: those that have an image and a map on top of it."""
+  return [ax for ax in fig.axes if len(ax.images) == 2]
 
 
 # --- Maps --------------------------------------------------------------------
-
-
-ROUNDS = ("clean", "round2", "round8", "round16")
 
 
 @pytest.mark.parametrize(
   ("networks", "kinds", "n", "figures", "wider"),
   [
     (("vgg16",), ROUNDS, 2, 1, True),
-    (("a", "b"), ("clean", "adversarial"), 4, 2, False),
-    (tuple("abcdef"), ("clean", "adversarial"), 1, 1, True),
+    (("a", "b"), BOTH, 4, 2, False),
+    (tuple("abcdef"), BOTH, 1, 1, True),
   ],
 )
 def test_a_grid_is_as_wide_as_it_has_networks_or_rounds(
-  tmp_path, networks, kinds, n, figures, wider
+  figures_drawn, tmp_path, networks, kinds, n, figures, wider
 ):
-  path = save(tmp_path / "attention.npz", maps(networks, kinds, n))
-  paths = attention.draw(path, tmp_path / "out")
+  paths = draw("attention", tmp_path / "out", maps(networks, kinds, n))
   assert paths == [
     tmp_path / "out" / f"attention_{k + 1}.png" for k in range(figures)
   ]
-  sizes = {pixels(path).shape for path in paths}
+  sizes = {tuple(fig.get_size_inches()) for fig in figures_drawn.values()}
   assert len(sizes) == 1
-  ((height, width, _),) = sizes
+  ((width, height),) = sizes
   assert (width > height) == wider
+  panels = [map_panels(fig) for fig in figures_drawn.values()]
+  assert sum(map(len, panels)) == n * len(networks) * len(kinds)
 
 
-def test_a_model_s_maps_of_an_image_share_a_scale(tmp_path):
-  arrays = maps(("net",), ("clean", "adversarial"), n=1, channels=1)
+def test_maps_are_drawn_where_they_are_and_share_a_scale(tmp_path):
+  arrays = maps(("net",), BOTH, n=1, channels=1)
   corner = np.zeros((1, 4, 4))
-  corner[0, 0, 3] = 1.0
+  corner[0, 0, 3] = 1.0  # top right
   arrays["net_clean_map"] = corner
-  arrays["net_adversarial_map"] = 0.05 * corner[:, ::-1, ::-1]
-  (path,) = attention.draw(save(tmp_path / "a.npz", arrays), tmp_path)
+  arrays["net_adversarial_map"] = 0.9 * corner[:, ::-1, ::-1]  # bottom left
+  arrays["class_names"] = np.array(["zero", "one"])
+  (path,) = draw("attention", tmp_path, arrays)
   array = pixels(path)
-  array = array[: int(0.8 * len(array))]  # without the colour bar
+  array = array[: int(0.7 * len(array))]  # without the colour bar
   yellow = np.argwhere(array[..., 0] - array[..., 2] > 60)
-  assert len(yellow) > 200
-  # The image, the clean map, and on its right the pale one.
-  assert yellow[:, 1].max() < 0.69 * array.shape[1]
-  assert yellow[:, 1].min() > 0.45 * array.shape[1]
+  # From left to right: the image, its clean map, its attacked map.
+  border = 0.68 * array.shape[1]
+  first = yellow[yellow[:, 1] < border].mean(axis=0)
+  second = yellow[yellow[:, 1] >= border].mean(axis=0)
+  picture = 0.3 * array.shape[1]
+  down, right = second - first
+  assert 0.5 * picture < down < 0.9 * picture
+  assert 0.1 * picture < right < 0.6 * picture
 
 
-def _framed(tmp_path, arrays, color):
-  (path,) = attention.draw(save(tmp_path / "a.npz", arrays), tmp_path)
-  array = pixels(path)
-  array = array[int(0.08 * len(array)) :]  # without the legend
-  return np.argwhere(is_color(array, color)) / array.shape[:2]
+def test_a_map_that_pales_is_not_scaled_up(figures_drawn, tmp_path):
+  arrays = maps(("net",), BOTH, n=1)
+  arrays["net_clean_map"] = np.ones((1, 4, 4))
+  arrays["net_adversarial_map"] = np.full((1, 4, 4), 0.05)
+  draw("attention", tmp_path, arrays)
+  panels = map_panels(figures_drawn["attention_1"])
+  assert [ax.images[1].get_clim() for ax in panels] == [(0, 1), (0, 1)]
 
 
-def test_wrong_and_corrected_predictions_are_framed(tmp_path):
-  arrays = maps(("raw", "full"), ("clean", "adversarial"), n=1)
-  for color in (style.VERMILION, style.GREEN):
-    assert len(_framed(tmp_path, arrays, color)) < 30
-  arrays["raw_adversarial_prediction"] = np.array([1])
-  wrong = _framed(tmp_path, arrays, style.VERMILION)
-  corrected = _framed(tmp_path, arrays, style.GREEN)
-  # Below: the first model's in the middle, the second's on the right.
-  assert len(wrong) > 300 and len(corrected) > 300
-  assert 0.3 < wrong[:, 1].min() and wrong[:, 1].max() < 0.7
-  assert corrected[:, 1].min() > 0.6
-  assert min(wrong[:, 0].min(), corrected[:, 0].min()) > 0.35
-
-
-def test_the_cross_is_at_the_centre_of_mass(tmp_path):
-  def drawn(map_):
-    arrays = maps(("net",), ("clean", "adversarial"), n=1, channels=1)
-    arrays["net_clean_map"] = arrays["net_adversarial_map"] = map_[None]
-    (path,) = attention.draw(save(tmp_path / "a.npz", arrays), tmp_path)
-    return pixels(path).min(-1)
-
-  corner, even = np.zeros((4, 4)), np.ones((4, 4))
-  corner[3, 0] = 1e-30
-  without = drawn(np.zeros((4, 4)))  # it has none
-  crosses = [
-    np.argwhere((drawn(map_) > 245) & (without < 200)).mean(0)
-    for map_ in (corner, even)
+def frames(fig):
+  """Colours of the frames around the maps, "" for none."""
+  return [
+    "".join(colors.to_hex(frame.get_edgecolor()) for frame in ax.patches)
+    for ax in map_panels(fig)
   ]
-  # Half a cell from the corner of four: three eighths of a picture.
-  down, right = crosses[0] - crosses[1]
-  picture = 0.3 * without.shape[1]
-  assert down == pytest.approx(3 / 8 * picture, rel=0.15)
-  assert right == pytest.approx(-3 / 8 * picture, rel=0.15)
+
+
+def test_wrong_and_corrected_predictions_are_framed(figures_drawn, tmp_path):
+  arrays = maps(("raw", "full"), BOTH, n=1)
+  draw("attention", tmp_path, arrays)
+  assert frames(figures_drawn["attention_1"]) == ["", "", "", ""]
+  arrays["raw_adversarial_prediction"] = np.array([1])
+  draw("attention", tmp_path, arrays)
+  # Above the clean maps of both networks, below the attacked ones.
+  wrong, corrected = style.VERMILION.lower(), style.GREEN.lower()
+  assert frames(figures_drawn["attention_1"]) == ["", "", wrong, corrected]
+
+
+def test_the_cross_is_at_the_centre_of_mass(figures_drawn, tmp_path):
+  corner = np.zeros((4, 4))
+  corner[3, 0] = 1e-30
+  arrays = maps(("net",), BOTH, n=3, channels=1)  # images of 8 x 8
+  arrays["net_clean_map"] = np.stack([corner, np.ones((4, 4)), 0 * corner])
+  draw("attention", tmp_path, arrays)
+  clean = map_panels(figures_drawn["attention_1"])[::2]
+  places = [[tuple(line.get_xydata()[0]) for line in ax.lines] for ax in clean]
+  # A cell is two pixels wide, and pixels have their middle at whole numbers.
+  assert places == [[(0.5, 6.5)], [(3.5, 3.5)], []]
+  zeros = clean[2].images[1]
+  assert not zeros.get_array().any() and zeros.get_clim()[0] == 0
+
+
+def test_attacked_image_and_magnified_perturbation_are_shown(
+  figures_drawn, tmp_path
+):
+  arrays = maps(("net",), BOTH, n=1, channels=1)
+  arrays["images"] = np.full((1, 8, 8, 1), 0.5, np.float32)
+  attacked = arrays["images"].copy()
+  attacked[0, 2, 3] += 0.1
+  attacked[0, 5, 5] -= 0.05
+  arrays["net_adversarial"] = attacked
+  draw("attention", tmp_path, arrays)
+  fig = figures_drawn["attention_1"]
+  insets = [inset for ax in fig.axes for inset in ax.child_axes]
+  image, moved = (inset.images[0].get_array() for inset in insets)
+  np.testing.assert_allclose(image, attacked[0, ..., 0])
+  assert moved[2, 3] == pytest.approx(1) and moved[0, 0] == 0.5
+  assert moved[5, 5] == pytest.approx(0.25)
+  assert "magnified 5 times" in fig.get_supxlabel().replace("\n", " ")
 
 
 def test_kinds_in_words():
-  names = [attention.kind_name(k) for k in (*ROUNDS, "round0", "round1")]
+  names = [map_grid.kind_name(k) for k in (*ROUNDS, "round0", "round1")]
   assert names == [
     "clean",
     "2 rounds",
@@ -128,111 +148,50 @@ def test_kinds_in_words():
     "attack's start",
     "1 round",
   ]
-  assert attention.kind_name("adversarial") == "attacked"
+  assert map_grid.kind_name("adversarial") == "attacked"
 
 
 # --- Shift -------------------------------------------------------------------
 
 
-def draw_shift(tmp_path, arrays):
-  path = save(tmp_path / "attention_shift.npz", arrays)
-  return attention_shift.draw(path, tmp_path / "out"), path
-
-
-def test_all_pictures_of_the_shift(tmp_path):
-  paths, path = draw_shift(tmp_path, shifts({"raw": 1.0, "full": 0.3}))
+def test_all_pictures_of_the_shift(figures_drawn, tmp_path):
+  arrays = shifts({"raw": 1.0, "full": 0.3})
+  paths = draw("shift", tmp_path, arrays)
   names = [f"attention_shift_{k}.png" for k in (1, 2, 3, 4)]
-  assert [p.name for p in paths] == names
-  rounds = pixels(paths[0])
-  colors = style.model_colors(["raw", "full"])
-  first, second = (
-    np.argwhere(is_color(rounds, colors[name])) for name in ("raw", "full")
-  )
-  half = len(rounds) // 2, rounds.shape[1] // 2
-  ends = [
-    some[(some < half).all(1) & (some[:, 1] > 0.8 * half[1])][:, 0].mean()
-    for some in (first, second)
-  ]
-  assert ends[0] < ends[1]  # all images of the first have moved
-  for p in paths[1:]:
-    pixels(p)
-  raw, full = attention_shift.sentences(path)
-  # All are fooled in the end: what was two rounds in counts.
-  assert raw.startswith("raw: after 2 rounds 30 of 60 images are fooled.")
-  assert full == (
-    "full: after 8 rounds 18 of 60 images are fooled. Their attention has"
-    " shifted more by cosine distance (AUC 1.00), rank correlation (AUC 1.00),"
-    " highest tenth (AUC 1.00), centre of mass (AUC 1.00)."
-  )
+  assert [path.name for path in paths] == names
+  used = style.model_colors(["raw", "full"])
+  for ax, distance in zip(
+    figures_drawn["attention_shift_1"].axes, DISTANCES, strict=True
+  ):
+    for line, name in zip(ax.lines, ("raw", "full"), strict=True):
+      assert line.get_color() == used[name]
+      expected = arrays[f"{name}_{distance}_mean"]
+      np.testing.assert_allclose(line.get_ydata(), expected)
+  # The last round in which some of either kind are left: the second, the third.
+  areas = figures_drawn["attention_shift_3"].axes[0].texts
+  expected = [arrays["raw_cosine_auc"][1], arrays["full_cosine_auc"][2]]
+  assert [text.get_text() for text in areas] == [f"{x:.2f}" for x in expected]
 
 
-def test_what_cannot_be_compared_is_left_out_and_said(tmp_path):
-  arrays = shifts({"raw": 0.0}, num_classes=30)
-  paths, path = draw_shift(tmp_path, arrays)
-  assert [p.name for p in paths] == ["attention_shift_1.png"]
-  (sentence,) = attention_shift.sentences(path)
-  assert sentence == (
-    "raw: not to be said, 0 images are fooled and 60 are not after the last"
-    " round; 10 of either are needed."
-  )
+def test_a_network_that_cannot_be_compared_is_left_out(figures_drawn, tmp_path):
+  paths = draw("shift", tmp_path, shifts({"raw": 0.0}, num_classes=30))
+  assert [path.name for path in paths] == ["attention_shift_1.png"]
+  draw("shift", tmp_path, shifts({"raw": 0.0, "full": 0.3}))
+  text = figures_drawn["attention_shift_2"].get_supxlabel().replace("\n", " ")
+  assert "Left out, as no round has 10 images of either kind: raw." in text
 
 
-def test_classes_without_images_are_blank(tmp_path):
-  arrays = shifts({"raw": 0.5}, num_classes=12, n=60)
+def test_each_model_s_classes_have_a_scale_of_their_own(
+  figures_drawn, tmp_path
+):
+  arrays = shifts({"raw": 0.5, "full": 0.5}, num_classes=12, n=60)
   for distance in DISTANCES:
-    arrays[f"raw_{distance}_class_mean"][3] = np.nan
-  paths, _ = draw_shift(tmp_path, arrays)
-  assert len(paths) == 4
-  pixels(paths[3])
-
-
-def test_no_file_and_a_damaged_one(tmp_path):
-  for module, name in ((attention, "attention"), (attention_shift, "shift")):
-    path = tmp_path / f"{name}.npz"
-    assert module.draw(path, tmp_path) == []
-    path.write_bytes(b"nothing")
-    with pytest.raises(UserError, match="cannot be read"):
-      module.draw(path, tmp_path)
-  assert attention_shift.sentences(tmp_path / "none.npz") == []
-  arrays = shifts({"raw": 0.5})
-  del arrays["raw_cosine_mean"]
-  with pytest.raises(UserError, match="it has no raw_cosine_mean"):
-    draw_shift(tmp_path, arrays)
-
-
-# --- Photographs -------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_networks_of_imagenet_on_photographs(tmp_path, data_folder):
-  """With random weights: no more is shown than that all of it runs."""
-  names = ("vgg16", "resnet50", "densenet121")
-  photos = np.stack(
-    [
-      read_photograph(data_folder / "photos" / name)
-      for name in ("cat_chelsea.jpg", "coffee_cup.jpg")
-    ]
-  )
-  networks = {}
-  for name in names:
-    model = models.create(name)
-    networks[name] = model, jax.jit(model.init)(jax.random.key(0), photos[:1])
-  numbers = {"epsilon": 16 / 255, "step_size": 2 / 255}
-  labels = np.array([281, 504])  # tabby, coffee mug
-  found = analyses.attention_maps(
-    jax.random.key(0),
-    networks,
-    photos,
-    labels,
-    protocol=evaluation.parse("pgd2", **numbers),
-  )
-  assert found["vgg16_clean_map"].shape == (2, 14, 14)
-  assert found["resnet50_clean_map"].shape == (2, 7, 7)
-  (path,) = attention.draw(save(tmp_path / "models.npz", found), tmp_path)
-  pixels(path)
-  one = {"resnet50": networks["resnet50"]}
-  found = analyses.attention_rounds(
-    jax.random.key(0), one, photos, labels, rounds=(1, 2, 3), **numbers
-  )
-  (path,) = attention.draw(save(tmp_path / "rounds.npz", found), tmp_path)
-  pixels(path)
+    arrays[f"raw_{distance}_class_mean"] = np.linspace(1, 0, 12)
+    arrays[f"full_{distance}_class_mean"] = np.linspace(0.01, 0, 12)
+    arrays[f"full_{distance}_class_mean"][3] = np.nan  # a class without images
+  draw("shift", tmp_path, arrays)
+  ax = figures_drawn["attention_shift_4"].axes[0]
+  shares = ax.collections[0].get_array().reshape(12, 2)
+  np.testing.assert_allclose(shares[0], 1)
+  assert shares.mask[3].tolist() == [False, True]
+  assert len(ax.texts) == 23

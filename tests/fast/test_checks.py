@@ -25,7 +25,7 @@ def test_user_errors_are_value_errors():
 @pytest.mark.parametrize(
   "dtype", [np.float32, np.float64, np.float16, jnp.bfloat16]
 )
-def test_images_pass(dtype):
+def test_images_of_every_float_dtype_pass(dtype):
   x = np.linspace(0, 1, 24).reshape(2, 3, 4, 1).astype(dtype)
   checked = checks.images(x)
   np.testing.assert_array_equal(checked, jnp.asarray(x))
@@ -45,7 +45,7 @@ def test_images_pass(dtype):
     (np.full((1, 2, 2, 1), np.inf), "photo: values in [inf, inf]; "),
   ],
 )
-def test_images_are_refused(x, message):
+def test_bad_images_are_named(x, message):
   assert _message(checks.images, x, "photo").startswith(message)
 
 
@@ -78,7 +78,7 @@ def test_labels_pass_as_int32(dtype):
     ([[0, 1, 2]], "target: shape (1, 3); allowed: [3]"),
   ],
 )
-def test_labels_are_refused(x, message):
+def test_bad_labels_are_named(x, message):
   assert _message(checks.labels, np.array(x), 3, 10, "target").startswith(
     message.replace("float32", str(jnp.asarray(np.array(x)).dtype))
   )
@@ -125,7 +125,7 @@ def test_positive_numbers_pass(value):
   "value",
   [0, 0.0, -1, float("nan"), float("inf"), None, "0.1", [0.1], (0.1, 0.2), {}],
 )
-def test_others_are_refused(value):
+def test_other_values_than_positive_numbers_are_refused(value):
   message = _message(checks.positive, "epsilon", value)
   assert message == f"epsilon: {value!r}; allowed: a number > 0"
 
@@ -136,7 +136,7 @@ def test_positive_integers_pass(value):
 
 
 @pytest.mark.parametrize("value", [0, -3, 1.0, 2.5, True, "3", None])
-def test_others_are_no_positive_integers(value):
+def test_other_values_than_positive_integers_are_refused(value):
   message = _message(checks.positive, "num_steps", value, integer=True)
   assert message == f"num_steps: {value!r}; allowed: an integer > 0"
 
@@ -151,7 +151,7 @@ def test_epsilon_of_linf_is_at_most_the_range_of_a_pixel():
   assert _message(checks.epsilon, 0, "l2", "radius").startswith("radius: 0; ")
 
 
-def test_choice():
+def test_a_choice_outside_the_list_is_refused_with_the_list():
   checks.choice("norm", "l2", {"linf": 1, "l2": 2})
   message = _message(checks.choice, "norm", "l1", ("linf", "l2"))
   assert message == "norm: 'l1'; allowed: l2, linf"

@@ -27,7 +27,9 @@ def same(split, images, labels):
 @pytest.mark.parametrize("kind", ["binary", "python"])
 @pytest.mark.parametrize("source", ["auto", "named"])
 @pytest.mark.parametrize("place", ["folder", "file", "renamed"])
-def test_cifar10(tmp_path, kind, source, place):
+def test_cifar10_archives_give_their_images_and_labels(
+  tmp_path, kind, source, place
+):
   name = "mine.tgz" if place == "renamed" else f"cifar-10-{kind}.tar.gz"
   write = getattr(archives, f"cifar10_{kind}")
   path = write(tmp_path / name, TRAIN10, TEST10)
@@ -42,7 +44,7 @@ def test_cifar10(tmp_path, kind, source, place):
 
 
 @pytest.mark.parametrize("kind", ["binary", "python"])
-def test_cifar100_has_fine_labels(tmp_path, kind):
+def test_cifar100_archives_give_the_fine_labels(tmp_path, kind):
   write = getattr(archives, f"cifar100_{kind}")
   write(tmp_path / f"cifar-100-{kind}.tar.gz", TRAIN100, TEST100)
   train, test = cifar.read_cifar100(
@@ -79,7 +81,7 @@ def rows(images):
   return images.transpose(0, 3, 1, 2).reshape(len(images), 3072)
 
 
-def test_the_bytes_of_the_fixture_are_a_pickle_that_numpy_reads():
+def test_the_fixture_is_a_pickle_that_numpy_reads():
   content = archives.python2_file(TEST10[0], {"labels": TEST10[1]})
   with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # newer numpy dislikes the old dtype state
@@ -158,13 +160,13 @@ def test_known_names_are_not_called_either(tmp_path):
     ({"data": rows(TEST10[0]), "labels": [1, 2, 3, 2**70]}, "data_batch_2"),
   ],
 )
-def test_other_content_is_refused(tmp_path, batch, message):
+def test_pickles_of_other_content_are_refused(tmp_path, batch, message):
   with pytest.raises(UserError, match=message) as error:
     read_python(tmp_path, pickle.dumps(batch, protocol=2))
   assert "\n" not in str(error.value)
 
 
-def test_a_pickle_that_ends_early(tmp_path):
+def test_a_pickle_that_ends_early_is_refused(tmp_path):
   content = archives.python2_file(TEST10[0], {"labels": TEST10[1]})
   with pytest.raises(UserError, match="data_batch_2"):
     read_python(tmp_path, content[:-5000])
@@ -186,13 +188,13 @@ def refused(tmp_path, path, message, read=cifar.read_cifar10):
   assert not (tmp_path / "cache").exists()
 
 
-def test_no_gzip(tmp_path):
+def test_a_file_without_gzip_is_refused(tmp_path):
   path = tmp_path / "cifar-10-binary.tar.gz"
   path.write_bytes(b"<html>404</html>")
   refused(tmp_path, path, "not a usable cifar10 archive")
 
 
-def test_truncated(tmp_path, good):
+def test_a_truncated_archive_is_refused(tmp_path, good):
   content = good.read_bytes()
   good.write_bytes(content[: len(content) // 2])
   refused(tmp_path, good, "not a usable cifar10 archive")
@@ -207,13 +209,13 @@ def test_every_damaged_byte_is_noticed(tmp_path, good):
     refused(tmp_path, good, "archive")
 
 
-def test_the_archive_of_the_other_data_set(tmp_path, good):
+def test_the_archive_of_the_other_data_set_is_refused(tmp_path, good):
   refused(
     tmp_path, good, "not a cifar100 archive.*cifar-100-", cifar.read_cifar100
   )
 
 
-def test_the_other_version_than_asked_for(tmp_path, good):
+def test_another_version_than_asked_for_is_refused(tmp_path, good):
   with pytest.raises(UserError, match="no images in cifar-10-batches-py/"):
     cifar.read_cifar10(
       data_dir=str(good), cache_dir=str(tmp_path / "c"), source="python"
@@ -227,7 +229,7 @@ def rewritten(good, change):
   return archives.write_tar(good, files)
 
 
-def test_a_file_is_missing(tmp_path, good):
+def test_an_archive_that_lacks_a_file_is_refused(tmp_path, good):
   path = rewritten(
     good, lambda files: files.pop("cifar-10-batches-bin/data_batch_3.bin")
   )
@@ -243,7 +245,9 @@ def test_a_file_is_missing(tmp_path, good):
     (bytes(3073 * 12_000), "too many for 10000 images"),
   ],
 )
-def test_a_file_of_wrong_size_or_labels(tmp_path, good, content, message):
+def test_a_file_of_wrong_size_or_labels_is_refused(
+  tmp_path, good, content, message
+):
   name = "cifar-10-batches-bin/test_batch.bin"
   refused(
     tmp_path,

@@ -29,7 +29,7 @@ def test_an_epoch_shows_every_example_at_most_once_and_drops_the_tail():
   assert indices.max() < 103
 
 
-def test_all_examples_when_the_batch_size_divides():
+def test_an_epoch_shows_all_examples_when_the_batch_size_divides():
   indices = epoch_of(seed=3, epoch=5, num_examples=60, batch_size=12)
   assert sorted(indices.tolist()) == list(range(60))
 
@@ -44,7 +44,7 @@ def test_epochs_and_seeds_differ():
   assert len({tuple(order) for order in orders}) == 4
 
 
-def test_pure_whatever_was_asked_before():
+def test_a_batch_does_not_depend_on_earlier_calls():
   sizes = dict(num_examples=1000, batch_size=32)
   steps = [5, 200, 31, 30, 5, 4000, 200]
   first = [batches.train_indices(9, step, **sizes).tolist() for step in steps]
@@ -81,7 +81,9 @@ def test_a_batch_cannot_be_changed_in_the_cache():
     (0, 0, 0, 1, "num_examples=0"),
   ],
 )
-def test_train_errors(seed, step, num_examples, batch_size, message):
+def test_bad_arguments_of_train_indices_are_named(
+  seed, step, num_examples, batch_size, message
+):
   with pytest.raises(UserError, match=message):
     batches.train_indices(
       seed, step, num_examples=num_examples, batch_size=batch_size
@@ -109,7 +111,7 @@ def test_eval_fills_up_with_the_first_examples():
 
 
 @pytest.mark.parametrize("sizes", [(0, 4), (4, 0)])
-def test_eval_errors(sizes):
+def test_bad_sizes_of_eval_batches_are_named(sizes):
   with pytest.raises(UserError, match="=0: must be at least 1"):
     batches.eval_batches(*sizes)
 

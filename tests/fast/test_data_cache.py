@@ -56,20 +56,20 @@ def only_file(folder):
   return path
 
 
-def test_decoded_once(source, tmp_path, decodings):
+def test_an_archive_is_decoded_once(source, tmp_path, decodings):
   for _ in range(3):
     same(read(source, tmp_path / "cache"))
   assert len(decodings) == 1
   assert only_file(tmp_path / "cache").stat().st_size > 16 * 3072
 
 
-def test_folder_and_file_share_the_copy(source, tmp_path, decodings):
+def test_folder_and_file_share_the_decoded_copy(source, tmp_path, decodings):
   read(source, tmp_path / "cache")
   same(read(source / "cifar-10-binary.tar.gz", tmp_path / "cache"))
   assert len(decodings) == 1
 
 
-def test_changed_data_replace_the_copy(source, tmp_path, decodings):
+def test_changed_data_replace_the_decoded_copy(source, tmp_path, decodings):
   read(source, tmp_path / "cache")
   other = archives.random_images(12, 10, seed=5)
   archives.cifar10_binary(source / "cifar-10-binary.tar.gz", other, TEST)
@@ -79,7 +79,9 @@ def test_changed_data_replace_the_copy(source, tmp_path, decodings):
   only_file(tmp_path / "cache")
 
 
-def test_same_size_other_time_is_a_change(source, tmp_path, decodings):
+def test_a_new_modification_time_counts_as_a_change(
+  source, tmp_path, decodings
+):
   read(source, tmp_path / "cache")
   os.utime(source / "cifar-10-binary.tar.gz", ns=(1, 1))
   same(read(source, tmp_path / "cache"))
@@ -133,8 +135,8 @@ def test_a_cache_that_cannot_be_written_is_a_warning(source, tmp_path, caplog):
 
 
 def test_a_write_that_fails_leaves_nothing(source, tmp_path, monkeypatch):
-  def full(path, **arrays):
-    path.write_bytes(b"half of it")
+  def full(file, **arrays):
+    file.write(b"half of it")
     raise OSError(28, "No space left on device")
 
   monkeypatch.setattr(np, "savez", full)
@@ -220,17 +222,19 @@ def test_missing_data_points_at_a_copy_of_it(source, tmp_path):
     ("x" * 300, "data_dir=.*: File name too long"),
   ],
 )
-def test_paths_that_lead_nowhere(tmp_path, data_dir, message):
+def test_paths_of_no_file_are_named(tmp_path, data_dir, message):
   with pytest.raises(UserError, match=message):
     read(tmp_path / data_dir, tmp_path)
 
 
-def test_unknown_source(source, tmp_path):
+def test_an_unknown_source_is_refused_with_the_known_ones(source, tmp_path):
   with pytest.raises(UserError, match=r"source='torch'.*auto, tfds, binary"):
     read(source, tmp_path, source="torch")
 
 
-def test_default_places(source, tmp_path, monkeypatch):
+def test_default_directories_follow_the_environment(
+  source, tmp_path, monkeypatch
+):
   monkeypatch.setenv("TFDS_DATA_DIR", str(source))
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
   same(cifar.read_cifar10())

@@ -13,7 +13,7 @@ def digits():
   return data.load("digits", validation_size=180)
 
 
-def test_sizes_and_types(digits):
+def test_digits_have_their_sizes_and_dtypes(digits):
   splits = digits.train, digits.validation, digits.test
   assert [len(split.labels) for split in splits] == [1257, 180, 360]
   for split in splits:
@@ -58,7 +58,7 @@ def test_statistics_are_those_of_the_training_pixels(digits):
 
 
 @pytest.mark.parametrize("size", [0, 1437])
-def test_validation_size_out_of_range(size):
+def test_a_validation_size_out_of_range_is_named(size):
   with pytest.raises(UserError, match=f"validation_size={size}: must be"):
     data.load("digits", validation_size=size)
 

@@ -213,7 +213,7 @@ def test_a_bad_archive_leaves_nothing(tmp_path, archive):
   assert not list((tmp_path / "tfds").iterdir())
 
 
-def test_errors_on_the_command_line(tmp_path, capsys):
+def test_errors_of_the_command_are_one_line(tmp_path, capsys):
   file = tmp_path / "file"
   file.write_text("")
   with pytest.raises(SystemExit) as end:
@@ -263,7 +263,7 @@ def published(server, archive, monkeypatch):
   return path
 
 
-def test_download_prepare_load(tmp_path, published):
+def test_a_downloaded_archive_is_prepared_and_loads(tmp_path, published):
   root = tmp_path / "tfds"
   prepare.main(["cifar10", f"--data_dir={root}"])
   kept = root / "downloads" / published.name
@@ -309,13 +309,13 @@ def test_a_damaged_download_is_fetched_again(tmp_path, published):
   assert path.read_bytes() == published.read_bytes()
 
 
-def test_no_such_file_on_the_server(tmp_path, published):
+def test_a_missing_file_on_the_server_is_named(tmp_path, published):
   published.unlink()
   with pytest.raises(UserError, match=r"cannot be downloaded.*404.*--archive"):
     prepare.prepare("cifar10", data_dir=str(tmp_path / "tfds"))
 
 
-def test_no_server(tmp_path, monkeypatch):
+def test_an_unreachable_server_is_named(tmp_path, monkeypatch):
   monkeypatch.setenv("no_proxy", "127.0.0.1")
   entry = prepare.Download("http://127.0.0.1:1/a.tar.gz", 1, "")
   with pytest.raises(UserError, match=r"cannot be downloaded.*refused"):

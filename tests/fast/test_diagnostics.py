@@ -1,12 +1,12 @@
 """Signs seen from a classifier alone: each rule by numpy, on both sides."""
 
 import functools
-import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from diagnostic import check
 from jax.tree_util import Partial
 
 from atat_jax import models, sharding
@@ -18,16 +18,6 @@ LABELS = np.array([0, 1, 2, 0], np.int32)
 
 def made(seed=0, shape=(4, 3)):
   return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
-
-
-def check(found, flag, value=None):
-  assert set(found) == {"title", "rule", "value", "flag", "message"}
-  assert found["title"] and not found["title"].endswith(".")
-  json.dumps(found, allow_nan=False)
-  assert type(found["flag"]) is bool and type(found["value"]) is float
-  assert found["flag"] is flag, found
-  if value is not None:
-    assert found["value"] == pytest.approx(value, rel=1e-4, abs=1e-7)
 
 
 # --- Randomised --------------------------------------------------------------

@@ -1,48 +1,33 @@
 """Sentences of the analyses: the numbers in the files, and nothing fixed."""
 
-import html
 import json
-import re
 
 import analysis_files
 import numpy as np
 import pytest
 
-from atat_jax import findings
-from atat_jax.errors import UserError
+from atat_jax import analyses
+from atat_jax.runs import files
 
 
 @pytest.fixture
-def say(tmp_path):
-  """(stem, arrays) to the sentence and the caption on the page."""
-  picture = tmp_path / "a.png"
-  picture.write_bytes(b"png")
+def find(tmp_path):
+  """(name, arrays) to the sentence and the caption on the page."""
 
-  def said(stem, arrays):
-    path = tmp_path / f"{stem}.npz"
-    np.savez(path, **arrays)
-    text = html.unescape(findings.section(path, [picture]))
-    sentence = re.search(r"<p>(.+)</p>", text)[1]
-    return sentence, re.search(r"<figcaption>(.+)</figcaption>", text)[1]
+  def found(name, arrays):
+    analysis = analyses.ANALYSES[name]
+    data = files.Arrays(analysis.path(tmp_path), arrays)
+    finding = analysis.find(data)
+    return finding.sentence, finding.caption
 
-  return said
+  return found
 
 
-def test_no_file_and_no_picture_are_no_section(tmp_path):
-  path = tmp_path / "curvature.npz"
-  assert findings.section(path, [tmp_path / "a.png"]) == ""
-  np.savez(path, **analysis_files.curvature_arrays())
-  assert findings.section(path, []) == ""
-  path.write_bytes(b"no archive")
-  with pytest.raises(UserError, match=r"curvature\.npz cannot be read"):
-    findings.section(path, [tmp_path / "a.png"])
-
-
-def test_steps(say, tmp_path):
+def test_steps(find, tmp_path):
   arrays = analysis_files.steps_arrays()
-  sentence, caption = say("attack_steps", arrays)
+  sentence, caption = find("steps", arrays)
   assert "standard 95.0%, 0.0% and 0.0%; atat 85.0%, 60.0% and 60" in sentence
-  assert "take 0.0 points at most: the attack has nearly" in sentence
+  assert "falls by 0.0 points at most: PGD had converged after 20" in sentence
   assert "AutoAttack" not in sentence + caption
   arrays["atat_accuracy"] = np.linspace(0.6, 0.3, 101)
   row = {
@@ -56,73 +41,89 @@ def test_steps(say, tmp_path):
   }
   results = {"format": 1, "rows": [row]}
   (tmp_path / "results.json").write_text(json.dumps(results))
-  sentence, caption = say("attack_steps", arrays)
+  sentence, caption = find("steps", arrays)
   # 0.6 - 0.3 * 20 / 100 is left after 20 steps.
   assert "atat 85.0%, 54.0% and 30.0%" in sentence
-  assert "take 24.0 points at most, so fewer steps overstate" in sentence
+  assert "24.0 points at most: PGD had not converged after 20" in sentence
   assert "AutoAttack leaves atat 25.0% (autoattack, 100 images)" in sentence
   assert "Dotted lines" in caption and "360 images, PGD, linf" in caption
 
 
-def test_epsilons(say):
+def test_epsilons(find):
   arrays = analysis_files.epsilons_arrays()
-  sentence, _ = say("attack_epsilons", arrays)
-  assert "standard from 0.0314 on; atat from 0.0627 on" in sentence
+  sentence, _ = find("epsilons", arrays)
+  assert "standard from 8/255 on; atat from 16/255 on" in sentence
   assert "never fooled (atat 10.0%)" in sentence
   arrays["atat_worst_case"] = np.zeros(4)
   arrays["atat_accuracy"] = np.full(4, 0.8)
-  sentence, _ = say("attack_epsilons", arrays)
+  sentence, _ = find("epsilons", arrays)
   assert "atat nowhere" in sentence and "No image withstands" in sentence
 
 
-def test_attention(say):
+def test_attention(find):
   arrays = analysis_files.maps(["raw", "full"], ["clean", "adversarial"], n=5)
   right = arrays["labels"]
   arrays["raw_adversarial_prediction"] = np.array([1, 1, 3, 3, 0])  # 2 right
   arrays["full_adversarial_prediction"] = np.array([0, 0, 2, 3, 0])  # 3 right
-  sentence, caption = say("attention", arrays)
+  sentence, caption = find("attention", arrays)
   assert "Of 5 images, raw classifies 5 and 2 correctly" in sentence
   assert "full classifies 5 and 3 correctly" in sentence
   assert "full is right on 2 of the 3 attacked images" in sentence
-  assert "correctly where raw is wrong" in caption and "PGD." in caption
+  assert "right where raw is wrong" in caption and "PGD." in caption
 
   arrays = analysis_files.maps(["raw"], ["clean", "round2", "round8"], n=5)
   arrays["raw_round8_prediction"] = right + 1
-  sentence, _ = say("attention_rounds", arrays)
+  sentence, _ = find("rounds", arrays)
   assert "5, 5 and 0 correctly (on clean images and after 2 and 8" in sentence
 
 
-def test_files_of_earlier_versions_are_read(say):
+def test_files_of_earlier_versions_are_read(find):
   arrays = analysis_files.maps(["teacher"], ["clean", "adversarial"])
   del arrays["networks"], arrays["kinds"]
-  sentence, _ = say("attention", arrays)
+  sentence, _ = find("attention", arrays)
   assert "teacher classifies 2 and 2 correctly" in sentence
 
 
-def test_shift(say):
+def test_shift(find):
   arrays = analysis_files.shifts({"raw": 0.9, "full": 0.0})
-  sentence, caption = say("attention_shift", arrays)
+  sentence, caption = find("shift", arrays)
   mean = arrays["raw_cosine"][-1].mean()
   assert f"cosine distance of raw {mean:.2g} and full 0.0" in sentence
   assert "raw: " in sentence and "AUC 1.00" in sentence  # drawn apart
   assert "60 images, Grad-CAM at features, PGD, 8 steps" in caption
 
 
-def test_landscape(say):
+def test_whether_shift_tells_who_is_fooled(find):
+  sentence, _ = find("shift", analysis_files.shifts({"raw": 1.0, "full": 0.3}))
+  # All are fooled in the end: the comparison is after two rounds.
+  assert "raw: after 2 rounds 30 of 60 images are fooled." in sentence
+  assert sentence.endswith(
+    "full: after 8 rounds 18 of 60 images are fooled. Their attention has"
+    " shifted more by cosine distance (AUC 1.00), rank correlation (AUC 1.00),"
+    " highest tenth (AUC 1.00), centre of mass (AUC 1.00)."
+  )
+  sentence, _ = find("shift", analysis_files.shifts({"raw": 0.0}))
+  assert sentence.endswith(
+    "raw: inconclusive, 0 fooled and 60 not after the last round; at least 10 of"
+    " each are needed."
+  )
+
+
+def test_landscape(find):
   arrays = analysis_files.landscape_arrays()
-  sentence, _ = say("loss_landscape", arrays)
+  sentence, _ = find("landscape", arrays)
   # 20 (a + 0.2) from a = 0 to 0.2; wrong where a > 0.1 (two of nine rows of
   # one image, none of the other).
-  assert "standard: the loss changes by +4.00 nats" in sentence
-  assert "reaches 8.00; 11.1% of the plane" in sentence
+  assert "standard: the loss changes by +4 nats" in sentence
+  assert "reaches 8; 11.1% of the plane" in sentence
   assert "atat: the loss changes by +0.02 nats" in sentence
 
 
-def test_curvature(say):
+def test_curvature(find):
   arrays = analysis_files.curvature_arrays()
-  sentence, _ = say("curvature", arrays)
+  sentence, _ = find("curvature", arrays)
   means = [arrays[f"{name}_mean"] for name in analysis_files.NETWORKS]
   for mean in means:
     assert f"{mean:.3g} (95% {0.8 * mean:.3g} to {1.2 * mean:.3g})" in sentence
   ratio = means[0] / means[1]
-  assert f"standard bends {ratio:.3g} times as much as atat" in sentence
+  assert f"standard bends {ratio:.3g} times as much as that of atat" in sentence

@@ -27,7 +27,6 @@ LAYERS = (
   "figures",
   "plan",
   "config",
-  "findings",
   "report",
   "train",  # modes
   "evaluate",

@@ -115,9 +115,10 @@ def test_page_holds_the_facts_of_the_run(tmp_path):
   page = Page(report.write_report(tmp_path))
   for text in (
     "ATAT on digits, wide_resnet 14-2",
-    "flagged: batch statistics overstate robustness. Batch statistics flatter",
-    "passed: more steps. PGD-20 is as strong as it should be.",
-    "not measured: zero gradients.",
+    "flagged, student: Batch statistics overstate robustness. Batch"
+    " statistics flatter this network.",
+    "passed, student: more steps. PGD-20 is as strong as it should be.",
+    "not measured, student: zero gradients.",
     "git checkout 0123abcd\ncurl https://example.org/<x>",
     "jax 0.10.2",
     "student: best, step 2,000",

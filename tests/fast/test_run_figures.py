@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import run_files
-from PIL import Image
+from pictures import is_color, pixels
 from run_files import result_row
 
 from atat_jax.drawing import style
@@ -13,11 +13,8 @@ from atat_jax.figures import curves, robustness
 TEACHER, STUDENT = style.model_colors(("teacher", "student")).values()
 
 
-def is_color(path, color):
-  with Image.open(path) as image:
-    pixels = np.asarray(image.convert("RGB")).astype(int)
-  rgb = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
-  return (abs(pixels - rgb) <= 3).all(axis=-1)
+def has_color(path, color):
+  return is_color(pixels(path), color)
 
 
 def write_metrics(workdir, lines):
@@ -39,7 +36,7 @@ def test_bars_are_as_long_as_the_accuracies(tmp_path):
   run_files.save(tmp_path, {"format": 1, "rows": rows})
   (path,) = robustness.draw(tmp_path)
   # Rows of solid bars: the legend's patch, 0.9 and 0.45; no hatched one.
-  lengths = is_color(path, STUDENT).sum(axis=1)
+  lengths = has_color(path, STUDENT).sum(axis=1)
   solid = np.unique(lengths[lengths > 100])
   full = solid.max()
   half = solid[abs(solid - full / 2) <= 3]
@@ -60,14 +57,14 @@ def test_a_model_has_one_colour_in_bars_and_curves(tmp_path):
   write_metrics(tmp_path / "teacher", lines)
   paths = {path.stem: path for path in curves.draw(tmp_path)}
   assert list(paths) == ["curves_teacher_training", "curves_student_training"]
-  assert is_color(bars, TEACHER).sum() > 500 < is_color(bars, STUDENT).sum()
+  assert has_color(bars, TEACHER).sum() > 500 < has_color(bars, STUDENT).sum()
   for model, own, other in (
     ("teacher", TEACHER, STUDENT),
     ("student", STUDENT, TEACHER),
   ):
     path = paths[f"curves_{model}_training"]
-    assert is_color(path, own).sum() > 100
-    assert is_color(path, other).sum() == 0
+    assert has_color(path, own).sum() > 100
+    assert has_color(path, other).sum() == 0
 
 
 def test_the_network_of_a_run_without_a_teacher_has_its_own_colour(tmp_path):
@@ -79,7 +76,7 @@ def test_the_network_of_a_run_without_a_teacher_has_its_own_colour(tmp_path):
   (path,) = curves.draw(tmp_path)
   (color,) = style.model_colors(["standard"]).values()
   assert color not in (TEACHER, STUDENT)
-  assert is_color(path, color).sum() > 100
+  assert has_color(path, color).sum() > 100
 
 
 def test_the_attention_loss_is_drawn_where_there_is_one(tmp_path):
@@ -87,8 +84,8 @@ def test_the_attention_loss_is_drawn_where_there_is_one(tmp_path):
   write_metrics(tmp_path / "teacher", lines)
   write_metrics(tmp_path, [line | {"attention": 0.3} for line in lines])
   teacher, student = curves.draw(tmp_path)
-  assert is_color(teacher, style.PURPLE).sum() == 0
-  assert is_color(student, style.PURPLE).sum() > 100
+  assert has_color(teacher, style.PURPLE).sum() == 0
+  assert has_color(student, style.PURPLE).sum() > 100
 
 
 def test_curves_survive_one_point_and_not_a_number(tmp_path):

@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 from scipy import optimize
 
+from atat_jax import compilation
 from atat_jax.attacks.simplex import project_l1
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def _exact(delta: Any, images: Any, epsilon: float) -> np.ndarray:
@@ -54,7 +57,7 @@ def _draw(seed: int, shape: tuple[int, ...], scale: float) -> Any:
   return delta * (generator.uniform(size=shape) < 0.8), images
 
 
-_jitted = jax.jit(project_l1)
+_jitted = compilation.jit(project_l1)
 
 
 @pytest.mark.parametrize("shape", [(4, 1, 1, 1), (5, 3, 2, 1), (6, 8, 7, 3)])
@@ -143,9 +146,13 @@ def test_each_row_on_its_own(x64):
   epsilon = np.array([0.01, 0.1, 0.5, 1.0, 2.0, 9.0]).reshape(6, 1, 1, 1)
   together = np.asarray(_jitted(delta, images, epsilon))
   for row in range(6):
-    alone = _jitted(delta[row : row + 1], images[row : row + 1], epsilon[row])
-    np.testing.assert_array_equal(alone[0], together[row])
-  mapped = jax.jit(
+    # Rolled, its neighbours are others; alone, it has none.
+    rolled = [np.roll(x, row, axis=0) for x in (delta, images, epsilon)]
+    rolled[0][(row + 1) % 6] = 0
+    np.testing.assert_array_equal(_jitted(*rolled)[row], together[0])
+  alone = _jitted(delta[:1], images[:1], epsilon[:1])
+  np.testing.assert_array_equal(alone[0], together[0])
+  mapped = compilation.jit(
     jax.vmap(lambda d, x, e: project_l1(d[None], x[None], e)[0])
   )(delta, images, epsilon)
   np.testing.assert_allclose(mapped, together, rtol=1e-12)

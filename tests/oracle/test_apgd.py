@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 from jax.tree_util import Partial
 
-from atat_jax import losses
+from atat_jax import compilation, losses
 from atat_jax.attacks import base, search
 from atat_jax.attacks.auto_pgd import APGD, APGDState, apgd
 from atat_jax.errors import UserError
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 KEY = jax.random.key(3)
 ROWS, CLASSES = 16, 6
@@ -313,7 +315,7 @@ class Run(NamedTuple):
     return APGD(self.norm, self.loss, enlarged=self.enlarged)
 
 
-@functools.partial(jax.jit, static_argnames="method")
+@functools.partial(compilation.jit, static_argnames="method")
 def _record(method, classifier, problem, settings, state, i):
   """The states before each of 103 steps, and after the last."""
 
@@ -546,7 +548,7 @@ def test_neighbours_that_are_further_on_change_nothing(run, case, x64):
       )
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(compilation.jit, static_argnums=0)
 def _advance(method, classifier, problem, settings, state, i, limit, count):
   return search.advance(
     method,
@@ -657,7 +659,7 @@ def test_starts_on_the_surface_of_the_ball(norm):
     )
 
   settings = search.SearchSettings(jnp.float32(epsilon), jnp.int32(100))
-  start = jax.jit(APGD(norm).start)
+  start = compilation.jit(APGD(norm).start)
   state = start(make_problem(images), settings)
   delta = np.asarray(state.x - images, np.float64).reshape(200, -1)
   order = {"linf": np.inf, "l2": 2, "l1": 1}[norm]
@@ -802,7 +804,7 @@ def test_keys_decide_the_start_alone(case):
   )
 
 
-@pytest.mark.parametrize("loss", ["cross_entropy", "margin", "targeted_margin"])
+@pytest.mark.parametrize("loss", ["margin", "targeted_margin"])
 def test_two_classes(loss, case):
   """num_targets is lowered to the one class that there is."""
   weights = dict(case.single.args[0])
@@ -867,13 +869,14 @@ def test_bad_arguments_are_named(what, case):
 
 
 def test_what_is_swept_compiles_nothing(case, compilations):
-  arguments = dict(loss="targeted_margin", num_targets=1)
+  # So few steps that no two runs have converged to the same corner.
+  arguments = dict(loss="targeted_margin", num_targets=1, num_steps=3)
   first = _apgd(case, **arguments)
   other = Partial(_mlp, jax.tree.map(lambda w: 0.9 * w, case.single.args[0]))
   before = compilations()
   results = [
     _apgd(case, **arguments, epsilon=0.01),
-    _apgd(case, **arguments, num_steps=7),
+    _apgd(case, **arguments | {"num_steps": 7}),
     _apgd(case, **arguments | {"num_targets": 3}),
     _apgd(case, **arguments, num_restarts=2),
     _apgd(case, **arguments, classifier=other),
@@ -984,7 +987,7 @@ def test_evaluate_averages_gradients_of_different_draws(samples, x64):
   images = generator.uniform(size=(3, *SHAPE))
   labels = np.array([0, 3, 1])
   classifier, seen = _spying(weights)
-  logits, loss, gradient = jax.jit(
+  logits, loss, gradient = compilation.jit(
     lambda key: base.evaluate(
       classifier,
       key,

@@ -7,16 +7,25 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from atat_jax import analyses, losses
+from atat_jax import analyses, losses, sharding
 from atat_jax.errors import UserError
+
+# Compiling is most of the time that these tests take.
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 KEY = jax.random.key(3)
 IMAGES = np.random.default_rng(0).uniform(0, 1, (9, 4, 4, 1)).astype("float32")
 LABELS = np.arange(9, dtype=np.int32) % 3
 
 
+def _curvature(*arguments, **changes):
+  """On one device: on eight, each would compute everything."""
+  mesh = sharding.make_mesh(jax.devices()[:1])
+  return analyses.loss_curvature(*arguments, mesh=mesh, **changes)
+
+
 def hessians(example):
-  """Of the loss in the pixels, by differences of gradients, float64 [B, D, D]."""
+  """Hessians in the pixels by differences of gradients, float64 [B, D, D]."""
   step, size = 1e-6, example.images[0].size
   shifts = step * np.concatenate([np.eye(size), -np.eye(size)])
   with jax.enable_x64(True):
@@ -47,14 +56,14 @@ def check(found, name, matrices):
   for value, residual, spectrum in zip(values, residuals, spectra, strict=True):
     largest = spectrum[abs(spectrum).argmax()]
     assert residual <= 0.02
-    # Of a symmetric matrix the quotient errs by the residual's square.
+    # For a symmetric matrix the quotient errs by the residual's square.
     assert value == pytest.approx(largest, rel=5e-3)
     assert abs(spectrum - value).min() <= (residual + 1e-4) * abs(value)
   return spectra
 
 
 def test_largest_eigenvalues_of_a_smooth_network(small):
-  found = analyses.curvature(
+  found = _curvature(
     KEY,
     {"small": (small.model, small.variables)},
     small.images,
@@ -68,11 +77,10 @@ def test_largest_eigenvalues_of_a_smooth_network(small):
   assert (abs(spectra[:, 0]) > abs(spectra[:, -1])).any()
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_through_the_convolutions_of_the_backend(wrn):
   """Their own derivative on CPU has no forward mode."""
-  wrn = wrn._replace(images=wrn.images[:3], labels=wrn.labels[:3])
-  found = analyses.curvature(
+  wrn = wrn._replace(images=wrn.images[:2], labels=wrn.labels[:2])
+  found = _curvature(
     KEY,
     {"wrn": (wrn.model, wrn.variables)},
     wrn.images,
@@ -85,7 +93,7 @@ def test_through_the_convolutions_of_the_backend(wrn):
 
 def test_formula_of_a_linear_network():
   pair, weights, biases = linear_networks.linear()
-  found = analyses.curvature(
+  found = _curvature(
     KEY, {"net": pair}, IMAGES, LABELS, tolerance=1e-3, num_iterations=500
   )
   x = IMAGES.reshape(9, -1).astype(np.float64)
@@ -107,7 +115,7 @@ def test_formula_of_a_linear_network():
 def test_batches_make_no_difference():
   pair, *_ = linear_networks.linear()
   whole, parts = (
-    analyses.curvature(
+    _curvature(
       KEY,
       {"net": pair},
       IMAGES,
@@ -125,7 +133,7 @@ def test_too_few_products_show_in_the_residual():
   pair, *_ = linear_networks.linear()
 
   def residual(number):
-    return analyses.curvature(
+    return _curvature(
       KEY, {"net": pair}, IMAGES, LABELS, num_iterations=number
     )["net_residual"]
 
@@ -138,7 +146,7 @@ def test_where_nothing_bends():
   (module, variables), *_ = linear_networks.linear(scale=1e4)
   flat = jax.tree.map(jnp.zeros_like, variables)
   labels = np.asarray(module.apply(variables, IMAGES)).argmax(-1)
-  found = analyses.curvature(
+  found = _curvature(
     KEY, {"flat": (module, flat), "sure": (module, variables)}, IMAGES, labels
   )
   for name in ("flat", "sure"):
@@ -148,7 +156,7 @@ def test_where_nothing_bends():
 
 def test_one_image_has_no_interval():
   pair, *_ = linear_networks.linear()
-  found = analyses.curvature(KEY, {"net": pair}, IMAGES[:1], LABELS[:1])
+  found = _curvature(KEY, {"net": pair}, IMAGES[:1], LABELS[:1])
   assert (
     np.isfinite(found["net_mean"]) and np.isnan(found["net_interval"]).all()
   )
@@ -168,4 +176,4 @@ def test_bad_arguments_are_named(changes, message):
   pair, *_ = linear_networks.linear()
   arguments = {"networks": {"net": pair}, "images": IMAGES, "labels": LABELS}
   with pytest.raises(UserError, match=message):
-    analyses.curvature(KEY, **arguments | changes)
+    _curvature(KEY, **arguments | changes)

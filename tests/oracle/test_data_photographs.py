@@ -37,7 +37,9 @@ def _interpolated(pixels, height, width):
     ((100, 130), (256, 332), (16, 54)),  # enlarged
   ],
 )
-def test_resized_and_cropped_as_pytorch(shape, resized, corner, tmp_path):
+def test_photographs_are_resized_and_cropped_as_by_pytorch(
+  shape, resized, corner, tmp_path
+):
   pixels = _pixels(*shape)
   path = tmp_path / "photo.png"
   Image.fromarray(pixels).save(path)
@@ -51,7 +53,7 @@ def test_resized_and_cropped_as_pytorch(shape, resized, corner, tmp_path):
   assert np.abs(ours - expected).max() < 1.2 / 255
 
 
-def test_grey_turned_and_small(tmp_path):
+def test_grey_rotated_and_small_photographs_are_read(tmp_path):
   pixels = _pixels(40, 60)
   grey = tmp_path / "grey.png"
   Image.fromarray(pixels[..., 0]).save(grey)

@@ -1,5 +1,6 @@
 """FAB: an independent implementation, closed forms, and its contract."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -8,9 +9,12 @@ import numpy as np
 import pytest
 from jax.tree_util import Partial
 
+from atat_jax import compilation
 from atat_jax.attacks import base, search
 from atat_jax.attacks.fast_boundary import FAB, fab
 from atat_jax.errors import UserError
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 KEY = jax.random.key(3)
 NORMS = ("linf", "l2", "l1")
@@ -63,6 +67,16 @@ class Case(NamedTuple):
 
 def _settings(epsilon: float, dtype: Any = np.float32) -> search.SearchSettings:
   return search.SearchSettings(jnp.asarray(epsilon, dtype), jnp.int32(20))
+
+
+@functools.partial(compilation.jit, static_argnums=0)
+def _start(algorithm: FAB, problem: Any, settings: Any) -> Any:
+  return algorithm.start(problem, settings)
+
+
+@functools.partial(compilation.jit, static_argnums=0)
+def _step(algorithm: FAB, *args: Any) -> Any:
+  return algorithm.step(*args)
 
 
 @pytest.fixture(scope="module")
@@ -170,10 +184,10 @@ def test_every_step_equals_an_independent_loop(norm, targeted, case, x64):
   x = case.images + generator.uniform(-0.02, 0.02, SHAPE)
   x = x.clip(0, 1)
   x[::2] = case.images[::2]
-  state = algorithm.start(problem, settings)._replace(x=jnp.asarray(x))
+  state = _start(algorithm, problem, settings)._replace(x=jnp.asarray(x))
   classifier = case.classifier(np.float64)
 
-  @jax.jit
+  @compilation.jit
   def step(state, i):
     i = jnp.zeros(8, jnp.int32) + i
     return algorithm.step(classifier, KEY, problem, settings, state, i)
@@ -212,7 +226,7 @@ def _check_attempt(norm, case, state, x, closest, distance):
 def test_the_clean_image_comes_first(case):
   for norm in NORMS:
     problem = case.problem()
-    state = jax.jit(FAB(norm).start)(problem, _settings(EPSILON[norm]))
+    state = _start(FAB(norm), problem, _settings(EPSILON[norm]))
     assert (state.x == problem.images).all()
     assert not state.fooled.any() and (state.distance == np.inf).all()
 
@@ -223,7 +237,7 @@ def test_restarts_begin_halfway_to_the_surface(norm, case):
   epsilon = 0.1
   middle = case._replace(images=np.full(SHAPE, 0.5))
   problem = middle.problem(restart=1)
-  start = jax.jit(FAB(norm).start)
+  start = functools.partial(_start, FAB(norm))
   state = start(problem, _settings(epsilon))
   delta = np.asarray(state.x - problem.images)
   np.testing.assert_allclose(_length(norm, delta), epsilon / 2, rtol=1e-5)
@@ -304,10 +318,8 @@ def test_untargeted_goes_to_the_nearest_boundary(norm, nearest):
     restarts=rows,
   )
   settings, algorithm = _settings(0.5), FAB(norm, targeted=False)
-  state = algorithm.start(problem, settings)
-  state = jax.jit(algorithm.step)(
-    classifier, KEY, problem, settings, state, rows
-  )
+  state = _start(algorithm, problem, settings)
+  state = _step(algorithm, classifier, KEY, problem, settings, state, rows)
   assert classifier(state.closest).argmax(-1) == nearest
 
 
@@ -315,12 +327,12 @@ def test_untargeted_goes_to_the_nearest_boundary(norm, nearest):
 def test_fooled_means_within_epsilon_and_no_more(norm, case):
   """To the last bit of the distance."""
   problem = case.problem()
-  step = jax.jit(FAB(norm).step)
+  step = functools.partial(_step, FAB(norm))
   rows = jnp.zeros(8, jnp.int32)
 
   def after(epsilon):
     settings = _settings(epsilon)
-    state = FAB(norm).start(problem, settings)
+    state = _start(FAB(norm), problem, settings)
     for _ in range(3):
       state = step(case.classifier(), KEY, problem, settings, state, rows)
     return state
@@ -452,8 +464,8 @@ def test_a_randomised_classifier_gets_new_keys(case):
   problem = search.make_problem(
     KEY, images, rows, rows + 1, examples=rows, runs=rows, restarts=rows
   )
-  state = algorithm.start(problem, _settings(0.4))
-  step = jax.jit(algorithm.step)
+  state = _start(algorithm, problem, _settings(0.4))
+  step = functools.partial(_step, algorithm)
   found = []
   for i in range(4):
     key = jax.random.key(i)
@@ -465,8 +477,10 @@ def test_a_randomised_classifier_gets_new_keys(case):
   assert np.isfinite(adversarial).all()
 
 
-@pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("targeted", [True, False], ids=["targeted", "any"])
+@pytest.mark.parametrize(
+  ("norm", "targeted"),
+  [("linf", True), ("linf", False), ("l2", False), ("l1", True)],
+)
 def test_gradients_that_are_no_numbers_move_nothing(norm, targeted):
   """And those that are zero."""
 

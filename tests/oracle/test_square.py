@@ -11,6 +11,7 @@ import pytest
 from jax.tree_util import Partial
 from scipy import stats
 
+from atat_jax import compilation
 from atat_jax.attacks import base, search
 from atat_jax.attacks.simplex import project_l1
 from atat_jax.attacks.square_search import (
@@ -23,10 +24,12 @@ from atat_jax.attacks.square_search import (
 )
 from atat_jax.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 KEY = jax.random.key(3)
 EPSILON = {"linf": 0.05, "l2": 0.5, "l1": 3.0}
 NORMS = ("linf", "l2", "l1")
-SHAPES = [(7, 5, 1), (4, 4, 3), (3, 8, 2), (1, 1, 1)]
+SHAPES = [(7, 5, 1), (3, 8, 2), (1, 1, 1)]
 
 # The first query of each level.
 BEGINS = [0, 11, 51, 201, 501, 1001, 2001, 4001, 6001, 8001]
@@ -67,32 +70,36 @@ def _settings(images: Any, norm: str, epsilon: float | None = None) -> Any:
   return search.SearchSettings(jnp.asarray(value, images.dtype), jnp.int32(100))
 
 
-_project_l1 = jax.jit(project_l1)
+_project_l1 = compilation.jit(project_l1)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(compilation.jit, static_argnums=0)
 def _start(attack: Square, problem: Any, settings: Any) -> SquareState:
   return attack.start(problem, settings)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(compilation.jit, static_argnums=0)
 def _step(attack: Square, *args: Any) -> SquareState:
   return attack.step(*args)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(compilation.jit, static_argnums=0)
 def _draw(attack: Square, *args: Any) -> Draws:
   return attack.draw(*args)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _propose(attack: Square, *args: Any) -> jax.Array:
-  return attack.propose(*args)
+@functools.partial(compilation.jit, static_argnums=0)
+def _query(
+  attack: Square, keys: Any, x: Any, images: Any, epsilon: Any, steps: Any
+) -> tuple[Draws, jax.Array]:
+  """Draws and the point that they propose."""
+  draws = attack.draw(keys, steps, images)
+  return draws, attack.propose(draws, x, images, epsilon, steps)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _advance(attack: Square, *args: Any, limit: int = 1000) -> Any:
-  *args, count = args
+@functools.partial(compilation.jit, static_argnums=0)
+def _advance(attack: Square, *args: Any) -> Any:
+  *args, limit, count = args
   return search.advance(attack, *args, limit=limit, count=count)
 
 
@@ -281,8 +288,9 @@ def test_proposals_equal_slices(norm, shape, x64):
     norm, functools.partial(_numpy_lp, norm=norm)
   )
   for turn in range(4):
-    draws = _draw(attack, problem.keys, steps + turn, images)
-    actual = _propose(attack, draws, x, images, epsilon, steps + turn)
+    draws, actual = _query(
+      attack, problem.keys, x, images, epsilon, steps + turn
+    )
     expected = [
       slices(
         x[row],
@@ -305,8 +313,7 @@ def test_a_linf_query_changes_one_square():
   problem = _problem(images)
   for stage, side in enumerate(schedule((32, 32), "linf")):
     steps = jnp.full(6, BEGINS[stage] + 1, jnp.int32)
-    draws = _draw(attack, problem.keys, steps, images)
-    x = _propose(attack, draws, images, images, 0.125, steps)
+    draws, x = _query(attack, problem.keys, images, images, 0.125, steps)
     changed = np.asarray(x) != images
     for row in range(6):
       top, left = int(draws.rows[row, 0]), int(draws.columns[row, 0])
@@ -403,14 +410,7 @@ def test_what_is_kept(norm):
   after = _step(
     attack, Partial(_constant, new), KEY, problem, settings, state, steps
   )
-  proposal = _propose(
-    attack,
-    _draw(attack, problem.keys, steps, images),
-    x,
-    images,
-    settings.epsilon,
-    steps,
-  )
+  _, proposal = _query(attack, problem.keys, x, images, settings.epsilon, steps)
   moved = kept & (steps > 0)
   assert (after.adversarial[~moved] == x[~moved]).all()
   np.testing.assert_allclose(
@@ -437,7 +437,7 @@ def test_the_margin_falls_until_it_is_not_positive(norm):
   for turn in range(1, 41):
     before = state
     state, steps = _advance(
-      attack, classifier, KEY, problem, settings, state, steps, 1
+      attack, classifier, KEY, problem, settings, state, steps, 1000, 1
     )
     assert (state.margin <= before.margin).all()
     logits = classifier(state.adversarial)
@@ -458,24 +458,30 @@ def test_the_margin_falls_until_it_is_not_positive(norm):
 def test_neighbours_change_nothing(norm):
   """Others in the batch, and how far they are."""
   generator = np.random.default_rng(4)
-  images = generator.uniform(size=(6, 8, 8, 1)).astype(np.float32)
+  images = generator.uniform(size=(8, 6, 5, 2)).astype(np.float32)
   classifier = Partial(
-    _linear, jnp.asarray(generator.normal(size=(64, 3)), jnp.float32)
+    _linear, jnp.asarray(generator.normal(size=(60, 4)), jnp.float32)
   )
   labels = np.asarray(classifier(jnp.asarray(images)).argmax(-1))
   others = images[::-1].copy()
   others[2] = images[2]
-  other_labels = np.array([0, 1, labels[2], 2, 0, 1], np.int32)
+  other_labels = np.array([0, 1, labels[2], 2, 0, 1, 3, 0])
   attack, results = Square(norm), []
   for x, y, examples, steps in (
-    (images, labels, [0, 1, 7, 3, 4, 5], [0, 0, 0, 0, 0, 0]),
-    (others, other_labels, [9, 8, 7, 6, 5, 4], [0, 300, 0, 9000, 12, 999]),
+    (images, labels, [0, 1, 9, 3, 4, 5, 6, 7], [0] * 8),
+    (
+      others,
+      other_labels,
+      [11, 8, 9, 6, 5, 4, 2, 1],
+      [0, 300, 0, 9000, 12, 999, 52, 2],
+    ),
   ):
-    problem, settings = _problem(x, y, examples), _settings(x, norm, 0.02)
+    problem = _problem(jnp.asarray(x), jnp.asarray(y, jnp.int32), examples)
+    settings = _settings(x, norm, 0.02)
     state = _start(attack, problem, settings)
     steps = jnp.array(steps, jnp.int32)
     state, steps = _advance(
-      attack, classifier, KEY, problem, settings, state, steps, 30, limit=9030
+      attack, classifier, KEY, problem, settings, state, steps, 9030, 30
     )
     assert steps[2] == 30
     results.append(jax.tree.map(lambda leaf: np.asarray(leaf[2]), state))
@@ -487,9 +493,9 @@ def test_neighbours_change_nothing(norm):
 
 
 @pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("shape", [*SHAPES, (32, 32, 3)])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (8, 8, 3)])
 def test_in_ball_and_box(norm, shape):
-  images = _images((4, *shape), 5).astype(np.float32)
+  images = _images((16, *shape), 5).astype(np.float32)
   weights = np.random.default_rng(6).normal(size=(math.prod(shape), 3))
   classifier = Partial(_linear, jnp.asarray(weights, jnp.float32))
   labels = classifier(jnp.asarray(images)).argmax(-1)
@@ -504,9 +510,8 @@ def test_in_ball_and_box(norm, shape):
 @pytest.mark.parametrize(
   ("norm", "dtype"),
   [
-    ("linf", jnp.bfloat16),
+    # linf is in the contract of all attacks
     ("l2", jnp.float16),
-    ("l2", jnp.float64),
     ("l1", jnp.bfloat16),
   ],
 )
@@ -531,8 +536,9 @@ def test_keeps_the_dtype(norm, dtype, x64):
 def test_breaks_an_easy_model_and_leaves_what_is_wrong_alone(norm):
   """Within three times the radius that is needed; weights as smooth as photos."""
   generator = np.random.default_rng(7)
-  images = generator.uniform(0.3, 0.7, (20, 8, 8, 3)).astype(np.float32)
-  weights = np.zeros((192, 2), np.float32)
+  images = generator.uniform(0.3, 0.7, (16, 8, 8, 3)).astype(np.float32)
+  weights = np.zeros((192, 3), np.float32)
+  weights[:, 2] = -9  # never wins
   smooth = np.sign(np.arange(8) - 3.5)[:, None] * generator.uniform(
     1, 2, (8, 8)
   )
@@ -540,6 +546,7 @@ def test_breaks_an_easy_model_and_leaves_what_is_wrong_alone(norm):
   classifier = Partial(_linear, jnp.asarray(weights))
   logits = np.asarray(classifier(jnp.asarray(images)))
   labels = logits.argmax(-1)
+  assert set(labels) == {0, 1}
   labels[:3] = 1 - labels[:3]
   distance = np.abs(logits[:, 0] - logits[:, 1])
   dual = {"linf": 1, "l2": 2, "l1": np.inf}[norm]
@@ -574,7 +581,7 @@ def test_queries_are_counted():
   assert len(looks) == 7 + 1 + 2
 
 
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("norm", ["linf", "l1"])
 def test_more_restarts_are_other_runs(norm):
   images = _images((16, 8, 8, 3), 8).astype(np.float32)
   weights = np.random.default_rng(9).normal(size=(192, 3))
@@ -622,6 +629,7 @@ def test_a_random_classifier_draws_anew_at_every_query():
       settings,
       state,
       steps,
+      1000,
       turn,
     )
     lowest.append(float(state.margin.mean()))

@@ -31,7 +31,7 @@ def together(dataset):
   ]
 
 
-def test_cifar10_sizes(cifar10):
+def test_cifar10_has_its_official_sizes(cifar10):
   splits = cifar10.train, cifar10.validation, cifar10.test
   assert [len(x.labels) for x in splits] == [48_976, 1024, 10_000]
   _, labels = together(cifar10)
@@ -39,7 +39,7 @@ def test_cifar10_sizes(cifar10):
   assert np.bincount(cifar10.test.labels).tolist() == [1000] * 10
 
 
-def test_cifar10_pixel_statistics(cifar10):
+def test_cifar10_has_its_published_pixel_statistics(cifar10):
   images, _ = together(cifar10)
   # From counts of the 256 values: exact, and without 1.2 GB of floats.
   values = np.arange(256) / 255
@@ -55,7 +55,7 @@ def test_cifar10_pixel_statistics(cifar10):
   np.testing.assert_allclose(cifar10.spec.std, std, atol=1e-4)
 
 
-def test_cifar10_test_split_in_the_official_order(cifar10):
+def test_cifar10_test_split_is_in_the_official_order(cifar10):
   # As printed by every reader of test_batch: cat, ship, ship, airplane, ...
   expected = [3, 8, 8, 0, 6, 6, 1, 6, 3, 1]
   assert cifar10.test.labels[:10].tolist() == expected
@@ -96,7 +96,7 @@ def test_class_names_are_those_of_the_data(root, name):
   assert [x.removesuffix("_tree") for x in found] == expected
 
 
-def test_cifar100_statistics(root, cache):
+def test_cifar100_has_its_published_pixel_statistics(root, cache):
   dataset = data.load("cifar100", data_dir=str(root), cache_dir=cache)
   # The test split stands for the training split, of which this copy may hold
   # only a part; the two differ by less than 0.002.

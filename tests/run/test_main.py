@@ -453,6 +453,27 @@ def test_an_interrupted_evaluation_goes_on(finished, tmp_path, monkeypatch):
   assert timeless(found) == timeless(expected)
 
 
+def test_results_of_an_earlier_version_are_kept_and_completed(
+  finished, tmp_path
+):
+  """They have no accuracy of each class, and no numbers of parameters."""
+  workdir = finished.copy(tmp_path / "run")
+  results = finished.results
+  missing = results["rows"].pop()
+  for row in results["rows"]:
+    del row["class_accuracy"]
+  del results["run"]["num_parameters"]
+  (workdir / "results.json").write_text(json.dumps(results))
+  tiny.run(workdir, "evaluate")
+  found = json.loads((workdir / "results.json").read_text())
+  assert found["rows"][:-1] == results["rows"]
+  assert found["rows"][-1] == {
+    **missing,
+    "seconds": found["rows"][-1]["seconds"],
+  }
+  assert set(found["run"]["num_parameters"]) == {"teacher", "student"}
+
+
 def test_figures_are_redrawn_from_the_files_alone(
   finished, tmp_path, monkeypatch
 ):

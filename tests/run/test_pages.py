@@ -82,7 +82,9 @@ def compared(tmp_path_factory):
     }
     workdirs[-1].mkdir()
     run_files.save(workdirs[-1], results)
-  return report.write_comparison(workdirs, folder / "all")[0]
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(style, "save", save_png)
+    return report.write_comparison(workdirs, folder / "all")[0]
 
 
 def test_page_shows_every_analysis_and_every_picture(full):

@@ -253,7 +253,7 @@ def test_a_run_knows_the_toys(copy, tmp_path):
     "--config.objective.toy_weight=3.0",
     "--config.train.num_epochs=1",
     "--config.evaluation.attacks=nominal,toy2:norm=l2,autoattack-toy",
-    "--config.evaluation.batch_norm=running,",
+    "--config.evaluation.batch_norm=('running',)",
     "--config.evaluation.num_examples=8",
     "--config.figures.analyses=toy",
     "--config.figures.num_examples=8",

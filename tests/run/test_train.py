@@ -26,7 +26,7 @@ from atat_jax import (
 )
 from atat_jax.data.base import Dataset, Split
 from atat_jax.errors import TrainingDivergedError, UserError
-from atat_jax.training import outline, profile
+from atat_jax.training import profile
 from atat_jax.training.interrupts import Interrupted
 
 pytest_plugins = ("tiny",)
@@ -240,30 +240,6 @@ def test_a_second_start_compiles_nothing(tmp_path, monkeypatch):
       entries.append({path.name for path in cache.glob("*-cache")})
   assert len(entries[0]) > 20
   assert entries[0] == entries[1]
-
-
-def test_steps_are_grouped_up_to_log_lines_validations_and_the_profile():
-  def sizes(*arguments, **keywords):
-    found = list(outline.dispatches(*arguments, **keywords))
-    assert [numbers.start for numbers in found] == [
-      arguments[0] + sum(map(len, found[:i])) for i in range(len(found))
-    ]
-    return list(map(len, found))
-
-  assert sizes(0, 5, size=1, multiples=(2,)) == [1] * 5
-  assert sizes(0, 20, size=8, multiples=(100,)) == [8, 8, 4]
-  # Log lines every 5 steps, validations every 7, a trace of steps 10 to 11.
-  assert sizes(3, 16, size=4, multiples=(5, 7), others=(9, 11)) == [
-    2,
-    2,
-    2,
-    1,
-    1,
-    3,
-    1,
-    1,
-  ]
-  assert sizes(20, 20, size=4, multiples=(5,)) == []
 
 
 def test_a_profile_of_two_steps(tmp_path):

@@ -9,7 +9,7 @@ from flax import linen as nn
 
 
 class Linear(nn.Module):
-  """Logits that are linear in the pixels; `seen` notes each look's rows."""
+  """Logits that are linear in the pixels; `seen` is called with each batch size."""
 
   num_classes: int = 3
   seen: Any = None
@@ -25,7 +25,7 @@ class Linear(nn.Module):
 
 
 def linear(num_classes=3, num_pixels=16, seed=0, scale=1.0, **fields):
-  """A `Linear`, its variables, and its weights and biases as float64."""
+  """Returns a `Linear`, its variables, and its weights and biases as float64."""
   generator = np.random.default_rng(seed)
   weights = scale * generator.normal(size=(num_pixels, num_classes))
   biases = -0.5 * weights.sum(0)  # so that grey is undecided
@@ -38,6 +38,6 @@ def linear(num_classes=3, num_pixels=16, seed=0, scale=1.0, **fields):
 
 
 def softmax(logits):
-  """In float64, over the last axis."""
+  """Returns the softmax over the last axis, in float64."""
   shares = np.exp(logits - logits.max(-1, keepdims=True))
   return shares / shares.sum(-1, keepdims=True)

@@ -60,20 +60,20 @@ def results(accuracies=ACCURACIES):
     },
     "rows": rows,
     "diagnostics": {
-      "more_steps": {
+      "student_more_steps": {
         "rule": "more steps never help the network",
         "value": 0.01,
         "flag": False,
         "message": "PGD-20 is as strong as it should be.",
       },
-      "batch_statistics": {
-        "title": "batch statistics overstate robustness",
+      "student_batch_statistics": {
+        "title": "Batch statistics overstate robustness",
         "rule": "batch minus running <= 0.02",
         "value": 0.064,
         "flag": True,
         "message": "Batch statistics flatter this network.",
       },
-      "zero_gradients": {
+      "student_zero_gradients": {
         "rule": "fewer than 1 in 100",
         "value": None,
         "flag": False,
@@ -99,7 +99,12 @@ def write_run(workdir, rows, method="at", seed=0, rates=(), **fields):
     "evaluation": {"attacks": f"whatever {seed}"},
     "teacher_workdir": f"teachers/{seed}",
   }
-  run = {"config": config, "commit": "0123abcd", "devices": ["cpu"]}
+  run = {
+    "config": config,
+    "commit": "0123abcd",
+    "devices": ["cpu"],
+    "num_parameters": {"student": 12345, method: 12345},
+  }
   workdir.mkdir(parents=True)
   save(workdir, {"format": 1, "run": run, "rows": rows, "diagnostics": {}})
   lines = [

@@ -88,6 +88,7 @@ class Store:
     """Writes the file (process 0 only)."""
     if jax.process_index():
       return
+    # Stored states of earlier versions have these names.
     arrays: dict[str, np.ndarray] = {
       "identity": np.array(self._identity),
       "logits": progress.logits,

@@ -156,7 +156,7 @@ def autoattack(
   )
   evaluation = _Evaluation(key, data, ensemble, epsilon, norm, batch_size, mesh)
   if state_path is not None:
-    evaluation.resume(pathlib.Path(state_path), save_every_s)
+    evaluation.keep(pathlib.Path(state_path), save_every_s)
   return evaluation.run(progress=progress)
 
 
@@ -191,20 +191,11 @@ class _Evaluation:
     self._mesh = sharding.make_mesh() if mesh is None else mesh
     self._classifier = sharding.put_replicated(self._mesh, classifier)
     self._predict = diagnostics.Scorer(self._classifier, self._mesh)
-    self._logits = self._predict(
-      self._images, self._batch_size, rng.stream(key, "clean")
-    )
-    self._progress = EnsembleProgress.fresh(
-      self._images, self._logits, self._labels, ensemble.jobs
-    )
-    # The highest logit of a robust example is that of its true class.
-    order = np.argsort(-self._logits, axis=-1, kind="stable")
-    self._ranking = order[:, 1:]
     self._store: Store | None = None
     self._save_every_s = 0.0
 
-  def resume(self, path: pathlib.Path, save_every_s: float) -> None:
-    """Restores the progress in a file, if there is one, and keeps it there."""
+  def keep(self, path: pathlib.Path, save_every_s: float) -> None:
+    """Keeps the progress in a file, from which `run` resumes."""
     identity = {
       "epsilon": self._epsilon,
       "norm": self._norm,
@@ -215,10 +206,10 @@ class _Evaluation:
     }
     self._store = Store(path, json.dumps(identity, sort_keys=True))
     self._save_every_s = save_every_s
-    self._progress = self._store.restore(self._progress)
 
   def run(self, *, progress: bool) -> AutoAttackResult:
     """Runs the attacks that are not done yet and all diagnostics."""
+    self._classify_clean()
     before = self._diagnose_before()
     self._run_attacks(progress=progress)
     done = self._progress
@@ -230,6 +221,20 @@ class _Evaluation:
       diagnostics=before | self._diagnose_after(),
       protocol=self._protocol(),
     )
+
+  def _classify_clean(self) -> None:
+    """Classifies the clean images and restores the progress on them."""
+    self._logits = self._predict(
+      self._images, self._batch_size, rng.stream(self._key, "clean")
+    )
+    # The highest logit of a robust example is that of its true class.
+    order = np.argsort(-self._logits, axis=-1, kind="stable")
+    self._ranking = order[:, 1:]
+    self._progress = EnsembleProgress.fresh(
+      self._images, self._logits, self._labels, self._ensemble.jobs
+    )
+    if self._store is not None:
+      self._progress = self._store.restore(self._progress)
 
   def _protocol(self) -> dict[str, Any]:
     return {

@@ -47,7 +47,7 @@ def test_top_level_call_has_the_options(monkeypatch):
   assert {"a": "b"} in given
 
 
-def test_nested_calls_do_without(monkeypatch):
+def test_nested_calls_have_no_options(monkeypatch):
   """With options that no compiler knows: any use of them would raise."""
   monkeypatch.setattr(compilation, "compiler_options", lambda **_: {"a": "b"})
   function = compilation.jit(lambda x: jnp.sin(x).sum())
@@ -62,14 +62,14 @@ def test_nested_calls_do_without(monkeypatch):
   assert np.isfinite(loop).all()
 
 
-def test_nested_call_on_constants():
+def test_a_nested_call_on_constants_has_no_options():
   """Nothing among the arguments is traced, the call still is inside jit."""
   function = compilation.jit(lambda x: x + 1)
   result = jax.jit(lambda y: y * function(np.float32(1)))(3.0)
   assert result == 6
 
 
-def test_closed_over_tracers():
+def test_a_call_that_closes_over_tracers_has_no_options():
   """Only what the function closes over is traced."""
 
   def outer(scale):
@@ -80,7 +80,7 @@ def test_closed_over_tracers():
   assert jax.vmap(outer)(jnp.arange(3.0)).tolist() == [0, 2, 4]
 
 
-def test_unknown_option_is_left_out(monkeypatch, probe_again):
+def test_an_option_that_xla_lacks_is_left_out(monkeypatch, probe_again):
   for name in ("_FAST", "_ONCE"):
     monkeypatch.setattr(compilation, name, {"xla_no_such_flag": "1"})
   for once in (False, True):
@@ -137,7 +137,9 @@ def cache_directory():
   jax.config.update("jax_compilation_cache_dir", before)
 
 
-def test_cache_is_the_users(monkeypatch, cache_directory, tmp_path):
+def test_the_compilation_cache_is_in_the_users_directory(
+  monkeypatch, cache_directory, tmp_path
+):
   monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
   compilation.enable_persistent_cache()

@@ -1,5 +1,6 @@
 """Balls: nearest points, uniform starts and steepest directions."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -8,10 +9,26 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from atat_jax import compilation
 from atat_jax.attacks import balls
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 EPSILON = 0.3
 SHAPE = (5, 4, 3, 2)
+
+
+@functools.partial(compilation.jit, static_argnums=0)
+def _project(name, delta, images, epsilon):
+  return balls.BALLS[name].project(delta, images, epsilon)
+
+
+@functools.partial(compilation.jit, static_argnums=0)
+def _direction(name, gradient):
+  return balls.BALLS[name].direction(gradient)
+
+
+_sparse_sign = compilation.jit(balls.sparse_sign)
 
 
 def _length(name: str, delta: jax.Array) -> np.ndarray:
@@ -41,7 +58,7 @@ def test_projection_is_the_nearest_point_of_the_ball(name, x64):
   delta, scale = _perturbations()
   delta /= _length(name, delta)[:, None, None, None]
   delta *= (scale * EPSILON)[:, None, None, None]
-  projected = np.asarray(balls.BALLS[name].project(delta, images, EPSILON))
+  projected = np.asarray(_project(name, delta, images, EPSILON))
   if name == "linf":
     expected = np.minimum(np.maximum(delta, -EPSILON), EPSILON)
   elif name == "l2":
@@ -68,10 +85,9 @@ def test_projection_keeps_ball_and_box(name):
   images[8:16] = 1
   outside = images + generator.normal(size=images.shape).astype(np.float32)
   outside[16] = images[16]
+  project = compilation.jit(functools.partial(balls.project, balls.BALLS[name]))
   for epsilon in (8 / 255, 0.3, 2.0):
-    result = np.asarray(
-      balls.project(balls.BALLS[name], outside, images, jnp.float32(epsilon))
-    )
+    result = np.asarray(project(outside, images, jnp.float32(epsilon)))
     assert result.dtype == np.float32
     assert (result >= 0).all() and (result <= 1).all()
     # One rounding of a number near 1, of each of 90, and of a sum of 90.
@@ -86,18 +102,20 @@ def test_each_row_has_its_own_radius(name, x64):
   images = np.full(SHAPE, 0.5)
   delta, _ = _perturbations()
   radii = np.array([0.01, 0.1, 0.2, 0.3, 0.4]).reshape(-1, 1, 1, 1)
-  project = balls.BALLS[name].project
-  together = np.asarray(project(delta, images, radii))
+  together = np.asarray(_project(name, delta, images, radii))
   np.testing.assert_allclose(_length(name, together), radii.ravel(), rtol=1e-9)
   for row, radius in enumerate(radii.ravel()):
-    alone = project(delta[row : row + 1], images[row : row + 1], radius)
-    np.testing.assert_allclose(together[row], alone[0], rtol=1e-12, atol=1e-15)
+    alike = _project(name, delta, images, radius)
+    np.testing.assert_allclose(
+      together[row], alike[row], rtol=1e-12, atol=1e-15
+    )
 
 
 def _starts(name: str, count: int = 20_000) -> np.ndarray:
   """Starts in 6 dimensions, [count, 6], in units of the radius."""
   images = jnp.full((count, 1, 2, 3), 0.5)
-  delta = balls.BALLS[name].start(jax.random.key(3), images, EPSILON)
+  start = compilation.jit(balls.BALLS[name].start)
+  delta = start(jax.random.key(3), images, EPSILON)
   assert delta.shape == images.shape
   return np.asarray(delta, np.float64).reshape(count, 6) / EPSILON
 
@@ -148,7 +166,7 @@ def test_l1_start_is_uniform_in_the_ball():
 @pytest.mark.parametrize("name", ["linf", "l2"])
 def test_direction_increases_a_linear_function_most(name, x64):
   gradient = np.random.default_rng(0).normal(size=SHAPE)
-  step = np.asarray(balls.BALLS[name].direction(gradient))
+  step = np.asarray(_direction(name, gradient))
   np.testing.assert_allclose(_length(name, step), 1)
   flat = gradient.reshape(len(gradient), -1)
   dual = {"linf": 1, "l2": 2}[name]  # the greatest gain is the dual norm
@@ -165,7 +183,7 @@ def test_direction_increases_a_linear_function_most(name, x64):
 def test_l1_direction_is_the_steepest_hundredth(shape, kept, x64):
   """Rounded down, but one pixel at least; equal steps, of length 1 in all."""
   gradient = np.random.default_rng(0).normal(size=(5, *shape))
-  step = np.asarray(balls.BALLS["l1"].direction(gradient))
+  step = np.asarray(_direction("l1", gradient))
   np.testing.assert_allclose(_length("l1", step), 1, rtol=1e-9)
   for row, slope in zip(step, gradient, strict=True):
     steepest = np.argsort(-np.abs(slope), axis=None)[:kept]
@@ -178,7 +196,7 @@ def test_l1_direction_is_the_steepest_hundredth(shape, kept, x64):
 @pytest.mark.parametrize("scale", [0.0, 1e-30, 1e-8])
 def test_direction_of_a_vanishing_gradient_is_finite(name, scale):
   gradient = jnp.full(SHAPE, scale, jnp.float32)
-  step = balls.BALLS[name].direction(gradient)
+  step = _direction(name, gradient)
   assert np.isfinite(step).all()
   assert (_length(name, step) <= 1 + 1e-6).all()
   if scale == 0:
@@ -190,10 +208,11 @@ def test_direction_of_a_vanishing_gradient_is_finite(name, scale):
 
 @pytest.fixture(scope="module")
 def kth() -> Callable[..., np.ndarray]:
-  compiled = jax.jit(balls.kth_smallest)
+  compiled = compilation.jit(balls.kth_smallest)
 
   def call(x, k):
-    return np.asarray(compiled(x, jnp.full(len(x), k, jnp.int32)))
+    ranks = np.broadcast_to(np.asarray(k, np.int32), len(x))
+    return np.asarray(compiled(x, ranks))
 
   return call
 
@@ -235,7 +254,7 @@ def test_kth_smallest_is_that_of_a_sort(dtype, wide, kth):
       for name, a, b in zip(rows, found, ordered[:, k], strict=True):
         assert a.tobytes() == b.tobytes(), (name, k, a, b)
     ranks = np.arange(len(x), dtype=np.int32) * 39 // (len(x) - 1)
-    mixed = balls.kth_smallest(jnp.asarray(x), jnp.asarray(ranks))
+    mixed = kth(x, ranks)
     np.testing.assert_array_equal(mixed, ordered[np.arange(len(x)), ranks])
 
 
@@ -255,7 +274,7 @@ def test_kth_smallest_of_one_column(kth):
 def test_sparse_sign_keeps_the_largest(x64):
   gradient = np.random.default_rng(0).normal(size=SHAPE)
   kept = np.array([1, 2, 10, 23, 24], np.int32)
-  step = np.asarray(balls.sparse_sign(gradient, kept))
+  step = np.asarray(_sparse_sign(gradient, kept))
   for row, slope, number in zip(step, gradient, kept, strict=True):
     largest = np.argsort(-np.abs(slope), axis=None)[:number]
     expected = np.zeros(24)
@@ -269,7 +288,7 @@ def test_sparse_sign_of_ties_and_zeros(x64):
   gradient[0, ..., 0] = [[3, -3], [3, 1]]
   gradient[1, ..., 0] = [[0, -2], [0, 0]]
   gradient[2, ..., 0] = [[1e-200, -2e-200], [0, 0]]
-  step = balls.sparse_sign(gradient, np.array([1, 3, 1, 2], np.int32))
+  step = _sparse_sign(gradient, np.array([1, 3, 1, 2], np.int32))
   expected = [[1 / 3, -1 / 3, 1 / 3, 0], [0, -1, 0, 0], [0, -1, 0, 0], [0] * 4]
   np.testing.assert_allclose(step.reshape(4, 4), expected, atol=1e-9)
 
@@ -277,5 +296,5 @@ def test_sparse_sign_of_ties_and_zeros(x64):
 def test_sparse_sign_keeps_one_at_least_and_all_at_most():
   gradient = np.random.default_rng(0).normal(size=SHAPE).astype(np.float32)
   for asked, number in ((0, 1), (-5, 1), (24, 24), (1000, 24)):
-    step = balls.sparse_sign(gradient, jnp.full(5, asked))
+    step = _sparse_sign(gradient, np.full(5, asked, np.int32))
     assert ((step != 0).sum((1, 2, 3)) == number).all()

@@ -1,0 +1,140 @@
+"""Attention maps of several networks on clean and attacked images, as arrays.
+
+All maps are Grad-CAM of the true class, of Eq. (3), whatever a network
+predicts: the paper takes "the model's interpretation regarding to the correct
+label of the image" (section 1) and the gradients "provided by the true label"
+(section 3). So a map under attack says where the evidence for the right answer
+still lies, not what speaks for the wrong one.
+"""
+
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax.sharding import Mesh
+
+from atat_jax import attention, checks, compilation, sharding
+from atat_jax.evaluation.networks import Networks, classifiers
+from atat_jax.typing import Array, Classifier, Variables
+
+Attacked = Mapping[str, Array]
+"""Kind of input, e.g. "adversarial" or "round8", to images [n, H, W, C]."""
+
+
+def _view(
+  variables: Variables,
+  images: Array,
+  labels: Array,
+  *,
+  model: nn.Module | compilation.ByIdentity,
+  layer: str,
+) -> tuple[Array, Array]:
+  """Returns probabilities [n, K] and maps [n, h, w], in one forward pass."""
+  logits, maps, _ = attention.forward(
+    compilation.unwrap(model), variables, images, labels, layers=(layer,)
+  )
+  return jax.nn.softmax(logits), maps[layer]
+
+
+_jitted_view = compilation.jit(_view, static_argnames=("model", "layer"))
+
+
+def tapped_layer(
+  model: nn.Module,
+  variables: Variables,
+  images: np.ndarray,
+  layer: str | None,
+) -> str:
+  """Returns the layer whose map is taken: the one named, or the last tensor's.
+
+  Raises:
+    UserError: The network has no such layer.
+  """
+  layers = None if layer is None else (layer,)
+  one = jnp.asarray(images[:1])
+  return attention.chosen_layers(model, variables, one, layers)[0]
+
+
+def tapped_layers(
+  networks: Networks, images: np.ndarray, layer: str | None
+) -> dict[str, str]:
+  """Returns each network's layer; see `tapped_layer`."""
+  return {
+    name: tapped_layer(*pair, images, layer) for name, pair in networks.items()
+  }
+
+
+def attention_views(
+  networks: Networks,
+  images: Array | np.ndarray,
+  labels: Array | np.ndarray,
+  attack: Callable[[Classifier, Array, Array], Attacked],
+  *,
+  description: str,
+  source: str | None,
+  layer: str | None,
+  mesh: Mesh | None,
+) -> dict[str, np.ndarray]:
+  """Returns maps and predictions on clean images and on those of an attack.
+
+  Args:
+    networks: Name to (module, variables), any number; running statistics.
+    images: Float [n, H, W, C] in [0, 1].
+    labels: Integers [n]: the true classes.
+    attack: (classifier, images, labels) to attacked images by kind.
+    description: The attack in words.
+    source: See `analyses.attention_maps`, as the following.
+    layer: Layer of the maps.
+    mesh: The devices.
+
+  Returns:
+    The arrays of `analyses.attention_maps`.
+
+  Raises:
+    UserError: An argument of a wrong shape, dtype, range or name.
+  """
+  named, images, labels, _ = classifiers(networks, images, labels)
+  if source is not None:
+    checks.choice("source", source, named)
+    description += f"; images made for {source}"
+  layers = tapped_layers(networks, images, layer)
+  found = {
+    "networks": np.array(list(named)),
+    "images": images,
+    "labels": labels,
+    "layer": np.array(", ".join(dict.fromkeys(layers.values()))),
+    "protocol": np.array(description),
+  }
+  mesh = sharding.make_mesh() if mesh is None else mesh
+  x, y = (sharding.put_replicated(mesh, part) for part in (images, labels))
+  placed = {
+    name: sharding.put_replicated(mesh, classifier)
+    for name, classifier in named.items()
+  }
+  shared = None if source is None else attack(placed[source], x, y)
+  for name, (model, _) in networks.items():
+    attacked = attack(placed[name], x, y) if shared is None else shared
+    inputs = {"clean": x, **attacked}
+    found["kinds"] = np.array(list(inputs))
+    (variables,) = placed[name].args
+    static = {"model": compilation.hashable(model), "layer": layers[name]}
+    for kind, seen in inputs.items():
+      view = _jitted_view(variables, seen, y, **static)
+      arrays = _arrays(*sharding.to_host(mesh, (*view, seen)))
+      found |= {f"{name}_{kind}{what}": x for what, x in arrays.items()}
+    del found[f"{name}_clean"]  # the same for all: `images`
+  return found
+
+
+def _arrays(
+  probabilities: np.ndarray, maps: np.ndarray, images: np.ndarray
+) -> dict[str, np.ndarray]:
+  """Returns the arrays of one network and kind of input, by their suffix."""
+  return {
+    "": images,
+    "_map": maps,
+    "_prediction": probabilities.argmax(-1),
+    "_probability": probabilities.max(-1),
+  }

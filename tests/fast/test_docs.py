@@ -1,0 +1,367 @@
+"""Documents say nothing about the package that is not so.
+
+Links lead somewhere; tables of members list the registries; paths, names,
+commands, flags and fields exist.
+"""
+
+import ast
+import dataclasses
+import functools
+import importlib
+import importlib.util
+import pathlib
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pytest
+
+from atat_jax import analyses, attacks, data, models, objectives
+from atat_jax.attacks.autoattack import versions
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "atat_jax"
+DOCUMENTS = {
+  str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
+  for pattern in ("*.md", "docs/*.md", "benchmarks/*.md")
+  for path in sorted(ROOT.glob(pattern))
+}
+MODULES = {
+  path.stem
+  for path in PACKAGE.iterdir()
+  if path.suffix in ("", ".py") and path.name[0] not in "._"
+}
+FOLDERS = ("atat_jax", "benchmarks", "configs", "docs", "tests")
+SUFFIXES = ("html", "json", "jsonl", "md", "npz", "pdf", "png", "py")
+
+
+def _blocks(text: str, language: str) -> list[str]:
+  """Code blocks of a language, with continued lines joined."""
+  found = re.findall(rf"^```{language}\n(.*?)^```$", text, re.M | re.S)
+  return [re.sub(r"\\\n\s*", "", block) for block in found]
+
+
+def _prose(text: str) -> str:
+  return re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S)
+
+
+def _quoted() -> Iterator[tuple[str, str]]:
+  """Document and text of everything between single backticks."""
+  for name, text in DOCUMENTS.items():
+    for quoted in re.findall(r"(?<!`)`([^`\n]+)`(?!`)", _prose(text)):
+      yield name, quoted
+
+
+# --- Links -------------------------------------------------------------------
+
+
+def _anchors(text: str) -> set[str]:
+  headings = re.findall(r"^#+ (.+)$", _prose(text), re.M)
+  kept = [re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings]
+  return {heading.strip().replace(" ", "-") for heading in kept}
+
+
+def test_every_link_leads_to_a_file_and_a_heading():
+  wrong, count = [], 0
+  for name, text in DOCUMENTS.items():
+    links = re.findall(r"\]\(([^)\s]+)\)", _prose(text))
+    links += re.findall(r'<img src="([^"]+)"', text)
+    for link in links:
+      if re.match(r"https?:", link):
+        continue
+      count += 1
+      place, _, anchor = link.partition("#")
+      path = (ROOT / name).parent / place if place else ROOT / name
+      if not path.exists():
+        wrong.append(f"{name}: {link}: no such file")
+      elif anchor and anchor not in _anchors(path.read_text(encoding="utf-8")):
+        wrong.append(f"{name}: {link}: no such heading")
+  assert count > 50
+  assert not wrong, "\n".join(wrong)
+
+
+def test_every_page_is_in_the_index():
+  linked = re.findall(r"\]\((\w+\.md)\)", DOCUMENTS["docs/README.md"])
+  pages = {path.name for path in ROOT.glob("docs/*.md")} - {"README.md"}
+  assert sorted(linked) == sorted(pages)
+
+
+# --- Members -----------------------------------------------------------------
+
+# List in a document to the registry that it repeats.
+LISTS: dict[str, Mapping[str, Any]] = {
+  "objectives": objectives.OBJECTIVES,
+  "attacks": {**attacks.ATTACKS, "autoattack": attacks.autoattack},
+  "versions": versions.VERSIONS,
+  "models": models.MODELS,
+  "datasets": data.DATASETS,
+  "analyses": analyses.ANALYSES,
+}
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_a_table_of_members_lists_the_registry(name):
+  marker = rf"<!-- list: {name} -->\n(.*?)<!-- end -->"
+  tables = re.findall(marker, "\n".join(DOCUMENTS.values()), re.S)
+  assert len(tables) == 1
+  listed = re.findall(r"^\| `(\w+)`", tables[0], re.M)
+  assert sorted(listed) == sorted(LISTS[name])
+
+
+def test_versions_of_autoattack_list_their_attacks():
+  rows = re.findall(
+    r"^\| `(\w+)` \| (.*) \|$", DOCUMENTS["docs/autoattack.md"], re.M
+  )
+  found = {name: tuple(re.findall(r"`([\w-]+)`", row)) for name, row in rows}
+  assert found == {k: v.attacks for k, v in versions.VERSIONS.items()}
+
+
+def test_every_diagnostic_exists():
+  text = DOCUMENTS["docs/evaluating.md"].split("## Diagnostics")[1]
+  names = re.findall(r"^\| `(\w+)` \|", text, re.M)
+  source = "\n".join(
+    path.read_text(encoding="utf-8")
+    for folder in ("attacks", "evaluation")
+    for path in (PACKAGE / folder).rglob("*.py")
+  )
+  assert len(names) > 10
+  assert [n for n in names if not re.search(rf"\b{n}\b", source)] == []
+
+
+# --- Paths and names ---------------------------------------------------------
+
+
+def test_every_path_exists():
+  wrong, count = [], 0
+  for name, quoted in _quoted():
+    path, _, test = quoted.partition("::")
+    first = path.split("/")[0]
+    if not re.fullmatch(r"(\.?\w[\w.-]*/)+[\w.*-]*", path):
+      continue
+    if first in FOLDERS:
+      root = ROOT
+    elif first in MODULES and path.endswith(".py"):
+      root = PACKAGE
+    else:
+      continue
+    count += 1
+    found = [p for p in root.glob(path.rstrip("/")) if p.exists()]
+    if not found:
+      wrong.append(f"{name}: {path}: no such file")
+    elif test and f"def {test}(" not in found[0].read_text(encoding="utf-8"):
+      wrong.append(f"{name}: {quoted}: no such test")
+  assert count > 30
+  assert not wrong, "\n".join(wrong)
+
+
+def _resolves(dotted: str) -> bool:
+  """Whether a dotted name is a module, or what a module or a class has."""
+  parts = dotted.split(".")
+  for end in range(len(parts), 0, -1):
+    name = ".".join(parts[:end])
+    try:
+      if importlib.util.find_spec(name) is None:
+        continue
+    except ModuleNotFoundError:
+      continue
+    value = importlib.import_module(name)
+    for part in parts[end:]:
+      if not hasattr(value, part):
+        return False
+      value = getattr(value, part)
+    return True
+  return False
+
+
+def test_every_name_of_the_package_exists():
+  wrong, count = [], 0
+  for name, text in DOCUMENTS.items():
+    for dotted in sorted(
+      set(re.findall(r"\batat_jax(?:\.[A-Za-z]\w*)+", text))
+    ):
+      count += 1
+      if not _resolves(dotted):
+        wrong.append(f"{name}: {dotted}")
+  for name, quoted in _quoted():
+    match = re.match(r"(\w+)\.([A-Za-z]\w*)", quoted)
+    if match is None or match[1] not in MODULES or match[2] in SUFFIXES:
+      continue
+    count += 1
+    if match[0].removeprefix("config.") in _fields():
+      continue
+    if any(f.startswith(f"{match[2]}.") for f in _fields()):
+      continue  # a field behind `config.`, checked below
+    if not _resolves(f"atat_jax.{match[0]}"):
+      wrong.append(f"{name}: {quoted}")
+  assert count > 20
+  assert not wrong, "\n".join(wrong)
+
+
+def test_python_blocks_use_names_that_exist():
+  wrong = []
+  for name, text in DOCUMENTS.items():
+    for block in _blocks(text, "python"):
+      for node in ast.walk(ast.parse(block)):
+        match node:
+          case ast.ImportFrom(module=module, names=names) if module is not None:
+            used = [f"{module}.{alias.name}" for alias in names]
+          case ast.Attribute(value=ast.Name(id=module), attr=attr):
+            used = [f"atat_jax.{module}.{attr}"] if module in MODULES else []
+          case _:
+            continue
+        wrong += [f"{name}: {u}" for u in used if not _resolves(u)]
+  assert not wrong, "\n".join(wrong)
+
+
+# --- Commands and fields -----------------------------------------------------
+
+
+def _get_config(path: pathlib.Path) -> Any:
+  spec = importlib.util.spec_from_file_location(f"_{path.stem}", path)
+  assert spec is not None and spec.loader is not None
+  module = importlib.util.module_from_spec(spec)
+  before = list(sys.path)
+  spec.loader.exec_module(module)
+  sys.path[:] = before
+  return module.get_config
+
+
+def _leaves(tree: Mapping[str, Any], path: str = "") -> Iterator[str]:
+  for key, value in tree.items():
+    yield f"{path}{key}"
+    if isinstance(value, Mapping):
+      yield from _leaves(value, f"{path}{key}.")
+
+
+@functools.cache
+def _fields() -> set[str]:
+  """Every field that a configuration of any method has."""
+  get_config = _get_config(ROOT / "configs" / "default.py")
+  found: set[str] = set()
+  for method in objectives.OBJECTIVES:
+    found.update(_leaves(get_config(method).to_dict()))
+  return found
+
+
+def test_every_field_of_a_configuration_exists():
+  wrong, count = [], 0
+  for name, text in DOCUMENTS.items():
+    named = re.findall(r"(?<![\w/.])(?:--)?config\.([a-z]\w*(?:\.\w+)*)", text)
+    named += re.findall(r"--set=([a-z][\w.]+)=", text)
+    # The table of options.
+    named += re.findall(r"`((?:train|teacher)\.\w+)`", text)
+    for field in named:
+      count += 1
+      if field in SUFFIXES or field == "make_plan":
+        continue
+      if field not in _fields():
+        wrong.append(f"{name}: {field}")
+  assert count > 50
+  assert not wrong, "\n".join(wrong)
+
+
+def test_every_command_exists():
+  wrong, count = [], 0
+  for name, text in DOCUMENTS.items():
+    # The provenance of a number names the command of its own commit.
+    text = re.sub(r"^`python [^`]*`,\scommit `.*$", "", text, flags=re.M)
+    for module in re.findall(r"python3? -m ([\w.]*\w)", text):
+      count += 1
+      if not _resolves(module):
+        wrong.append(f"{name}: python -m {module}")
+    for path in re.findall(r"python3? ((?:\w+/)*\w+\.py)", text):
+      count += 1
+      if not (ROOT / path).exists():
+        wrong.append(f"{name}: python {path}")
+    for path, choice in re.findall(
+      r"--config=(configs/\w+\.py)(?::([\w,]+))?", text
+    ):
+      count += 1
+      if not (ROOT / path).exists():
+        wrong.append(f"{name}: {path}")
+        continue
+      try:
+        _get_config(ROOT / path)(*([choice] if choice else []))
+      except ValueError as error:
+        wrong.append(f"{name}: {path}:{choice}: {error}")
+  assert count > 20
+  assert not wrong, "\n".join(wrong)
+
+
+def _source(command: str) -> str:
+  """Text of the modules behind `python -m NAME` or `python PATH`."""
+  match = re.search(r"python3? (?:-m )?([\w./]+)", command)
+  if match is None:
+    return ""
+  place = match[1].removesuffix(".py").replace(".", "/").removesuffix("/")
+  if place.split("/")[0] not in ("main", *FOLDERS):
+    return ""
+  path = ROOT / place
+  paths = [*path.glob("*.py"), *path.parent.glob(f"{path.name}.py")]
+  # Flags that all benchmarks share.
+  paths += path.parent.glob("support/*.py")
+  return "\n".join(path.read_text(encoding="utf-8") for path in paths)
+
+
+def test_every_flag_is_one_of_its_command():
+  wrong, count = [], 0
+  for name, text in DOCUMENTS.items():
+    for line in "\n".join(_blocks(text, "bash")).splitlines():
+      line = line.split("  #")[0]
+      for command in line.split(" && "):
+        source = _source(command)
+        if not source or "$" in command:
+          continue
+        for flag in re.findall(r" --([a-z][\w-]*)(?![\w.-])", command):
+          count += 1
+          if not re.search(
+            rf'"(--)?({flag}|{flag.replace("-", "_")})"', source
+          ):
+            wrong.append(f"{name}: {command.split('--')[0].strip()} --{flag}")
+  assert count > 20
+  assert not wrong, "\n".join(wrong)
+
+
+# --- The picture of the layers -----------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Box:
+  """A module in the picture, by its height from the top."""
+
+  name: str
+  top: int
+
+
+def _boxes() -> list[Box]:
+  text = (ROOT / "docs" / "figures" / "layers.svg").read_text(encoding="utf-8")
+  pattern = r'class="module" x="\d+" y="(\d+)"[^>]*>(\w+)<'
+  return [Box(name, int(top)) for top, name in re.findall(pattern, text)]
+
+
+def test_the_picture_of_the_layers_has_every_module():
+  assert sorted(box.name for box in _boxes()) == sorted(MODULES)
+
+
+def test_no_import_points_up_in_the_picture_of_the_layers():
+  tops = {box.name: box.top for box in _boxes()}
+  wrong = []
+  for path in sorted(PACKAGE.rglob("*.py")):
+    own = path.relative_to(PACKAGE).with_suffix("").parts[0]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+      match node:
+        case ast.ImportFrom(module="atat_jax", names=names):
+          imported = [alias.name for alias in names]
+        case ast.ImportFrom(module=str(module)) if module.startswith(
+          "atat_jax."
+        ):
+          imported = [module.split(".")[1]]
+        case _:
+          continue
+      wrong += [
+        f"{own} imports {other}"
+        for other in imported
+        if own in tops and tops.get(other, 0) < tops[own]
+      ]
+  assert not wrong, "\n".join(sorted(set(wrong)))

@@ -138,7 +138,7 @@ def write(
     name: base.digest(sharding.to_host(mesh, variables))
     for name, (_, variables) in networks.items()
   }
-  subject = base.Subject(networks, weights, images, labels, class_names)
+  subject = base.Inputs(networks, weights, images, labels, class_names)
   paths = []
   with tqdm(
     settings.analyses,

@@ -184,7 +184,7 @@ class Analysis:
     return directory / f"{self.stem}.npz"
 
 
-class Subject(NamedTuple):
+class Inputs(NamedTuple):
   """Networks and images that are analysed.
 
   Attributes:
@@ -205,7 +205,7 @@ class Subject(NamedTuple):
 def write(
   analysis: Analysis,
   path: pathlib.Path,
-  subject: Subject,
+  subject: Inputs,
   settings: FigureSettings,
   mesh: Mesh,
 ) -> None:

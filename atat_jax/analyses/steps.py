@@ -172,7 +172,7 @@ def _find(data: files.Arrays) -> base.Finding:
     f" {last} steps it falls by {100 * max(gains):.1f} points at most: "
     + (
       f"PGD had converged after {middle}."
-      if max(gains) <= rules.CONVERGED + 1e-9  # of rounding
+      if max(gains) <= rules.CONVERGED + 1e-9  # rounding error
       else f"PGD had not converged after {middle}, and fewer steps overstate"
       " robustness."
     )

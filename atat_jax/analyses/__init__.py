@@ -138,7 +138,7 @@ def write(
     name: base.digest(sharding.to_host(mesh, variables))
     for name, (_, variables) in networks.items()
   }
-  subject = base.Inputs(networks, weights, images, labels, class_names)
+  inputs = base.Inputs(networks, weights, images, labels, class_names)
   paths = []
   with tqdm(
     settings.analyses,
@@ -150,7 +150,7 @@ def write(
     for name in bar:
       bar.set_postfix_str(name)
       paths.append(ANALYSES[name].path(directory))
-      base.write(ANALYSES[name], paths[-1], subject, settings, mesh)
+      base.write(ANALYSES[name], paths[-1], inputs, settings, mesh)
   return paths
 
 

@@ -205,7 +205,7 @@ class Inputs(NamedTuple):
 def write(
   analysis: Analysis,
   path: pathlib.Path,
-  subject: Inputs,
+  inputs: Inputs,
   settings: FigureSettings,
   mesh: Mesh,
 ) -> None:
@@ -214,21 +214,21 @@ def write(
   Args:
     analysis: The analysis.
     path: Its file; process 0 writes it.
-    subject: Networks and images.
+    inputs: Networks and images.
     settings: Numbers.
     mesh: The devices.
 
   Raises:
     UserError: An argument that the computation refuses.
   """
-  rows = np.array(analysis.images(settings, len(subject.labels)))
-  images = _as_float(subject.images[rows])
-  labels = subject.labels[rows]
-  arguments = analysis.arguments(settings, subject.images.shape[1:])
+  rows = np.array(analysis.images(settings, len(inputs.labels)))
+  images = _as_float(inputs.images[rows])
+  labels = inputs.labels[rows]
+  arguments = analysis.arguments(settings, inputs.images.shape[1:])
   identity = json.dumps(
     [
       {**arguments, "seed": settings.seed},
-      subject.weights,
+      inputs.weights,
       digest([images, labels]),
     ],
     default=str,
@@ -237,7 +237,7 @@ def write(
     return
   found = analysis.compute(
     jax.random.key(settings.seed),
-    subject.networks,
+    inputs.networks,
     images,
     labels,
     mesh=mesh,
@@ -249,7 +249,7 @@ def write(
       {
         **found,
         "indices": rows,
-        "class_names": np.array(subject.class_names),
+        "class_names": np.array(inputs.class_names),
         "identity": np.array(identity),
       },
     )

@@ -95,6 +95,7 @@ def evaluate(
   record = provenance.record(
     [device.device_kind for device in jax.devices()],
     config=plan.record,
+    class_names=list(plan.data.spec.class_names),
     checkpoints={
       role: {"step": step, "which": "best"} for role, step in steps.items()
     },

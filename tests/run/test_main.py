@@ -105,6 +105,7 @@ def test_results_obey_the_contract(finished):
   assert run["config"] == json.loads(json.dumps(tiny.config().to_dict()))
   assert run["versions"]["jax"] == jax.__version__
   assert run["devices"] and isinstance(run["devices"], list)
+  assert run["class_names"] == list("0123456789")
   assert set(run["num_parameters"]) == {"teacher", "student"}
   for folder, role in (("teacher", "teacher"), ("", "student")):
     _, variables = checkpoints.restore_model(finished.workdir / folder)

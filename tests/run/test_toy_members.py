@@ -82,12 +82,20 @@ SPEC = base.DatasetSpec(
 )
 
 
-def read(*, data_dir=None, cache_dir=None, source="auto"):
+def _below_four(split: base.Split) -> base.Split:
+  kept = split.labels < 4
+  return base.Split(split.images[kept], split.labels[kept])
+
+
+def read(
+  *,
+  data_dir: str | None = None,
+  cache_dir: str | None = None,
+  source: str = "auto",
+) -> tuple[base.Split, base.Split]:
   """Reads the digits below 4."""
-  return tuple(
-    base.Split(split.images[split.labels < 4], split.labels[split.labels < 4])
-    for split in digits.read(source=source)
-  )
+  train, test = digits.read(source=source)
+  return _below_four(train), _below_four(test)
 '''
 
 MODEL = '''"""Toy network: one convolution."""
@@ -112,13 +120,23 @@ class Toy(nn.Module):
 ANALYSIS = '''"""Toy analysis: mean logit of the true class."""
 
 import numpy as np
+from jax.sharding import Mesh
 
 from atat_jax import models
 from atat_jax.analyses import base
 from atat_jax.drawing import style
+from atat_jax.evaluation.networks import Networks
+from atat_jax.typing import Array
 
 
-def toy_logits(key, networks, images, labels, *, mesh=None):
+def toy_logits(
+  key: Array,
+  networks: Networks,
+  images: np.ndarray,
+  labels: np.ndarray,
+  *,
+  mesh: Mesh | None = None,
+) -> dict[str, np.ndarray]:
   """Returns the mean logit of the true class, `<name>_logit`."""
   found = {"networks": np.array(list(networks))}
   for name, (model, variables) in networks.items():
@@ -205,7 +223,7 @@ def copy(tmp_path_factory):
   """The project with a toy member of each kind."""
   root = tmp_path_factory.mktemp("toys") / "project"
   root.mkdir()
-  for name in ("atat_jax", "configs", "tests", "docs"):
+  for name in ("atat_jax", "benchmarks", "configs", "tests", "docs"):
     ignored = shutil.ignore_patterns("__pycache__", "*.png")
     shutil.copytree(ROOT / name, root / name, ignore=ignored)
   for name in ("main.py", "pyproject.toml", "README.md", "CONTRIBUTING.md"):

@@ -19,6 +19,7 @@ from selenium.webdriver.chrome.service import Service
 os.environ["SE_OFFLINE"] = "true"
 os.environ["SE_AVOID_STATS"] = "true"
 
+_OWN_PAGES = ("chrome:", "chrome-untrusted:", "about:")
 _NAMES = ("chromium", "chromium-browser", "google-chrome")
 _FLAGS = (
   "--headless",
@@ -63,7 +64,7 @@ class Tab:
       for message in messages
       if message["method"] == "Network.requestWillBeSent"
       # The browser's own first page does not count.
-      and not message["params"]["documentURL"].startswith("chrome:")
+      and not message["params"]["documentURL"].startswith(_OWN_PAGES)
     ]
 
   def complaints(self) -> list[str]:
@@ -126,6 +127,7 @@ def tab(profile: pathlib.Path) -> Iterator[Tab]:
   )
   chrome = webdriver.Chrome(options, Service(executable_path=driver))
   try:
+    chrome.get("about:blank")  # leaves the first page, which goes on loading
     yield Tab(chrome)
   finally:
     chrome.quit()

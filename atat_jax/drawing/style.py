@@ -31,12 +31,17 @@ OLIVE = "#999933"
 
 
 class Look(NamedTuple):
-  """Colour, line style and marker of a model, told apart without colour too."""
+  """Colour, line style and marker of a model, told apart without colour too.
+
+  No line is dotted: dotted lines are reference lines.
+  """
 
   color: str
-  line: str
+  line: str | tuple[int, tuple[int, ...]]
   marker: str
 
+
+_DASH_DOT_DOT = (0, (7, 2, 1, 2, 1, 2))
 
 _ROLE_LOOKS = {
   roles.TEACHER: Look(ORANGE, "--", "s"),
@@ -45,10 +50,10 @@ _ROLE_LOOKS = {
 _OTHER_LOOKS = (
   Look(GREEN, "-.", "^"),
   Look(PURPLE, "-", "v"),
-  Look(BLACK, ":", "D"),
+  Look(BLACK, _DASH_DOT_DOT, "D"),
   Look(VERMILION, "--", "X"),
   Look(SKY, "-.", "P"),
-  Look(GREY, ":", "p"),
+  Look(GREY, _DASH_DOT_DOT, "p"),
   Look(WINE, "-", "*"),
   Look(OLIVE, "--", "h"),
 )

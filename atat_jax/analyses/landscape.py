@@ -217,11 +217,12 @@ def _find(data: files.Arrays) -> base.Finding:
       f" {wording.percent(wrong)} of the plane is classified wrongly."
     )
   count = wording.plural(len(data["labels"]), "image")
+  protocol = str(data["protocol"])
   caption = (
     "The loss around an image: a along the sign of the gradient, b along random"
     f" signs, in units of {_radius(data)}. Surfaces: all models on one scale; below: each"
     " on a scale of its own. Vermilion line: where the prediction turns wrong."
-    f" {data['protocol']}."
+    f" {protocol[0].upper()}{protocol[1:]}."
   )
   return base.Finding(
     "Loss landscape",

@@ -166,16 +166,14 @@ def _find(data: files.Arrays) -> base.Finding:
     shares = (data[f"{name}_clean"], accuracy[middle], accuracy[-1])
     listed = wording.listed([wording.percent(float(x)) for x in shares])
     parts.append(f"{name} {listed}")
+  converged = max(gains) <= rules.CONVERGED + 1e-9  # rounding error
   sentence = (
     f"Accuracy without attack, after {middle} and after"
     f" {wording.plural(last, 'step')}: {'; '.join(parts)}. From {middle} to"
-    f" {last} steps it falls by {100 * max(gains):.1f} points at most: "
-    + (
-      f"PGD had converged after {middle}."
-      if max(gains) <= rules.CONVERGED + 1e-9  # rounding error
-      else f"PGD had not converged after {middle}, and fewer steps overstate"
-      " robustness."
-    )
+    f" {last} steps it falls by {100 * max(gains):.1f} points at most: PGD had"
+    f" {'' if converged else 'not '}converged after"
+    f" {wording.plural(middle, 'step')}"
+    f"{'' if converged else ', and fewer steps overstate robustness'}."
   )
   caption = (
     "Accuracy at the iterate after each step of one attack; step 0 is its random"

@@ -140,10 +140,13 @@ def steps_converged(evidence: Evidence) -> Diagnostic | None:
   return diagnostic(
     fall > CONVERGED,
     flagged=(
-      "PGD had not converged",
-      f"PGD had not converged: {change}; more steps may lower it further.",
+      f"PGD had not converged after {wording.plural(few, 'step')}",
+      f"PGD had not converged after {wording.plural(few, 'step')}: {change}.",
     ),
-    passed=("PGD had converged", f"PGD had converged: {change}."),
+    passed=(
+      f"PGD had converged after {wording.plural(few, 'step')}",
+      f"PGD had converged after {wording.plural(few, 'step')}: {change}.",
+    ),
     rule=f"accuracy under PGD({few}) minus under PGD({most}); flag above 0.02",
     value=fall,
   )

@@ -75,12 +75,14 @@ def _clean_accuracy(columns: list[tables.Column], model: str) -> str:
     accuracy = column.accuracy(model, "running")
     if not column.nominal or accuracy is None:
       continue
-    sentence = f"On clean images the {model} is right on"
-    sentence = f"{sentence} {wording.percent(accuracy)}"
+    sentence = (
+      f"The {model} classifies {wording.percent(accuracy)} of the clean images"
+      " correctly"
+    )
     teacher = column.accuracy(roles.TEACHER, "running")
     if model == roles.TEACHER or teacher is None:
       return f"{sentence}."
-    return f"{sentence}, the teacher on {wording.percent(teacher)}."
+    return f"{sentence}, the teacher {wording.percent(teacher)}."
   return ""
 
 

@@ -253,7 +253,7 @@ def test_verdict():
     " student classifies 71.4% of 297 digits test images correctly"
   )
   assert "70.0 points more than the teacher (1.4%)" in text  # 71.38 - 1.35
-  assert "the student is right on 97.0%, the teacher on 98.3%" in text
+  assert "97.0% of the clean images correctly, the teacher 98.3%" in text
   assert "credited with 77.8% under pgd20, 6.4 points more than the" in text
   assert "1 of the 3 diagnostics below raises a flag" in text
 

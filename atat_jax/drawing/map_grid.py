@@ -241,7 +241,11 @@ def _legend(fig: Figure, first: str, marks: set[str]) -> None:
   ):
     if mark in marks:
       handles.append(patches.Patch(fill=False, label=label, **_FRAMES[mark]))
-  fig.legend(handles=handles, loc="outside upper center", ncols=3, fontsize=8)
+  names = [str(handle.get_label()) for handle in handles]
+  columns = style.legend_columns(fig, names)
+  fig.legend(
+    handles=handles, loc="outside upper center", ncols=columns, fontsize=8
+  )
 
 
 def _show(ax: Axes, image: np.ndarray) -> None:

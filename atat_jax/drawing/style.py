@@ -5,7 +5,7 @@ import io
 import itertools
 import pathlib
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from atat_jax.runs import files, roles
@@ -138,13 +138,15 @@ def line(look: Look, *, marked: bool = False) -> dict[str, Any]:
 def legend(fig: Figure, ax: Axes) -> None:
   """Draws the legend of one of the axes above the figure, in rows that fit."""
   handles, names = ax.get_legend_handles_labels()
-  fits = sum(len(name) + 6 for name in names) <= 12 * fig.get_figwidth()
   fig.legend(
-    handles,
-    names,
-    loc="outside upper center",
-    ncols=len(names) if fits else 2,
+    handles, names, loc="outside upper center", ncols=legend_columns(fig, names)
   )
+
+
+def legend_columns(fig: Figure, names: Sequence[str]) -> int:
+  """Returns how many columns of a legend fit into the width of a figure."""
+  fits = sum(len(name) + 6 for name in names) <= 12 * fig.get_figwidth()
+  return len(names) if fits else 2
 
 
 def letters(size: float, text: str, room: int) -> float:

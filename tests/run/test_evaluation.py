@@ -260,7 +260,10 @@ def test_a_protocol_runs_its_attack(linear, split):
 
 @pytest.mark.slow
 def test_bfloat16_is_as_robust_as_float32(finished):
-  """On all 1,797 digits the accuracies differ by 0.3 points, five images, at most."""
+  """On all 1,797 digits the accuracies differ by at most half a point.
+
+  That is eight images; which ones are at the boundary depends on rounding.
+  """
   model, variables = checkpoints.restore_model(finished.workdir)
   parts = data.load("digits", validation_size=180)
   split = Split(
@@ -290,4 +293,4 @@ def test_bfloat16_is_as_robust_as_float32(finished):
       )
     full, half = found[name, "float32"], found[name, "bfloat16"]
     assert 0.3 < full < 1  # else agreement would say little
-    assert abs(full - half) <= 0.003, found
+    assert abs(full - half) <= 0.005, found

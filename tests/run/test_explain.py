@@ -304,4 +304,4 @@ def test_photographs(tmp_path, data_folder):
     "loss_landscape.npz",
   }
   page = Page(out / "explain.html")
-  assert "epsilon 0.06275" in page.text  # 16/255
+  assert "epsilon 16/255" in page.text

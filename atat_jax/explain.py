@@ -103,7 +103,7 @@ def run_names(workdirs: Sequence[pathlib.Path]) -> list[str]:
 
 def _run_of(path: pathlib.Path) -> pathlib.Path:
   """Returns the run whose teacher is in a directory; otherwise the directory."""
-  has_run = path.name == roles.TEACHER and not (path / "config.json").exists()
+  has_run = path.name == roles.TEACHER and not (path / files.CONFIG).exists()
   return path.parent if has_run else path
 
 
@@ -301,7 +301,7 @@ def explain(
   """
   mesh = sharding.make_mesh()
   # Where the figures look for AutoAttack's accuracies.
-  files.write_json(out / "results.json", {"format": 1, "rows": subject.rows})
+  files.write_json(out / files.RESULTS, {"format": 1, "rows": subject.rows})
   paths = analyses.write(
     out,
     {
@@ -315,7 +315,7 @@ def explain(
     mesh=mesh,
   )
   # Files of earlier commands may be in the directory, too.
-  sections = analyses.sections(out, out / "figures", only=settings.analyses)
+  sections = analyses.sections(out, out / files.FIGURES, only=settings.analyses)
   names = ", ".join(subject.networks)
   text = page.render(
     "explain.html.j2",
@@ -324,12 +324,13 @@ def explain(
     sections=sections,
     command=command,
     facts={
-      "Devices": ", ".join(device.device_kind for device in jax.devices()),
-      "Commit": provenance.commit() or "not recorded",
+      **provenance.facts(
+        provenance.record([device.device_kind for device in jax.devices()])
+      ),
       "Files": ", ".join(path.name for path in paths),
     },
   )
-  return files.write_text(out / "explain.html", text)
+  return files.write_text(out / files.EXPLANATION, text)
 
 
 # --- The command -------------------------------------------------------------

@@ -174,8 +174,9 @@ def _set_up(
     extra=extra,
     mesh=mesh,
   )
+  draw_extra = functools.partial(draws.images, size=stage.steps_per_dispatch)
   return fresh, loop.Programs(
-    draw_extra=functools.partial(draws.images, size=stage.steps_per_dispatch),
+    draw_extra=draw_extra if extra is not None else None,
     take_steps=functools.partial(
       _take_steps, train_step, teacher, images, draws, stage.steps_per_dispatch
     ),

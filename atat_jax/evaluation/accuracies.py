@@ -22,7 +22,8 @@ def _is_correct(classifier: Classifier, images: Array, labels: Array) -> Array:
 
 
 _jitted_take = compilation.jit(_take)
-_jitted_is_correct = compilation.jit(_is_correct)
+is_correct = compilation.jit(_is_correct)
+"""(classifier, images, labels) to who is right, bool [B]; compiled."""
 
 
 def _correct(
@@ -44,7 +45,7 @@ def _correct(
     images = protocol.run(
       rng.stream(key, "evaluation", number), classifier, images, labels
     )
-    correct = _jitted_is_correct(classifier, images, labels)
+    correct = is_correct(classifier, images, labels)
     on_batch(min(batch_size, num_examples - number * batch_size))
     return correct
 

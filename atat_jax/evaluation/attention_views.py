@@ -116,25 +116,23 @@ def attention_views(
   shared = None if source is None else attack(placed[source], x, y)
   for name, (model, _) in networks.items():
     attacked = attack(placed[name], x, y) if shared is None else shared
-    inputs = {"clean": x, **attacked}
-    found["kinds"] = np.array(list(inputs))
+    found["kinds"] = np.array(["clean", *attacked])
     (variables,) = placed[name].args
     static = {"model": compilation.hashable(model), "layer": layers[name]}
-    for kind, seen in inputs.items():
-      view = _jitted_view(variables, seen, y, **static)
-      arrays = _arrays(*sharding.to_host(mesh, (*view, seen)))
-      found |= {f"{name}_{kind}{what}": x for what, x in arrays.items()}
-    del found[f"{name}_clean"]  # the same for all: `images`
+    for kind, seen in {"clean": x, **attacked}.items():
+      view = sharding.to_host(mesh, _jitted_view(variables, seen, y, **static))
+      found |= {f"{name}_{kind}_{what}": z for what, z in _named(*view).items()}
+    for kind, seen in attacked.items():
+      found[f"{name}_{kind}"] = sharding.to_host(mesh, seen)
   return found
 
 
-def _arrays(
-  probabilities: np.ndarray, maps: np.ndarray, images: np.ndarray
+def _named(
+  probabilities: np.ndarray, maps: np.ndarray
 ) -> dict[str, np.ndarray]:
-  """Returns the arrays of one network and kind of input, by their suffix."""
+  """Names the arrays of one network and kind of input."""
   return {
-    "": images,
-    "_map": maps,
-    "_prediction": probabilities.argmax(-1),
-    "_probability": probabilities.max(-1),
+    "map": maps,
+    "prediction": probabilities.argmax(-1),
+    "probability": probabilities.max(-1),
   }

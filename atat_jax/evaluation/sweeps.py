@@ -10,6 +10,7 @@ from atat_jax import checks, compilation, losses, rng, sharding
 from atat_jax.attacks import base
 from atat_jax.data import batches
 from atat_jax.evaluation import iterates
+from atat_jax.evaluation.accuracies import is_correct
 from atat_jax.evaluation.networks import Networks, classifiers
 from atat_jax.typing import Array, Classifier
 
@@ -46,14 +47,9 @@ def _watched(
   )
 
 
-def _clean(classifier: Classifier, images: Array, labels: Array) -> Array:
-  return classifier(images).argmax(-1) == labels
-
-
 _jitted_watched = compilation.jit(
   _watched, static_argnames=("num_steps", "norm", "loss")
 )
-_jitted_clean = compilation.jit(_clean)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +83,7 @@ class Sweep:
   def clean_correct(self, name: str) -> np.ndarray:
     """Returns who is right without attack, bool [n]."""
     return batches.map_batches(
-      lambda _, x, y: _jitted_clean(self.classifiers[name], x, y),
+      lambda _, x, y: is_correct(self.classifiers[name], x, y),
       self.images,
       self.labels,
       batch_size=self.batch_size,

@@ -6,6 +6,8 @@ Nothing here needs a model or a device, so a picture can be redone anywhere.
 import os
 import pathlib
 
+from atat_jax.runs import files
+
 
 def draw_all(workdir: str | os.PathLike[str]) -> list[pathlib.Path]:
   """Draws every figure whose inputs are there.
@@ -28,7 +30,7 @@ def draw_all(workdir: str | os.PathLike[str]) -> list[pathlib.Path]:
   return [
     *draw_results(workdir),
     *draw_curves(workdir),
-    *analyses.draw(workdir, workdir / "figures"),
+    *analyses.draw(workdir, workdir / files.FIGURES),
   ]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from atat_jax import figures
 from atat_jax.errors import UserError
 from atat_jax.report import page, results, summary
-from atat_jax.runs import files, roles, tables
+from atat_jax.runs import files, provenance, roles, tables
 
 
 def write_report(workdir: str | os.PathLike[str]) -> pathlib.Path:
@@ -93,7 +93,6 @@ def _title(config: dict[str, Any], rows: list[tables.Row]) -> str:
 
 def _facts(run: dict[str, Any], rows: list[tables.Row]) -> dict[str, str]:
   """Facts of the run by name; "" for one that is not known."""
-  devices = run.get("devices", [])
   return {
     "Parameters": "; ".join(
       f"{model}: {number:,}"
@@ -104,11 +103,5 @@ def _facts(run: dict[str, Any], rows: list[tables.Row]) -> dict[str, str]:
       for model, point in run.get("checkpoints", {}).items()
     ),
     "Time of the evaluation": results.total_time(rows),
-    "Devices": ", ".join(
-      f"{devices.count(device)} x {device}" for device in dict.fromkeys(devices)
-    ),
-    "Versions": ", ".join(
-      f"{name} {version}" for name, version in run.get("versions", {}).items()
-    ),
-    "Commit": run.get("commit") or "not recorded",
+    **provenance.facts(run),
   }

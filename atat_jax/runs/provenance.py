@@ -7,7 +7,7 @@ import pathlib
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
@@ -55,4 +55,26 @@ def record(devices: Sequence[str], **more: Any) -> dict[str, Any]:
     "cpus": os.cpu_count(),
     "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
     **more,
+  }
+
+
+def facts(found: Mapping[str, Any]) -> dict[str, str]:
+  """Puts a record into words: devices, versions and commit.
+
+  Args:
+    found: Result of `record`; entries may be missing.
+
+  Returns:
+    Name of each fact to its text; "" for one that is not recorded, except the
+    commit.
+  """
+  devices = found.get("devices", [])
+  return {
+    "Devices": ", ".join(
+      f"{devices.count(device)} x {device}" for device in dict.fromkeys(devices)
+    ),
+    "Versions": ", ".join(
+      f"{name} {version}" for name, version in found.get("versions", {}).items()
+    ),
+    "Commit": found.get("commit") or "not recorded",
   }

@@ -1,5 +1,6 @@
 """The training loop of one network: takes steps, logs, validates, saves."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 
@@ -20,7 +21,8 @@ class Programs:
   """Programs of a training, with all arguments bound but those named here.
 
   Attributes:
-    draw_extra: Numbers of the steps of a group, from 0, to their extra images.
+    draw_extra: Numbers of the steps of a group, from 0, to their extra images;
+      None: there are none.
     take_steps: (state, numbers, extra images) to the state after these steps;
       the state passed in is donated.
     learning_rate: Number of a step, from 0, to its learning rate.
@@ -31,7 +33,7 @@ class Programs:
       checkpoint.
   """
 
-  draw_extra: Callable[[range], Split | None]
+  draw_extra: Callable[[range], Split | None] | None
   take_steps: Callable[[TrainState, range, Split | None], TrainState]
   learning_rate: Callable[[int], jax.Array]
   reset_metrics: Callable[[TrainState], TrainState]
@@ -66,11 +68,17 @@ def run(
     Trace(outline.directory / "profile", outline.profile_steps) as trace,
   ):
     groups = outline.groups(saved or 0, trace.edges)
-    with Prefetcher(programs.draw_extra, groups) as extra:
+    with (
+      Prefetcher(programs.draw_extra, groups)
+      if programs.draw_extra
+      else contextlib.nullcontext()
+    ) as extra:
       for numbers in groups:
         step = numbers.stop
         trace.before(numbers.start + 1, current)
-        current = programs.take_steps(current, numbers, extra.get())
+        current = programs.take_steps(
+          current, numbers, extra.get() if extra else None
+        )
         trace.after(step, current)
         journal.bar.advance(len(numbers))
         if numbers is groups[0]:

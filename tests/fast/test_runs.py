@@ -1,5 +1,6 @@
 """What a run leaves: files, tables, intervals, provenance, wording."""
 
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -341,3 +342,13 @@ def test_runs_and_report_start_without_matplotlib_and_jax():
     check=True,
   )
   assert result.stdout.strip() == "[]"
+
+
+def test_the_facts_of_a_record_count_its_devices():
+  record = provenance.record(["cpu", "cpu", "gpu"], commit="abc")
+  facts = provenance.facts(record)
+  assert facts["Devices"] == "2 x cpu, 1 x gpu"
+  assert f"jax {importlib.metadata.version('jax')}, " in facts["Versions"]
+  assert facts["Commit"] == "abc"
+  nothing = {"Devices": "", "Versions": "", "Commit": "not recorded"}
+  assert provenance.facts({}) == nothing

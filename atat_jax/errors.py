@@ -12,6 +12,14 @@ class TrainingDivergedError(UserError):
   """A loss term or a gradient is no longer finite."""
 
 
+class DamagedFileError(UserError):
+  """A file is not what was written; the message names the file."""
+
+
+class NonFiniteWarning(UserWarning):
+  """Logits, losses or gradients were not finite; they were left out."""
+
+
 @contextlib.contextmanager
 def in_section(name: str) -> Iterator[None]:
   """Puts the name of a section before the field that a `UserError` names.

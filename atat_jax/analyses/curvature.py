@@ -36,7 +36,12 @@ from atat_jax.analyses import base
 from atat_jax.data import batches
 from atat_jax.drawing import style
 from atat_jax.drawing.style import Axes
-from atat_jax.evaluation.networks import Networks, classifiers
+from atat_jax.evaluation.networks import (
+  Networks,
+  classifiers,
+  devices,
+  refuse_nonfinite,
+)
 from atat_jax.runs import files, intervals, wording
 from atat_jax.typing import Array, Classifier
 
@@ -161,11 +166,12 @@ def loss_curvature(
   Raises:
     UserError: An argument of a wrong shape, dtype or range, by name.
   """
+  checks.key(key)
   checks.positive("num_iterations", num_iterations, integer=True)
   checks.positive("batch_size", batch_size, integer=True)
   checks.positive("tolerance", tolerance)
   named, images, labels, _ = classifiers(networks, images, labels)
-  mesh = sharding.make_mesh() if mesh is None else mesh
+  mesh = devices(mesh)
   found = {
     "networks": np.array(list(named)),
     "num_examples": np.array(len(labels)),
@@ -187,6 +193,7 @@ def loss_curvature(
     eigenvalues, residuals = batches.map_batches(
       measure, images, labels, batch_size=size, mesh=mesh
     )
+    refuse_nonfinite(name, "eigenvalues", eigenvalues)
     mean, interval = intervals.mean(eigenvalues)
     found[f"{name}_eigenvalue"] = eigenvalues
     found[f"{name}_residual"] = residuals

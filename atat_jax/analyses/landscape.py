@@ -29,7 +29,11 @@ from atat_jax import checks, compilation, losses, rng
 from atat_jax.analyses import base
 from atat_jax.drawing import style, surfaces
 from atat_jax.errors import UserError
-from atat_jax.evaluation.networks import Networks, classifiers
+from atat_jax.evaluation.networks import (
+  Networks,
+  classifiers,
+  refuse_nonfinite,
+)
 from atat_jax.runs import files, wording
 from atat_jax.typing import Array, Classifier
 
@@ -109,6 +113,7 @@ def loss_landscape(
     UserError: An argument of a wrong shape, dtype or range, by name.
   """
   del mesh
+  checks.key(key)
   checks.positive("radius", radius)
   checks.positive("batch_size", batch_size, integer=True)
   checks.positive("num_points", num_points, integer=True)
@@ -129,6 +134,9 @@ def loss_landscape(
     value, margin, direction = _jitted(
       classifier, images, labels, signs, coefficients, rows=rows
     )
+    refuse_nonfinite(name, "numbers of the gradients", np.asarray(direction))
+    refuse_nonfinite(name, "losses in the plane", np.asarray(value))
+    refuse_nonfinite(name, "margins in the plane", np.asarray(margin))
     found[f"{name}_loss"] = np.asarray(value)
     found[f"{name}_margin"] = np.asarray(margin)
     found[f"{name}_gradient_direction"] = np.asarray(direction).astype(np.int8)

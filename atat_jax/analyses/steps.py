@@ -70,6 +70,7 @@ def attack_steps(
   Raises:
     UserError: An argument of a wrong shape, dtype or range, by name.
   """
+  checks.key(key)
   checks.choice("norm", norm, balls.BALLS)
   checks.epsilon(epsilon, norm)
   checks.positive("step_size", step_size)

@@ -6,8 +6,9 @@ from typing import Any
 import jax
 import numpy as np
 from flax import linen as nn
+from jax.sharding import Mesh
 
-from atat_jax import checks, models
+from atat_jax import checks, models, sharding
 from atat_jax.attacks import base
 from atat_jax.errors import UserError, shown
 from atat_jax.typing import Variables
@@ -56,6 +57,18 @@ def _check(networks: Any, image_shape: tuple[int, ...]) -> None:
     checks.module(model, f"networks[{name!r}]")
     checks.variables(model, variables, image_shape, f"networks[{name!r}]")
     checks.finite(f"networks[{name!r}]", variables)
+
+
+def devices(mesh: Mesh | None) -> Mesh:
+  """Checks the devices of a computation; None stands for all of them.
+
+  Raises:
+    UserError: Something else than a mesh.
+  """
+  if mesh is None:
+    return sharding.make_mesh()
+  checks.instance("mesh", mesh, Mesh, "a mesh of sharding.make_mesh, or None")
+  return mesh
 
 
 def refuse_nonfinite(name: str, what: str, array: np.ndarray) -> None:

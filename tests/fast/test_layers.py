@@ -12,7 +12,7 @@ PACKAGE = ROOT / "atat_jax"
 LAYERS = (
   "errors typing",  # ground
   "runs",  # a working directory on disk
-  "rng checks compilation sharding metrics",
+  "rng checks fields compilation sharding metrics",
   "batch_norm",
   "losses attention optim data models",
   "interop",

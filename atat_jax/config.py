@@ -193,7 +193,9 @@ def _make_model(
 def _model_fields() -> set[str]:
   """Names of the fields that `config.model` may have."""
   derived = {"num_classes", "mean", "std"}
-  known = {field for name in models.MODELS for field in models.field_names(name)}
+  known = {
+    field for name in models.MODELS for field in models.field_names(name)
+  }
   return {"name", *known} - derived
 
 

@@ -80,6 +80,11 @@ class Options:
     checks.choice("nonfinite", self.nonfinite, POLICIES)
 
   @property
+  def guards(self) -> bool:
+    """Whether steps can be left out."""
+    return self.nonfinite != "stop"
+
+  @property
   def averages(self) -> bool:
     """Whether averaged weights are kept beside the trained ones."""
     return bool(self.ema_decay or self.swa_start)

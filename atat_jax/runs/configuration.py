@@ -164,7 +164,4 @@ def write(tree: Mapping[str, Any], workdir: pathlib.Path) -> None:
   Raises:
     UserError: The directory cannot be written.
   """
-  try:
-    files.write_json(workdir / files.CONFIG, tree)
-  except OSError as error:
-    raise UserError(f"workdir: {workdir}: {error.strerror}") from None
+  files.write_json(workdir / files.CONFIG, tree, sealed=True)

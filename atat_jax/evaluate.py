@@ -348,9 +348,7 @@ def _autoattack(
   on_batch(len(labels))
   return {
     "accuracy": result.accuracy,
-    "class_accuracy": _by_class(
-      np.asarray(result.robust), labels, num_classes
-    ),
+    "class_accuracy": _by_class(np.asarray(result.robust), labels, num_classes),
     "nonfinite": 0,
     "nonfinite_points": counts.points,
     "nonfinite_gradients": counts.gradients,

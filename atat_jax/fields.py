@@ -105,7 +105,7 @@ def _number_problem(kind: type, value: object, bits: bool) -> str | None:
     if _INT32.min <= value <= _INT32.max:  # type: ignore[operator]
       return None
     return f"an integer of 32 bits, at most {_INT32.max}"
-  size: Any = abs(value)  # type: ignore[arg-type]
+  size: Any = abs(value)
   if not size <= _FLOAT32:  # a NaN as well
     return f"a finite number of 32 bits, at most {_FLOAT32:.3g} in size"
   if size and not np.float32(size):

@@ -167,7 +167,7 @@ class _Table:
       },
     }
     if jax.process_index() == 0:
-      files.write_json(self.path, self.content)
+      files.write_json(self.path, self.content, sealed=True)
 
 
 def _read(path: pathlib.Path) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from atat_jax import (
 )
 from atat_jax.attacks import nonfinite
 from atat_jax.data import Dataset, Split
-from atat_jax.errors import UserError, in_section
+from atat_jax.errors import in_section
 from atat_jax.evaluation import Protocol
 from atat_jax.plan import Plan
 from atat_jax.runs import files, provenance, tables
@@ -141,11 +141,11 @@ class _Table:
   ):
     self.path, self.steps = path, steps
     self._record = record
-    self.content = _read(path)
+    self.content = files.read_results(path.parent) or {"rows": []}
     self._rows = {
       _identity(row): row
       for row in self.content["rows"]
-      if steps.get(row["model"]) == row["checkpoint_step"]
+      if steps.get(row["model"]) == row.get("checkpoint_step")
     }
 
   def __contains__(self, row: Row) -> bool:
@@ -168,21 +168,6 @@ class _Table:
     }
     if jax.process_index() == 0:
       files.write_json(self.path, self.content, sealed=True)
-
-
-def _read(path: pathlib.Path) -> dict[str, Any]:
-  """Reads `results.json`; {"rows": []} where there is none."""
-  if not path.exists():
-    return {"rows": []}
-  try:
-    results = json.loads(path.read_text(encoding="utf-8"))
-    for row in results["rows"]:
-      _identity(row)
-    return results
-  except (json.JSONDecodeError, KeyError, TypeError):
-    raise UserError(
-      f"{path}: not a results file; move it away to evaluate again"
-    ) from None
 
 
 def _identity(row: Row) -> str:

@@ -193,12 +193,22 @@ def loss_curvature(
     eigenvalues, residuals = batches.map_batches(
       measure, images, labels, batch_size=size, mesh=mesh
     )
-    refuse_nonfinite(name, "eigenvalues", eigenvalues)
-    mean, interval = intervals.mean(eigenvalues)
-    found[f"{name}_eigenvalue"] = eigenvalues
-    found[f"{name}_residual"] = residuals
-    found[f"{name}_mean"], found[f"{name}_interval"] = mean, interval
+    found |= _statistics(name, eigenvalues, residuals)
   return found
+
+
+def _statistics(
+  name: str, eigenvalues: np.ndarray, residuals: np.ndarray
+) -> dict[str, np.ndarray]:
+  """Returns one network's arrays, its eigenvalues finite."""
+  refuse_nonfinite(name, "eigenvalues", eigenvalues)
+  mean, interval = intervals.mean(eigenvalues)
+  return {
+    f"{name}_eigenvalue": eigenvalues,
+    f"{name}_residual": residuals,
+    f"{name}_mean": mean,
+    f"{name}_interval": interval,
+  }
 
 
 def _draw(data: files.Arrays, directory: pathlib.Path) -> list[pathlib.Path]:

@@ -131,16 +131,22 @@ def loss_landscape(
     "random_direction": signs,
   }
   for name, classifier in named.items():
-    value, margin, direction = _jitted(
-      classifier, images, labels, signs, coefficients, rows=rows
+    surface = jax.device_get(
+      _jitted(classifier, images, labels, signs, coefficients, rows=rows)
     )
-    refuse_nonfinite(name, "numbers of the gradients", np.asarray(direction))
-    refuse_nonfinite(name, "losses in the plane", np.asarray(value))
-    refuse_nonfinite(name, "margins in the plane", np.asarray(margin))
-    found[f"{name}_loss"] = np.asarray(value)
-    found[f"{name}_margin"] = np.asarray(margin)
-    found[f"{name}_gradient_direction"] = np.asarray(direction).astype(np.int8)
+    found |= _named(name, *surface)
   return found
+
+
+def _named(
+  name: str, loss: np.ndarray, margin: np.ndarray, direction: np.ndarray
+) -> dict[str, np.ndarray]:
+  """Names the arrays of one network, all finite."""
+  found = {"gradient_direction": direction, "loss": loss, "margin": margin}
+  for what, array in found.items():
+    refuse_nonfinite(name, f"numbers ({what.replace('_', ' ')})", array)
+  found["gradient_direction"] = direction.astype(np.int8)
+  return {f"{name}_{what}": array for what, array in found.items()}
 
 
 def _plane(

@@ -181,12 +181,19 @@ def attention_shift(
     batch = {"variables": variables, "model": model, "layer": layers[name]}
     measure = functools.partial(_measure, key=key, attack=attack, **batch)
     measured = batches.map_batches(measure, images, labels, axis=-1, **walk)
-    refuse_nonfinite(name, "images' logits", measured.pop(_FINITE).all(0))
-    for distance in DISTANCES:
-      refuse_nonfinite(name, f"distances ({distance})", measured[distance])
-    statistics = summarize(measured, labels, num_classes)
+    statistics = summarize(_checked(name, measured), labels, num_classes)
     found |= {f"{name}_{what}": value for what, value in statistics.items()}
   return found
+
+
+def _checked(
+  name: str, measured: Mapping[str, np.ndarray]
+) -> Mapping[str, np.ndarray]:
+  """Returns one network's measurements, all finite."""
+  refuse_nonfinite(name, "images' logits", np.all(measured[_FINITE], 0))
+  for distance in DISTANCES:
+    refuse_nonfinite(name, f"distances ({distance})", measured[distance])
+  return measured
 
 
 def _facts(

@@ -124,7 +124,7 @@ def judge(
     on_batch: Called with the number of images done after every batch.
 
   Returns:
-    Who is right, and whose logits are not finite.
+    Correct images, and those whose logits are finite.
 
   Raises:
     UserError: An argument of a wrong kind, shape, dtype or range, by name.
@@ -158,7 +158,7 @@ def count_classes(
   """Counts correctly classified images, and all images, class by class.
 
   Args:
-    correct: Who is right, bool [N].
+    correct: Whether each image is classified correctly, bool [N].
     labels: True classes, int32 [N].
     num_classes: Number of classes, K.
 

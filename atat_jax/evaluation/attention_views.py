@@ -135,20 +135,21 @@ def attention_views(
     static = {"model": compilation.hashable(model), "layer": layers[name]}
     for kind, seen in {"clean": x, **attacked}.items():
       view = sharding.to_host(mesh, _jitted_view(variables, seen, y, **static))
-      refuse_nonfinite(name, "images' logits", np.isfinite(view[0]).all(-1))
-      refuse_nonfinite(name, f"numbers of the maps at {layers[name]}", view[1])
-      found |= {f"{name}_{kind}_{what}": z for what, z in _named(*view).items()}
+      found |= _named(name, kind, *view)
     for kind, seen in attacked.items():
       found[f"{name}_{kind}"] = sharding.to_host(mesh, seen)
   return found
 
 
 def _named(
-  probabilities: np.ndarray, maps: np.ndarray
+  network: str, kind: str, probabilities: np.ndarray, maps: np.ndarray
 ) -> dict[str, np.ndarray]:
-  """Names the arrays of one network and kind of input."""
+  """Names the arrays of one network and kind of input, all finite."""
+  usable = np.isfinite(probabilities).all(-1)
+  refuse_nonfinite(network, "images' logits", usable)
+  refuse_nonfinite(network, "numbers of the maps", maps)
   return {
-    "map": maps,
-    "prediction": probabilities.argmax(-1),
-    "probability": probabilities.max(-1),
+    f"{network}_{kind}_map": maps,
+    f"{network}_{kind}_prediction": probabilities.argmax(-1),
+    f"{network}_{kind}_probability": probabilities.max(-1),
   }

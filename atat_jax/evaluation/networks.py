@@ -80,7 +80,7 @@ def refuse_nonfinite(name: str, what: str, array: np.ndarray) -> None:
     array: Results, or bool: which of them are finite.
 
   Raises:
-    UserError: With the name of the network and the number of bad entries.
+    UserError: Numbers that are not finite, with the network and their count.
   """
   finite = array if array.dtype == bool else np.isfinite(array)
   bad = finite.size - np.count_nonzero(finite)

@@ -24,7 +24,7 @@ def draw(workdir: pathlib.Path) -> list[pathlib.Path]:
   Returns:
     Path of `figures/robustness.png`; empty if there are no results.
   """
-  results = files.read_results(workdir)
+  results = files.read_results(workdir, tables.SHOWN)
   if results is None or not results["rows"]:
     return []
   columns = tables.in_paper_order(tables.columns(results["rows"]))

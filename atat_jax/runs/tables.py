@@ -38,6 +38,9 @@ COLUMN_FIELDS = (
 )
 """Fields on which the rows of a column agree."""
 
+SHOWN = ("dataset", "split", "step_size", "num_steps", "num_restarts", "loss")
+"""Fields that a row must have, besides those that all have, to be on a page."""
+
 # Columns of the paper's Tables 1 and 2.
 _PAPER_ORDER = ("nominal", "fgsm", "ifgsm20", "pgd7", "pgd10", "pgd20")
 

@@ -264,8 +264,9 @@ def _state_path(workdir: pathlib.Path, row: Row) -> pathlib.Path:
   Another checkpoint, seed or epsilon makes another row, so another file.
   """
   mark = zlib.crc32(_identity(row).encode())
-  name = f"{row['model']}-{row['batch_norm']}-{row['attack']}-{mark:08x}.npz"
-  return workdir / "autoattack" / re.sub(r"[^\w=.-]", "_", name)
+  name = f"{row['model']}-{row['batch_norm']}-{row['attack']}"
+  name = re.sub(r"[^\w=.-]", "_", name)[:150]
+  return workdir / "autoattack" / f"{name}-{mark:08x}.npz"
 
 
 def _measure(

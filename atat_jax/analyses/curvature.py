@@ -36,6 +36,7 @@ from atat_jax.analyses import base
 from atat_jax.data import batches
 from atat_jax.drawing import style
 from atat_jax.drawing.style import Axes
+from atat_jax.drawing.text import plain
 from atat_jax.evaluation.networks import (
   Networks,
   classifiers,
@@ -222,7 +223,7 @@ def _draw(data: files.Arrays, directory: pathlib.Path) -> list[pathlib.Path]:
     ax.set_xscale("log")
     for number, name in enumerate(names):
       _draw_row(ax, data, number, name, colors[name])
-    ax.set_yticks(range(len(names)), names)
+    ax.set_yticks(range(len(names)), [plain(name) for name in names])
     ax.set_ylim(len(names) - 0.5, -0.5)  # the first model on top
     ax.tick_params(axis="y", length=0)
     ax.grid(visible=False, axis="y")
@@ -305,4 +306,5 @@ ANALYSIS = base.Analysis(
   images=base.first("num_examples"),
   draw=_draw,
   find=_find,
+  unknown=("_interval", "_residual"),
 )

@@ -35,6 +35,7 @@ from atat_jax.attacks import nonfinite
 from atat_jax.data import batches
 from atat_jax.drawing import panels, style
 from atat_jax.drawing.style import Figure
+from atat_jax.drawing.text import plain
 from atat_jax.evaluation import iterates
 from atat_jax.evaluation.attention_views import tapped_layers
 from atat_jax.evaluation.map_distances import DISTANCES
@@ -395,7 +396,7 @@ def _rounds(data: files.Arrays) -> Figure:
         data[f"{name}_{distance}_{what}"] for what in ("mean", "low", "high")
       )
       line = style.line(look, marked=len(rounds) == 1)
-      ax.plot(rounds, mean, label=name, **line)
+      ax.plot(rounds, mean, label=plain(name), **line)
       ax.fill_between(
         rounds, low, high, color=look.color, alpha=0.2, linewidth=0
       )
@@ -615,4 +616,5 @@ ANALYSIS = base.Analysis(
   draw=_draw,
   find=_find,
   wide=True,
+  unknown=("_mean", "_low", "_high", "_auc", "_auc_error"),
 )

@@ -6,6 +6,7 @@ from typing import Any
 from matplotlib import axes, patches
 
 from atat_jax.drawing import style
+from atat_jax.drawing.text import plain
 from atat_jax.runs import comparable, files, tables
 
 _THICKNESS = {"running": 0.84, "batch": 0.5}  # height of a bar, in rows
@@ -45,7 +46,7 @@ def draw(workdir: pathlib.Path) -> list[pathlib.Path]:
     ax.grid(visible=False, axis="y")
     handles = [
       patches.Patch(
-        label=f"{model}, {tables.BATCH_NORM_NAMES[batch_norm]}",
+        label=f"{plain(model)}, {tables.BATCH_NORM_NAMES[batch_norm]}",
         **_bar(colors[model], batch_norm),
       )
       for model, batch_norm in series
@@ -85,7 +86,7 @@ def _draw_bars(
       y += 1
     centers.append((top + y - 1) / 2)
     y += 1  # an empty row between two attacks
-  labels = [column.label.replace(" (", "\n(") for column in columns]
+  labels = [plain(column.label).replace(" (", "\n(") for column in columns]
   ax.set_yticks(centers, labels)
   ax.set_ylim(y - 1, -1)  # the first attack on top
 

@@ -6,8 +6,8 @@ take one member; those over the registry are in `analyses/__init__.py`.
 
 import dataclasses
 import json
+import logging
 import pathlib
-import zipfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -18,11 +18,13 @@ from jax.sharding import Mesh
 
 from atat_jax import checks
 from atat_jax.attacks import balls
-from atat_jax.errors import UserError
+from atat_jax.errors import DamagedFileError, UserError
 from atat_jax.evaluation import Protocol
 from atat_jax.evaluation.networks import Networks
 from atat_jax.runs import files
 from atat_jax.typing import PyTree
+
+_log = logging.getLogger(__name__)
 
 
 class Finding(NamedTuple):
@@ -271,10 +273,11 @@ def _as_float(images: np.ndarray) -> np.ndarray:
 
 def _is_there(path: pathlib.Path, identity: str) -> bool:
   try:
-    with path.open("rb") as file, np.load(file) as old:
-      return str(old.get("identity")) == identity
-  except (AttributeError, EOFError, OSError, ValueError, zipfile.BadZipFile):
-    return False  # missing, or damaged: computed again
+    old = files.read_arrays(path)
+  except DamagedFileError:
+    _log.warning("%s is damaged: it is computed again", path)
+    return False
+  return old is not None and str(old.get("identity")) == identity
 
 
 def section(

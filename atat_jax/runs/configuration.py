@@ -18,6 +18,8 @@ _FREE = (
   "profile_steps",
   "train.steps_per_dispatch",
   "teacher.steps_per_dispatch",
+  "train.nonfinite",
+  "teacher.nonfinite",
 )
 # Exceptions among them: they choose the checkpoint.
 _BOUND = (

@@ -155,7 +155,6 @@ def test_rows_of_one_protocol_share_a_column():
   assert nominal.accuracy("teacher", "running") is None
   assert weak.accuracy("student", "running") == 0.4
   assert strong.accuracy("student", "running") == 0.1
-  assert tables.strongest([weak, strong], "student") is strong
   assert tables.series(rows) == [
     ("teacher", "running"),
     ("student", "running"),

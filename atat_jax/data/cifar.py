@@ -22,7 +22,7 @@ import numpy as np
 import tqdm
 
 from atat_jax.data import archives, base
-from atat_jax.errors import UserError
+from atat_jax.errors import DamagedFileError, UserError
 
 SOURCES = ("auto", "tfds", "binary", "python")
 _IMAGE_SHAPE = (32, 32, 3)
@@ -253,6 +253,8 @@ def _read(
   if cache.is_file():
     try:
       return base.read_cache(cache, spec, origin=origin)
+    except DamagedFileError as error:
+      _log.warning("%s; decoding again", error)
     except UserError as error:
       _log.info("decoding again: %s", error)
 

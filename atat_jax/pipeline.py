@@ -43,10 +43,13 @@ def run(mode: str, config: ConfigDict, workdir: pathlib.Path) -> None:
   if mode in ("run", "train"):
     extra = plan.data.open_extra()
     train.check_sizes(plan, dataset, extra)
+  if mode in ("run", "train"):
+    # Writes the configuration with the first checkpoint, not before: a start
+    # that is refused or diverges must leave its values free to be changed.
+    train.train(plan, workdir, dataset, mesh, extra)
   if jax.process_index() == 0:
     configuration.write(plan.record, workdir)
   if mode in ("run", "train"):
-    train.train(plan, workdir, dataset, mesh, extra)
     _log.info("checkpoints: %s", workdir / files.CHECKPOINTS)
   if mode in ("run", "evaluate"):
     results = evaluate.evaluate(plan, workdir, dataset, mesh)

@@ -21,7 +21,8 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from atat_jax import checks, models
 from atat_jax.errors import UserError
-from atat_jax.runs import files
+from atat_jax.process import stops
+from atat_jax.runs import files, locations
 from atat_jax.state import TrainState
 from atat_jax.typing import Variables
 
@@ -80,7 +81,8 @@ def _items(state: TrainState) -> dict[str, Any]:
 
 
 def _directory(workdir: pathlib.Path | str) -> pathlib.Path:
-  return pathlib.Path(workdir).absolute() / files.CHECKPOINTS
+  directory = locations.expand("workdir", workdir)
+  return directory.absolute() / files.CHECKPOINTS
 
 
 def _manager(directory: pathlib.Path, *, write: bool) -> ocp.CheckpointManager:
@@ -126,7 +128,8 @@ class Checkpointer(contextlib.AbstractContextManager[Any]):
 
   def __exit__(self, *error: object) -> None:
     """Waits until everything is written, and closes."""
-    self._manager.close()
+    with stops.hold():
+      self._manager.close()
 
   def latest_step(self) -> int | None:
     """Returns the step of the last checkpoint; None where there is none."""

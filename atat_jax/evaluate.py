@@ -26,6 +26,7 @@ from atat_jax.data import Dataset, Split
 from atat_jax.errors import UserError, in_section
 from atat_jax.evaluation import Protocol
 from atat_jax.plan import Plan
+from atat_jax.process import stops
 from atat_jax.runs import files, provenance
 from atat_jax.typing import BatchNormMode, Classifier
 
@@ -220,6 +221,7 @@ def _complete(
     disable=jax.process_index() != 0,
   ) as bar:
     for row, protocol in rows:
+      stops.check()
       if row in table:
         bar.update(images)
         continue

@@ -10,6 +10,7 @@ from atat_jax.attacks.base import as_pytree
 from atat_jax.data import augment, batches
 from atat_jax.data.base import Split
 from atat_jax.evaluation.protocols import Protocol
+from atat_jax.process import stops
 from atat_jax.typing import Array, Classifier
 
 
@@ -47,6 +48,7 @@ def _correct(
     )
     correct = is_correct(classifier, images, labels)
     on_batch(min(batch_size, num_examples - number * batch_size))
+    stops.check()
     return correct
 
   return batches.map_batches(

@@ -13,6 +13,7 @@ from flax import linen as nn
 
 from atat_jax.errors import UserError
 from atat_jax.interop import torch_file, torch_names
+from atat_jax.runs import locations
 from atat_jax.typing import Variables
 
 # Keys under which training scripts save the state dict beside other things.
@@ -68,7 +69,7 @@ def read_state_dict(path: pathlib.Path | str) -> dict[str, np.ndarray]:
     UserError: No such file, a damaged one, another format, or a pickle that
       asks for more than tensors in dicts.
   """
-  path = pathlib.Path(path)
+  path = locations.expand("weights", path)
   is_safetensors = path.suffix == ".safetensors"
   read = _read_safetensors if is_safetensors else torch_file.read
   try:

@@ -83,6 +83,7 @@ def run(
         journal.bar.advance(len(numbers))
         if numbers is groups[0]:
           jax.block_until_ready(current)
+          interrupt.hold()
           journal.bar.restart()  # the first step compiles
         log, validate = outline.logs(step), outline.validates(step)
         if log or validate:  # otherwise the host does not wait for the device

@@ -11,6 +11,7 @@ PACKAGE = ROOT / "atat_jax"
 # from rows above its own only. A new module or package must be given its place.
 LAYERS = (
   "errors typing",  # ground
+  "process",  # of a command
   "runs",  # a working directory on disk
   "rng checks compilation sharding metrics",
   "batch_norm",

@@ -314,7 +314,8 @@ def explain(
   """
   mesh = sharding.make_mesh()
   # Where the figures look for AutoAttack's accuracies.
-  files.write_json(out / files.RESULTS, {"format": 1, "rows": subject.rows})
+  results = {"format": 1, "rows": subject.rows}
+  files.write_json(out / files.RESULTS, results, sealed=True)
   paths = analyses.write(
     out,
     {

@@ -1,6 +1,5 @@
-"""Classifiers as pytrees and checks of arguments, shared by all attacks."""
+"""Evaluations of a classifier and checks of arguments, for all attacks."""
 
-import dataclasses
 import inspect
 import typing
 from collections.abc import Callable
@@ -10,32 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from atat_jax import checks, compilation, losses
+from atat_jax import checks, losses
 from atat_jax.attacks import balls
+from atat_jax.attacks.classifiers import Randomized, as_pytree
 from atat_jax.errors import UserError
 from atat_jax.typing import Array, Classifier
 
 LOSSES = (*losses.ATTACK_LOSSES, *losses.TARGETED_LOSSES)
 """Names of the losses that attacks can increase."""
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Randomized:
-  """Classifier that draws random numbers: `function(key, images)` to logits.
-
-  A pure function cannot be random by itself; this type tells attacks to pass a
-  new key at every evaluation. Called without a key it always draws the same.
-
-  Attributes:
-    function: A pytree callable, e.g. a `jax.tree_util.Partial`.
-  """
-
-  function: Any
-
-  def __call__(self, images: Array, key: Array | None = None) -> Array:
-    """Maps images [B, H, W, C] to logits [B, K]."""
-    return self.function(jax.random.key(0) if key is None else key, images)
 
 
 def norms(attack: Callable[..., Any]) -> tuple[str, ...]:
@@ -108,32 +89,6 @@ def evaluate(
     )
     gradient = gradient / eot_samples
   return logits, loss, gradient
-
-
-def as_pytree(classifier: Classifier) -> Classifier:
-  """Turns a classifier into one that jit takes as an argument.
-
-  A `jax.tree_util.Partial` or a registered pytree passes through; its arrays
-  become arguments of the compiled program. A plain function becomes part of the
-  program: the same function object is compiled once.
-
-  Args:
-    classifier: Any callable from images to logits.
-
-  Returns:
-    A pytree callable.
-
-  Raises:
-    UserError: Not callable.
-  """
-  if not callable(classifier):
-    raise UserError(
-      f"classifier: {type(classifier).__name__}; allowed: a callable from"
-      " images [B, H, W, C] to logits [B, K]"
-    )
-  if not jax.tree_util.all_leaves([classifier]):
-    return classifier
-  return jax.tree_util.Partial(compilation.hashable(classifier))
 
 
 # Only used for its shape; unlike eval_shape of a plain function, the traces of

@@ -6,7 +6,7 @@ from typing import Any
 from matplotlib import axes, patches
 
 from atat_jax.drawing import style
-from atat_jax.runs import files, tables
+from atat_jax.runs import comparable, files, tables
 
 _THICKNESS = {"running": 0.84, "batch": 0.5}  # height of a bar, in rows
 
@@ -51,6 +51,8 @@ def draw(workdir: pathlib.Path) -> list[pathlib.Path]:
       for model, batch_norm in series
     ]
     fig.legend(handles=handles, loc="outside upper left", ncols=2)
+    if note := comparable.note(columns):
+      style.caption(fig, note)
     return [style.save(fig, workdir / files.FIGURES / "robustness.png")]
 
 

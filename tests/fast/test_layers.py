@@ -12,8 +12,9 @@ PACKAGE = ROOT / "atat_jax"
 LAYERS = (
   "errors typing",  # ground
   "process",  # of a command
+  "untrusted",  # files of others
   "runs",  # a working directory on disk
-  "rng checks compilation sharding metrics",
+  "rng checks fields compilation sharding metrics",
   "batch_norm",
   "losses attention optim data models",
   "interop",

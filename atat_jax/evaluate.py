@@ -27,6 +27,7 @@ from atat_jax.data import Dataset, Split
 from atat_jax.errors import in_section
 from atat_jax.evaluation import Protocol
 from atat_jax.plan import Plan
+from atat_jax.process import stops
 from atat_jax.runs import files, provenance, tables
 from atat_jax.typing import Array, BatchNormMode, Classifier
 
@@ -205,6 +206,7 @@ def _complete(
     disable=jax.process_index() != 0,
   ) as bar:
     for row, protocol in rows:
+      stops.check()
       if row in table:
         bar.update(images)
         continue

@@ -23,6 +23,7 @@ import tqdm
 
 from atat_jax.data import archives, base
 from atat_jax.errors import DamagedFileError, UserError
+from atat_jax.runs import locations
 
 SOURCES = ("auto", "tfds", "binary", "python")
 _IMAGE_SHAPE = (32, 32, 3)
@@ -70,7 +71,7 @@ CIFAR100 = base.DatasetSpec(
 def default_data_dir() -> pathlib.Path:
   """Returns tfds' own directory: `$TFDS_DATA_DIR` or `~/tensorflow_datasets`."""
   root = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-  return pathlib.Path(root).expanduser()
+  return locations.expand("data_dir", root)
 
 
 def tfds_versions(data_dir: pathlib.Path, name: str) -> list[pathlib.Path]:
@@ -219,7 +220,8 @@ def _not_found(
   looked_for = ", ".join(
     name for kind, name in names.items() if source in ("auto", kind)
   )
-  copies = sorted(base.cache_root(cache_dir).glob(f"{spec.name}-*.npz"))
+  cache = base.cache_root(cache_dir)
+  copies = sorted(cache.glob(f"{spec.name}-*.npz")) if cache else []
   return UserError(
     f"{spec.name} not found: looked for {looked_for} in {data_dir}; get it with"
     f" `{_prepare_command(spec, data_dir)}`, or train on data that need no"
@@ -236,7 +238,10 @@ def _read(
 ) -> tuple[base.Split, base.Split]:
   if source not in SOURCES:
     raise UserError(f"source={source!r}: must be one of {', '.join(SOURCES)}")
-  root = pathlib.Path(data_dir).expanduser() if data_dir else default_data_dir()
+  if data_dir is None:
+    root = default_data_dir()
+  else:
+    root = locations.expand("data_dir", data_dir)
   try:
     found = _find(spec, root, source)
     origin = found.origin() if found else {}
@@ -250,7 +255,7 @@ def _read(
     return base.read_cache(found.path, spec)
 
   cache = base.cache_path(cache_dir, spec, origin)
-  if cache.is_file():
+  if cache and cache.is_file():
     try:
       return base.read_cache(cache, spec, origin=origin)
     except DamagedFileError as error:
@@ -268,7 +273,8 @@ def _read(
     )
     for split, (images, labels) in arrays.items()
   )
-  base.write_cache(cache, spec, train, test, origin=origin)
+  if cache:
+    base.write_cache(cache, spec, train, test, origin=origin)
   return train, test
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from atat_jax.data import base
 from atat_jax.data.base import DatasetSpec, Split
 from atat_jax.errors import UserError
+from atat_jax.runs import locations
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 
@@ -67,7 +68,7 @@ def read(path: str | pathlib.Path, spec: DatasetSpec) -> Extra:
   Raises:
     UserError: No such file, compressed, damaged, wrong shape, dtype or label.
   """
-  path = pathlib.Path(path).expanduser()
+  path = locations.expand("extra", path)
   if path.is_dir():
     files = sorted((*path.glob("*.npz"), *path.glob("image*.npy")))
     if not files:

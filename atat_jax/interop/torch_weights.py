@@ -11,6 +11,7 @@ from flax import linen as nn
 
 from atat_jax.errors import UserError
 from atat_jax.interop import safetensors_file, torch_file, torch_names
+from atat_jax.runs import locations
 from atat_jax.typing import Variables
 
 _LEAVES = {
@@ -41,7 +42,7 @@ def read_state_dict(path: pathlib.Path | str) -> dict[str, np.ndarray]:
     UserError: No such file, a damaged one, another format, or a pickle that
       asks for more than tensors in dicts.
   """
-  path = pathlib.Path(path)
+  path = locations.expand("weights", path)
   is_safetensors = path.suffix == ".safetensors"
   reader = safetensors_file if is_safetensors else torch_file
   try:

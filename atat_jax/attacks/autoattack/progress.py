@@ -1,5 +1,6 @@
 """Progress of an AutoAttack evaluation, in memory and in a file."""
 
+import contextlib
 import dataclasses
 import pathlib
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ import numpy as np
 
 from atat_jax.attacks.autoattack.slots import InFlight, Job
 from atat_jax.errors import DamagedFileError, UserError
-from atat_jax.runs import files
+from atat_jax.runs import files, lock
 
 
 @dataclasses.dataclass
@@ -81,6 +82,17 @@ class Store:
     if path.is_dir():
       raise UserError(f"state_path: {path} is a folder; allowed: a file")
     files.remove_temporaries(path.parent, below=False)
+
+  def lock(self) -> contextlib.AbstractContextManager[object]:
+    """Locks the file against other evaluations (process 0 only).
+
+    Raises:
+      UserError: Another process works on it.
+    """
+    if jax.process_index():
+      return contextlib.nullcontext()
+    beside = self._path.with_name(f".{self._path.name}.lock")
+    return lock.file("state_path", beside, self._path)
 
   def save(
     self, progress: EnsembleProgress, in_flight: InFlight | None = None

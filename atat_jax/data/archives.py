@@ -13,6 +13,7 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
+from atat_jax import checks
 from atat_jax.data import base
 from atat_jax.errors import UserError
 from atat_jax.untrusted import pickles, regular
@@ -263,10 +264,13 @@ def read_archive(
   Raises:
     UserError: Not such an archive, damaged, incomplete or malformed.
   """
+  path = regular.as_path("path", path)
+  known = ARCHIVES.get(getattr(spec, "name", None))  # type: ignore[arg-type]
+  if known is None:
+    raise UserError(f"spec: {spec!r}; allowed: cifar.CIFAR10, cifar.CIFAR100")
+  checks.choice("source", source, ("auto", *known))
   layouts = {
-    kind: layout
-    for kind, layout in ARCHIVES[spec.name].items()
-    if source in ("auto", kind)
+    kind: layout for kind, layout in known.items() if source in ("auto", kind)
   }
   decoded = {}
   try:

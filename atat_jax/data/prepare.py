@@ -24,6 +24,7 @@ import tqdm
 from atat_jax.data import archives, base, cifar
 from atat_jax.errors import UserError
 from atat_jax.runs import files
+from atat_jax.untrusted import regular
 
 _BLOCK = 1 << 18
 _TIMEOUT_SECONDS = 60
@@ -213,11 +214,14 @@ def prepare(
     UserError: Unknown name, a failed download, a damaged or wrong archive, or
       a directory that cannot be used.
   """
-  if name not in _SPECS:
+  if not isinstance(name, str) or name not in _SPECS:
     raise UserError(f"name={name!r}: must be one of {', '.join(_SPECS)}")
   spec = _SPECS[name]
-  root = pathlib.Path(data_dir).expanduser() if data_dir else None
-  root = (root or cifar.default_data_dir()).resolve()
+  root = regular.as_path("data_dir", data_dir) if data_dir else None
+  try:
+    root = (root or cifar.default_data_dir()).resolve()
+  except (OSError, RuntimeError) as error:  # links that lead in a circle
+    raise UserError(f"data_dir={data_dir}: {base.first_line(error)}") from None
   for directory in cifar.tfds_versions(root, name):
     if cifar.tfds_records(directory, name):
       print(f"{directory} is prepared already, nothing to do")
@@ -231,7 +235,7 @@ def prepare(
   try:
     root.mkdir(parents=True, exist_ok=True)
     if archive:
-      path = pathlib.Path(archive).expanduser()
+      path = regular.as_path("archive", archive)
     else:
       path = download(DOWNLOADS[name], root / "downloads")
     print(f"reading {path}")

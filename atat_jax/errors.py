@@ -1,9 +1,18 @@
 """Errors that a user can fix; commands print them in one line, no traceback."""
 
 import contextlib
+import reprlib
 from collections.abc import Iterator
+from typing import Any
 
-_LONGEST_MESSAGE = 50_000
+_LONGEST = 4_000
+"""Most characters of a message."""
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = _short.maxlong = 200
+_short.maxlist = _short.maxtuple = _short.maxdict = 20
+_short.maxset = _short.maxfrozenset = _short.maxarray = _short.maxdeque = 20
+_short.maxlevel = 4
 
 
 def printable(text: str) -> str:
@@ -25,18 +34,43 @@ def printable(text: str) -> str:
   )
 
 
+def one_line(text: str) -> str:
+  """Escapes line ends and control characters, and shortens very long texts."""
+  if len(text) > _LONGEST:
+    half = _LONGEST // 2
+    text = f"{text[:half]} ... ({len(text)} characters) ... {text[-half:]}"
+  return printable(text)
+
+
+def shown(value: Any) -> str:
+  """Returns a value as a message shows it: short, and in one line.
+
+  An array is shown by its shape and dtype, without moving it.
+
+  Args:
+    value: Any object.
+
+  Returns:
+    At most a few hundred characters.
+  """
+  shape, dtype = getattr(value, "shape", ()), getattr(value, "dtype", None)
+  kind = type(value).__name__
+  if isinstance(shape, tuple) and shape and dtype is not None:
+    return f"{kind} of shape {shape} and dtype {dtype}"
+  try:
+    return one_line(_short.repr(value))
+  except Exception:  # e.g. an integer of more than 4,300 digits
+    return one_line(f"a value of type {kind} that cannot be shown")
+
+
 class UserError(ValueError):
   """Invalid input; the message names the field, its value and what is allowed.
 
-  Args:
-    message: One line; what would not print is escaped.
+  The message is one line whatever text it is made of.
   """
 
-  def __init__(self, message: str) -> None:
-    text = str(message)
-    if len(text) > _LONGEST_MESSAGE:
-      text = f"{text[:_LONGEST_MESSAGE]} ..."
-    super().__init__(printable(text))
+  def __init__(self, message: object = ""):
+    super().__init__(one_line(str(message)))
 
 
 class TrainingDivergedError(UserError):

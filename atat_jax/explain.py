@@ -83,7 +83,8 @@ def run_names(workdirs: Sequence[pathlib.Path]) -> list[str]:
   Raises:
     UserError: A directory is given twice.
   """
-  paths = [path.resolve() for path in workdirs]
+  checks.sequence("runs", workdirs, "directories")
+  paths = [pathlib.Path(path).resolve() for path in workdirs]
   if len(set(paths)) < len(paths):
     raise UserError(
       f"runs: {' '.join(map(str, workdirs))}; allowed: each directory once"
@@ -143,6 +144,7 @@ def attack_of_runs(
   Raises:
     UserError: No run, runs of different data sets or attacks.
   """
+  checks.sequence("runs", workdirs, "directories")
   configs = [configuration.read(path) for path in workdirs]
   _agreed(workdirs, [config.data["name"] for config in configs], "data.name")
   return {
@@ -226,15 +228,17 @@ def load_photographs(
   Raises:
     UserError: Names, files or labels that do not fit, by name.
   """
+  names = checks.names("model", names)
   for name in names:
     checks.choice("model", name, models.MODELS)
-  if not names or len(set(names)) < len(names):
+  if len(set(names)) < len(names):
     raise UserError(f"model: {' '.join(names)!r}; allowed: each network once")
   checks.positive("num_classes", num_classes, integer=True)
   for field, values, wanted, what in (
     ("weights", weights, names, "network"),
     ("labels", labels, photographs, "photograph"),
   ):
+    checks.sequence(field, values, field, empty=True)
     if len(values) != len(wanted):
       raise UserError(
         f"{field}: {len(values)}; allowed: {len(wanted)}, one for each {what}"
@@ -242,7 +246,8 @@ def load_photographs(
   if not photographs:
     raise UserError("images: none; allowed: one or more")
   for label in labels:
-    if not 0 <= label < num_classes:
+    checks.integer("labels", label, 0)
+    if label >= num_classes:
       raise UserError(f"labels: {label}; allowed: 0 to {num_classes - 1}")
   classes = _read_class_names(class_names, num_classes)
   images = np.stack([read_photograph(path) for path in photographs])
@@ -301,7 +306,8 @@ def explain(
   """
   mesh = sharding.make_mesh()
   # Where the figures look for AutoAttack's accuracies.
-  files.write_json(out / files.RESULTS, {"format": 1, "rows": subject.rows})
+  results = {"format": 1, "rows": subject.rows}
+  files.write_json(out / files.RESULTS, results, sealed=True)
   paths = analyses.write(
     out,
     {

@@ -235,13 +235,12 @@ def write_cache(
   }
   try:
     files.write_arrays(path, arrays)
-  except OSError as error:
+  except UserError as error:
     _log.warning(
-      "%s: cannot write the decoded copy of %s (%s); it will be decoded again"
-      " at the next start",
-      path,
+      "cannot write the decoded copy of %s (%s); it will be decoded again at"
+      " the next start",
       spec.name,
-      error.strerror or error,
+      error,
     )
 
 

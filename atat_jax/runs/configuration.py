@@ -18,6 +18,8 @@ _FREE = (
   "profile_steps",
   "train.steps_per_dispatch",
   "teacher.steps_per_dispatch",
+  "train.nonfinite",
+  "teacher.nonfinite",
 )
 # Exceptions among them: they choose the checkpoint.
 _BOUND = (
@@ -162,7 +164,4 @@ def write(tree: Mapping[str, Any], workdir: pathlib.Path) -> None:
   Raises:
     UserError: The directory cannot be written.
   """
-  try:
-    files.write_json(workdir / files.CONFIG, tree)
-  except OSError as error:
-    raise UserError(f"workdir: {workdir}: {error.strerror}") from None
+  files.write_json(workdir / files.CONFIG, tree, sealed=True)

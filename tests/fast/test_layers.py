@@ -13,7 +13,7 @@ LAYERS = (
   "errors typing",  # ground
   "untrusted",  # files of others
   "runs",  # a working directory on disk
-  "rng checks compilation sharding metrics",
+  "rng checks fields compilation sharding metrics",
   "batch_norm",
   "losses attention optim data models",
   "interop",

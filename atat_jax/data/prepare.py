@@ -219,14 +219,14 @@ def prepare(
     UserError: Unknown name, a failed download, a damaged or wrong archive, or
       a directory that cannot be used.
   """
-  if name not in _SPECS:
+  if not isinstance(name, str) or name not in _SPECS:
     raise UserError(f"name={name!r}: must be one of {', '.join(_SPECS)}")
   spec = _SPECS[name]
-  if data_dir is None:
-    root = cifar.default_data_dir()
-  else:
-    root = locations.expand("data_dir", data_dir)
-  root = root.resolve()
+  root = locations.expand("data_dir", data_dir) if data_dir else None
+  try:
+    root = (root or cifar.default_data_dir()).resolve()
+  except (OSError, RuntimeError) as error:  # links that lead in a circle
+    raise UserError(f"data_dir={data_dir}: {base.first_line(error)}") from None
   for directory in cifar.tfds_versions(root, name):
     if cifar.tfds_records(directory, name):
       print(f"{directory} is prepared already, nothing to do")

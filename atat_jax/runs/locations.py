@@ -5,7 +5,7 @@ import logging
 import os
 import pathlib
 
-from atat_jax.errors import UserError
+from atat_jax.errors import UserError, shown
 
 _log = logging.getLogger(__name__)
 
@@ -18,16 +18,22 @@ def expand(field: str, path: str | os.PathLike[str]) -> pathlib.Path:
     path: The path, as it was given.
 
   Raises:
-    UserError: "" or "None", as from an unset variable; a home folder that is
-      not known; a character that no path can have.
+    UserError: No path; "" or "None", as from an unset variable; a home folder
+      that is not known; a name that is too long; a null byte.
   """
-  text = os.fspath(path)
+  if not isinstance(path, str | os.PathLike):
+    raise UserError(f"{field}: {shown(path)}; allowed: a path")
+  text = str(path)
   if not text.strip() or text == "None":  # an unset variable
     raise UserError(f"{field}: {text!r}; allowed: a path")
   if "\0" in text:
     raise UserError(f"{field}: {text!r}; allowed: a path without a null byte")
   try:
-    return pathlib.Path(text).expanduser()
+    found = pathlib.Path(text).expanduser()
+    found.exists()
+    return found
+  except OSError as error:  # the longest name is the system's
+    raise UserError(f"{field}: {shown(text)}: {error.strerror}") from None
   except RuntimeError:
     raise UserError(
       f"{field}: {text!r}; allowed: a path without ~, the home folder of"

@@ -1,7 +1,6 @@
 """Compiler options: only where they may stand, and only where they exist."""
 
 import os
-import pathlib
 
 import jax
 import jax.numpy as jnp

@@ -259,7 +259,7 @@ def _maps(
   images: Array,
   labels: Array,
   *,
-  model: nn.Module | compilation.ByIdentity,
+  model: nn.Module | compilation.Opaque,
   layers: tuple[str, ...] | None,
   batch_norm: BatchNormMode,
 ) -> dict[str, Array]:
@@ -282,7 +282,7 @@ def _forward(
   variables: Variables,
   images: Array,
   *,
-  model: nn.Module | compilation.ByIdentity,
+  model: nn.Module | compilation.Opaque,
   batch_norm: BatchNormMode,
 ) -> Array:
   network = compilation.unwrap(model)

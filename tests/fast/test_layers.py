@@ -12,7 +12,8 @@ PACKAGE = ROOT / "atat_jax"
 LAYERS = (
   "errors typing",  # ground
   "runs",  # a working directory on disk
-  "rng checks compilation sharding metrics",
+  "sharding",
+  "rng checks compilation metrics",
   "batch_norm",
   "losses attention optim data models",
   "interop",

@@ -139,7 +139,7 @@ def reason(error: Exception) -> str:
   """Says in one line why a classifier cannot be used.
 
   Args:
-    error: What it raised when it was called inside jit.
+    error: The exception of a call inside jit.
 
   Returns:
     The message of a `UserError`.
@@ -382,7 +382,7 @@ def _traced(
   num_donated = len(jax.tree.leaves(donated))
   key = structure, num_donated, tuple(sorted(options.items()))
   compiled = programs.compiled(
-    programs.Program(key, closed, reading, num_donated, options)
+    programs.Skeleton(key, closed, reading, num_donated, options)
   )
   arrays = list(map(_own, reading.arrays))
   if mesh is not None:

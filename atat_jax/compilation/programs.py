@@ -2,7 +2,7 @@
 
 A traced program (a jaxpr) refers to the arrays that its function has captured,
 on its own level or inside the programs that it calls. `Reading` collects them
-and describes all else; `Program` is compiled with arguments in their place.
+and describes all else; `Skeleton` is compiled with arguments in their place.
 """
 
 import functools
@@ -265,7 +265,7 @@ class _Substitution:
     )
 
 
-class Program:
+class Skeleton:
   """A program without arrays; equal to those that compute the same.
 
   Args:
@@ -292,7 +292,7 @@ class Program:
     return self._hash
 
   def __eq__(self, other: object) -> bool:
-    return isinstance(other, Program) and self._key == other._key
+    return isinstance(other, Skeleton) and self._key == other._key
 
   def build(self) -> Callable[..., list[Any]]:
     """Compiles the program and lets go of the arrays of its source."""
@@ -316,7 +316,7 @@ class Program:
 
 
 @functools.lru_cache(maxsize=256)
-def compiled(program: Program) -> Callable[..., list[Any]]:
+def compiled(program: Skeleton) -> Callable[..., list[Any]]:
   """Returns the function (arrays, donated, kept) of a program.
 
   The programs used last are kept; JAX has no bound on those of a jit.

@@ -11,9 +11,11 @@ PACKAGE = ROOT / "atat_jax"
 # from rows above its own only. A new module or package must be given its place.
 LAYERS = (
   "errors typing",  # ground
+  "process",  # of a command
+  "untrusted",  # files of others
   "runs",  # a working directory on disk
   "sharding",
-  "rng checks compilation metrics",
+  "rng checks fields compilation metrics",
   "batch_norm",
   "losses attention optim data models",
   "interop",

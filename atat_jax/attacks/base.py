@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from atat_jax import checks, losses
-from atat_jax.attacks import balls
+from atat_jax.attacks import balls, classifiers
 from atat_jax.attacks.classifiers import Randomized, as_pytree
 from atat_jax.errors import UserError
 from atat_jax.typing import Array, Classifier
@@ -91,11 +91,6 @@ def evaluate(
   return logits, loss, gradient
 
 
-# Only used for its shape; unlike eval_shape of a plain function, the traces of
-# a jitted one are cached.
-_logits = jax.jit(lambda classifier, images: classifier(images))
-
-
 def check_arguments(
   classifier: Classifier, images: Array, labels: Array, **positive: Any
 ) -> tuple[Classifier, Array, Array, int]:
@@ -119,20 +114,9 @@ def check_arguments(
     checks.positive(name, value, integer=integer)
   classifier = as_pytree(classifier)
   images = checks.images(images)
-  logits = _logits.eval_shape(classifier, images)
-  shape = getattr(logits, "shape", None)
-  if shape is None:
-    raise UserError(
-      f"classifier: returns a {type(logits).__name__}; allowed: one array of"
-      f" logits [{images.shape[0]}, K]"
-    )
-  if len(shape) != 2 or shape[0] != images.shape[0]:
-    raise UserError(
-      f"classifier: returns shape {shape} for {images.shape[0]} images;"
-      f" allowed: logits [{images.shape[0]}, K]"
-    )
-  labels = checks.labels(labels, images.shape[0], shape[1])
-  return classifier, images, labels, shape[1]
+  num_classes = classifiers.num_classes(classifier, images)
+  labels = checks.labels(labels, images.shape[0], num_classes)
+  return classifier, images, labels, num_classes
 
 
 def on_host(
@@ -154,7 +138,7 @@ def on_host(
   images, labels = np.asarray(images), np.asarray(labels)
   checks.inspect_images(images)
   classifier, *_, num_classes = check_arguments(
-    classifier, jnp.asarray(images[:1]), jnp.zeros(1, jnp.int32)
+    classifier, jnp.asarray(images[:2]), jnp.zeros(len(images[:2]), jnp.int32)
   )
   checks.inspect_labels(labels, len(images), num_classes)
   images, labels = images.astype(np.float32), labels.astype(np.int32)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
+from atat_jax.attacks import diagnostics
 from atat_jax.attacks.autoattack.slots import InFlight, Job
 from atat_jax.errors import UserError
 from atat_jax.runs import files
@@ -26,6 +27,8 @@ class EnsembleProgress:
     accuracies: "clean" and finished attacks to the accuracy after them.
     seconds: Attack to its run time.
     done: Attack to its finished runs, bool [N, runs].
+    nonfinite: Attack to its evaluations that were not finite, int64 [3]:
+      points, gradients, and images that were judged.
     in_flight: Unfinished runs.
   """
 
@@ -36,6 +39,7 @@ class EnsembleProgress:
   accuracies: dict[str, float]
   seconds: dict[str, float]
   done: dict[str, np.ndarray]
+  nonfinite: dict[str, np.ndarray]
   in_flight: InFlight | None = None
 
   @classmethod
@@ -47,7 +51,7 @@ class EnsembleProgress:
     jobs: Sequence[Job],
   ) -> "EnsembleProgress":
     """Returns the progress before the first attack."""
-    robust = logits.argmax(-1) == labels
+    robust = diagnostics.correct(logits, labels)
     return cls(
       logits=logits,
       robust=robust,
@@ -58,6 +62,7 @@ class EnsembleProgress:
       done={
         job.name: np.zeros((len(labels), job.num_runs), bool) for job in jobs
       },
+      nonfinite={},
     )
 
 
@@ -96,7 +101,7 @@ class Store:
       "claimed": progress.claimed,
       "fallen": progress.adversarial[~progress.robust | progress.claimed],
     }
-    for field in ("accuracies", "seconds", "done"):
+    for field in ("accuracies", "seconds", "done", "nonfinite"):
       for name, value in getattr(progress, field).items():
         arrays[f"{field}/{name}"] = np.asarray(value)
     if in_flight is not None:
@@ -129,16 +134,30 @@ class Store:
         f"state_path: {self._path} belongs to other images, labels, epsilon,"
         " norm, attacks or seed; use another path or move it away"
       )
-    scale = float(np.abs(fresh.logits).max()) + 1e-12
-    if (
-      logits.shape != fresh.logits.shape
-      or np.abs(logits - fresh.logits).max() > 1e-3 * scale
-    ):
+    if not _same(logits, fresh.logits):
       raise UserError(
         f"state_path: {self._path} belongs to another classifier; use another"
         " path or move it away"
       )
+    if (arrays["robust"] & ~np.isfinite(logits).all(-1)).any():
+      raise UserError(
+        f"state_path: {self._path} is of an earlier version, which took images"
+        " with logits that are not finite for robust; move it away"
+      )
     return _from_arrays(fresh, arrays)
+
+
+def _same(stored: np.ndarray, fresh: np.ndarray) -> bool:
+  """Whether logits are those of one classifier, up to rounding."""
+  finite = np.isfinite(fresh)
+  if stored.shape != fresh.shape or (np.isfinite(stored) != finite).any():
+    return False
+  # Infinities and NaN are equal to themselves.
+  if not np.array_equal(stored[~finite], fresh[~finite], equal_nan=True):
+    return False
+  scale = float(np.abs(fresh[finite]).max(initial=0.0)) + 1e-12
+  change = np.abs(stored[finite] - fresh[finite]).max(initial=0.0)
+  return bool(change <= 1e-3 * scale)
 
 
 def _group(arrays: dict[str, np.ndarray], field: str) -> dict[str, np.ndarray]:
@@ -174,5 +193,6 @@ def _from_arrays(
     accuracies={k: float(v) for k, v in _group(arrays, "accuracies").items()},
     seconds={k: float(v) for k, v in _group(arrays, "seconds").items()},
     done=_group(arrays, "done"),
+    nonfinite=_group(arrays, "nonfinite"),
     in_flight=in_flight,
   )

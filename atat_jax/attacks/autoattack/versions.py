@@ -81,6 +81,12 @@ class Ensemble(NamedTuple):
   wanted: dict[str, int]
   randomized: bool = False
 
+  @property
+  def losses(self) -> tuple[str, ...]:
+    """Losses whose gradients the attacks follow."""
+    searches = [job.search for job in self.jobs]
+    return tuple(x.loss for x in searches if isinstance(x, APGD))
+
 
 def _defaults(name: str, version: Version, norm: str) -> dict[str, int]:
   if name == "square":

@@ -1,11 +1,76 @@
 """Errors that a user can fix; commands print them in one line, no traceback."""
 
 import contextlib
+import reprlib
 from collections.abc import Iterator
+from typing import Any
+
+_LONGEST = 4_000
+"""Most characters of a message."""
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = _short.maxlong = 200
+_short.maxlist = _short.maxtuple = _short.maxdict = 20
+_short.maxset = _short.maxfrozenset = _short.maxarray = _short.maxdeque = 20
+_short.maxlevel = 4
+
+
+def printable(text: str) -> str:
+  """Escapes everything that would not print as itself on one line.
+
+  Names come from files of others: a control sequence in one drives the
+  terminal, a line break or a mark of direction forges a message.
+
+  Args:
+    text: Any text.
+
+  Returns:
+    The text with escapes as in "\\x1b" for what is not printable.
+  """
+  if text.isprintable():
+    return text
+  return "".join(
+    c if c.isprintable() else c.encode("unicode_escape").decode() for c in text
+  )
+
+
+def one_line(text: str) -> str:
+  """Escapes line ends and control characters, and shortens very long texts."""
+  if len(text) > _LONGEST:
+    half = _LONGEST // 2
+    text = f"{text[:half]} ... ({len(text)} characters) ... {text[-half:]}"
+  return printable(text)
+
+
+def shown(value: Any) -> str:
+  """Returns a value as a message shows it: short, and in one line.
+
+  An array is shown by its shape and dtype, without moving it.
+
+  Args:
+    value: Any object.
+
+  Returns:
+    At most a few hundred characters.
+  """
+  shape, dtype = getattr(value, "shape", ()), getattr(value, "dtype", None)
+  kind = type(value).__name__
+  if isinstance(shape, tuple) and shape and dtype is not None:
+    return f"{kind} of shape {shape} and dtype {dtype}"
+  try:
+    return one_line(_short.repr(value))
+  except Exception:  # e.g. an integer of more than 4,300 digits
+    return one_line(f"a value of type {kind} that cannot be shown")
 
 
 class UserError(ValueError):
-  """Invalid input; the message names the field, its value and what is allowed."""
+  """Invalid input; the message names the field, its value and what is allowed.
+
+  The message is one line whatever text it is made of.
+  """
+
+  def __init__(self, message: object = ""):
+    super().__init__(one_line(str(message)))
 
 
 class TrainingDivergedError(UserError):

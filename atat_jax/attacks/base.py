@@ -15,6 +15,13 @@ from atat_jax.attacks.classifiers import Randomized, as_pytree
 from atat_jax.errors import UserError
 from atat_jax.typing import Array, Classifier
 
+MOST_STEPS = checks.LARGEST_INTEGER // 100
+"""Largest number of steps, as shares of them are computed in hundredths."""
+
+LARGEST_LENGTH = 1e6
+"""Largest radius and step size: more than any image needs, and so little that
+its square, and its distance from a pixel, can be told in float32."""
+
 LOSSES = (*losses.ATTACK_LOSSES, *losses.TARGETED_LOSSES)
 """Names of the losses that attacks can increase."""
 
@@ -137,8 +144,7 @@ def check_arguments(
     classifier: Callable from images to logits.
     images: Float [B, H, W, C] in [0, 1].
     labels: Integers [B] in [0, K).
-    **positive: Arguments that must be > 0; those named `num_...` or
-      `..._samples` must be integers.
+    **positive: Arguments that must be > 0, integers but for `step_size`.
 
   Returns:
     The classifier as a pytree, images (16 bits become float32), int32 labels,
@@ -148,8 +154,10 @@ def check_arguments(
     UserError: Naming the argument, its value and what is allowed.
   """
   for name, value in positive.items():
-    integer = name.startswith("num_") or name.endswith("_samples")
-    checks.positive(name, value, integer=integer)
+    if name == "step_size":
+      checks.number(name, value, 0, LARGEST_LENGTH, above=True)
+    else:
+      checks.integer(name, value, 1, MOST_STEPS)
   classifier = as_pytree(classifier)
   images = checks.images(images)
   # Balls and perturbations are too coarse in 16 bits.
@@ -202,6 +210,21 @@ def on_host(
   return classifier, images, labels.astype(np.int32), num_classes
 
 
+def check_runs(num_restarts: Any, num_targets: Any) -> None:
+  """Checks that the number of runs of an attack fits into int32.
+
+  Raises:
+    UserError: Too many restarts.
+  """
+  if isinstance(num_restarts, jax.core.Tracer):
+    return
+  if num_restarts * num_targets > checks.LARGEST_INTEGER:
+    raise UserError(
+      f"num_restarts: {num_restarts} for each of {num_targets} targets;"
+      f" allowed: at most {checks.LARGEST_INTEGER} runs"
+    )
+
+
 def check_norm(norm: str, epsilon: Any) -> None:
   """Checks the name of a norm and the radius of its ball.
 
@@ -210,6 +233,7 @@ def check_norm(norm: str, epsilon: Any) -> None:
   """
   checks.choice("norm", norm, balls.BALLS)
   checks.epsilon(epsilon, norm)
+  checks.number("epsilon", epsilon, 0, LARGEST_LENGTH, above=True)
 
 
 def check_loss(loss: str, num_classes: int) -> bool:

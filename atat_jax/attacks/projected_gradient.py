@@ -326,6 +326,10 @@ def _checked_pgd(
   options: _PGDOptions,
 ) -> Array:
   """Checks the arguments of `pgd`, runs it and reports by its name."""
+  checks.key(key)
+  checks.boolean("random_start", numbers.random_start)
+  for name in ("num_restarts", "num_targets", "eot_samples"):
+    checks.count(name, getattr(options, name))
   base.check_norm(options.norm, numbers.epsilon)
   checks.not_negative("momentum", numbers.momentum)
   classifier, images, labels, num_classes = base.check_arguments(
@@ -334,9 +338,6 @@ def _checked_pgd(
     labels,
     step_size=numbers.step_size,
     num_steps=numbers.num_steps,
-    num_restarts=options.num_restarts,
-    num_targets=options.num_targets,
-    eot_samples=options.eot_samples,
   )
   several_targets = base.check_loss(options.loss, num_classes)
   if targets is not None:
@@ -349,6 +350,7 @@ def _checked_pgd(
   momentum = numbers.momentum
   use_momentum = not isinstance(momentum, int | float) or momentum > 0
   num_targets = min(options.num_targets, num_classes - 1)
+  base.check_runs(options.num_restarts, num_targets)
   images_adv, counts = _jitted(
     key,
     classifier,

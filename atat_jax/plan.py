@@ -112,7 +112,9 @@ class DataPlan:
     Raises:
       UserError: The images are missing, damaged or of another kind.
     """
-    return data.extra.read(self.extra, self.spec) if self.extra else None
+    if not self.extra:
+      return None
+    return data.extra.read(self.extra, self.spec, cache_dir=self.cache_dir)
 
   def num_extra(self, batch_size: int) -> int:
     """Number of extra images in a batch.

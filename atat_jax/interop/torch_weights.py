@@ -9,9 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from atat_jax import checks
 from atat_jax.errors import UserError
 from atat_jax.interop import safetensors_file, torch_file, torch_names
+from atat_jax.runs import locations
 from atat_jax.typing import Variables
+
+_MOST_CHANNELS = 1 << 16
 
 _LEAVES = {
   "kernel": "weight",
@@ -41,7 +45,7 @@ def read_state_dict(path: pathlib.Path | str) -> dict[str, np.ndarray]:
     UserError: No such file, a damaged one, another format, or a pickle that
       asks for more than tensors in dicts.
   """
-  path = pathlib.Path(path)
+  path = locations.expand("path", path)
   is_safetensors = path.suffix == ".safetensors"
   reader = safetensors_file if is_safetensors else torch_file
   try:
@@ -89,6 +93,11 @@ def load_torch(
     UserError: See `read_state_dict`. Tensors that are missing, left over or of
       another shape are all named.
   """
+  checks.positive("num_channels", num_channels, integer=True)
+  if num_channels > _MOST_CHANNELS:
+    raise UserError(
+      f"num_channels: {num_channels}; allowed: at most {_MOST_CHANNELS}"
+    )
   names = torch_names.layer_names(model)
   tensors = read_state_dict(path)
   expected = jax.eval_shape(

@@ -75,6 +75,8 @@ def plain_errors(path: pathlib.Path) -> Iterator[None]:
   try:
     yield
   except OSError as error:
+    if error.errno is None or isinstance(error, ConnectionError | TimeoutError):
+      raise  # of a network
     raise UserError(f"{path}: {error.strerror or error}") from error
 
 

@@ -92,15 +92,15 @@ def download(wanted: Download, directory: pathlib.Path) -> pathlib.Path:
   if _is_complete(path, wanted):
     print(f"{path} is there already, its checksum is right")
     return path
-  try:
-    with files.replacing(path) as partial:
+  with files.replacing(path) as partial:
+    try:
       _fetch(wanted, partial, description=f"downloading {path.name}")
-  except (OSError, http.client.HTTPException) as error:
-    raise UserError(
-      f"{wanted.url}: cannot be downloaded to {directory}"
-      f" ({base.first_line(error)}); download it elsewhere and pass it with"
-      " --archive=PATH"
-    ) from error
+    except (OSError, http.client.HTTPException) as error:
+      raise UserError(
+        f"{wanted.url}: cannot be downloaded to {directory}"
+        f" ({base.first_line(error)}); download it elsewhere and pass it with"
+        " --archive=PATH"
+      ) from error
   return path
 
 

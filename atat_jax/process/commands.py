@@ -88,6 +88,19 @@ class _Output:
     return getattr(self._stream, name)
 
 
+def is_running(module: str) -> bool:
+  """Returns whether this process is `python -m module`, whose parent asks.
+
+  Python imports the packages around a module before it.
+
+  Args:
+    module: Full name of the module, or of the package with a `__main__`.
+  """
+  words = sys.orig_argv
+  at = words.index("-m") + 1 if "-m" in words else len(words)
+  return sys.argv[:1] == ["-m"] and words[at : at + 1] == [module]
+
+
 def begin(message: str) -> None:
   """Begins the process of a command, before the imports that take seconds.
 

@@ -8,11 +8,6 @@ everything else (features, names, keys, order, files) is left to the stock
 builder, so that `tfds.data_source` reads the result like any other.
 """
 
-from atat_jax.process import commands
-
-if __name__ == "__main__":
-  commands.begin("stopped; the same command starts again")
-
 import argparse
 import hashlib
 import http.client
@@ -27,7 +22,7 @@ import tqdm
 
 from atat_jax.data import archives, base, cifar
 from atat_jax.errors import UserError
-from atat_jax.process import stops
+from atat_jax.process import commands, stops
 from atat_jax.runs import files, locations, lock
 
 _BLOCK = 1 << 18
@@ -92,15 +87,15 @@ def download(wanted: Download, directory: pathlib.Path) -> pathlib.Path:
   if _is_complete(path, wanted):
     print(f"{path} is there already, its checksum is right")
     return path
-  try:
-    with files.replacing(path) as partial:
+  with files.replacing(path) as partial:
+    try:
       _fetch(wanted, partial, description=f"downloading {path.name}")
-  except (OSError, http.client.HTTPException) as error:
-    raise UserError(
-      f"{wanted.url}: cannot be downloaded to {directory}"
-      f" ({base.first_line(error)}); download it elsewhere and pass it with"
-      " --archive=PATH"
-    ) from error
+    except (OSError, http.client.HTTPException) as error:
+      raise UserError(
+        f"{wanted.url}: cannot be downloaded to {directory}"
+        f" ({base.first_line(error)}); download it elsewhere and pass it with"
+        " --archive=PATH"
+      ) from error
   return path
 
 

@@ -94,7 +94,12 @@ def check_layers(layers: Iterable[str], names: Iterable[str]) -> None:
 def layer_names(
   model: nn.Module, variables: Variables, images: Array
 ) -> tuple[str, ...]:
-  """Returns the layers that can be tapped, from the input to the output."""
+  """Returns the layers that can be tapped, from the input to the output.
+
+  Raises:
+    UserError: Variables of another network, or images of a wrong shape.
+  """
+  checks.variables(model, variables, checks.images(images).shape)
   return tuple(_tensors(model, variables, images, "running"))
 
 
@@ -126,8 +131,11 @@ def chosen_layers(
   """Returns the layers that `grad_cam` taps: those given, or the last tensor's.
 
   Raises:
-    UserError: A layer that the model does not have.
+    UserError: A layer that the model does not have, variables of another
+      network, or images of a wrong shape.
   """
+  checks.variables(model, variables, checks.images(images).shape)
+  layers = None if layers is None else checks.names("layers", layers)
   return tuple(_chosen(model, variables, images, layers, "running"))
 
 
@@ -323,12 +331,15 @@ def grad_cam(
       range.
   """
   images = checks.images(images)
+  checks.variables(model, variables, images.shape)
+  checks.finite("variables", variables)
+  checks.choice("batch_norm", batch_norm, ("running", "batch"))
+  layers = None if layers is None else checks.names("layers", layers)
   hashable = compilation.hashable(model)
   logits = _logits.eval_shape(
     variables, images, model=hashable, batch_norm=batch_norm
   )
   labels = checks.labels(labels, images.shape[0], logits.shape[-1])
-  layers = None if layers is None else tuple(layers)
   return _jitted_maps(
     variables,
     images,

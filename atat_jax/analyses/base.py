@@ -112,20 +112,23 @@ class FigureSettings:
       raise UserError(
         f"num_points: {self.num_points}; allowed: odd, at least 3"
       )
-    if not 0 <= self.seed < 2**31:
-      raise UserError(f"seed: {self.seed}; allowed: 0 to {2**31 - 1}")
+    checks.integer("seed", self.seed)
+    checks.names("analyses", self.analyses, empty=True)
+    checks.instance("attack", self.attack, Protocol, "see evaluation.parse")
     checks.choice("norm", self.norm, balls.BALLS)
     checks.epsilon(self.epsilon, self.norm)
     checks.positive("step_size", self.step_size)
-    _check_increasing("rounds", self.rounds)
-    if not self.rounds or self.rounds[-1] < 1:
+    rounds = checks.numbers(
+      "rounds", self.rounds, integers=True, increasing=True, empty=True
+    )
+    if not rounds or rounds[-1] < 1:
       raise UserError(f"rounds: {self.rounds}; allowed: at least one above 0")
-    _check_increasing("epsilons", self.epsilons)
-    for radius in self.epsilons:
+    for radius in checks.numbers(
+      "epsilons", self.epsilons, empty=True, increasing=True
+    ):
       if radius:
         checks.epsilon(radius, self.norm, "epsilons")
-    if not self.indices or min(self.indices) < 0:
-      raise UserError(f"indices: {self.indices}; allowed: one or more, from 0")
+    checks.numbers("indices", self.indices, integers=True)
 
   def pgd(self) -> dict[str, Any]:
     """Returns `epsilon`, `step_size` and `norm`, as keyword arguments."""
@@ -134,11 +137,6 @@ class FigureSettings:
       "step_size": self.step_size,
       "norm": self.norm,
     }
-
-
-def _check_increasing(field: str, values: Sequence[float]) -> None:
-  if list(values) != sorted(set(values)) or any(x < 0 for x in values):
-    raise UserError(f"{field}: {values}; allowed: from 0, increasing")
 
 
 Indices = Callable[[FigureSettings, int], Sequence[int]]

@@ -165,7 +165,7 @@ def loss_curvature(
   checks.positive("batch_size", batch_size, integer=True)
   checks.positive("tolerance", tolerance)
   named, images, labels, _ = classifiers(networks, images, labels)
-  mesh = sharding.make_mesh() if mesh is None else mesh
+  mesh = sharding.mesh_or_all(mesh)
   found = {
     "networks": np.array(list(named)),
     "num_examples": np.array(len(labels)),
@@ -178,7 +178,7 @@ def loss_curvature(
   for name, classifier in named.items():
     measure = functools.partial(
       _measure,
-      key=key,
+      key=checks.key(key),
       classifier=sharding.put_replicated(mesh, classifier),
       tolerance=tolerance,
       num_iterations=num_iterations,

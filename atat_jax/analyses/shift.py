@@ -153,6 +153,7 @@ def attention_shift(
   Raises:
     UserError: An argument of a wrong shape, dtype, range or name.
   """
+  checks.key(key)
   attack = iterates.WatchedAttack(
     rounds, epsilon, step_size, norm, loss, random_start
   )
@@ -162,7 +163,7 @@ def attention_shift(
   layers = tapped_layers(networks, images, layer)
   found = _facts(list(named), labels, layers, attack)
   walk: dict[str, Any] = {"batch_size": min(batch_size, len(labels))}
-  walk["mesh"] = sharding.make_mesh() if mesh is None else mesh
+  walk["mesh"] = sharding.mesh_or_all(mesh)
   for name, (model, _) in networks.items():
     (variables,) = sharding.put_replicated(walk["mesh"], named[name].args)
     batch = {"variables": variables, "model": model, "layer": layers[name]}

@@ -74,7 +74,7 @@ def attack_steps(
   checks.epsilon(epsilon, norm)
   checks.positive("step_size", step_size)
   sweep = sweeps.prepare(
-    networks, images, labels, num_steps, loss, batch_size, mesh
+    key, networks, images, labels, num_steps, loss, batch_size, mesh
   )
   found = sweep.facts() | {
     "protocol": np.array(_describe(norm, epsilon, step_size, loss)),

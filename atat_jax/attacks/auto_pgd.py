@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from atat_jax import losses
+from atat_jax import checks, losses
 from atat_jax.attacks import balls, base, search
 from atat_jax.attacks.search import Problem, SearchSettings
 from atat_jax.attacks.simplex import project_l1
@@ -116,6 +116,8 @@ class APGD:
 
   def __post_init__(self) -> None:
     """Refuses an enlarged ball in norms other than l1."""
+    checks.boolean("enlarged", self.enlarged)
+    checks.count("eot_samples", self.eot_samples)
     if self.enlarged and self.norm != "l1":
       raise UserError(
         f"enlarged: True with norm {self.norm!r}; allowed: with l1 only"

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 
 from atat_jax import checks, losses
 from atat_jax.attacks import balls
@@ -93,7 +94,19 @@ def evaluate(
 
 # Only used for its shape; unlike eval_shape of a plain function, the traces of
 # a jitted one are cached.
-_logits = jax.jit(lambda classifier, images: classifier(images))
+@jax.jit
+def _logits(classifier: Classifier, images: Array) -> Any:
+  logits = classifier(images)
+  if not all(map(_is_array, jax.tree.leaves(logits))):
+    raise UserError(
+      f"classifier: returns a {type(logits).__name__}; allowed: one array of"
+      f" logits [{images.shape[0]}, K]"
+    )
+  return logits
+
+
+def _is_array(value: Any) -> bool:
+  return isinstance(value, jax.Array | np.ndarray | np.generic | int | float)
 
 
 def check_arguments(
@@ -105,8 +118,7 @@ def check_arguments(
     classifier: Callable from images to logits.
     images: Float [B, H, W, C] in [0, 1].
     labels: Integers [B] in [0, K).
-    **positive: Arguments that must be > 0; those named `num_...` or
-      `..._samples` must be integers.
+    **positive: Arguments that must be > 0, integers but for `step_size`.
 
   Returns:
     The classifier as a pytree, images, int32 labels, and K.
@@ -115,8 +127,12 @@ def check_arguments(
     UserError: Naming the argument, its value and what is allowed.
   """
   for name, value in positive.items():
-    integer = name.startswith("num_") or name.endswith("_samples")
-    checks.positive(name, value, integer=integer)
+    checks.positive(name, value, integer=name != "step_size")
+  if isinstance(classifier, nn.Module) and classifier.scope is None:
+    raise UserError(
+      f"classifier: a {type(classifier).__name__} without its variables;"
+      " allowed: models.classifier(model, variables)"
+    )
   classifier = as_pytree(classifier)
   images = checks.images(images)
   logits = _logits.eval_shape(classifier, images)
@@ -126,10 +142,14 @@ def check_arguments(
       f"classifier: returns a {type(logits).__name__}; allowed: one array of"
       f" logits [{images.shape[0]}, K]"
     )
-  if len(shape) != 2 or shape[0] != images.shape[0]:
+  if len(shape) != 2 or shape[0] != images.shape[0] or shape[1] < 1:
     raise UserError(
       f"classifier: returns shape {shape} for {images.shape[0]} images;"
       f" allowed: logits [{images.shape[0]}, K]"
+    )
+  if not jnp.issubdtype(logits.dtype, jnp.floating):
+    raise UserError(
+      f"classifier: returns {logits.dtype}; allowed: logits, floating point"
     )
   labels = checks.labels(labels, images.shape[0], shape[1])
   return classifier, images, labels, shape[1]
@@ -151,10 +171,10 @@ def on_host(
   Raises:
     UserError: Naming the argument, its value and what is allowed.
   """
-  images, labels = np.asarray(images), np.asarray(labels)
+  images, labels = checks.host("images", images), checks.host("labels", labels)
   checks.inspect_images(images)
   classifier, *_, num_classes = check_arguments(
-    classifier, jnp.asarray(images[:1]), jnp.zeros(1, jnp.int32)
+    classifier, jnp.asarray(images[:2]), jnp.zeros(len(images[:2]), jnp.int32)
   )
   checks.inspect_labels(labels, len(images), num_classes)
   images, labels = images.astype(np.float32), labels.astype(np.int32)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from atat_jax import checks
 from atat_jax.attacks import balls, base, hyperplane, search
 from atat_jax.attacks.search import Problem, SearchSettings
 from atat_jax.errors import UserError
@@ -68,6 +69,10 @@ class FAB:
 
   norm: str = "linf"
   targeted: bool = True
+
+  def __post_init__(self) -> None:
+    """Refuses anything but True and False."""
+    checks.boolean("targeted", self.targeted)
 
   def num_evaluations(self, num_steps: int) -> int:
     """Number of steps, each of which evaluates two points."""

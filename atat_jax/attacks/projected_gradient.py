@@ -260,6 +260,10 @@ def _checked_pgd(
   options: _PGDOptions,
 ) -> Array:
   """Checks the arguments of `pgd` and runs it."""
+  checks.key(key)
+  checks.boolean("random_start", numbers.random_start)
+  for name in ("num_restarts", "num_targets", "eot_samples"):
+    checks.count(name, getattr(options, name))
   base.check_norm(options.norm, numbers.epsilon)
   checks.not_negative("momentum", numbers.momentum)
   classifier, images, labels, num_classes = base.check_arguments(
@@ -268,9 +272,6 @@ def _checked_pgd(
     labels,
     step_size=numbers.step_size,
     num_steps=numbers.num_steps,
-    num_restarts=options.num_restarts,
-    num_targets=options.num_targets,
-    eot_samples=options.eot_samples,
   )
   several_targets = base.check_loss(options.loss, num_classes)
   if targets is not None:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from atat_jax import compilation, losses, rng
+from atat_jax import checks, compilation, losses, rng
 from atat_jax.attacks import base
 from atat_jax.typing import Array, Classifier
 
@@ -327,9 +327,12 @@ def run(
   Returns:
     [B, H, W, C]: the first misclassified point found for an example, else the
     point of highest `loss` over the runs, the clean image among them.
+
+  Raises:
+    UserError: Not a random key.
   """
   return _jitted(
-    key,
+    checks.key(key),
     classifier,
     images,
     labels,

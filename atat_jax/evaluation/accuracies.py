@@ -2,13 +2,15 @@
 
 from collections.abc import Callable
 
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from atat_jax import compilation, rng, sharding
-from atat_jax.attacks.base import as_pytree
+from atat_jax import checks, compilation, rng, sharding
+from atat_jax.attacks import base
 from atat_jax.data import augment, batches
 from atat_jax.data.base import Split
+from atat_jax.errors import UserError
 from atat_jax.evaluation.protocols import Protocol
 from atat_jax.typing import Array, Classifier
 
@@ -26,6 +28,40 @@ is_correct = compilation.jit(_is_correct)
 """(classifier, images, labels) to who is right, bool [B]; compiled."""
 
 
+def _checked(
+  key: Array,
+  classifier: Classifier,
+  data: Split,
+  protocol: Protocol,
+  batch_size: int,
+  mesh: Mesh,
+  on_batch: Callable[[int], object],
+) -> tuple[Classifier, int]:
+  """Checks the arguments; returns the classifier as a pytree, and K."""
+  checks.key(key)
+  checks.instance("protocol", protocol, Protocol, "see evaluation.parse")
+  checks.count("batch_size", batch_size)
+  checks.instance("on_batch", on_batch, Callable, "a function of a number")  # type: ignore[arg-type]
+  sharding.check_mesh(mesh)
+  checks.instance("data", data, Split, "a Split of images and labels")
+  images, labels = (
+    checks.array(part, f"data.{part_name}")
+    for part_name, part in data._asdict().items()
+  )
+  if images.dtype != np.uint8:
+    checks.inspect_images(images, "data.images")
+  elif images.ndim != 4 or 0 in images.shape:
+    raise UserError(
+      f"data.images: shape {images.shape}; allowed: [N, H, W, C], not empty"
+    )
+  two = jnp.zeros((2, *images.shape[1:]), jnp.float32)
+  classifier, *_, num_classes = base.check_arguments(
+    classifier, two, jnp.zeros(2, jnp.int32)
+  )
+  checks.inspect_labels(labels, len(images), num_classes, "data.labels")
+  return classifier, num_classes
+
+
 def _correct(
   key: Array,
   classifier: Classifier,
@@ -37,7 +73,9 @@ def _correct(
   on_batch: Callable[[int], object],
 ) -> np.ndarray:
   """Whether each image of a split is classified correctly, bool [N]."""
-  classifier = as_pytree(classifier)
+  classifier = _checked(
+    key, classifier, data, protocol, batch_size, mesh, on_batch
+  )[0]
   num_examples = data.labels.shape[0]
 
   def score(number: int, indices: Array) -> Array:
@@ -84,6 +122,14 @@ def class_counts(
     Correctly classified images and all images of each class, int64 [K] each.
     The sum of the first over the sum of the second is `accuracy`.
   """
+  checks.count("num_classes", num_classes)
+  known = _checked(key, classifier, data, protocol, batch_size, mesh, on_batch)[
+    1
+  ]
+  if num_classes < known:
+    raise UserError(
+      f"num_classes: {num_classes}; allowed: at least the classifier's {known}"
+    )
   correct = _correct(
     key,
     classifier,

@@ -52,9 +52,12 @@ def tapped_layer(
   Raises:
     UserError: The network has no such layer.
   """
-  layers = None if layer is None else (layer,)
   one = jnp.asarray(images[:1])
-  return attention.chosen_layers(model, variables, one, layers)[0]
+  if layer is not None:
+    names = attention.layer_names(model, variables, one)
+    checks.choice("layer", layer, names)
+    return layer
+  return attention.chosen_layers(model, variables, one, None)[0]
 
 
 def tapped_layers(
@@ -107,7 +110,7 @@ def attention_views(
     "layer": np.array(", ".join(dict.fromkeys(layers.values()))),
     "protocol": np.array(description),
   }
-  mesh = sharding.make_mesh() if mesh is None else mesh
+  mesh = sharding.mesh_or_all(mesh)
   x, y = (sharding.put_replicated(mesh, part) for part in (images, labels))
   placed = {
     name: sharding.put_replicated(mesh, classifier)

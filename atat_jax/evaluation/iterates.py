@@ -10,7 +10,6 @@ from jax import lax
 
 from atat_jax import checks, losses, rng
 from atat_jax.attacks import balls, projected_gradient
-from atat_jax.errors import UserError
 from atat_jax.runs import wording
 from atat_jax.typing import Array, Classifier, PyTree, Scalar
 
@@ -42,12 +41,8 @@ class WatchedAttack:
     checks.choice("loss", self.loss, losses.ATTACK_LOSSES)
     checks.epsilon(self.epsilon, self.norm)
     checks.positive("step_size", self.step_size)
-    rounds = list(self.rounds)
-    whole = all(isinstance(k, int | np.integer) and k >= 0 for k in rounds)
-    if not rounds or not whole or rounds != sorted(set(rounds)):
-      raise UserError(
-        f"rounds: {rounds!r}; allowed: one or more integers >= 0, increasing"
-      )
+    checks.boolean("random_start", self.random_start)
+    checks.numbers("rounds", self.rounds, integers=True, increasing=True)
 
   @property
   def steps(self) -> np.ndarray:

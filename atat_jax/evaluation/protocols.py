@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from atat_jax import attacks, checks, losses
 from atat_jax.attacks import balls, base
 from atat_jax.attacks.autoattack import versions
-from atat_jax.errors import UserError
+from atat_jax.errors import UserError, shown
 from atat_jax.runs import wording
 from atat_jax.typing import Array, Classifier
 
@@ -236,13 +236,16 @@ def _read(name: str) -> tuple[str, dict[str, Any]]:
 def _check(attack: str, given: dict[str, Any]) -> None:
   """Checks the values of an attack's parameters before anything is compiled."""
   for parameter, choices in _signature(attack).choices.items():
-    if given[parameter] not in choices:
+    value = given[parameter]
+    if not isinstance(value, str) or value not in choices:
       only = f" for {attack}" if set(choices) < set(balls.BALLS) else ""
       raise UserError(
-        f"{parameter}: {given[parameter]!r}; allowed:"
+        f"{parameter}: {shown(value)}; allowed:"
         f" {', '.join(sorted(choices))}{only}"
       )
   checks.epsilon(given["epsilon"], given["norm"])
+  if given.get("enlarged") and given["norm"] != "l1":
+    raise UserError("enlarged: True; allowed: with norm l1 only")
   if "momentum" in given:
     checks.not_negative("momentum", given["momentum"])
   for name, value in given.items():
@@ -279,6 +282,7 @@ def parse(
   Raises:
     UserError: Unknown name, or numbers out of range.
   """
+  checks.instance("name", name, str, allowed_names())
   attack, given = _read(name)
   if attack == _NOMINAL:
     return Protocol(name, attack)
@@ -325,6 +329,7 @@ def _protocol(name: str, attack: str, given: dict[str, Any]) -> Protocol:
 
 def parse_list(names: str, **numbers: object) -> tuple[Protocol, ...]:
   """Returns the protocols of a comma-separated list, see `parse`."""
+  checks.instance("names", names, str, f"a list of {allowed_names()}")
   found = [name.strip() for name in names.split(",") if name.strip()]
   if not found:
     raise UserError(f"attacks: {names!r}; allowed: a list of {allowed_names()}")

@@ -123,6 +123,7 @@ class Sweep:
 
 
 def prepare(
+  key: Array,
   networks: Networks,
   images: Array | np.ndarray,
   labels: Array | np.ndarray,
@@ -134,6 +135,7 @@ def prepare(
   """Checks what is to be swept and puts the networks on the devices.
 
   Args:
+    key: Random key of the attacks.
     networks: Name to (module, variables); running statistics.
     images: Float [n, H, W, C] in [0, 1], any number.
     labels: Integers [n]: the true classes.
@@ -145,12 +147,13 @@ def prepare(
   Raises:
     UserError: An argument of a wrong shape, dtype or range, by name.
   """
+  checks.key(key)
   checks.choice("loss", loss, losses.ATTACK_LOSSES)
   for name, value in (("num_steps", num_steps), ("batch_size", batch_size)):
-    checks.positive(name, value, integer=True)
+    checks.count(name, value)
   named, images, labels, num_classes = classifiers(networks, images, labels)
   base.check_loss(loss, num_classes)
-  mesh = sharding.make_mesh() if mesh is None else mesh
+  mesh = sharding.mesh_or_all(mesh)
   return Sweep(
     classifiers={
       name: sharding.put_replicated(mesh, classifier)

@@ -126,13 +126,13 @@ def _named(version: str | Sequence[str]) -> tuple[str, Version]:
   if isinstance(version, str):
     checks.choice("version", version, VERSIONS)
     return version, VERSIONS[version]
-  names = tuple(version)
-  if not names or len(set(names)) < len(names):
+  names = checks.names("version", version)
+  for name in names:
+    checks.choice("version", name, NAMES)
+  if len(set(names)) < len(names):
     raise UserError(
       f"version: {names!r}; allowed: each of {', '.join(NAMES)} at most once"
     )
-  for name in names:
-    checks.choice("version", name, NAMES)
   return "custom", Version(names)
 
 
@@ -160,10 +160,14 @@ def make(
   Raises:
     UserError: An unknown name or number.
   """
-  options = options or {}
+  options = {} if options is None else options
+  checks.instance("options", options, Mapping, "attack to numbers, or None")
   label, chosen = _named(version)
   for name, changes in options.items():
     checks.choice("options", name, chosen.attacks)
+    checks.instance(
+      f"options[{name!r}]", changes, Mapping, "numbers of the attack by name"
+    )
     for option, value in changes.items():
       checks.choice(f"options[{name!r}]", option, _OPTIONS[name])
       checks.positive(f"options[{name!r}].{option}", value, integer=True)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import flax
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -62,12 +63,18 @@ def _tensors(
     return output
 
   repeated: set[str] = set()
-  with _outputs(visit):
-    jax.eval_shape(
-      lambda v, x: bn.apply(model, v, x, batch_norm=batch_norm),
-      variables,
-      images,
-    )
+  try:
+    with _outputs(visit):
+      jax.eval_shape(
+        lambda v, x: bn.apply(model, v, x, batch_norm=batch_norm),
+        variables,
+        images,
+      )
+  except flax.errors.FlaxError as error:
+    raise UserError(
+      f"variables: {str(error).splitlines()[0]}; allowed: the variables of"
+      f" {type(model).__name__} for images of shape {images.shape[1:]}"
+    ) from None
   return {path: s for path, s in found.items() if path not in repeated}
 
 
@@ -97,9 +104,10 @@ def layer_names(
   """Returns the layers that can be tapped, from the input to the output.
 
   Raises:
-    UserError: Variables of another network, or images of a wrong shape.
+    UserError: Not a network, or variables of another one.
   """
-  checks.variables(model, variables, checks.images(images).shape)
+  checks.module(model)
+  checks.variables(model, variables, images.shape)
   return tuple(_tensors(model, variables, images, "running"))
 
 
@@ -118,6 +126,7 @@ def _chosen(
     )
   if layers is None:
     layers = (list(tensors)[-1],)
+  layers = checks.names("layers", layers)
   check_layers(layers, tensors)
   return {layer: tensors[layer] for layer in layers}
 
@@ -131,11 +140,8 @@ def chosen_layers(
   """Returns the layers that `grad_cam` taps: those given, or the last tensor's.
 
   Raises:
-    UserError: A layer that the model does not have, variables of another
-      network, or images of a wrong shape.
+    UserError: A layer that the model does not have.
   """
-  checks.variables(model, variables, checks.images(images).shape)
-  layers = None if layers is None else checks.names("layers", layers)
   return tuple(_chosen(model, variables, images, layers, "running"))
 
 
@@ -270,15 +276,29 @@ def _maps(
   model: nn.Module | compilation.ByIdentity,
   layers: tuple[str, ...] | None,
   batch_norm: BatchNormMode,
-) -> dict[str, Array]:
-  return forward(
+) -> tuple[dict[str, Array], dict[str, Array]]:
+  """Returns maps, and how many numbers are not finite, by what they are of."""
+  logits, maps, _ = forward(
     compilation.unwrap(model),
     variables,
     images,
     labels,
     layers=layers,
     batch_norm=batch_norm,
-  )[1]
+  )
+  bad = {"variables": variables, "logits": logits} | {
+    f"map at {layer}": one for layer, one in maps.items()
+  }
+  return maps, {what: _num_nonfinite(tree) for what, tree in bad.items()}
+
+
+def _num_nonfinite(tree: PyTree) -> Array:
+  counts = [
+    (~jnp.isfinite(leaf)).sum()
+    for leaf in jax.tree.leaves(tree)
+    if jnp.issubdtype(leaf.dtype, jnp.inexact)
+  ]
+  return sum(counts, jnp.zeros((), jnp.int32))
 
 
 _jitted_maps = compilation.jit(
@@ -327,20 +347,20 @@ def grad_cam(
     {layer: [B, h, w] float32 >= 0}, on the layer's own grid.
 
   Raises:
-    UserError: Unknown layer, or images or labels of a wrong shape, dtype or
-      range.
+    UserError: Unknown layer; variables of another network; images or labels of
+      a wrong shape, dtype or range; variables, logits or maps that are not
+      finite.
   """
   images = checks.images(images)
-  checks.variables(model, variables, images.shape)
-  checks.finite("variables", variables)
   checks.choice("batch_norm", batch_norm, ("running", "batch"))
-  layers = None if layers is None else checks.names("layers", layers)
+  checks.variables(model, variables, images.shape)
   hashable = compilation.hashable(model)
   logits = _logits.eval_shape(
     variables, images, model=hashable, batch_norm=batch_norm
   )
   labels = checks.labels(labels, images.shape[0], logits.shape[-1])
-  return _jitted_maps(
+  layers = None if layers is None else checks.names("layers", layers)
+  maps, bad = _jitted_maps(
     variables,
     images,
     labels,
@@ -348,3 +368,17 @@ def grad_cam(
     layers=layers,
     batch_norm=batch_norm,
   )
+  _refuse_nonfinite(bad, model)
+  return maps
+
+
+def _refuse_nonfinite(bad: dict[str, Array], model: nn.Module) -> None:
+  """Raises a `UserError` if a count is not 0; counts inside jit pass."""
+  if any(isinstance(count, jax.core.Tracer) for count in bad.values()):
+    return
+  for what, count in jax.device_get(bad).items():
+    if count:
+      raise UserError(
+        f"{what}: {count:,} numbers of {type(model).__name__} are not finite;"
+        " allowed: finite variables, and logits and maps that are"
+      )

@@ -1,7 +1,9 @@
 """Turns a configuration into a plan: the only reader of a configuration."""
 
+import dataclasses
 import json
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 from flax import linen as nn
@@ -16,15 +18,61 @@ from atat_jax import (
   models,
   objectives,
 )
-from atat_jax.errors import in_section
+from atat_jax import fields as typed
+from atat_jax.errors import UserError, in_section
 from atat_jax.objectives import Objective
 from atat_jax.plan import DataPlan, EvaluationPlan, Plan, StagePlan, check_seed
-from atat_jax.runs import roles
+from atat_jax.runs import locations, roles
 
 Fields = dict[str, Any]
 
 # The student must not repeat the teacher's batches.
 _TEACHER_SEED = 1_000_003
+
+
+# Fields whose None reaches us as text: their type on the command line is str.
+_NONE = (
+  ("data", "dir"),
+  ("data", "cache_dir"),
+  ("data", "extra"),
+  ("teacher_workdir",),
+)
+_TEXTS = ("method", "recipe")
+_SECTIONS = (
+  "data",
+  "model",
+  "objective",
+  "train",
+  "teacher",
+  "evaluation",
+  "figures",
+)
+_LEAF = bool | int | float | str | tuple[int, ...] | tuple[float, ...] | None
+_EVALUATION: dict[str, Any] = {
+  "validation_attack": str,
+  "attacks": str,
+  "norm": str,
+  "epsilon": float,
+  "step_size": float,
+  "num_restarts": int,
+  "batch_norm": tuple[str, ...],
+  "batch_size": int,
+  "batch_statistics_size": int,
+  "num_examples": int,
+  "seed": int,
+}
+_FIELDS = (*_SECTIONS, *_TEXTS, "seed", "profile_steps", "teacher_workdir")
+
+# What would fill the memory, or draw a picture that no program opens.
+_LARGEST = {
+  ("evaluation", "batch_size"): 65_536,
+  ("evaluation", "batch_statistics_size"): 65_536,
+  ("figures", "num_images"): 200,
+  ("figures", "num_followed"): 200,
+  ("figures", "num_points"): 1001,
+  ("figures", "num_steps"): 100_000,
+  ("model", "depth"): 2000,
+}
 
 
 def make_plan(config: ConfigDict) -> Plan:
@@ -37,15 +85,21 @@ def make_plan(config: ConfigDict) -> Plan:
     The plan.
 
   Raises:
-    UserError: A value is out of range; the message names its field.
+    UserError: A field is missing or unknown, of another type, or out of range;
+      the message names it.
   """
-  fields: Fields = {key: _plain(value) for key, value in config.items()}
+  fields = _read(config)
   check_seed("seed", fields["seed"])
   with in_section("data"):
-    data_plan = DataPlan(**fields["data"])
+    data_plan = typed.make(DataPlan, fields["data"])
   model, model_spec = _make_model(fields["model"], data_plan.spec)
   checks.choice("method", fields["method"], objectives.OBJECTIVES)
   with in_section("objective"):
+    typed.check_names(
+      fields["objective"],
+      objectives.defaults(fields["method"]),
+      required=objectives.defaults(fields["method"]),
+    )
     objective = objectives.create(fields["method"], **fields["objective"])
   teacher = _teacher_directory(fields) if objective.needs_teacher else None
   return Plan(
@@ -57,35 +111,98 @@ def make_plan(config: ConfigDict) -> Plan:
     evaluation=_make_evaluation(fields["evaluation"]),
     figures=_make_figures(fields["figures"], fields["evaluation"]),
     profile_steps=fields["profile_steps"],
-    record=json.loads(config.to_json()),
+    record=_record(config),
   )
+
+
+def _read(config: ConfigDict) -> Fields:
+  """Reads all fields; checks their names and the types that no class checks."""
+  fields: Fields = {key: _plain(value) for key, value in config.items()}
+  typed.check_names(fields, _FIELDS, required=_FIELDS)
+  for section in _SECTIONS:
+    if not isinstance(fields[section], dict):
+      raise UserError(
+        f"{section}: {typed.shown(fields[section])}; allowed: a section of fields"
+      )
+  _forget_none(fields)
+  for name in _TEXTS:
+    if not isinstance(fields[name], str):
+      raise UserError(f"{name}: {typed.shown(fields[name])}; allowed: text")
+  typed.check_value("seed", int, fields["seed"])
+  typed.check_value("teacher_workdir", str | None, fields["teacher_workdir"])
+  typed.check_value("profile_steps", tuple[int, ...], fields["profile_steps"])
+  for (section, name), largest in _LARGEST.items():
+    value = fields[section].get(name)
+    if isinstance(value, int) and value > largest:
+      raise UserError(
+        f"{section}.{name}: {typed.shown(value)}; allowed: at most {largest}"
+      )
+  return fields
+
+
+def _forget_none(tree: Fields) -> None:
+  """Takes the text None, in the fields that may be None, for what it says."""
+  for *sections, name in _NONE:
+    fields = tree
+    for section in sections:
+      fields = fields[section]
+    value = fields.get(name)
+    if isinstance(value, str) and value.lower() in ("none", ""):
+      fields[name] = None
+
+
+def _record(config: ConfigDict) -> Fields:
+  """The configuration as plain JSON."""
+  record: Fields = json.loads(config.to_json())
+  _forget_none(record)
+  return record
 
 
 def _plain(value: Any) -> Any:
   """A section as a dict, every sequence in it as a tuple."""
-  if isinstance(value, ConfigDict):
+  if isinstance(value, ConfigDict | Mapping):
     return {key: _plain(item) for key, item in value.items()}
-  return tuple(value) if isinstance(value, list | tuple) else value
+  if isinstance(value, list | tuple):
+    return tuple(_plain(item) for item in value)
+  return value
 
 
 def _make_model(
   fields: Fields, spec: data.DatasetSpec
 ) -> tuple[nn.Module, dict[str, Any]]:
   """Makes the network for a data set, and its description as JSON."""
-  name = fields["name"]
-  checks.choice("model.dtype", fields["dtype"], ("float32", "bfloat16"))
-  if fields["normalization"] == "dataset":
+  with in_section("model"):
+    typed.check_names(fields, _model_fields(), ("name", "dtype"))
+    name = fields["name"]
+    typed.check_value("name", str, name)
+    checks.choice("dtype", fields["dtype"], ("float32", "bfloat16"))
+  if fields.get("normalization") == "dataset":
     fields = fields | {"mean": spec.mean, "std": spec.std}
   # A network ignores the fields that only others have.
   known = models.field_names(name)
   given = {key: value for key, value in fields.items() if key in known}
-  model = models.create(name, num_classes=spec.num_classes, **given)
+  with in_section("model"):
+    for field in fields.keys() - given.keys() - {"mean", "std"}:
+      typed.check_value(field, _LEAF, fields[field])
+    typed.check_values(models.MODELS[name], given, bits=False)
+    model = models.create(name, num_classes=spec.num_classes, **given)
+    typed.check_values(models.MODELS[name], given)
   return model, checkpoints.model_spec(name, model, spec.image_shape)
+
+
+def _model_fields() -> set[str]:
+  """Names of the fields that `config.model` may have."""
+  derived = {"num_classes", "mean", "std"}
+  known = {
+    field for name in models.MODELS for field in models.field_names(name)
+  }
+  return {"name", *known} - derived
 
 
 def _teacher_directory(fields: Fields) -> pathlib.Path:
   if fields["teacher_workdir"]:
-    return pathlib.Path(fields["teacher_workdir"]).absolute()
+    path = locations.expand("teacher_workdir", fields["teacher_workdir"])
+    return path.absolute()
   return pathlib.Path(roles.TEACHER)
 
 
@@ -121,12 +238,13 @@ def _make_stage(
 ) -> StagePlan:
   numbers = fields[section]
   with in_section(section):
-    return StagePlan(
+    return typed.make(
+      StagePlan,
+      numbers,
       section=section,
-      num_extra=data_plan.num_extra(numbers["batch_size"]),
+      num_extra=data_plan.num_extra(numbers.get("batch_size", 1)),
       mix=data_plan.mix,
       mix_alpha=data_plan.mix_alpha,
-      **numbers,
       **identity,
     )
 
@@ -137,9 +255,10 @@ def _attack(fields: Fields) -> Fields:
 
 
 def _make_evaluation(fields: Fields) -> EvaluationPlan:
-  attack = _attack(fields)
   with in_section("evaluation"):
-    return EvaluationPlan(
+    _check_section(fields, _EVALUATION, bits=False)
+    attack = _attack(fields)
+    made = EvaluationPlan(
       validation=evaluation.parse(fields["validation_attack"], **attack),
       protocols=evaluation.parse_list(
         fields["attacks"], num_restarts=fields["num_restarts"], **attack
@@ -150,19 +269,39 @@ def _make_evaluation(fields: Fields) -> EvaluationPlan:
       num_examples=fields["num_examples"],
       seed=fields["seed"],
     )
+    _check_section(fields, _EVALUATION, bits=True)
+    return made
 
 
 def _make_figures(fields: Fields, evaluated: Fields) -> analyses.FigureSettings:
   """Makes the settings of the analyses, with the attack of the evaluation."""
   attack = _attack(evaluated)
+  shared = {**attack, "batch_size": 0, "seed": 0}
+  kinds = {
+    field.name: field.type
+    for field in dataclasses.fields(analyses.FigureSettings)
+    if field.name not in shared
+  } | {"analyses": str, "attack": str}
   with in_section("figures"):
+    _check_section(fields, kinds, bits=False)
     given = fields | {
       "analyses": analyses.parse(fields["analyses"]),
       "attack": evaluation.parse(fields["attack"], **attack),
     }
-    return analyses.FigureSettings(
+    made = analyses.FigureSettings(
       batch_size=evaluated["batch_size"],
       seed=evaluated["seed"],
       **attack,
       **given,
     )
+    _check_section(fields, kinds, bits=True)
+    return made
+
+
+def _check_section(
+  given: Fields, kinds: Mapping[str, Any], *, bits: bool
+) -> None:
+  """Checks a section whose fields are not those of one dataclass."""
+  typed.check_names(given, kinds, required=kinds)
+  for name, kind in kinds.items():
+    typed.check_value(name, kind, given[name], bits=bits)

@@ -15,16 +15,31 @@ _short.maxset = _short.maxfrozenset = _short.maxarray = _short.maxdeque = 20
 _short.maxlevel = 4
 
 
-def one_line(text: str) -> str:
-  """Escapes line ends and control characters, and shortens very long texts."""
-  if len(text) > _LONGEST:
-    half = _LONGEST // 2
-    text = f"{text[:half]} ... ({len(text)} characters) ... {text[-half:]}"
+def printable(text: str) -> str:
+  """Escapes everything that would not print as itself on one line.
+
+  Names come from files of others: a control sequence in one drives the
+  terminal, a line break or a mark of direction forges a message.
+
+  Args:
+    text: Any text.
+
+  Returns:
+    The text with escapes as in "\\x1b" for what is not printable.
+  """
   if text.isprintable():
     return text
   return "".join(
     c if c.isprintable() else c.encode("unicode_escape").decode() for c in text
   )
+
+
+def one_line(text: str) -> str:
+  """Escapes line ends and control characters, and shortens very long texts."""
+  if len(text) > _LONGEST:
+    half = _LONGEST // 2
+    text = f"{text[:half]} ... ({len(text)} characters) ... {text[-half:]}"
+  return printable(text)
 
 
 def shown(value: Any) -> str:

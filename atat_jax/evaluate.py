@@ -22,12 +22,14 @@ from atat_jax import (
   models,
   sharding,
 )
+from atat_jax.attacks import nonfinite
 from atat_jax.data import Dataset, Split
-from atat_jax.errors import UserError, in_section
+from atat_jax.errors import in_section
 from atat_jax.evaluation import Protocol
 from atat_jax.plan import Plan
-from atat_jax.runs import files, provenance
-from atat_jax.typing import BatchNormMode, Classifier
+from atat_jax.process import stops
+from atat_jax.runs import files, provenance, tables
+from atat_jax.typing import Array, BatchNormMode, Classifier
 
 _log = logging.getLogger(__name__)
 
@@ -37,6 +39,7 @@ Row = dict[str, Any]
 _MEASURED = {
   "accuracy",
   "class_accuracy",
+  *tables.NONFINITE,
   "seconds",
   "attacks",
   "diagnostics",
@@ -45,7 +48,7 @@ _MEASURED = {
 
 def find_checkpoints(
   plan: Plan, workdir: pathlib.Path
-) -> dict[str, tuple[pathlib.Path, int]]:
+) -> dict[str, tuple[pathlib.Path, checkpoints.Chosen]]:
   """Finds the best checkpoint of each network of a run.
 
   Args:
@@ -53,13 +56,13 @@ def find_checkpoints(
     workdir: Working directory of the run.
 
   Returns:
-    Role of the network to (directory, step).
+    Role of the network to (directory, checkpoint).
 
   Raises:
     UserError: A network has no checkpoint.
   """
   return {
-    role: (workdir / place, checkpoints.checkpoint_step(workdir / place))
+    role: (workdir / place, checkpoints.find(workdir / place))
     for role, place in plan.networks.items()
   }
 
@@ -86,19 +89,17 @@ def evaluate(
   with in_section("figures"):
     analyses.check_images(plan.figures, len(dataset.test.labels))
   networks = {}
-  for role, (directory, step) in found.items():
+  for role, (directory, chosen) in found.items():
     model, variables = checkpoints.restore_model(
-      directory, step=step, expected=plan.model_spec
+      directory, step=chosen.step, expected=plan.model_spec
     )
     networks[role] = (model, sharding.put_replicated(mesh, variables))
-  steps = {role: step for role, (_, step) in found.items()}
+  steps = {role: chosen.step for role, (_, chosen) in found.items()}
   record = provenance.record(
     [device.device_kind for device in jax.devices()],
     config=plan.record,
     class_names=list(plan.data.spec.class_names),
-    checkpoints={
-      role: {"step": step, "which": "best"} for role, step in steps.items()
-    },
+    checkpoints={role: chosen._asdict() for role, (_, chosen) in found.items()},
     num_parameters={
       role: sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
       for role, (_, variables) in networks.items()
@@ -139,11 +140,11 @@ class _Table:
   ):
     self.path, self.steps = path, steps
     self._record = record
-    self.content = _read(path)
+    self.content = files.read_results(path.parent) or {"rows": []}
     self._rows = {
       _identity(row): row
       for row in self.content["rows"]
-      if steps.get(row["model"]) == row["checkpoint_step"]
+      if steps.get(row["model"]) == row.get("checkpoint_step")
     }
 
   def __contains__(self, row: Row) -> bool:
@@ -165,22 +166,7 @@ class _Table:
       },
     }
     if jax.process_index() == 0:
-      files.write_json(self.path, self.content)
-
-
-def _read(path: pathlib.Path) -> dict[str, Any]:
-  """Reads `results.json`; {"rows": []} where there is none."""
-  if not path.exists():
-    return {"rows": []}
-  try:
-    results = json.loads(path.read_text(encoding="utf-8"))
-    for row in results["rows"]:
-      _identity(row)
-    return results
-  except (json.JSONDecodeError, KeyError, TypeError):
-    raise UserError(
-      f"{path}: not a results file; move it away to evaluate again"
-    ) from None
+      files.write_json(self.path, self.content, sealed=True)
 
 
 def _identity(row: Row) -> str:
@@ -220,6 +206,7 @@ def _complete(
     disable=jax.process_index() != 0,
   ) as bar:
     for row, protocol in rows:
+      stops.check()
       if row in table:
         bar.update(images)
         continue
@@ -277,8 +264,9 @@ def _state_path(workdir: pathlib.Path, row: Row) -> pathlib.Path:
   Another checkpoint, seed or epsilon makes another row, so another file.
   """
   mark = zlib.crc32(_identity(row).encode())
-  name = f"{row['model']}-{row['batch_norm']}-{row['attack']}-{mark:08x}.npz"
-  return workdir / "autoattack" / re.sub(r"[^\w=.-]", "_", name)
+  name = f"{row['model']}-{row['batch_norm']}-{row['attack']}"
+  name = re.sub(r"[^\w=.-]", "_", name)[:150]
+  return workdir / "autoattack" / f"{name}-{mark:08x}.npz"
 
 
 def _measure(
@@ -295,55 +283,89 @@ def _measure(
 ) -> Row:
   """Measures the accuracy of a row, as a whole and class by class."""
   key = jax.random.key(seed)
-  if protocol.attack != "autoattack":
-    correct, count = evaluation.class_counts(
+  labels = sharding.to_host(mesh, data.labels)
+  if protocol.attack == "autoattack":
+    return _autoattack(
       key,
       classifier,
-      data,
+      sharding.to_host(mesh, data.images).astype(np.float32) / 255.0,
+      labels,
       protocol=protocol,
       batch_size=batch_size,
       num_classes=num_classes,
+      state_path=state_path,
       mesh=mesh,
       on_batch=on_batch,
     )
-    return {
-      "accuracy": float(correct.sum() / count.sum()),
-      "class_accuracy": _shares(correct, count),
-    }
-  labels = sharding.to_host(mesh, data.labels)
-  result = attacks.autoattack(
+  judged = evaluation.judge(
     key,
     classifier,
-    sharding.to_host(mesh, data.images).astype(np.float32) / 255.0,
-    labels,
+    data,
+    protocol=protocol,
     batch_size=batch_size,
     mesh=mesh,
-    state_path=state_path,
-    **protocol.arguments(),
+    on_batch=on_batch,
   )
+  return {
+    "accuracy": judged.accuracy,
+    "class_accuracy": _by_class(judged.correct, labels, num_classes),
+    "nonfinite": judged.nonfinite,
+    "nonfinite_points": judged.points,
+    "nonfinite_gradients": judged.gradients,
+  }
+
+
+def _autoattack(
+  key: Array,
+  classifier: Classifier,
+  images: np.ndarray,
+  labels: np.ndarray,
+  *,
+  protocol: Protocol,
+  num_classes: int,
+  on_batch: Callable[[int], object],
+  **options: Any,
+) -> Row:
+  """Measures a row of AutoAttack."""
+  with nonfinite.collect() as counts:
+    result = attacks.autoattack(
+      key, classifier, images, labels, **options, **protocol.arguments()
+    )
   on_batch(len(labels))
   return {
     "accuracy": result.accuracy,
-    "class_accuracy": _shares(
-      np.bincount(labels[np.asarray(result.robust)], minlength=num_classes),
-      np.bincount(labels, minlength=num_classes),
-    ),
-    "attacks": [
-      {
-        "attack": attack,
-        "numbers": result.protocol["attacks"].get(attack, ""),
-        "accuracy": accuracy,
-        "seconds": result.seconds.get(attack, 0.0),
-      }
-      for attack, accuracy in result.robust_accuracy.items()
-    ],
+    "class_accuracy": _by_class(np.asarray(result.robust), labels, num_classes),
+    "nonfinite": 0,
+    "nonfinite_points": counts.points,
+    "nonfinite_gradients": counts.gradients,
+    "attacks": _ensemble(result),
     "diagnostics": result.diagnostics,
   }
 
 
-def _shares(correct: np.ndarray, count: np.ndarray) -> list[float | None]:
+def _ensemble(result: attacks.AutoAttackResult) -> list[dict[str, Any]]:
+  """Returns each attack of an ensemble, with the accuracy after it.
+
+  All are named, also those that did not run as no robust image was left.
+  """
+  numbers = result.protocol["attacks"]
+  return [
+    {
+      "attack": attack,
+      "numbers": numbers.get(attack, ""),
+      "accuracy": result.robust_accuracy.get(attack, result.accuracy),
+      "seconds": result.seconds.get(attack, 0.0),
+    }
+    for attack in dict.fromkeys([*result.robust_accuracy, *numbers])
+  ]
+
+
+def _by_class(
+  correct: np.ndarray, labels: np.ndarray, num_classes: int
+) -> list[float | None]:
   """Accuracy of each class; None where a class has no image."""
+  counts = evaluation.count_classes(correct, labels, num_classes)
   return [
     float(right / all_) if all_ else None
-    for right, all_ in zip(correct, count, strict=True)
+    for right, all_ in zip(*counts, strict=True)
   ]

@@ -5,6 +5,7 @@ the dataclass that holds it, before data are loaded or anything is compiled.
 """
 
 import dataclasses
+import functools
 import pathlib
 from typing import Any
 
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
-from atat_jax import analyses, attention, checks, data, optim
+from atat_jax import analyses, attention, checks, data, fields, optim
 from atat_jax.data import mixing
 from atat_jax.errors import UserError
 from atat_jax.evaluation import Protocol
@@ -21,6 +22,9 @@ from atat_jax.objectives import Objective
 from atat_jax.runs import roles
 from atat_jax.training.options import Options
 from atat_jax.typing import BatchNormMode
+
+_MOST_PARAMETERS = 10**10
+"""40 GB of weights, and as much momentum: no device holds more."""
 
 
 def check_seed(name: str, seed: int) -> None:
@@ -69,10 +73,14 @@ class DataPlan:
 
   def __post_init__(self) -> None:
     """Checks every field that can be checked without reading data."""
+    fields.check_values(type(self), vars(self), bits=False)
     checks.choice("name", self.name, data.DATASETS)
     checks.positive("validation_size", self.validation_size, integer=True)
-    if self.padding < 0:
-      raise UserError(f"padding: {self.padding}; allowed: >= 0")
+    largest = min(self.spec.image_shape[:2])
+    if not 0 <= self.padding <= largest:
+      raise UserError(
+        f"padding: {self.padding}; allowed: 0 to {largest}, the images' side"
+      )
     mixing.check(self.mix, self.mix_alpha)
     if not 0 < self.extra_fraction < 1:
       raise UserError(
@@ -104,7 +112,9 @@ class DataPlan:
     Raises:
       UserError: The images are missing, damaged or of another kind.
     """
-    return data.extra.read(self.extra, self.spec) if self.extra else None
+    if not self.extra:
+      return None
+    return data.extra.read(self.extra, self.spec, cache_dir=self.cache_dir)
 
   def num_extra(self, batch_size: int) -> int:
     """Number of extra images in a batch.
@@ -167,6 +177,7 @@ class StagePlan:
     log_every_steps: Number of steps between log lines.
     steps_per_dispatch: Number of steps in one program.
     validate_every_epochs: Number of epochs between validations.
+    nonfinite: Policy on a step that is not finite, one of `options.POLICIES`.
   """
 
   name: str
@@ -200,9 +211,11 @@ class StagePlan:
   log_every_steps: int
   steps_per_dispatch: int
   validate_every_epochs: float
+  nonfinite: str = "stop"
 
   def __post_init__(self) -> None:
     """Checks all numbers, also those that the optimizer is made of."""
+    fields.check_values(type(self), vars(self), bits=False)
     for field in (
       "num_epochs",
       "batch_size",
@@ -211,10 +224,7 @@ class StagePlan:
     ):
       checks.positive(field, getattr(self, field), integer=True)
     checks.positive("validate_every_epochs", self.validate_every_epochs)
-    if not all(
-      isinstance(share, int | float) and 0 < share < 1
-      for share in self.boundaries
-    ):
+    if not all(0 < share < 1 for share in self.boundaries):
       raise UserError(
         f"boundaries: {self.boundaries}; allowed: shares of the run between 0"
         " and 1"
@@ -289,6 +299,7 @@ class StagePlan:
       remat=self.remat,
       mix=self.mix,
       mix_alpha=self.mix_alpha,
+      nonfinite=self.nonfinite,
     )
 
 
@@ -316,6 +327,7 @@ class EvaluationPlan:
 
   def __post_init__(self) -> None:
     """Checks all numbers."""
+    fields.check_values(type(self), vars(self), bits=False)
     check_seed("seed", self.seed)
     for field in ("batch_size", "batch_statistics_size"):
       checks.positive(field, getattr(self, field), integer=True)
@@ -366,13 +378,15 @@ class Plan:
         f"profile_steps: {steps}; allowed: (), or a first and a last step, from"
         " 1"
       )
+    _check_network(self.model, self.data.spec)
     layers = getattr(self.objective, "layers", ())
-    if layers:
+    layer = getattr(self.objective, "layer", "")
+    if layers or layer:
       images = jnp.zeros((1, *self.data.spec.image_shape))
       variables = jax.eval_shape(self.model.init, jax.random.key(0), images)
       names = attention.layer_names(self.model, variables, images)
       try:
-        attention.check_layers(layers, names)
+        attention.check_layers(layers or (layer,), names)
       except UserError as error:
         raise UserError(f"objective.{error}") from None
 
@@ -387,3 +401,36 @@ class Plan:
     teacher = {} if self.teacher is None else {roles.TEACHER: self.teacher}
     last = self.stages[-1]
     return {**teacher, last.name: last.directory}
+
+
+@functools.lru_cache(maxsize=16)  # tracing a deep network takes a second
+def _check_network(model: nn.Module, spec: data.DatasetSpec) -> None:
+  """Checks, without computing anything, that a network takes the images.
+
+  Raises:
+    UserError: It cannot be built, is too large, or gives other logits.
+  """
+  images = jax.ShapeDtypeStruct((2, *spec.image_shape), jnp.float32)
+  try:
+    logits, variables = jax.eval_shape(
+      model.init_with_output, jax.random.key(0), images
+    )
+  except UserError as error:
+    raise UserError(f"model: {error}") from None
+  except Exception as error:  # whatever a library says of impossible sizes
+    reason = " ".join(str(error).split())[:200]
+    raise UserError(
+      f"model: {type(model).__name__} cannot be built ({reason}); allowed: a"
+      " network that fits the images"
+    ) from None
+  if logits.shape != (2, spec.num_classes):
+    raise UserError(
+      f"model: logits {logits.shape}; allowed: [2, {spec.num_classes}] for 2"
+      " images"
+    )
+  parameters = sum(x.size for x in jax.tree.leaves(variables["params"]))
+  if parameters > _MOST_PARAMETERS:
+    raise UserError(
+      f"model: {parameters:.3g} parameters; allowed: at most"
+      f" {_MOST_PARAMETERS:.0e}"
+    )

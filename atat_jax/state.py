@@ -14,6 +14,47 @@ from atat_jax.typing import Array, PyTree, Variables
 NEVER = jnp.iinfo(jnp.int32).max
 """Value in `TrainState.nonfinite` of a term that has always been finite."""
 
+LEFT_BEHIND = (
+  "updated parameters",
+  "statistics",
+  "optimizer state",
+  "averages",
+)
+"""What a step leaves behind, and must be finite besides terms and gradient."""
+
+MOST_NOTED = 128
+"""Largest number of skipped steps that a state notes between two log lines."""
+
+MOST_LEFT_OUT = 10
+"""Largest number of steps that a run leaves out after going back."""
+
+
+class Guard(struct.PyTreeNode):
+  """Steps that leave everything as it was (`training.soundness`).
+
+  Attributes:
+    left_out: int32 [MOST_LEFT_OUT]: steps that the host has left out; -1: none.
+    steps: int32 [MOST_NOTED]: steps that were skipped since the last log line.
+    terms: int32 [MOST_NOTED]: for each of them, bit i is set if the i-th name
+      of what must be finite was not.
+    count: Number of steps skipped since the last log line, int32.
+  """
+
+  left_out: Array
+  steps: Array
+  terms: Array
+  count: Array
+
+
+def make_guard() -> Guard:
+  """Makes a guard that has nothing to leave out and has noted nothing."""
+  return Guard(
+    left_out=jnp.full(MOST_LEFT_OUT, -1, jnp.int32),
+    steps=jnp.zeros(MOST_NOTED, jnp.int32),
+    terms=jnp.zeros(MOST_NOTED, jnp.int32),
+    count=jnp.zeros((), jnp.int32),
+  )
+
 
 class TrainState(struct.PyTreeNode):
   """State of a training run: everything that a step changes, and the run's key.
@@ -27,6 +68,10 @@ class TrainState(struct.PyTreeNode):
     sums: Metrics since the last log line, as sums and counts.
     nonfinite: Term to the first step at which it was not finite.
     ema: Averaged {"params", "batch_stats"} (`averaging`); None: no average.
+    unsound: What a step leaves behind to the first step at which it was not
+      finite. No checkpoint has it, as none is written of such a state.
+    guard: Steps that are left out, and those that were; None: the policy is to
+      stop. No checkpoint has it: what it notes is written down before.
   """
 
   step: Array
@@ -37,6 +82,8 @@ class TrainState(struct.PyTreeNode):
   sums: metrics.Sums
   nonfinite: dict[str, Array]
   ema: PyTree = None
+  unsound: dict[str, Array] = struct.field(default_factory=dict)
+  guard: Guard | None = None
 
 
 def variables(state: TrainState) -> Variables:
@@ -59,6 +106,7 @@ def create(
   term_names: tuple[str, ...],
   initial: Variables | None = None,
   averages: bool = False,
+  guarded: bool = False,
 ) -> TrainState:
   """Creates the state before the first step.
 
@@ -71,6 +119,7 @@ def create(
     term_names: Names of the terms that must stay finite.
     initial: Variables to start from (the teacher's); None: fresh ones.
     averages: Whether averaged variables are kept beside the trained ones.
+    guarded: Whether steps can be left out (policies skip and rollback).
 
   Returns:
     The state.
@@ -83,6 +132,7 @@ def create(
     metric_names=metric_names,
     term_names=term_names,
     averages=averages,
+    guarded=guarded,
   )
   return compilation.jit(function, once=True)(rng, images, initial)
 
@@ -97,6 +147,7 @@ def build(
   metric_names: tuple[str, ...],
   term_names: tuple[str, ...],
   averages: bool,
+  guarded: bool,
 ) -> TrainState:
   """Builds the state of `create`, which compiles this function."""
   if initial is None:
@@ -115,4 +166,10 @@ def build(
     sums=metrics.zeros(metric_names),
     nonfinite={name: jnp.asarray(NEVER, jnp.int32) for name in term_names},
     ema=jax.tree.map(jnp.copy, found) if averages else None,
+    unsound={
+      name: jnp.asarray(NEVER, jnp.int32)
+      for name in LEFT_BEHIND
+      if averages or name != "averages"
+    },
+    guard=make_guard() if guarded else None,
   )

@@ -12,15 +12,14 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
 from atat_jax import compilation, metrics, rng, sharding
 from atat_jax.data.base import Split
 from atat_jax.objectives import Batch, Objective, Outcome
-from atat_jax.state import NEVER, TrainState
-from atat_jax.training import accumulation, averaging, awp
+from atat_jax.state import TrainState
+from atat_jax.training import accumulation, averaging, awp, soundness
 from atat_jax.training.batch import assemble, gather
 from atat_jax.training.options import OFF, Options
 from atat_jax.typing import Array, PyTree, Variables
@@ -249,21 +248,16 @@ def _updated(
     params = optax.apply_updates(state.params, updates)
   gradient_norm = optax.tree.norm(gradient)
   values = _metrics(outcome, batch.labels, gradient_norm)
-  finite = {
-    name: jnp.isfinite(term).all() for name, term in outcome.terms.items()
-  } | {"gradient": jnp.isfinite(gradient_norm)}
   new = {"params": params, "batch_stats": outcome.batch_stats}
-  return state.replace(
+  after = state.replace(
     step=state.step + 1,
     **new,
     opt_state=opt_state,
     sums=metrics.merge(state.sums, metrics.from_examples(values)),
-    nonfinite={
-      name: jnp.minimum(first, jnp.where(finite[name], NEVER, state.step))
-      for name, first in state.nonfinite.items()
-    },
     ema=averaging.update(state.ema, new, state.step, options),
   )
+  finite = soundness.examine(outcome, gradient_norm, after)
+  return soundness.decide(state, after, finite, options)
 
 
 def _metrics(

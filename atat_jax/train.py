@@ -1,8 +1,10 @@
 """Training: the teacher, then the student, resumable at every step."""
 
+import dataclasses
 import functools
 import logging
 import pathlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -20,15 +22,17 @@ from atat_jax import (
   state,
   steps,
 )
-from atat_jax.data import Dataset, Extra, Split
+from atat_jax.data import Dataset, Extra, Split, augment, batches
 from atat_jax.errors import UserError
 from atat_jax.plan import Plan, StagePlan
+from atat_jax.runs import configuration
 from atat_jax.state import TrainState
-from atat_jax.training import averaging, loop
+from atat_jax.training import averaging, loop, soundness
 from atat_jax.training.draws import BatchDraws
+from atat_jax.training.incidents import Incidents, RolledBack
 from atat_jax.training.options import Options
 from atat_jax.training.outline import Outline
-from atat_jax.typing import Variables
+from atat_jax.typing import Array, Classifier, Variables
 
 _log = logging.getLogger(__name__)
 
@@ -81,7 +85,8 @@ def train(
 
   Raises:
     UserError: The teacher is missing or of another network.
-    TrainingDivergedError: A loss or a gradient is no longer finite.
+    TrainingDivergedError: Numbers of a step are not finite, and the policy or a
+      limit of it stops the training.
     Interrupted: Ctrl-C or SIGTERM; the state is saved.
   """
   for stage in plan.stages:
@@ -98,73 +103,131 @@ def _train_stage(
 ) -> None:
   """Trains one network from its last checkpoint to its last step."""
   teacher = _restore_teacher(plan, stage, workdir)
-  per_epoch = len(dataset.train.labels) // stage.batch_size
-  outline = Outline(
+  outline = make_outline(plan, stage, workdir, len(dataset.train.labels))
+  name, total = outline.name, outline.total
+  prepared: Prepared | None = None
+  left_out: list[int] = []
+  while True:
+    with checkpoints.Checkpointer(
+      outline.directory, plan.model_spec
+    ) as checkpointer:
+      saved = checkpointer.latest_step()
+      if saved is not None and saved >= total:
+        _log.info("%s: %s has all %d steps", name, outline.directory, total)
+        return
+      if prepared is None:
+        prepared = prepare(plan, stage, teacher, dataset, mesh, extra, outline)
+      incidents = Incidents(
+        outline.directory,
+        name=name,
+        start=saved or 0,
+        policy=stage.nonfinite,
+        batch=prepared.draws.describe,
+        left_out=left_out,
+      )
+      current = prepared.start(incidents.left_out)
+      if saved is not None:
+        current = checkpointer.restore(current, saved)
+        _log.info("%s: resumed at step %d of %d", name, saved, total)
+      programs = dataclasses.replace(
+        prepared.programs,
+        before_saving=functools.partial(_claim, plan, workdir),
+      )
+      try:
+        loop.run(current, programs, outline, checkpointer, saved, incidents)
+        return
+      except RolledBack:
+        left_out = incidents.left_out
+
+
+def make_outline(
+  plan: Plan, stage: StagePlan, workdir: pathlib.Path, num_examples: int
+) -> Outline:
+  """Makes the outline of a stage.
+
+  Args:
+    plan: Plan of the run.
+    stage: The stage.
+    workdir: Working directory of the run.
+    num_examples: Number of training images.
+  """
+  per_epoch = num_examples // stage.batch_size
+  total = stage.num_epochs * per_epoch
+  validate_every = max(1, round(stage.validate_every_epochs * per_epoch))
+  return Outline(
     name=stage.name,
     directory=workdir / stage.directory,
     batch_size=stage.batch_size,
     attack=plan.evaluation.validation.describe(),
     profile_steps=plan.profile_steps,
-    total=stage.num_epochs * per_epoch,
+    total=total,
     per_epoch=per_epoch,
-    per_dispatch=stage.steps_per_dispatch,
+    # No group of steps is longer, and none needs memory for more.
+    per_dispatch=min(
+      stage.steps_per_dispatch, stage.log_every_steps, validate_every, total
+    ),
     log_every=stage.log_every_steps,
-    validate_every=max(1, round(stage.validate_every_epochs * per_epoch)),
+    validate_every=validate_every,
   )
-  name, total = outline.name, outline.total
-  with checkpoints.Checkpointer(
-    outline.directory, plan.model_spec
-  ) as checkpointer:
-    saved = checkpointer.latest_step()
-    if saved is not None and saved >= total:
-      _log.info("%s: %s has all %d steps", name, outline.directory, total)
-      return
-    current, programs = _set_up(
-      plan, stage, teacher, dataset, mesh, extra, total
-    )
-    if saved is not None:
-      current = checkpointer.restore(current, saved)
-      _log.info("%s: resumed at step %d of %d", name, saved, total)
-    loop.run(current, programs, outline, checkpointer, saved)
 
 
-def _set_up(
+def _claim(plan: Plan, workdir: pathlib.Path) -> None:
+  """Makes a working directory that of the plan, now that it holds a state."""
+  if jax.process_index() == 0:
+    configuration.write(plan.record, workdir)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+  """A stage that is ready to be trained.
+
+  Attributes:
+    start: Numbers of steps to leave out to the state before the first step.
+    programs: Programs of the training.
+    draws: Its batches.
+  """
+
+  start: Callable[[Sequence[int]], TrainState]
+  programs: loop.Programs
+  draws: BatchDraws
+
+
+def prepare(
   plan: Plan,
   stage: StagePlan,
   teacher: Variables | None,
   dataset: Dataset,
   mesh: Mesh,
   extra: Extra | None,
-  total_steps: int,
-) -> tuple[TrainState, loop.Programs]:
-  """Makes the state before the first step and the programs of a stage."""
-  options = stage.make_options(total_steps)
-  schedule, optimizer = stage.make_optimizer(total_steps)
-  fresh = state.create(
-    plan.model,
-    optimizer,
-    jax.random.key(stage.seed),
-    jnp.zeros((1, *plan.data.spec.image_shape)),
-    metric_names=steps.metric_names(stage.objective),
-    term_names=steps.term_names(stage.objective),
-    initial=teacher if stage.objective.starts_from_teacher else None,
-    averages=options.averages,
-  )
-  common: dict[str, Any] = {
+  outline: Outline,
+) -> Prepared:
+  """Makes the state before the first step and the programs of a stage.
+
+  Args:
+    plan: Plan of the run.
+    stage: The stage.
+    teacher: The teacher's variables, or None.
+    dataset: The data.
+    mesh: The devices.
+    extra: Extra training images, or None.
+    outline: Outline of the stage.
+  """
+  options = stage.make_options(outline.total)
+  schedule, optimizer = stage.make_optimizer(outline.total)
+  initial = teacher if stage.objective.starts_from_teacher else None
+  bound: dict[str, Any] = {
+    "model": plan.model,
+    "objective": stage.objective,
     "mesh": mesh,
     "num_classes": plan.data.spec.num_classes,
     "padding": plan.data.padding,
     "flip": plan.data.flip,
     "options": options,
   }
-  train_step = steps.make_train_step(
-    plan.model, stage.objective, optimizer, **common
-  )
-  statistics_pass = averaging.make_statistics_pass(
-    plan.model, stage.objective, **common
-  )
-  fresh, teacher, images, validation_images = sharding.put_replicated(
-    mesh, (fresh, teacher, dataset.train, dataset.validation)
+  train_step = steps.make_train_step(optimizer=optimizer, **bound)
+  statistics_pass = averaging.make_statistics_pass(**bound)
+  teacher, images, validation_images = sharding.put_replicated(
+    mesh, (teacher, dataset.train, dataset.validation)
   )
   draws = BatchDraws(
     stage.seed,
@@ -174,19 +237,42 @@ def _set_up(
     extra=extra,
     mesh=mesh,
   )
-  draw_extra = functools.partial(draws.images, size=stage.steps_per_dispatch)
-  return fresh, loop.Programs(
+
+  def start(left_out: Sequence[int]) -> TrainState:
+    fresh = state.create(
+      plan.model,
+      optimizer,
+      jax.random.key(stage.seed),
+      jnp.zeros((1, *plan.data.spec.image_shape)),
+      metric_names=steps.metric_names(stage.objective),
+      term_names=steps.term_names(stage.objective),
+      initial=initial,
+      averages=options.averages,
+      guarded=options.guards,
+    )
+    if options.guards:
+      fresh = fresh.replace(guard=soundness.fresh_guard(left_out))
+    return sharding.put_replicated(mesh, fresh)
+
+  take = functools.partial(
+    _take_steps, train_step, teacher, images, draws, outline.per_dispatch
+  )
+  draw_extra = functools.partial(draws.images, size=outline.per_dispatch)
+  programs = loop.Programs(
     draw_extra=draw_extra if extra is not None else None,
-    take_steps=functools.partial(
-      _take_steps, train_step, teacher, images, draws, stage.steps_per_dispatch
-    ),
+    take_steps=take,
     learning_rate=compilation.jit(schedule, once=True),
     reset_metrics=functools.partial(_reset_metrics, mesh),
     estimate_statistics=functools.partial(
       _estimate_statistics, statistics_pass, teacher, images, draws, options
     ),
     validate=functools.partial(_validate, plan, stage, validation_images, mesh),
+    wrong_logits=functools.partial(
+      _count_wrong_logits, plan, validation_images, mesh
+    ),
+    before_saving=lambda: None,
   )
+  return Prepared(start, programs, draws)
 
 
 def _restore_teacher(
@@ -269,3 +355,24 @@ def _validate(
     )
     for name, protocol in protocols.items()
   }
+
+
+@compilation.jit
+def _is_finite(classifier: Classifier, data: Split, indices: Array) -> Array:
+  """Whether the logits of each image of a batch are finite, bool [B]."""
+  logits = classifier(augment.to_float(data.images[indices]))
+  return jnp.isfinite(logits).all(-1)
+
+
+def _count_wrong_logits(
+  plan: Plan, images: Split, mesh: Mesh, current: TrainState
+) -> tuple[int, int]:
+  """Counts the validation images whose logits are not finite, and all."""
+  classifier = models.classifier(plan.model, state.evaluated(current))
+  finite = batches.map_batches(
+    lambda _, indices: _is_finite(classifier, images, indices),
+    np.arange(len(images.labels), dtype=np.int32),
+    batch_size=plan.evaluation.batch_size,
+    mesh=mesh,
+  )
+  return int((~finite).sum()), len(finite)

@@ -57,6 +57,8 @@ def training() -> dict[str, Any]:
     "statistics_batches": 0,
     "log_every_steps": 50,
     "steps_per_dispatch": 1,  # in one program; more where steps are short
+    # A step whose numbers are not finite: stop, skip, rollback.
+    "nonfinite": "stop",
     "validate_every_epochs": 1.0,  # each validation also saves a checkpoint
   }
 

@@ -64,7 +64,9 @@ def attention_maps(
     UserError: An argument of a wrong shape, dtype, range or name.
   """
   checks.key(key)
-  checks.instance("protocol", protocol, Protocol, "see evaluation.parse")
+  checks.instance(
+    "protocol", protocol, Protocol, "what evaluation.parse returns"
+  )
   return attention_views(
     networks,
     images,

@@ -24,6 +24,7 @@ from atat_jax import checks
 from atat_jax.analyses import base
 from atat_jax.attacks import balls
 from atat_jax.drawing import panels, style
+from atat_jax.errors import UserError
 from atat_jax.evaluation import sweeps
 from atat_jax.evaluation.auditing import growing
 from atat_jax.evaluation.networks import Networks
@@ -45,9 +46,6 @@ def default_epsilons(
     0, quarters of epsilon up to it, then one and a half of it and doublings to
     the radius that covers all images.
   """
-  checks.choice("norm", norm, balls.BALLS)
-  checks.epsilon(epsilon, norm)
-  checks.positive("num_pixels", num_pixels, integer=True)
   first, *larger = growing(epsilon, norm, num_pixels)
   quarters = [first * part for part in (0.0, 0.25, 0.5, 0.75, 1.0)]
   between = [first * 1.5] if larger and first * 1.5 < larger[0] else []
@@ -55,11 +53,15 @@ def default_epsilons(
 
 
 def _increasing(epsilons: Sequence[float], norm: str) -> list[float]:
-  radii = checks.numbers("epsilons", epsilons, increasing=True)
-  for radius in radii:
+  radii = []
+  for radius in checks.sequence("epsilons", epsilons, "radii", empty=True):
+    checks.not_negative("epsilons", radius)
     if radius != 0:
       checks.epsilon(radius, norm, "epsilons")
-  return [float(radius) for radius in radii]
+    radii.append(float(radius))
+  if not radii or radii != sorted(set(radii)):
+    raise UserError(f"epsilons: {epsilons!r}; allowed: one or more, increasing")
+  return radii
 
 
 def attack_epsilons(
@@ -100,10 +102,11 @@ def attack_epsilons(
   Raises:
     UserError: An argument of a wrong shape, dtype or range, by name.
   """
+  checks.key(key)
   checks.choice("norm", norm, balls.BALLS)
   radii = _increasing(epsilons, norm)
   sweep = sweeps.prepare(
-    key, networks, images, labels, num_steps, loss, batch_size, mesh
+    networks, images, labels, num_steps, loss, batch_size, mesh
   )
   found = sweep.facts() | {
     "protocol": np.array(_describe(norm, num_steps, loss)),

@@ -7,17 +7,24 @@ extracted, and no pickle of the python version is executed.
 import gzip
 import io
 import pathlib
-import pickle
 import tarfile
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
+from atat_jax import checks
 from atat_jax.data import base
 from atat_jax.errors import UserError
+from atat_jax.runs import locations
+from atat_jax.untrusted import pickles, regular
 
 _PIXELS = 32 * 32 * 3
+# The python version adds a file name and a label to each image.
+_RECORD = _PIXELS + 200
+_MOST_MEMBERS = 1000
+_LONGEST_NAME = 1 << 16
+_PLAIN_FILES = (tarfile.REGTYPE, tarfile.AREGTYPE)  # no links, no sparse files
 
 
 class Archive(NamedTuple):
@@ -81,29 +88,6 @@ ARCHIVES: dict[str, dict[str, Archive]] = {
 }
 
 
-class _Inert:
-  """Stand-in for any object of a pickle: stores its arguments, runs nothing.
-
-  A pickle names callables, calls them and sets the state of the results. Here
-  every name becomes an `_Inert`, a call returns another one that holds the
-  arguments, and the state is stored. The result is a tree of plain values, which
-  `_pixels` checks before it makes an array of them.
-  """
-
-  __slots__ = ("args", "name", "state")
-
-  def __init__(self, name: str, args: tuple[Any, ...] = ()):
-    self.name = name
-    self.args = args
-    self.state: Any = None
-
-  def __call__(self, *args: Any) -> "_Inert":
-    return _Inert(self.name, args)
-
-  def __setstate__(self, state: Any) -> None:
-    self.state = state
-
-
 _ARRAY = (
   "numpy.core.multiarray._reconstruct",
   "numpy._core.multiarray._reconstruct",
@@ -113,31 +97,29 @@ _ARRAY = (
 _NAMES = frozenset((*_ARRAY, "numpy.ndarray", "numpy.dtype", "_codecs.encode"))
 
 
-class _InertUnpickler(pickle.Unpickler):
-  """Unpickler that imports and calls nothing."""
+def _check_name(name: str) -> None:
+  if name not in _NAMES:
+    raise ValueError(
+      f"it refers to {name!r}, which no CIFAR file does; refused"
+    )
 
-  def find_class(self, module: str, name: str) -> Any:
-    full_name = f"{module}.{name}"
-    if full_name not in _NAMES:
-      raise pickle.UnpicklingError(
-        f"it refers to {full_name!r}, which no CIFAR file does; refused"
-      )
-    return _Inert(full_name)
+
+def _is_call(node: Any, *names: str) -> bool:
+  return isinstance(node, pickles.Call) and node.name in names
 
 
 def _pixels(node: Any) -> np.ndarray:
   """Returns the array uint8 [N, 3072] that numpy would rebuild from a pickle."""
-  if not isinstance(node, _Inert) or node.name not in _ARRAY:
+  if not _is_call(node, *_ARRAY):
     raise ValueError("'data' is not an array")
   _, shape, dtype, fortran_order, raw = node.state
   if (
-    not isinstance(dtype, _Inert)
-    or dtype.name != "numpy.dtype"
+    not _is_call(dtype, "numpy.dtype")
     or dtype.args[0] not in ("u1", b"u1")
     or fortran_order
   ):
     raise ValueError("'data' is not a uint8 array in C order")
-  if isinstance(raw, _Inert) and raw.name == "_codecs.encode":
+  if _is_call(raw, "_codecs.encode"):
     text, encoding = raw.args
     raw = text.encode("latin1") if encoding == "latin1" else None
   if not isinstance(raw, bytes):
@@ -148,7 +130,8 @@ def _pixels(node: Any) -> np.ndarray:
 def _decode_python(
   data: bytes, label_keys: tuple[str, ...]
 ) -> tuple[np.ndarray, np.ndarray]:
-  batch = _InertUnpickler(io.BytesIO(data), encoding="bytes").load()
+  program = pickles.Program(io.BytesIO(data), len(data))
+  batch = pickles.load(program, _check_name)
   if not isinstance(batch, dict):
     raise ValueError("it does not hold a dict")
   # Python 2 wrote byte strings; copies made with Python 3 hold text.
@@ -200,6 +183,34 @@ def _decode_member(
   return np.ascontiguousarray(images), labels
 
 
+class _Member(tarfile.TarInfo):
+  """Header of a member whose name cannot fill the memory."""
+
+  @classmethod
+  def frombuf(
+    cls, buf: bytes | bytearray, encoding: str, errors: str
+  ) -> "_Member":
+    member = super().frombuf(buf, encoding, errors)
+    # All other types hold a name or attributes, which tarfile reads at once.
+    if not member.isreg() and member.size > _LONGEST_NAME:
+      raise tarfile.ReadError(f"a header of {member.size} bytes")
+    return member
+
+
+class _Limited(io.RawIOBase):
+  """Unpacked bytes, no more than an archive can hold."""
+
+  def __init__(self, stream: IO[bytes], limit: int) -> None:
+    self._stream, self._left = stream, limit
+
+  def read(self, size: int = -1) -> bytes:
+    block = self._stream.read(min(size, 1 << 20) if size >= 0 else 1 << 20)
+    self._left -= len(block)
+    if self._left < 0:
+      raise ValueError("it unpacks to more than such an archive can hold")
+    return block
+
+
 def _members(
   path: pathlib.Path, layouts: Mapping[str, Archive]
 ) -> Iterator[tuple[str, str, bytes]]:
@@ -210,23 +221,29 @@ def _members(
     for split, names in layout.files.items()
     for name in names
   }
-  with gzip.open(path) as stream:
-    with tarfile.open(fileobj=stream, mode="r|") as tar:
-      for member in tar:
+  total = sum(records for _, _, records in wanted.values()) * _RECORD
+  with (
+    regular.open_regular(path) as file,
+    gzip.open(file) as unpacked,
+    _Limited(unpacked, total + 10_000_000) as stream,  # type: ignore[arg-type]
+  ):
+    with tarfile.open(fileobj=stream, mode="r|", tarinfo=_Member) as tar:
+      for number, member in enumerate(tar):
+        if number >= _MOST_MEMBERS:
+          raise ValueError(f"it has more than {_MOST_MEMBERS} members")
         found = wanted.get(member.name.removeprefix("./"))
-        if found is None or not member.isfile():
+        if found is None or member.type not in _PLAIN_FILES:
           continue
         kind, name, records = found
-        # A header cannot make us read more than such a file can hold; the
-        # python version adds a file name and a label to each image.
-        if member.size > records * (_PIXELS + 200) + 10_000:
+        # A header cannot make us read more than such a file can hold.
+        if member.size > records * _RECORD + 10_000:
           raise ValueError(
             f"{member.name} has {member.size} bytes, too many for"
             f" {records} images"
           )
         content = tar.extractfile(member)
-        assert content is not None  # member.isfile()
-        yield kind, name, content.read()
+        if content is not None:
+          yield kind, name, content.read()
     while stream.read(1 << 20):  # gzip's checksum comes at the end
       pass
 
@@ -248,15 +265,22 @@ def read_archive(
   Raises:
     UserError: Not such an archive, damaged, incomplete or malformed.
   """
+  path = locations.expand("path", path)
+  known = ARCHIVES.get(getattr(spec, "name", None))  # type: ignore[arg-type]
+  if known is None:
+    raise UserError(f"spec: {spec!r}; allowed: cifar.CIFAR10, cifar.CIFAR100")
+  checks.choice("source", source, ("auto", *known))
   layouts = {
-    kind: layout
-    for kind, layout in ARCHIVES[spec.name].items()
-    if source in ("auto", kind)
+    kind: layout for kind, layout in known.items() if source in ("auto", kind)
   }
   decoded = {}
   try:
     for kind, name, content in _members(path, layouts):
+      if (kind, name) in decoded:
+        raise ValueError(f"two members are {layouts[kind].folder}/{name}")
       decoded[kind, name] = _decode_member(kind, layouts[kind], name, content)
+  except UserError:
+    raise
   # A damaged or hostile file can raise anything in gzip, tar and pickle.
   except Exception as error:
     raise UserError(

@@ -1,16 +1,25 @@
 """Evaluation: accuracy under named protocols, rules that judge it, audit."""
 
-from atat_jax.evaluation.accuracies import accuracy, class_counts
+from atat_jax.evaluation.accuracies import (
+  Judged,
+  accuracy,
+  class_counts,
+  count_classes,
+  judge,
+)
 from atat_jax.evaluation.auditing import audit
 from atat_jax.evaluation.protocols import Protocol, parse, parse_list
 from atat_jax.evaluation.rules import diagnose
 
 __all__ = [
+  "Judged",
   "Protocol",
   "accuracy",
   "audit",
   "class_counts",
+  "count_classes",
   "diagnose",
+  "judge",
   "parse",
   "parse_list",
 ]

@@ -1,68 +1,105 @@
-"""Accuracy of a classifier on a whole split, clean or attacked."""
+"""Accuracy of a classifier on a whole split, clean or attacked.
 
+Logits that are not all finite are no prediction: such an image counts as not
+classified correctly, and is counted besides, so that it can neither raise an
+accuracy nor lower it silently.
+"""
+
+import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from atat_jax import checks, compilation, rng, sharding
-from atat_jax.attacks import base
+from atat_jax.attacks import base, nonfinite
 from atat_jax.data import augment, batches
 from atat_jax.data.base import Split
 from atat_jax.errors import UserError
 from atat_jax.evaluation.protocols import Protocol
+from atat_jax.process import stops
 from atat_jax.typing import Array, Classifier
+
+
+@dataclasses.dataclass(frozen=True)
+class Judged:
+  """Images of a split after an attack, judged by a classifier.
+
+  Attributes:
+    correct: Whether each is classified correctly, bool [N]; False where its
+      logits are not finite.
+    finite: Whether its logits are all finite, bool [N].
+    points: Number of evaluations within the attack whose logits or loss were
+      not finite.
+    gradients: Number of evaluations within the attack whose gradient was not
+      finite.
+  """
+
+  correct: np.ndarray
+  finite: np.ndarray
+  points: int = 0
+  gradients: int = 0
+
+  @property
+  def accuracy(self) -> float:
+    """Share of the images that are classified correctly, in [0, 1]."""
+    return float(self.correct.mean())
+
+  @property
+  def nonfinite(self) -> int:
+    """Number of images whose logits are not finite."""
+    return int((~self.finite).sum())
 
 
 def _take(data: Split, indices: Array) -> tuple[Array, Array]:
   return augment.to_float(data.images[indices]), data.labels[indices]
 
 
-def _is_correct(classifier: Classifier, images: Array, labels: Array) -> Array:
-  return classifier(images).argmax(-1) == labels
+def _score(
+  classifier: Classifier, images: Array, labels: Array
+) -> tuple[Array, Array]:
+  logits = classifier(images)
+  finite = nonfinite.usable(logits)
+  return (logits.argmax(-1) == labels) & finite, finite
 
 
 _jitted_take = compilation.jit(_take)
-is_correct = compilation.jit(_is_correct)
-"""(classifier, images, labels) to who is right, bool [B]; compiled."""
+score = compilation.jit(_score)
+"""(classifier, images, labels) to who is right and whose logits are finite.
+
+Both bool [B]; compiled.
+"""
 
 
-def _checked(
-  key: Array,
-  classifier: Classifier,
-  data: Split,
-  protocol: Protocol,
-  batch_size: int,
-  mesh: Mesh,
-  on_batch: Callable[[int], object],
-) -> tuple[Classifier, int]:
-  """Checks the arguments; returns the classifier as a pytree, and K."""
-  checks.key(key)
-  checks.instance("protocol", protocol, Protocol, "see evaluation.parse")
-  checks.count("batch_size", batch_size)
-  checks.instance("on_batch", on_batch, Callable, "a function of a number")  # type: ignore[arg-type]
-  sharding.check_mesh(mesh)
-  checks.instance("data", data, Split, "a Split of images and labels")
-  images, labels = (
-    checks.array(part, f"data.{part_name}")
-    for part_name, part in data._asdict().items()
-  )
-  if images.dtype != np.uint8:
-    checks.inspect_images(images, "data.images")
-  elif images.ndim != 4 or 0 in images.shape:
+def _check(
+  classifier: Classifier, data: Any, protocol: Any, batch_size: Any
+) -> Classifier:
+  """Checks what is to be judged; returns the classifier as a pytree."""
+  checks.positive("batch_size", batch_size, integer=True)
+  checks.instance("data", data, Split, "a data.Split: images and labels")
+  if not callable(getattr(protocol, "run", None)):
     raise UserError(
-      f"data.images: shape {images.shape}; allowed: [N, H, W, C], not empty"
+      f"protocol: {protocol!r}; allowed: what evaluation.parse returns"
     )
-  two = jnp.zeros((2, *images.shape[1:]), jnp.float32)
+  images, labels = data
+  for name, array in zip(Split._fields, data, strict=True):
+    checks.array(array, f"data.{name}")
+  if images.dtype != np.uint8 or images.ndim != 4 or 0 in images.shape:
+    raise UserError(
+      f"data.images: {images.dtype} of shape {images.shape}; allowed: uint8"
+      " pixels [N, H, W, C], not empty"
+    )
+  one = jnp.zeros((1, *images.shape[1:]), jnp.float32)
   classifier, *_, num_classes = base.check_arguments(
-    classifier, two, jnp.zeros(2, jnp.int32)
+    classifier, one, jnp.zeros(1, jnp.int32)
   )
   checks.inspect_labels(labels, len(images), num_classes, "data.labels")
-  return classifier, num_classes
+  return classifier
 
 
-def _correct(
+def judge(
   key: Array,
   classifier: Classifier,
   data: Split,
@@ -70,28 +107,78 @@ def _correct(
   protocol: Protocol,
   batch_size: int,
   mesh: Mesh,
-  on_batch: Callable[[int], object],
-) -> np.ndarray:
-  """Whether each image of a split is classified correctly, bool [N]."""
-  classifier = _checked(
-    key, classifier, data, protocol, batch_size, mesh, on_batch
-  )[0]
+  on_batch: Callable[[int], object] = lambda count: None,
+) -> Judged:
+  """Attacks the images of a split and classifies them.
+
+  The last batch is filled up with the first images, so that batch statistics
+  are those of real images; the fill does not count, but for what the attack
+  counts.
+
+  Args:
+    key: Random key; batch i draws from the i-th key of its stream.
+    classifier: Callable from images to logits; best a pytree.
+    data: Split to evaluate, uint8 images, resident on the devices.
+    protocol: Attack that the images undergo before they are classified.
+    batch_size: Images at a time; with batch statistics part of the protocol.
+    mesh: The devices.
+    on_batch: Called with the number of images done after every batch.
+
+  Returns:
+    Correct images, and those whose logits are finite.
+
+  Raises:
+    UserError: An argument of a wrong kind, shape, dtype or range, by name.
+  """
+  checks.key(key)
+  classifier = _check(classifier, data, protocol, batch_size)
   num_examples = data.labels.shape[0]
 
-  def score(number: int, indices: Array) -> Array:
+  def judge_batch(number: int, indices: Array) -> tuple[Array, Array]:
     images, labels = _jitted_take(data, indices)
     images = protocol.run(
       rng.stream(key, "evaluation", number), classifier, images, labels
     )
-    correct = is_correct(classifier, images, labels)
+    found = score(classifier, images, labels)
     on_batch(min(batch_size, num_examples - number * batch_size))
-    return correct
+    stops.check()
+    return found
 
-  return batches.map_batches(
-    score,
-    np.arange(num_examples, dtype=np.int32),
-    batch_size=batch_size,
-    mesh=mesh,
+  with nonfinite.collect() as counts:
+    correct, finite = batches.map_batches(
+      judge_batch,
+      np.arange(num_examples, dtype=np.int32),
+      batch_size=batch_size,
+      mesh=mesh,
+    )
+  return Judged(correct, finite, counts.points, counts.gradients)
+
+
+def count_classes(
+  correct: np.ndarray, labels: np.ndarray, num_classes: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Counts correctly classified images, and all images, class by class.
+
+  Args:
+    correct: Whether each image is classified correctly, bool [N].
+    labels: True classes, int32 [N].
+    num_classes: Number of classes, K.
+
+  Returns:
+    int64 [K] each.
+
+  Raises:
+    UserError: Fewer classes than the labels have.
+  """
+  checks.positive("num_classes", num_classes, integer=True)
+  if labels.max() >= num_classes:
+    raise UserError(
+      f"num_classes: {num_classes}; allowed: more than {labels.max()}, the"
+      " largest label"
+    )
+  return (
+    np.bincount(labels[correct], minlength=num_classes),
+    np.bincount(labels, minlength=num_classes),
   )
 
 
@@ -121,16 +208,11 @@ def class_counts(
   Returns:
     Correctly classified images and all images of each class, int64 [K] each.
     The sum of the first over the sum of the second is `accuracy`.
+
+  Raises:
+    UserError: An argument of a wrong kind, shape, dtype or range, by name.
   """
-  checks.count("num_classes", num_classes)
-  known = _checked(key, classifier, data, protocol, batch_size, mesh, on_batch)[
-    1
-  ]
-  if num_classes < known:
-    raise UserError(
-      f"num_classes: {num_classes}; allowed: at least the classifier's {known}"
-    )
-  correct = _correct(
+  judged = judge(
     key,
     classifier,
     data,
@@ -140,10 +222,7 @@ def class_counts(
     on_batch=on_batch,
   )
   labels = sharding.to_host(mesh, data.labels)
-  return (
-    np.bincount(labels[correct], minlength=num_classes),
-    np.bincount(labels, minlength=num_classes),
-  )
+  return count_classes(judged.correct, labels, num_classes)
 
 
 def accuracy(
@@ -158,13 +237,13 @@ def accuracy(
 ) -> float:
   """Computes the share of a split's images that are classified correctly.
 
-  The last batch is filled up with the first images, so that batch statistics
-  are those of real images; the fill does not count.
+  An image whose logits are not finite counts as not classified correctly;
+  `judge` also counts those.
 
   Args:
-    key: Random key; batch i draws from the i-th key of its stream.
+    key: Random key, see `judge`, as the following.
     classifier: Callable from images to logits; best a pytree.
-    data: Split to evaluate, resident on the devices.
+    data: Split to evaluate, uint8 images, resident on the devices.
     protocol: Attack that the images undergo before they are classified.
     batch_size: Images at a time; with batch statistics part of the protocol.
     mesh: The devices.
@@ -172,8 +251,11 @@ def accuracy(
 
   Returns:
     Accuracy in [0, 1].
+
+  Raises:
+    UserError: An argument of a wrong kind, shape, dtype or range, by name.
   """
-  correct = _correct(
+  return judge(
     key,
     classifier,
     data,
@@ -181,5 +263,4 @@ def accuracy(
     batch_size=batch_size,
     mesh=mesh,
     on_batch=on_batch,
-  )
-  return float(correct.mean())
+  ).accuracy

@@ -10,6 +10,7 @@ from jax import lax
 
 from atat_jax import checks, losses, rng
 from atat_jax.attacks import balls, projected_gradient
+from atat_jax.errors import UserError
 from atat_jax.runs import wording
 from atat_jax.typing import Array, Classifier, PyTree, Scalar
 
@@ -42,7 +43,15 @@ class WatchedAttack:
     checks.epsilon(self.epsilon, self.norm)
     checks.positive("step_size", self.step_size)
     checks.boolean("random_start", self.random_start)
-    checks.numbers("rounds", self.rounds, integers=True, increasing=True)
+    rounds = list(
+      checks.sequence("rounds", self.rounds, "integers", empty=True)
+    )
+    for number in rounds:
+      checks.integer("rounds", number, 0)
+    if not rounds or rounds != sorted(set(rounds)):
+      raise UserError(
+        f"rounds: {rounds!r}; allowed: one or more integers >= 0, increasing"
+      )
 
   @property
   def steps(self) -> np.ndarray:

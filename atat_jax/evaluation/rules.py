@@ -5,11 +5,12 @@ the rows that it needs are missing. Adding a rule is one function and one line
 in `RULES`.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 from atat_jax.attacks.diagnostics import Diagnostic, diagnostic
-from atat_jax.runs import wording
+from atat_jax.runs import comparable, tables, wording
 
 Row = Mapping[str, Any]
 
@@ -43,22 +44,18 @@ def _accuracies(rows: Sequence[Row], batch_norm: str) -> dict[str, float]:
   }
 
 
-def _comparable(rows: Sequence[Row], model: str) -> list[Row]:
-  """Selects a model's rows on the most images, at the first epsilon.
+def _comparable(rows: Sequence[Row]) -> list[Row]:
+  """Selects the attacks on the most images that answer one question.
 
   A quick test on a few images, or another epsilon or seed, is no evidence for
   or against the others.
   """
-  rows = [row for row in rows if row["model"] == model]
-  most = max((row["num_examples"] for row in rows), default=0)
-  rows = [row for row in rows if row["num_examples"] == most]
-  keys = ("norm", "epsilon", "seed")
-  attacked = [row for row in rows if row["attack"] != "nominal"]
-  return [
-    row
-    for row in attacked
-    if all(row.get(k) == attacked[0].get(k) for k in keys)
-  ]
+  groups = comparable.grouped(
+    (row for row in rows if row["attack"] != "nominal"),
+    lambda row: (comparable.question(row), row.get("seed")),
+    lambda row: row["num_examples"],
+  )
+  return groups[0] if groups else []
 
 
 def _evidence(rows: Sequence[Row], model: str) -> Evidence:
@@ -87,7 +84,8 @@ def batch_statistics(evidence: Evidence) -> Diagnostic | None:
   }
   if not gaps:
     return None
-  attack = max(gaps, key=lambda name: gaps[name])
+  # One that is not a number is the worst.
+  attack = max(gaps, key=lambda name: (math.isnan(gaps[name]), gaps[name]))
   gap = gaps[attack]
   message = (
     "Evaluated with batch statistics, as the paper's released code does, the"
@@ -95,7 +93,7 @@ def batch_statistics(evidence: Evidence) -> Diagnostic | None:
     f" {'more' if gap > 0 else 'less'} under {attack}."
   )
   return diagnostic(
-    gap > evidence.noise,
+    not gap <= evidence.noise,
     flagged=("Batch statistics overstate robustness", message),
     passed=("Batch statistics do not overstate robustness", message),
     rule="accuracy with batch statistics minus accuracy with running"
@@ -116,7 +114,7 @@ def iterations_beat_one_step(evidence: Evidence) -> Diagnostic | None:
     f" {wording.percent(accuracy)}, FGSM with one step {wording.percent(fgsm)}."
   )
   return diagnostic(
-    accuracy - fgsm > evidence.noise,
+    not accuracy - fgsm <= evidence.noise,
     flagged=("PGD was weaker than FGSM", message),
     passed=("PGD was no weaker than FGSM", message),
     rule=f"accuracy under PGD({most}) minus under FGSM; flag above"
@@ -138,7 +136,7 @@ def steps_converged(evidence: Evidence) -> Diagnostic | None:
     else f"from {few} to {most} steps the accuracy does not fall"
   )
   return diagnostic(
-    fall > CONVERGED,
+    not fall <= CONVERGED,
     flagged=(
       f"PGD had not converged after {wording.plural(few, 'step')}",
       f"PGD had not converged after {wording.plural(few, 'step')}: {change}.",
@@ -165,7 +163,7 @@ def margin_loss(evidence: Evidence) -> Diagnostic | None:
     f" cross-entropy {wording.percent(accuracy)}."
   )
   return diagnostic(
-    accuracy - margin > 0.02,
+    not accuracy - margin <= 0.02,
     flagged=("Cross-entropy overstates robustness", message),
     passed=("Cross-entropy does not overstate robustness", message),
     rule=f"accuracy under PGD({most}) with cross-entropy minus with the margin"
@@ -182,6 +180,43 @@ RULES: dict[str, Callable[[Evidence], Diagnostic | None]] = {
 }
 
 
+def nonfinite(rows: Sequence[Row]) -> Diagnostic | None:
+  """Checks whether any number of a model's rows was not finite.
+
+  Args:
+    rows: All rows of a model; those of earlier versions have no counts.
+
+  Returns:
+    The diagnostic; None if no row has counts.
+  """
+  counted = [row for row in rows if "nonfinite" in row]
+  if not counted:
+    return None
+  found = {
+    f"{row['attack']} with {row['batch_norm']} statistics": text
+    for row in counted
+    if (text := tables.nonfinite(dict(row)))
+  }
+  parts = "; ".join(f"{name}: {text}" for name, text in found.items())
+  return diagnostic(
+    bool(found),
+    flagged=(
+      "Numbers were not finite",
+      f"{parts}. Such an image counts as not classified correctly, and where"
+      " gradients or losses are not finite an attack is blind: the numbers say"
+      " little of robustness.",
+    ),
+    passed=(
+      "All numbers were finite",
+      "All logits and gradients of the evaluation were finite.",
+    ),
+    rule="flag if the logits of an image were not finite when it was scored, or"
+    " logits, losses or gradients within an attack; value: the largest number of"
+    " such images",
+    value=max(row["nonfinite"] for row in counted),
+  )
+
+
 def diagnose(rows: Sequence[Row], model: str) -> dict[str, Diagnostic]:
   """Applies the rules for which the rows have the numbers.
 
@@ -190,21 +225,28 @@ def diagnose(rows: Sequence[Row], model: str) -> dict[str, Diagnostic]:
     model: Name of the model to judge, e.g. "student".
 
   Returns:
-    Name of the rule to its diagnostic; those of AutoAttack come first, as
-    `<attack>_<check>`.
+    Name of the rule to its diagnostic; those that attacks made themselves come
+    first, as `<attack>_<check>`. Of two attacks of one name a flag counts.
   """
-  rows = _comparable(rows, model)
-  if not rows:
-    return {}
-  found: dict[str, Diagnostic] = {
-    f"{row['attack']}_{name}": cast(Diagnostic, dict(check))
-    for row in rows
-    if row["batch_norm"] == "running"
-    for name, check in row.get("diagnostics", {}).items()
-  }
-  evidence = _evidence(rows, model)
-  for name, rule in RULES.items():
-    result = rule(evidence)
-    if result is not None:
-      found[name] = result
+  rows = [row for row in rows if row["model"] == model]
+  found = _of_attacks(rows)
+  alike = _comparable(rows)
+  if alike:
+    evidence = _evidence(alike, model)
+    results = {name: rule(evidence) for name, rule in RULES.items()}
+    found |= {name: one for name, one in results.items() if one is not None}
+  bad = nonfinite(rows)
+  return found if bad is None else found | {"nonfinite": bad}
+
+
+def _of_attacks(rows: Sequence[Row]) -> dict[str, Diagnostic]:
+  """Returns the checks of the attacks themselves, running statistics only."""
+  found: dict[str, Diagnostic] = {}
+  for row in rows:
+    if row["batch_norm"] != "running":
+      continue
+    for name, check in row.get("diagnostics", {}).items():
+      key = f"{row['attack']}_{name}"
+      if key not in found or check["flag"]:
+        found[key] = cast(Diagnostic, dict(check))
   return found

@@ -7,11 +7,16 @@ import numpy as np
 from jax.sharding import Mesh
 
 from atat_jax import checks, compilation, losses, rng, sharding
-from atat_jax.attacks import base
+from atat_jax.attacks import base, nonfinite
 from atat_jax.data import batches
 from atat_jax.evaluation import iterates
-from atat_jax.evaluation.accuracies import is_correct
-from atat_jax.evaluation.networks import Networks, classifiers
+from atat_jax.evaluation.accuracies import score
+from atat_jax.evaluation.networks import (
+  Networks,
+  classifiers,
+  devices,
+  refuse_nonfinite,
+)
 from atat_jax.typing import Array, Classifier
 
 
@@ -26,18 +31,28 @@ def _watched(
   num_steps: int,
   norm: str,
   loss: str,
-) -> Array:
-  """Returns whether each iterate of PGD is right, bool [num_steps + 1, B]."""
+) -> tuple[Array, Array]:
+  """Returns which iterates of PGD are right, and which logits are finite.
 
-  def keep(correct: Array, step: Array, _: Array, logits: Array) -> Array:
-    return correct.at[step].set(logits.argmax(-1) == labels)
+  Both bool [num_steps + 1, B].
+  """
 
+  def keep(
+    kept: tuple[Array, Array], step: Array, _: Array, logits: Array
+  ) -> tuple[Array, Array]:
+    correct, finite = kept
+    return (
+      correct.at[step].set(logits.argmax(-1) == labels),
+      finite.at[step].set(nonfinite.usable(logits)),
+    )
+
+  none = jnp.zeros((num_steps + 1, images.shape[0]), bool)
   return iterates.watch(
     key,
     classifier,
     images,
     labels,
-    jnp.zeros((num_steps + 1, images.shape[0]), bool),
+    (none, none),
     keep,
     num_steps=num_steps,
     epsilon=epsilon,
@@ -82,13 +97,15 @@ class Sweep:
 
   def clean_correct(self, name: str) -> np.ndarray:
     """Returns who is right without attack, bool [n]."""
-    return batches.map_batches(
-      lambda _, x, y: is_correct(self.classifiers[name], x, y),
+    correct, finite = batches.map_batches(
+      lambda _, x, y: score(self.classifiers[name], x, y),
       self.images,
       self.labels,
       batch_size=self.batch_size,
       mesh=self.mesh,
     )
+    refuse_nonfinite(name, "images' logits", finite)
+    return correct
 
   def correct_by_step(
     self,
@@ -101,8 +118,12 @@ class Sweep:
     norm: str,
     loss: str,
   ) -> np.ndarray:
-    """Returns who is right after each step of PGD, bool [num_steps + 1, n]."""
-    return batches.map_batches(
+    """Returns who is right after each step of PGD, bool [num_steps + 1, n].
+
+    Raises:
+      UserError: Logits are not finite.
+    """
+    correct, finite = batches.map_batches(
       lambda number, x, y: _jitted_watched(
         rng.stream(key, "evaluation", number),
         self.classifiers[name],
@@ -120,10 +141,11 @@ class Sweep:
       mesh=self.mesh,
       axis=-1,
     )
+    refuse_nonfinite(name, "images' logits", finite.all(0))
+    return correct
 
 
 def prepare(
-  key: Array,
   networks: Networks,
   images: Array | np.ndarray,
   labels: Array | np.ndarray,
@@ -135,7 +157,6 @@ def prepare(
   """Checks what is to be swept and puts the networks on the devices.
 
   Args:
-    key: Random key of the attacks.
     networks: Name to (module, variables); running statistics.
     images: Float [n, H, W, C] in [0, 1], any number.
     labels: Integers [n]: the true classes.
@@ -147,13 +168,12 @@ def prepare(
   Raises:
     UserError: An argument of a wrong shape, dtype or range, by name.
   """
-  checks.key(key)
   checks.choice("loss", loss, losses.ATTACK_LOSSES)
   for name, value in (("num_steps", num_steps), ("batch_size", batch_size)):
-    checks.count(name, value)
+    checks.positive(name, value, integer=True)
   named, images, labels, num_classes = classifiers(networks, images, labels)
   base.check_loss(loss, num_classes)
-  mesh = sharding.mesh_or_all(mesh)
+  mesh = devices(mesh)
   return Sweep(
     classifiers={
       name: sharding.put_replicated(mesh, classifier)

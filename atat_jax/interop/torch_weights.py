@@ -2,21 +2,20 @@
 
 import pathlib
 import re
-from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 from flax import linen as nn
 
+from atat_jax import checks
 from atat_jax.errors import UserError
-from atat_jax.interop import torch_file, torch_names
+from atat_jax.interop import safetensors_file, torch_file, torch_names
+from atat_jax.runs import locations
 from atat_jax.typing import Variables
 
-# Keys under which training scripts save the state dict beside other things.
-_ENTRIES = ("state_dict", "model_state_dict", "model")
+_MOST_CHANNELS = 1 << 16
 
 _LEAVES = {
   "kernel": "weight",
@@ -28,28 +27,6 @@ _LEAVES = {
 
 # TRADES builds a second first block and never calls it.
 _UNUSED = re.compile(r"(.*\.)?num_batches_tracked|sub_block1\..*")
-
-
-def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
-  # safetensors reports any file that it cannot open as missing; Python's own
-  # error tells a directory or a lack of permission.
-  with path.open("rb"):
-    pass
-  try:
-    # NumPy knows the dtype bfloat16 once JAX has been imported.
-    with safetensors.safe_open(path, framework="numpy") as file:
-      return {name: file.get_tensor(name) for name in file.keys()}
-  except Exception as error:  # also dtypes that NumPy lacks, e.g. 8-bit floats
-    reason = " ".join(str(error).split())
-    raise UserError(f"{path}: no safetensors file ({reason})") from None
-
-
-def _is_state_dict(tree: Any) -> bool:
-  return (
-    isinstance(tree, Mapping)
-    and bool(tree)
-    and all(isinstance(value, np.ndarray) for value in tree.values())
-  )
 
 
 def read_state_dict(path: pathlib.Path | str) -> dict[str, np.ndarray]:
@@ -68,20 +45,13 @@ def read_state_dict(path: pathlib.Path | str) -> dict[str, np.ndarray]:
     UserError: No such file, a damaged one, another format, or a pickle that
       asks for more than tensors in dicts.
   """
-  path = pathlib.Path(path)
+  path = locations.expand("path", path)
   is_safetensors = path.suffix == ".safetensors"
-  read = _read_safetensors if is_safetensors else torch_file.read
+  reader = safetensors_file if is_safetensors else torch_file
   try:
-    tree = read(path)
+    tree = reader.read(path)
   except OSError as error:
     raise UserError(f"{path}: {error.strerror}") from None
-  if isinstance(tree, Mapping) and not _is_state_dict(tree):
-    tree = next((tree[name] for name in _ENTRIES if name in tree), tree)
-  if not _is_state_dict(tree):
-    raise UserError(
-      f"{path}: no state dict; allowed: tensors by name, or a dict that has"
-      f" them as {', '.join(_ENTRIES)}"
-    )
   if all(name.startswith("module.") for name in tree):
     tree = {name.removeprefix("module."): x for name, x in tree.items()}
   # torchvision up to 0.4 wrote norm.1 for norm1 of a dense layer.
@@ -123,6 +93,11 @@ def load_torch(
     UserError: See `read_state_dict`. Tensors that are missing, left over or of
       another shape are all named.
   """
+  checks.positive("num_channels", num_channels, integer=True)
+  if num_channels > _MOST_CHANNELS:
+    raise UserError(
+      f"num_channels: {num_channels}; allowed: at most {_MOST_CHANNELS}"
+    )
   names = torch_names.layer_names(model)
   tensors = read_state_dict(path)
   expected = jax.eval_shape(

@@ -7,6 +7,7 @@ import dataclasses
 from typing import Any
 
 from atat_jax import checks
+from atat_jax import fields as typed
 from atat_jax.objectives.alp import ALP
 from atat_jax.objectives.at import AT
 from atat_jax.objectives.atat import ATAT
@@ -29,6 +30,12 @@ OBJECTIVES: dict[str, type[Objective]] = {
 }
 
 
+def _member(name: str) -> Any:
+  typed.check_value("method", str, name)
+  checks.choice("method", name, OBJECTIVES)
+  return OBJECTIVES[name]
+
+
 def create(name: str, **fields: Any) -> Objective:
   """Creates an objective.
 
@@ -40,14 +47,17 @@ def create(name: str, **fields: Any) -> Objective:
     The objective.
 
   Raises:
-    UserError: Unknown name or field, or a value out of range.
+    UserError: Unknown name or field, a missing one, or a value of another type
+      or out of range.
   """
-  checks.choice("method", name, OBJECTIVES)
-  objective: Any = OBJECTIVES[name]
+  objective = _member(name)
   known = [field.name for field in dataclasses.fields(objective)]
   for field in fields:
     checks.choice(f"hyperparameter of {name!r}", field, known)
+  typed.check_names(fields, known, typed.required(objective))
+  typed.check_values(objective, fields, bits=False)
   made: Objective = objective(**fields)
+  typed.check_values(objective, fields)
   return made
 
 
@@ -63,9 +73,7 @@ def defaults(name: str) -> dict[str, Any]:
   Raises:
     UserError: Unknown name.
   """
-  checks.choice("method", name, OBJECTIVES)
-  objective: Any = OBJECTIVES[name]
-  return dataclasses.asdict(objective())
+  return dataclasses.asdict(_member(name)())
 
 
 __all__ = [

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from atat_jax import batch_norm, checks, losses
+from atat_jax import batch_norm, checks, fields, losses
 from atat_jax.attacks import balls, projected_gradient
 from atat_jax.errors import UserError
 from atat_jax.objectives.base import Batch, Objective
@@ -50,6 +50,7 @@ def check_weights(objective: object, *names: str) -> None:
   for name in names:
     if not 0 <= getattr(objective, name) < float("inf"):
       raise UserError(f"{name}: {getattr(objective, name)}; allowed: >= 0")
+    fields.check_value(name, float, getattr(objective, name))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,6 +90,7 @@ class InnerAttack(Objective):
 
   def __post_init__(self) -> None:
     """Checks the hyperparameters of the attack."""
+    fields.check_values(type(self), vars(self), bits=False)
     checks.epsilon(self.epsilon, self.norm)
     checks.positive("step_size", self.step_size)
     checks.positive("num_steps", self.num_steps, integer=True)
@@ -105,6 +107,7 @@ class InnerAttack(Objective):
         "attack_moves_statistics: True; allowed: False where"
         " attack_batch_norm='running', which has no batch statistics"
       )
+    fields.check_values(InnerAttack, vars(self))
 
   def prepare(
     self,

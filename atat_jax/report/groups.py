@@ -73,7 +73,7 @@ def read(workdir: pathlib.Path) -> Run:
   Raises:
     UserError: The directory has no results of the network that it trains.
   """
-  results = files.read_results(workdir)
+  results = files.read_results(workdir, tables.SHOWN)
   if results is None:
     raise UserError(
       f"workdir: {workdir} has no results.json; allowed: finished runs, made by"

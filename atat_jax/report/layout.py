@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any, NamedTuple
 
 from atat_jax.report.merge import FIELDS
-from atat_jax.runs import intervals, wording
+from atat_jax.runs import comparable, intervals, wording
 from atat_jax.runs import tables as rows_lib
 
 
@@ -280,29 +280,46 @@ def _ranking(comparison: dict[str, Any], dataset: str) -> str:
   complete = [
     column
     for column in columns(comparison, dataset, "running")
-    if not column.nominal
-    and all((label, "running") in column.rows for label in labels)
+    if all((label, "running") in column.rows for label in labels)
   ]
-  if not complete:
+  groups = comparable.attacks(complete, next(iter(labels), ""))
+  if not groups:
     return (
       f"{dataset}: no attack was run on every method with BatchNorm's running"
       " statistics, so there is no ranking."
     )
-  strongest = min(
-    complete, key=lambda c: sum(row["accuracy"] for row in c.rows.values())
-  )
-  ranked = sorted(strongest.rows.values(), key=lambda row: -row["accuracy"])
+  first, *others = [_weakest(group) for group in groups]
+  asked, strongest, ranked = first
+  where = " on these images in this ball" if others else ""
   listed = ", ".join(
     f"{row['model']} {percent(row['accuracy'], row['standard_error'])} %"
     for row in ranked
   )
-  first = strongest.protocol
-  return (
-    f"{dataset}, running statistics, {strongest.label} (of the attacks run on"
-    f" every method the one that leaves least; {first['norm']}, epsilon"
-    f" {wording.pixels(first['epsilon'])}, {first['num_examples']:,} images):"
-    f" {listed}. An attack only bounds robustness from above."
+  left_out = comparable.left_out(
+    [
+      (asked, column.label, f"{wording.percent(rows[0]['accuracy'])} at most")
+      for asked, column, rows in others
+    ]
   )
+  sentence = (
+    f"{dataset}, running statistics, {strongest.label} (of the attacks run on"
+    f" every method{where} the one that leaves least; {asked.norm}, epsilon"
+    f" {wording.pixels(asked.epsilon)}, {asked.num_examples:,} images):"
+    f" {listed}. {left_out}"
+  )
+  return f"{sentence.rstrip()} An attack only bounds robustness from above."
+
+
+def _weakest(
+  found: comparable.Attacks,
+) -> tuple[comparable.Question, rows_lib.Column, list[rows_lib.Row]]:
+  """Returns the attack that leaves least of all methods, the best one first."""
+  strongest = min(
+    found.columns,
+    key=lambda c: sum(row["accuracy"] for row in c.rows.values()),
+  )
+  ranked = sorted(strongest.rows.values(), key=lambda row: -row["accuracy"])
+  return found.question, strongest, ranked
 
 
 def other_tables(comparison: dict[str, Any]) -> list[Table]:

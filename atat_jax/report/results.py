@@ -3,8 +3,8 @@
 import math
 from typing import Any, NamedTuple
 
-from atat_jax.report import summary
-from atat_jax.runs import intervals, tables, wording
+from atat_jax.errors import UserError
+from atat_jax.runs import comparable, intervals, tables, wording
 
 _SHOWN_CLASSES = 20
 _WORST_CLASSES = 10
@@ -17,11 +17,13 @@ class Accuracy(NamedTuple):
     percent: The accuracy in percent, or a dash.
     interval: Its 95 % interval, or "".
     change: Percentage points more than with running statistics, or "".
+    nonfinite: Count of what was not finite, in words, or "".
   """
 
   percent: str
   interval: str = ""
   change: str = ""
+  nonfinite: str = ""
 
 
 class Line(NamedTuple):
@@ -131,6 +133,7 @@ def _accuracy(column: tables.Column, model: str, batch_norm: str) -> Accuracy:
     percent=_percent(row["accuracy"]),
     interval=f"{100 * low:.1f}–{100 * high:.1f}",
     change=change,
+    nonfinite=tables.nonfinite(row),
   )
 
 
@@ -147,6 +150,9 @@ def by_class(
     Accuracies of the trained network with running statistics, of all classes or,
     where there are many, of the least robust ones; None if no attack's row has
     accuracies by class.
+
+  Raises:
+    UserError: Numbers of accuracies and of classes that differ.
   """
   model = tables.trained(rows)
   columns = [
@@ -154,21 +160,26 @@ def by_class(
     for column in tables.columns(rows)
     if column.rows.get((model, "running"), {}).get("class_accuracy")
   ]
-  attacks = summary.attacked(columns, model)
+  attacks = comparable.attacks(columns, model)
   if not attacks:
     return None
-  strongest = tables.strongest(attacks, model)
+  strongest = attacks[0].strongest
   robust = strongest.rows[model, "running"]["class_accuracy"]
   clean: list[float | None] = [None] * len(robust)
-  for column in columns:
-    if column.nominal:
-      clean = column.rows[model, "running"]["class_accuracy"]
+  unattacked = comparable.clean(columns, model, attacks[0].question)
+  if unattacked is not None:
+    clean = unattacked.rows[model, "running"]["class_accuracy"]
   names = class_names or [f"class {number}" for number in range(len(robust))]
+  if not len(names) == len(clean) == len(robust):
+    raise UserError(
+      f"class_accuracy: {len(robust)} and {len(clean)} numbers for"
+      f" {len(names)} classes; allowed: one for each class"
+    )
   lines = list(zip(names, clean, robust, strict=True))
   sentence = (
     f"Accuracy of the {model} by class on clean images and under"
-    f" {strongest.label}, the strongest attack with such numbers; running"
-    " statistics."
+    f" {strongest.label}, the strongest attack with such numbers on"
+    f" {attacks[0].question.describe()}; running statistics."
   )
   if len(lines) > _SHOWN_CLASSES:
     lines = sorted(
@@ -223,9 +234,25 @@ def results_table(results: dict[str, Any]) -> str:
     lines.append([f"{model}, {tables.BATCH_NORM_NAMES[batch_norm]}", *numbers])
   text = [tables.markdown(lines, "l" + "r" * len(columns)), ""]
   text += [f"{c.label}: {tables.protocol(c)}" for c in columns]
+  text += filter(None, [comparable.note(columns), _nonfinite(rows)])
   if any(batch_norm == "batch" for _, batch_norm in tables.series(rows)):
     text.append(f"batch statistics: {tables.BATCH_WARNING}")
   return "\n".join(text)
+
+
+def _nonfinite(rows: list[tables.Row]) -> str:
+  """Says in which rows something was not finite; "" if in none."""
+  parts = [
+    f"{row['model']} ({row['batch_norm']}), {row['attack']}: {found}"
+    for row in rows
+    if (found := tables.nonfinite(row))
+  ]
+  if not parts:
+    return ""
+  return (
+    f"not finite: {'; '.join(parts)}. Such an image counts as not classified"
+    " correctly, and an attack is blind there."
+  )
 
 
 def _percent(accuracy: float | None) -> str:

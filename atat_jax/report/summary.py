@@ -2,23 +2,15 @@
 
 from typing import Any
 
-from atat_jax.runs import intervals, roles, tables, wording
-
-
-def attacked(columns: list[tables.Column], model: str) -> list[tables.Column]:
-  """Returns the attacks on a model with running statistics."""
-  return [
-    column
-    for column in columns
-    if not column.nominal and (model, "running") in column.rows
-  ]
+from atat_jax.runs import comparable, intervals, roles, tables, wording
 
 
 def verdict(results: dict[str, Any]) -> str:
   """Says in plain words how robust a run's network is.
 
   The strongest attack is the one that, with running statistics, leaves the
-  student the least accuracy (the teacher, if there is no student).
+  student the least accuracy (the teacher, if there is no student), among those
+  run on the same images in the same ball. What is not comparable is told apart.
 
   Args:
     results: Content of `results.json`.
@@ -28,16 +20,18 @@ def verdict(results: dict[str, Any]) -> str:
   """
   columns = tables.columns(results["rows"])
   model = tables.trained(results["rows"])
-  attacks = attacked(columns, model)
-  if not attacks:
+  groups = comparable.attacks(columns, model)
+  if not groups:
     return (
       "No attack was evaluated with BatchNorm's running statistics, so these "
       "results do not say how robust the classifier is."
     )
   sentences = [
-    _robust_accuracy(attacks, model),
-    _clean_accuracy(columns, model),
-    _batch_statistics(attacks, model),
+    _robust_accuracy(groups[0], model, alone=len(groups) == 1),
+    _clean_accuracy(columns, model, groups[0].question),
+    _left_out(groups[1:], model),
+    _batch_statistics(columns, model, groups[0].question),
+    _nonfinite(results["rows"]),
     _flags(results.get("diagnostics", {})),
     "An attack only bounds robustness from above: a stronger one may fool the "
     "network on more images.",
@@ -45,23 +39,26 @@ def verdict(results: dict[str, Any]) -> str:
   return " ".join(filter(None, sentences))
 
 
-def _robust_accuracy(attacks: list[tables.Column], model: str) -> str:
-  strongest = tables.strongest(attacks, model)
-  row = strongest.rows[model, "running"]
+def _robust_accuracy(
+  found: comparable.Attacks, model: str, *, alone: bool
+) -> str:
+  row = found.strongest.rows[model, "running"]
+  count = len(found.columns)
+  where = "" if alone else " on these images in this ball"
   rank = (
-    f"the strongest of the {len(attacks)} attacks run"
-    if len(attacks) > 1
-    else "the only attack run"
+    f"the strongest of the {count} attacks run{where}"
+    if count > 1
+    else f"the only attack run{where}"
   )
   low, high = intervals.proportion(row["accuracy"], row["num_examples"])
   sentence = (
-    f"Under {strongest.label}, {rank} ({row['norm']}, epsilon "
+    f"Under {found.strongest.label}, {rank} ({row['norm']}, epsilon "
     f"{wording.pixels(row['epsilon'])}), the {model} classifies "
     f"{wording.percent(row['accuracy'])} of {row['num_examples']:,} "
     f"{row['dataset']} {row['split']} images correctly (95% confidence: "
     f"{wording.percent(low)} to {wording.percent(high)})"
   )
-  teacher = strongest.accuracy(roles.TEACHER, "running")
+  teacher = found.strongest.accuracy(roles.TEACHER, "running")
   if model == roles.TEACHER or teacher is None:
     return f"{sentence}."
   return (
@@ -70,35 +67,69 @@ def _robust_accuracy(attacks: list[tables.Column], model: str) -> str:
   )
 
 
-def _clean_accuracy(columns: list[tables.Column], model: str) -> str:
-  for column in columns:
-    accuracy = column.accuracy(model, "running")
-    if not column.nominal or accuracy is None:
-      continue
-    sentence = (
-      f"The {model} classifies {wording.percent(accuracy)} of the clean images"
-      " correctly"
-    )
-    teacher = column.accuracy(roles.TEACHER, "running")
-    if model == roles.TEACHER or teacher is None:
-      return f"{sentence}."
-    return f"{sentence}, the teacher {wording.percent(teacher)}."
-  return ""
+def _clean_accuracy(
+  columns: list[tables.Column], model: str, asked: comparable.Question
+) -> str:
+  """Says the clean accuracy of the same images; else of the most, and which."""
+  column = comparable.clean(columns, model, asked)
+  images = "the clean images"
+  if column is None:
+    column = comparable.clean(columns, model)
+    if column is None:
+      return ""
+    count = column.rows[model, "running"]["num_examples"]
+    images = f"{count:,} clean images, which are not the same,"
+  accuracy = column.rows[model, "running"]["accuracy"]
+  sentence = (
+    f"The {model} classifies {wording.percent(accuracy)} of {images} correctly"
+  )
+  teacher = column.accuracy(roles.TEACHER, "running")
+  if model == roles.TEACHER or teacher is None:
+    return f"{sentence}."
+  return f"{sentence}, the teacher {wording.percent(teacher)}."
 
 
-def _batch_statistics(attacks: list[tables.Column], model: str) -> str:
-  both = [column for column in attacks if (model, "batch") in column.rows]
-  if not both:
+def _left_out(groups: list[comparable.Attacks], model: str) -> str:
+  found = []
+  for group in groups:
+    row, count = group.strongest.rows[model, "running"], len(group.columns)
+    name = group.strongest.label
+    if count > 1:
+      name += f", the strongest of {count},"
+    found.append((group.question, name, wording.percent(row["accuracy"])))
+  return comparable.left_out(found, f" the {model}")
+
+
+def _batch_statistics(
+  columns: list[tables.Column], model: str, asked: comparable.Question
+) -> str:
+  both = [column for column in columns if (model, "batch") in column.rows]
+  groups = comparable.attacks(both, model)
+  if not groups:
     return ""
-  strongest = tables.strongest(both, model)
-  honest = strongest.rows[model, "running"]["accuracy"]
-  claimed = strongest.rows[model, "batch"]["accuracy"]
+  # The images of the verdict, if batch statistics were evaluated on them.
+  found = next((g for g in groups if g.question == asked), groups[0])
+  where = "" if found.question == asked else f" on {found.question.describe()}"
+  honest = found.strongest.rows[model, "running"]["accuracy"]
+  claimed = found.strongest.rows[model, "batch"]["accuracy"]
   return (
     "With the statistics of the batch being evaluated, which is how the "
     f"paper's released code evaluates, the {model} would be credited with "
-    f"{wording.percent(claimed)} under {strongest.label}, "
+    f"{wording.percent(claimed)} under {found.strongest.label}{where}, "
     f"{_compared(claimed, honest)} the {wording.percent(honest)} of the fixed "
     "classifier that one would deploy."
+  )
+
+
+def _nonfinite(rows: list[tables.Row]) -> str:
+  """Says how many rows met numbers that are not finite; "" if none did."""
+  count = sum(bool(tables.nonfinite(row)) for row in rows)
+  if not count:
+    return ""
+  return (
+    f"{wording.plural(count, 'number')} of the table met logits or gradients"
+    " that are not finite; such an image counts as not classified correctly,"
+    " and an attack is blind there."
   )
 
 

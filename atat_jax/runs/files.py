@@ -1,17 +1,37 @@
-"""Files of a working directory: their names, readers, the atomic writer."""
+"""Files of a working directory: their names, readers, the atomic writer.
+
+A file is written whole or not at all, and is on the disk before it takes its
+name, so that neither a kill nor a loss of power leaves half of it. What is read
+is what was written: JSON that results depend on carries a checksum, an `.npz`
+the CRC-32 of each member and a list of them. Errors of the operating system
+become a `UserError` of one line that names the file. docs/files.md has the
+whole rule.
+"""
 
 import contextlib
+import hashlib
+import itertools
 import json
+import logging
 import os
 import pathlib
+import re
+import shutil
+import stat
 import uuid
 import zipfile
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from atat_jax.errors import UserError
+from atat_jax.errors import DamagedFileError, UserError
+from atat_jax.runs import results_format
+
+try:
+  import fcntl
+except ImportError:  # Windows has no such locks
+  fcntl = None  # type: ignore[assignment]
 
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
@@ -21,11 +41,52 @@ EXPLANATION = "explain.html"
 CHECKPOINTS = "checkpoints"
 FIGURES = "figures"
 TENSORBOARD = "tensorboard"
+DAMAGED = "damaged"
+"""Folder of a working directory for what was found damaged."""
+
+MAX_JSON = 256 * 2**20
+"""Largest JSON file that is read, bytes."""
+MAX_LINE = 2**20
+"""Longest line of a `metrics.jsonl` that is read, bytes."""
+MAX_EXPANSION = 2**30
+"""Most bytes that the members of an `.npz` may have beyond its own size."""
+
+_SEAL = "checksum"
+_SEALED = re.compile(rb'"sha256:[0-9a-f]{64}"')
+_TEMPORARY = re.compile(r"\..*\.[0-9a-f]{32}\.tmp(\..*)?", re.DOTALL)
+_CHUNK = 2**20
+
+_log = logging.getLogger(__name__)
+
+
+# --- Writing -----------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def plain_errors(path: pathlib.Path) -> Iterator[None]:
+  """Turns errors of the operating system into a line that names the file.
+
+  Args:
+    path: File or folder that the block works on.
+
+  Raises:
+    UserError: The disk is full, the path may not be written, is too long, ...
+  """
+  try:
+    yield
+  except OSError as error:
+    if error.errno is None or isinstance(error, ConnectionError | TimeoutError):
+      raise  # of a network
+    raise UserError(f"{path}: {error.strerror or error}") from error
 
 
 @contextlib.contextmanager
 def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
   """Replaces a file atomically: a reader sees the old or the new one, whole.
+
+  The new file is on the disk before it gets its name. It is locked while it is
+  written, so that `remove_temporaries` knows it from one that a killed process
+  left.
 
   Args:
     path: File to be written; its folder is made.
@@ -33,20 +94,73 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
   Yields:
     Path of a temporary file beside it, with the same suffix. It takes the place
     of `path` when the block ends, and is removed when the block fails.
+
+  Raises:
+    UserError: The operating system refuses.
   """
-  path.parent.mkdir(parents=True, exist_ok=True)
   # A process id would not do: containers that share a disk share those, too.
   unique = uuid.uuid4().hex
-  temporary = path.with_name(f".{path.stem}.{unique}.tmp{path.suffix}")
+  stem = path.stem.encode()[:100].decode(errors="ignore")
+  suffix = path.suffix if len(path.suffix) < 20 else ""
+  temporary = path.with_name(f".{stem}.{unique}.tmp{suffix}")
+  with plain_errors(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with temporary.open("xb") as held:
+      try:
+        _lock(held.fileno())
+        yield temporary
+        with temporary.open("rb") as written:
+          os.fsync(written.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+      finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _lock(descriptor: int) -> bool:
+  if fcntl is None:
+    return False
   try:
-    yield temporary
-    os.replace(temporary, path)
-  finally:
-    temporary.unlink(missing_ok=True)
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except OSError:
+    return False  # held by another process; or a file system without locks
+  return True
+
+
+def _sync_folder(folder: pathlib.Path) -> None:
+  # Some file systems refuse this; the file itself is safe without.
+  with contextlib.suppress(OSError):
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+      os.fsync(descriptor)
+    finally:
+      os.close(descriptor)
+
+
+def remove_temporaries(directory: pathlib.Path, *, below: bool = True) -> None:
+  """Removes what killed processes left half written.
+
+  Args:
+    directory: Folder. A file that a live process holds stays, and all stay
+      where the file system has no locks.
+    below: Whether the folders below are searched, too.
+  """
+  for folder, folders, names in os.walk(directory):
+    if not below:
+      folders.clear()
+    for name in filter(_TEMPORARY.fullmatch, names):
+      path = pathlib.Path(folder) / name
+      with contextlib.suppress(OSError), path.open("rb") as file:
+        if _lock(file.fileno()):
+          path.unlink()
 
 
 def write_bytes(path: pathlib.Path, content: bytes) -> pathlib.Path:
-  """Writes a whole file or none; returns its path."""
+  """Writes a whole file or none; returns its path.
+
+  Raises:
+    UserError: The operating system refuses.
+  """
   with replacing(path) as temporary:
     temporary.write_bytes(content)
   return path
@@ -57,58 +171,233 @@ def write_text(path: pathlib.Path, text: str) -> pathlib.Path:
   return write_bytes(path, text.encode())
 
 
-def write_json(path: pathlib.Path, value: Any) -> pathlib.Path:
+def write_json(
+  path: pathlib.Path, value: Any, *, sealed: bool = False
+) -> pathlib.Path:
   """Writes a whole JSON file or none; returns its path.
+
+  Args:
+    path: The file.
+    value: JSON value with finite numbers; an object if it is sealed.
+    sealed: Whether the object gets an entry "checksum" of all others, which
+      `read_json` checks and takes off.
 
   Raises:
     ValueError: A number is not finite.
+    UserError: The operating system refuses.
   """
-  return write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+  text = json.dumps(value, indent=1, allow_nan=False)
+  if sealed:
+    value = {**value, _SEAL: _checksum(json.loads(text))}
+    text = json.dumps(value, indent=1, allow_nan=False)
+  return write_text(path, text + "\n")
+
+
+def _checksum(value: dict[str, Any]) -> str:
+  """Digest of an object as JSON reads it; spaces and order do not matter."""
+  text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+  return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
 
 
 def write_arrays(
   path: pathlib.Path, arrays: Mapping[str, np.ndarray]
 ) -> pathlib.Path:
-  """Writes a whole `.npz` file or none; returns its path."""
-  with replacing(path) as temporary, temporary.open("wb") as file:
-    np.savez(file, **arrays)  # type: ignore[arg-type]
+  """Writes a whole `.npz` file or none; returns its path.
+
+  A further array `checksums` lists the members and their CRC-32; `read_arrays`
+  compares and takes it off.
+
+  Raises:
+    UserError: The operating system refuses.
+  """
+  with replacing(path) as temporary:
+    with temporary.open("wb") as file:
+      np.savez(file, **arrays)  # type: ignore[arg-type]
+    with zipfile.ZipFile(temporary, "a") as archive:
+      marks = np.array(json.dumps(_marks(archive)))
+      with archive.open(_MARKS, "w") as member:
+        np.lib.format.write_array(member, marks)
   return path
+
+
+_MARKS = "checksums.npy"
+
+
+def _marks(archive: zipfile.ZipFile) -> dict[str, int]:
+  return {
+    info.filename: info.CRC
+    for info in archive.infolist()
+    if info.filename != _MARKS
+  }
+
+
+def set_aside(
+  path: pathlib.Path, workdir: pathlib.Path, *, copy: bool = False
+) -> pathlib.Path:
+  """Moves a damaged file or folder to `<workdir>/damaged`; nothing is deleted.
+
+  Args:
+    path: File or folder below `workdir`.
+    workdir: Working directory of the run.
+    copy: Whether the file stays in its place as well.
+
+  Returns:
+    Its new path, which no other file had.
+
+  Raises:
+    UserError: The operating system refuses.
+  """
+  name = "-".join(path.relative_to(workdir).parts)
+  with plain_errors(path):
+    (workdir / DAMAGED).mkdir(parents=True, exist_ok=True)
+    for number in itertools.count():
+      target = workdir / DAMAGED / (f"{name}.{number}" if number else name)
+      if not target.exists():
+        if copy:
+          shutil.copyfile(path, target)
+        else:
+          os.rename(path, target)
+        return target
+  raise AssertionError
+
+
+# --- JSON --------------------------------------------------------------------
+
+
+def read_bytes(path: pathlib.Path, limit: int = MAX_JSON) -> bytes | None:
+  """Reads a file; None if there is none.
+
+  Args:
+    path: The file.
+    limit: Largest size that is read, bytes.
+
+  Raises:
+    UserError: Not a file, not readable, or larger.
+  """
+  with plain_errors(path):
+    try:
+      # A pipe would block, and a device has no end.
+      if not stat.S_ISREG(path.stat().st_mode):
+        raise UserError(f"{path}: not a file")
+      with path.open("rb") as file:
+        content = file.read(limit + 1)
+    except FileNotFoundError:
+      return None
+  if len(content) > limit:
+    raise UserError(f"{path}: larger than {limit // 2**20} MiB")
+  return content
+
+
+def parse_json(content: bytes, where: object, *, nan: bool = False) -> Any:
+  """Reads JSON from outside.
+
+  Args:
+    content: UTF-8 text, with or without a byte order mark.
+    where: Name of the file, for the message.
+    nan: Whether NaN and Infinity are allowed, as Python writes them.
+
+  Returns:
+    The value. No name occurs twice in an object; numbers are finite unless
+    `nan`.
+
+  Raises:
+    DamagedFileError: Anything else.
+  """
+  try:
+    return json.loads(
+      content.decode("utf-8-sig"),
+      object_pairs_hook=_unique,
+      parse_constant=float if nan else _refuse,
+      parse_float=float if nan else _finite,
+    )
+  except RecursionError:
+    raise DamagedFileError(
+      f"{where} is not valid JSON: nested too deeply"
+    ) from None
+  except ValueError as error:
+    raise DamagedFileError(f"{where} is not valid JSON: {error}") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  value = dict(pairs)
+  if len(value) < len(pairs):
+    names = [name for name, _ in pairs]
+    twice = next(name for name in names if names.count(name) > 1)
+    raise ValueError(f"{twice!r} occurs twice in an object")
+  return value
+
+
+def _refuse(text: str) -> float:
+  raise ValueError(f"{text} is no number")
+
+
+def _finite(text: str) -> float:
+  value = float(text)
+  if abs(value) == float("inf"):
+    raise ValueError(f"{text} is too large")
+  return value
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any] | None:
   """Reads a JSON object; None if there is no such file.
 
   Raises:
-    UserError: The file does not hold a JSON object.
+    UserError: The file cannot be read.
+    DamagedFileError: It does not hold a JSON object, or another one than was
+      written.
   """
-  if not path.exists():
+  content = read_bytes(path)
+  if content is None:
     return None
-  try:
-    value = json.loads(path.read_text(encoding="utf-8"))
-  except ValueError as error:
-    raise UserError(f"{path} is not valid JSON: {error}") from error
+  value = parse_json(content, path)
   if not isinstance(value, dict):
-    raise UserError(f"{path} must hold a JSON object, not a {type(value)}")
+    raise DamagedFileError(
+      f"{path} must hold a JSON object, not a {type(value).__name__}"
+    )
+  seal = value.pop(_SEAL, None)
+  # A value without its name: the damage is in the name.
+  if seal is None and not _SEALED.search(content):
+    return value  # as earlier versions wrote it
+  if seal != _checksum(value):
+    raise DamagedFileError(
+      f"{path} is not what was written (its checksum differs); move it away,"
+      ' or, if you edited it yourself, delete its entry "checksum"'
+    )
   return value
 
 
-def read_results(workdir: pathlib.Path) -> dict[str, Any] | None:
+def read_results(
+  workdir: pathlib.Path, needed: Sequence[str] = ()
+) -> dict[str, Any] | None:
   """Reads `results.json`; None if the run has not been evaluated.
+
+  Args:
+    workdir: Directory of the file.
+    needed: Fields that each row must have besides those that all have.
 
   Raises:
     UserError: The file is damaged or of another format.
   """
   path = workdir / RESULTS
   results = read_json(path)
-  if results is not None and results.get("format") != 1:
+  if results is None:
+    return None
+  if results.get("format") != 1:
     raise UserError(
       f"{path}: format is {results.get('format')!r}, only 1 can be read"
+    )
+  if found := results_format.fault(results, needed):
+    raise DamagedFileError(
+      f"{path}: not a results file ({found}); move it away to evaluate again"
     )
   return results
 
 
 def read_autoattack(
-  workdir: pathlib.Path, epsilon: float, norm: str
+  workdir: pathlib.Path,
+  epsilon: float,
+  norm: str,
+  num_examples: int | None = None,
 ) -> dict[str, dict[str, Any]]:
   """Reads AutoAttack's rows of `results.json`, running statistics only.
 
@@ -116,6 +405,7 @@ def read_autoattack(
     workdir: Directory of the file.
     epsilon: Radius that the rows must have, pixels in [0, 1].
     norm: Norm that the rows must have.
+    num_examples: Number of images that the rows must have; None: any.
 
   Returns:
     {model: row}. Of several rows of a model, the one with the most images; of
@@ -132,12 +422,80 @@ def read_autoattack(
       and row["batch_norm"] == "running"
       and row["norm"] == norm
       and abs(row["epsilon"] - epsilon) < 1e-6
+      and num_examples in (None, row["num_examples"])
     ):
       best = found.setdefault(row["model"], row)
       found[row["model"]] = min(
         (best, row), key=lambda r: (-r["num_examples"], r["accuracy"])
       )
   return found
+
+
+# --- Lines -------------------------------------------------------------------
+
+
+class Lines(NamedTuple):
+  """Lines of a `metrics.jsonl`.
+
+  Attributes:
+    found: (text with its line break, content) of each good line, in order.
+    bad: Numbers of the lines that are none, from 1. A last line that a kill has
+      cut off is not among them.
+  """
+
+  found: list[tuple[bytes, dict[str, Any]]]
+  bad: list[int]
+
+
+def read_lines(path: pathlib.Path) -> Lines:
+  """Reads the lines of a `metrics.jsonl`; bad ones are left out and said.
+
+  Args:
+    path: File with one JSON object a line, each with "split" and "step".
+
+  Returns:
+    The lines; none if there is no such file.
+
+  Raises:
+    UserError: The file cannot be read.
+  """
+  found: list[tuple[bytes, dict[str, Any]]] = []
+  bad: list[int] = []
+  number = 0
+  with plain_errors(path), contextlib.suppress(FileNotFoundError):
+    with path.open("rb") as file:
+      while text := _read_line(file):
+        number += 1
+        try:
+          line = parse_json(text, path, nan=True)
+        except DamagedFileError:
+          line = None
+        if _is_line(line):
+          found.append((text.rstrip(b"\r\n") + b"\n", line))
+        else:
+          bad.append(number)
+  if bad and bad[-1] == number:
+    bad.pop()  # a kill has cut this line off
+  if bad:
+    which = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
+    _log.warning("%s: damaged, left out: line %s", path, which)
+  return Lines(found, bad)
+
+
+def _read_line(file: Any) -> bytes:
+  text = file.readline(MAX_LINE)
+  rest = text
+  while len(rest) == MAX_LINE and not rest.endswith(b"\n"):
+    rest = file.readline(MAX_LINE)  # skips a line that is too long
+  return text
+
+
+def _is_line(line: Any) -> bool:
+  return (
+    isinstance(line, dict)
+    and isinstance(line.get("split"), str)
+    and type(line.get("step")) is int
+  )
 
 
 def read_metrics(path: pathlib.Path) -> dict[str, list[dict[str, Any]]]:
@@ -149,20 +507,20 @@ def read_metrics(path: pathlib.Path) -> dict[str, list[dict[str, Any]]]:
   Returns:
     {split: lines in order of step}; empty if there is no such file. Where a
     resumed run wrote a step again, the later line counts.
+
+  Raises:
+    UserError: The file cannot be read.
   """
   splits: dict[str, dict[int, dict[str, Any]]] = {}
-  if not path.exists():
-    return {}
-  for text in path.read_text(encoding="utf-8").splitlines():
-    try:
-      line = json.loads(text)
-      splits.setdefault(line["split"], {})[int(line["step"])] = line
-    except (ValueError, KeyError, TypeError):
-      continue  # a killed run may leave half a line behind
+  for _, line in read_lines(path).found:
+    splits.setdefault(line["split"], {})[line["step"]] = line
   return {
     split: [lines[step] for step in sorted(lines)]
     for split, lines in splits.items()
   }
+
+
+# --- Arrays ------------------------------------------------------------------
 
 
 class Arrays(dict[str, np.ndarray]):
@@ -177,30 +535,104 @@ class Arrays(dict[str, np.ndarray]):
     self.path = path
 
   def __missing__(self, name: str) -> np.ndarray:
-    raise UserError(
+    raise DamagedFileError(
       f"{self.path} cannot be read (it has no {name}): delete it and evaluate"
       " again"
     )
+
+
+def load_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
+  """Reads every array of an `.npz` and checks it against what was written.
+
+  Args:
+    path: A `.npz` of `write_arrays`, or of `numpy.savez`, whose CRC-32 are
+      checked all the same.
+
+  Returns:
+    The arrays by name. Nothing is unpickled, and no more memory is taken than
+    the file has bytes and `MAX_EXPANSION`.
+
+  Raises:
+    ValueError: Damaged, or not such a file.
+    OSError: Not readable.
+    Exception: Others that a damaged archive raises in the zip reader.
+  """
+  with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+    members = archive.infolist()
+    size = os.fstat(file.fileno()).st_size
+    if sum(info.file_size for info in members) > size + MAX_EXPANSION:
+      raise ValueError("it unpacks to more than 1 GiB")
+    if len({info.filename for info in members}) < len(members):
+      raise ValueError("two arrays have one name")
+    arrays = {
+      info.filename.removesuffix(".npy"): _read_array(archive, info)
+      for info in members
+    }
+    marks = arrays.pop(_MARKS.removesuffix(".npy"), None)
+    if marks is not None and json.loads(str(marks)) != _marks(archive):
+      raise ValueError("its checksums differ")
+  return arrays
+
+
+def _read_array(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
+  with archive.open(info) as member:
+    read_header = {
+      (1, 0): np.lib.format.read_array_header_1_0,
+      (2, 0): np.lib.format.read_array_header_2_0,
+    }[np.lib.format.read_magic(member)]
+    shape, _, dtype = read_header(member)
+    count = int(np.prod(shape, dtype=object))
+    if dtype.hasobject or count * dtype.itemsize != (
+      info.file_size - member.tell()
+    ):
+      raise ValueError(f"{info.filename} is not as long as it says")
+  with archive.open(info) as member:  # its end compares the CRC-32
+    return np.lib.format.read_array(member, allow_pickle=False)
 
 
 def read_arrays(path: pathlib.Path) -> Arrays | None:
   """Reads an `.npz` of arrays; None if there is no such file.
 
   Raises:
-    UserError: The file is damaged.
+    UserError: The file may not be read.
+    DamagedFileError: It is not what was written.
   """
-  if not path.exists():
-    return None
   try:
-    with np.load(path, allow_pickle=False) as archive:
-      return Arrays(path, dict(archive))
-  except (
-    AttributeError,  # a single array, or an empty file
-    EOFError,
-    OSError,
-    ValueError,
-    zipfile.BadZipFile,
-  ) as error:
-    raise UserError(
-      f"{path} cannot be read ({error}): delete it and evaluate again"
+    return Arrays(path, load_arrays(path))
+  except FileNotFoundError:
+    return None
+  except PermissionError as error:
+    raise UserError(f"{path}: {error.strerror}") from error
+  # A damaged file can raise anything in the zip reader or the header parser.
+  except Exception as error:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    raise DamagedFileError(
+      f"{path} cannot be read ({reason}): delete it and evaluate again"
     ) from error
+
+
+def check_members(path: pathlib.Path, names: Sequence[str]) -> None:
+  """Compares members of a zip file with their CRC-32, without keeping them.
+
+  An array that is mapped into memory is not checked by anything else.
+
+  Args:
+    path: The archive.
+    names: Names of the members, as in "image.npy".
+
+  Raises:
+    DamagedFileError: A member is missing or not what was written.
+    UserError: The file cannot be read.
+  """
+  with plain_errors(path):
+    try:
+      with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+        for name in names:
+          with archive.open(name) as member:
+            while member.read(_CHUNK):
+              pass
+    except OSError:
+      raise
+    except Exception as error:
+      reason = " ".join(str(error).split()) or type(error).__name__
+      raise DamagedFileError(f"{path}: damaged ({reason})") from error

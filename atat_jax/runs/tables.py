@@ -38,9 +38,14 @@ COLUMN_FIELDS = (
 )
 """Fields on which the rows of a column agree."""
 
+SHOWN = ("dataset", "split", "step_size", "num_steps", "num_restarts", "loss")
+"""Fields that a row must have, besides those that all have, to be on a page."""
+
 # Columns of the paper's Tables 1 and 2.
 _PAPER_ORDER = ("nominal", "fgsm", "ifgsm20", "pgd7", "pgd10", "pgd20")
 
+_IMAGES = ("dataset", "split", "num_examples")
+_BALL = ("norm", "epsilon")
 _LENGTHS = ("epsilon", "step_size")  # in units of the pixels
 
 
@@ -108,9 +113,34 @@ def in_paper_order(found: list[Column]) -> list[Column]:
   return sorted(found, key=place)
 
 
-def strongest(found: list[Column], model: str) -> Column:
-  """Returns the column with a model's lowest accuracy, running statistics."""
-  return min(found, key=lambda c: c.rows[model, "running"]["accuracy"])
+NONFINITE = ("nonfinite", "nonfinite_points", "nonfinite_gradients")
+"""Fields of a row that count what was not finite; missing in old rows.
+
+Images whose logits were not finite when they were scored; evaluations within
+the attack whose logits or loss were not; those whose gradient was not.
+"""
+
+
+def nonfinite(row: Row) -> str:
+  """Says what was not finite when a row was measured; "" if nothing was."""
+  images, points, gradients = (row.get(field) or 0 for field in NONFINITE)
+  parts = []
+  if images:
+    parts.append(
+      f"{images:,} of {wording.plural(row['num_examples'], 'image')}"
+      f" {'has' if images == 1 else 'have'} logits that are not finite"
+    )
+  if points:
+    parts.append(
+      f"{wording.plural(points, 'evaluation')} of the attack gave logits or a"
+      " loss that are not finite"
+    )
+  if gradients:
+    parts.append(
+      f"{wording.plural(gradients, 'gradient')} of the attack had entries that"
+      " are not finite"
+    )
+  return wording.listed(parts) if parts else ""
 
 
 def trained(rows: list[Row]) -> str:
@@ -191,11 +221,20 @@ def attack(column: Column) -> str:
     ),
     *(
       f"{part['attack']} ({part['numbers']})"
-      for part in first.get("attacks", [])
+      for part in _ensemble(column)
       if part["numbers"]
     ),
   ]
   return ", ".join(parts)
+
+
+def _ensemble(column: Column) -> list[dict[str, Any]]:
+  """Returns AutoAttack's attacks; rows of earlier versions lack the last ones.
+
+  Those stopped where no robust image was left.
+  """
+  rows = (column.protocol, *column.rows.values())
+  return max((row.get("attacks") or [] for row in rows), key=len)
 
 
 def images(column: Column) -> str:
@@ -230,14 +269,35 @@ def _batch_norms(column: Column) -> str:
 
 
 def _label(row: Row, firsts: list[Row], fields: tuple[str, ...]) -> str:
-  """Returns the attack's name, with the fields that differ in namesakes."""
+  """Returns the attack's name, with the fields that tell it from others.
+
+  Those are the fields in which namesakes differ; images and ball wherever any
+  two columns differ in them, as such accuracies must not be compared.
+  """
   namesakes = [other for other in firsts if other["attack"] == row["attack"]]
+  attacked = [other for other in firsts if other["attack"] != "nominal"]
+
+  def is_told(field: str) -> bool:
+    if _differ(field, namesakes):
+      return True
+    if row.get(field) is None or f":{field}=" in row["attack"]:
+      return False
+    others = {
+      **dict.fromkeys(_IMAGES, firsts),
+      **dict.fromkeys(_BALL, attacked),
+    }
+    return _differ(field, others.get(field, []))
+
   marks = [
     f"{field}={_value(field, row.get(field))}"
     for field in fields
-    if len({other.get(field) for other in namesakes}) > 1
+    if is_told(field)
   ]
   return f"{row['attack']} ({', '.join(marks)})" if marks else row["attack"]
+
+
+def _differ(field: str, rows: list[Row]) -> bool:
+  return len({row.get(field) for row in rows}) > 1
 
 
 def _value(field: str, value: Any) -> str:

@@ -52,17 +52,35 @@ class BatchDraws:
       batch_size=self._batch_size - self._num_extra,
     )
 
-  def _images(self, number: int) -> Split | None:
-    """Extra images of a batch; they have epochs of their own."""
-    if self._extra is None:
-      return None
-    rows = batches.train_indices(
+  def _rows(self, number: int, extra: Extra) -> np.ndarray:
+    """Extra images of a batch by number; they have epochs of their own."""
+    return batches.train_indices(
       self._seed + _EXTRA_STREAM,
       number,
-      num_examples=len(self._extra),
+      num_examples=len(extra),
       batch_size=self._num_extra,
     )
-    return self._extra.take(rows)
+
+  def _images(self, number: int) -> Split | None:
+    """Extra images of a batch."""
+    if self._extra is None:
+      return None
+    return self._extra.take(self._rows(number, self._extra))
+
+  def describe(self, number: int) -> dict[str, list[int]]:
+    """Describes a batch as JSON: its examples by number.
+
+    Args:
+      number: Number of the batch, from 0.
+
+    Returns:
+      "indices" in the training split, and "extra" among the extra images where
+      there are any.
+    """
+    found = {"indices": self._indices(number).tolist()}
+    if self._extra is not None:
+      found["extra"] = self._rows(number, self._extra).tolist()
+    return found
 
   def _put(
     self, draw: Callable[[int], Any], numbers: Sequence[int], size: int

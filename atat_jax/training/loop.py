@@ -10,6 +10,7 @@ from atat_jax import checkpoints
 from atat_jax.data import Split
 from atat_jax.data.prefetch import Prefetcher
 from atat_jax.state import TrainState
+from atat_jax.training.incidents import Incidents
 from atat_jax.training.interrupts import Interrupt
 from atat_jax.training.outline import Outline
 from atat_jax.training.profile import Trace
@@ -31,6 +32,9 @@ class Programs:
       belong to its averaged weights, if there are any.
     validate: State to validation accuracies by name; the last one chooses the
       checkpoint.
+    wrong_logits: State to the number of validation images whose logits are not
+      finite, and the number of all.
+    before_saving: Called before a checkpoint is written.
   """
 
   draw_extra: Callable[[range], Split | None] | None
@@ -39,6 +43,8 @@ class Programs:
   reset_metrics: Callable[[TrainState], TrainState]
   estimate_statistics: Callable[[TrainState], TrainState]
   validate: Callable[[TrainState], dict[str, float]]
+  wrong_logits: Callable[[TrainState], tuple[int, int]]
+  before_saving: Callable[[], None]
 
 
 def run(
@@ -47,6 +53,7 @@ def run(
   outline: Outline,
   checkpointer: checkpoints.Checkpointer,
   saved: int | None,
+  incidents: Incidents,
 ) -> None:
   """Takes the remaining steps of a training; logs, validates and saves.
 
@@ -57,19 +64,23 @@ def run(
     checkpointer: Its checkpoints.
     saved: Step of the last checkpoint, which is that of the state; None: there
       is none yet.
+    incidents: Steps that were not finite.
 
   Raises:
-    TrainingDivergedError: A loss or a gradient is no longer finite.
+    TrainingDivergedError: A step was not finite, and the training stops.
+    RolledBack: A step was not finite, and is to be left out.
     Interrupted: Ctrl-C or SIGTERM; the state is saved.
   """
   with (
     Interrupt() as interrupt,
-    Journal(outline, checkpointer, saved) as journal,
+    Journal(outline, checkpointer, saved, incidents) as journal,
     Trace(outline.directory / "profile", outline.profile_steps) as trace,
   ):
-    groups = outline.groups(saved or 0, trace.edges)
+    start = saved or 0
+    # Lazily: a run may have more steps than fit into memory.
+    groups, drawn = (outline.groups(start, trace.edges) for _ in range(2))
     with (
-      Prefetcher(programs.draw_extra, groups)
+      Prefetcher(programs.draw_extra, drawn)
       if programs.draw_extra
       else contextlib.nullcontext()
     ) as extra:
@@ -81,22 +92,26 @@ def run(
         )
         trace.after(step, current)
         journal.bar.advance(len(numbers))
-        if numbers is groups[0]:
+        if numbers.start == start:
           jax.block_until_ready(current)
+          interrupt.hold()
           journal.bar.restart()  # the first step compiles
         log, validate = outline.logs(step), outline.validates(step)
         if log or validate:  # otherwise the host does not wait for the device
-          journal.check_finite(current)
+          current = journal.check_finite(current)
         if log:
           journal.log(current, step, float(programs.learning_rate(step - 1)))
           current = programs.reset_metrics(current)
         if validate:
           current = programs.estimate_statistics(current)
+          journal.check_logits(*programs.wrong_logits(current), step)
+          programs.before_saving()
           journal.save(current, step, programs.validate(current))
         if checkpointer.should_stop(step, interrupt.signum):
           if not validate:
-            journal.check_finite(current)
+            current = journal.check_finite(current)
             current = programs.estimate_statistics(current)
+            programs.before_saving()
             checkpointer.save(current, step, None)
           raise journal.interrupted(step, interrupt.signum)
         if log or validate:

@@ -7,9 +7,12 @@ implemented: `batch` (label smoothing, mixing, the attack's warm-up), `awp`,
 
 import dataclasses
 
-from atat_jax import checks
+from atat_jax import checks, fields
 from atat_jax.data import mixing
 from atat_jax.errors import UserError
+
+POLICIES = ("stop", "skip", "rollback")
+"""What becomes of a step that is not finite (`training.soundness`)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +35,7 @@ class Options:
       convolutions and matrix products and recomputes the rest, to save memory.
     mix: Mixing of images, one of `mixing.MIXES`.
     mix_alpha: Parameter of the Beta distribution of the mixing weight.
+    nonfinite: Policy on a step that is not finite, one of `POLICIES`.
   """
 
   awp_gamma: float = 0.0
@@ -45,9 +49,11 @@ class Options:
   remat: bool = False
   mix: str = "none"
   mix_alpha: float = 1.0
+  nonfinite: str = "stop"
 
   def __post_init__(self) -> None:
     """Refuses values out of range and options that exclude each other."""
+    fields.check_values(type(self), vars(self), bits=False)
     checks.not_negative("awp_gamma", self.awp_gamma)
     for name in ("ema_decay", "label_smoothing"):
       if not 0 <= getattr(self, name) < 1:
@@ -71,6 +77,12 @@ class Options:
         " an average of far apart weights has statistics of its own"
       )
     mixing.check(self.mix, self.mix_alpha)
+    checks.choice("nonfinite", self.nonfinite, POLICIES)
+
+  @property
+  def guards(self) -> bool:
+    """Whether steps can be left out."""
+    return self.nonfinite != "stop"
 
   @property
   def averages(self) -> bool:

@@ -70,7 +70,7 @@ class Outline:
     """Whether there is a validation after a step, counted from 1."""
     return step % self.validate_every == 0 or step == self.total
 
-  def groups(self, start: int, others: Sequence[int] = ()) -> list[range]:
+  def groups(self, start: int, others: Sequence[int] = ()) -> Iterator[range]:
     """Groups the remaining steps as one program runs them.
 
     Args:
@@ -78,15 +78,12 @@ class Outline:
       others: Further steps after which a group ends.
 
     Returns:
-      Numbers of the steps of each group, from 0.
+      Iterator of the numbers of the steps of each group, from 0.
     """
-    intervals = (self.log_every, self.validate_every)
-    return list(
-      dispatches(
-        start,
-        self.total,
-        size=self.per_dispatch,
-        multiples=intervals,
-        others=others,
-      )
+    return dispatches(
+      start,
+      self.total,
+      size=self.per_dispatch,
+      multiples=(self.log_every, self.validate_every),
+      others=others,
     )

@@ -4,7 +4,11 @@ Only process 0 writes metrics and progress.
 """
 
 import contextlib
+import errno
 import json
+import logging
+import math
+import os
 import pathlib
 import time
 from collections.abc import Mapping
@@ -14,12 +18,14 @@ import jax
 import tensorboardX
 from tqdm import tqdm
 
-from atat_jax import checkpoints, metrics, state
-from atat_jax.errors import TrainingDivergedError
+from atat_jax import checkpoints, metrics
 from atat_jax.runs import files
 from atat_jax.state import TrainState
+from atat_jax.training.incidents import Incidents
 from atat_jax.training.interrupts import Interrupted
 from atat_jax.training.outline import Outline
+
+_log = logging.getLogger(__name__)
 
 
 class MetricsWriter(contextlib.AbstractContextManager[Any]):
@@ -28,7 +34,8 @@ class MetricsWriter(contextlib.AbstractContextManager[Any]):
   Args:
     directory: Directory that holds both.
     step: Step that the training starts or resumes from; later lines, left by an
-      interrupted run, are dropped, as they will be computed again.
+      interrupted run, are dropped, as they will be computed again. So is a last
+      line that a kill has cut off; the others stay.
   """
 
   def __init__(self, directory: pathlib.Path, step: int):
@@ -36,16 +43,15 @@ class MetricsWriter(contextlib.AbstractContextManager[Any]):
     if not self._writes:
       return
     path = directory / files.METRICS
-    kept = []
-    if path.exists():
-      for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-          if json.loads(line)["step"] <= step:
-            kept.append(line + "\n")
-        except (json.JSONDecodeError, KeyError):
-          break  # a kill has cut this line off
-    files.write_text(path, "".join(kept))
-    self._file = path.open("a", encoding="utf-8")
+    lines = files.read_lines(path)
+    if lines.bad:
+      copy = files.set_aside(path, directory, copy=True)
+      _log.warning("%s: all of it was copied to %s", path, copy)
+    kept = [text for text, line in lines.found if line["step"] <= step]
+    files.write_bytes(path, b"".join(kept))
+    with files.plain_errors(path):
+      # Without a buffer: what a full disk refuses is not tried again.
+      self._file = path.open("ab", buffering=0)
     self._board = tensorboardX.SummaryWriter(
       str(directory / files.TENSORBOARD), purge_step=step + 1
     )
@@ -59,12 +65,18 @@ class MetricsWriter(contextlib.AbstractContextManager[Any]):
       split: "train" or "validation".
       step: Number of steps made.
       values: Metrics and remarks by name.
+
+    Raises:
+      UserError: The operating system refuses.
     """
     if not self._writes:
       return
-    line = {"split": split, "step": step, **values}
-    self._file.write(json.dumps(line) + "\n")
-    self._file.flush()
+    line = json.dumps({"split": split, "step": step, **values}) + "\n"
+    with files.plain_errors(pathlib.Path(self._file.name)):
+      if self._file.write(line.encode()) < len(line):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+      if split == "validation":  # a checkpoint follows, which counts on it
+        os.fsync(self._file.fileno())
     for name, value in values.items():
       if isinstance(value, float):
         self._board.add_scalar(f"{split}/{name}", value, step)
@@ -157,6 +169,7 @@ class Journal(contextlib.AbstractContextManager[Any]):
     outline: Outline of the training.
     checkpointer: Its checkpoints; they stay open.
     saved: Step of the last checkpoint; None: there is none yet.
+    incidents: Steps that were not finite.
   """
 
   def __init__(
@@ -164,8 +177,10 @@ class Journal(contextlib.AbstractContextManager[Any]):
     outline: Outline,
     checkpointer: checkpoints.Checkpointer,
     saved: int | None,
+    incidents: Incidents,
   ):
     self._outline, self._checkpointer = outline, checkpointer
+    self._incidents = incidents
     self._saved, start = saved, saved or 0
     self._place = outline.directory / files.CHECKPOINTS
     metrics_writer = MetricsWriter(outline.directory, start)
@@ -184,34 +199,51 @@ class Journal(contextlib.AbstractContextManager[Any]):
     """Closes the metrics and the bar."""
     self._opened.close()
 
-  def check_finite(self, current: TrainState) -> None:
-    """Stops a training whose loss or gradient is no longer finite.
+  def _kept(self) -> str:
+    """Says which checkpoint is the last good one."""
+    kept = f"step {self._saved} is kept" if self._saved else "there is none yet"
+    return f"the last good checkpoint ({kept}) is in {self._place}"
+
+  def check_finite(self, current: TrainState) -> TrainState:
+    """Looks for steps that were not finite, and does what the policy says.
+
+    Returns:
+      The state to go on from.
 
     Raises:
-      TrainingDivergedError: A term is not; the message names step and term.
+      TrainingDivergedError: The training stops; the message names step and term.
+      RolledBack: It goes back to its last checkpoint.
     """
-    first = {name: int(step) for name, step in current.nonfinite.items()}
-    step = min(first.values())
-    if step == state.NEVER:
-      return
-    terms = ", ".join(name for name, when in first.items() if when == step)
-    kept = f"step {self._saved} is kept" if self._saved else "there is none yet"
-    raise TrainingDivergedError(
-      f"{self._outline.name}: not finite at step {step + 1}: {terms}; training stopped,"
-      f" the last good checkpoint ({kept}) is in {self._place}; a lower"
-      " learning_rate or smaller weights of the terms may help"
-    )
+    return self._incidents.examine(current, self._kept())
+
+  def check_logits(self, wrong: int, images: int, step: int) -> None:
+    """Stops a training whose validation logits are not finite.
+
+    Raises:
+      TrainingDivergedError: `wrong` of the `images` have such logits.
+    """
+    self._incidents.check_logits(wrong, images, step, self._kept())
 
   def log(self, current: TrainState, step: int, learning_rate: float) -> None:
     """Writes the metrics since the last log line."""
+    means = metrics.compute(current.sums)
     values = {
       "epoch": step / self._outline.per_epoch,
-      **metrics.compute(current.sums),
+      # An interval whose steps were all left out has no means.
+      **{name: mean for name, mean in means.items() if math.isfinite(mean)},
+      **self._left_out(step),
       "learning_rate": learning_rate,
       "images_per_second": self.bar.images_per_second(),
     }
     self._metrics.write("train", step, values)
     self.bar.show_metrics(values)
+
+  def _left_out(self, step: int) -> dict[str, float]:
+    """Number of steps since the last log line that changed nothing."""
+    if not self._incidents.leaves_out:
+      return {}
+    first = (step - 1) // self._outline.log_every * self._outline.log_every + 1
+    return {"steps_left_out": float(self._incidents.count(first, step))}
 
   def save(
     self, current: TrainState, step: int, scores: dict[str, float]

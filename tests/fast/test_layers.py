@@ -11,8 +11,10 @@ PACKAGE = ROOT / "atat_jax"
 # from rows above its own only. A new module or package must be given its place.
 LAYERS = (
   "errors typing",  # ground
+  "process",  # of a command
+  "untrusted",  # files of others
   "runs",  # a working directory on disk
-  "rng checks compilation sharding metrics",
+  "rng checks fields compilation sharding metrics",
   "batch_norm",
   "losses attention optim data models",
   "interop",

@@ -275,7 +275,7 @@ def test_finished_work_is_not_done_again(finished, tmp_path, monkeypatch, mode):
   workdir = finished.copy(tmp_path / "run")
   before = tiny.snapshot(workdir)
   forbid(monkeypatch, steps, "make_train_step")
-  forbid(monkeypatch, evaluation, "class_counts")
+  forbid(monkeypatch, evaluation, "judge")
   forbid(monkeypatch, report, "write_report")
   tiny.run(workdir, mode)
   after = tiny.snapshot(workdir)
@@ -292,13 +292,13 @@ def test_more_attacks_add_rows_and_keep_the_old(
 ):
   workdir = finished.copy(tmp_path / "run")
   before = read_rows(workdir)
-  class_counts, calls = evaluation.class_counts, []
+  judge, calls = evaluation.judge, []
 
   def counted(*args, **kwargs):
     calls.append(kwargs["protocol"].name)
-    return class_counts(*args, **kwargs)
+    return judge(*args, **kwargs)
 
-  monkeypatch.setattr(evaluation, "class_counts", counted)
+  monkeypatch.setattr(evaluation, "judge", counted)
   forbid(monkeypatch, steps, "make_train_step")
   made = tiny.config(evaluation__attacks="fgsm,ifgsm2")
   tiny.run(workdir, "evaluate", made)
@@ -395,10 +395,10 @@ def test_the_batch_size_matters_only_with_batch_statistics(
   finished, tmp_path, monkeypatch
 ):
   workdir = finished.copy(tmp_path / "run")
-  forbid(monkeypatch, evaluation, "class_counts")
+  forbid(monkeypatch, evaluation, "judge")
   tiny.run(workdir, "evaluate", tiny.config(evaluation__batch_size=7))
   made = tiny.config(evaluation__batch_statistics_size=7)
-  with pytest.raises(AssertionError, match="class_counts was called"):
+  with pytest.raises(AssertionError, match="judge was called"):
     tiny.run(workdir, "evaluate", made)
 
 
@@ -425,15 +425,15 @@ def test_an_interrupted_evaluation_goes_on(finished, tmp_path, monkeypatch):
   workdir = finished.copy(tmp_path / "run")
   expected = read_rows(workdir)
   (workdir / "results.json").unlink()
-  class_counts, calls = evaluation.class_counts, []
+  judge, calls = evaluation.judge, []
 
   def interrupted(*args, **kwargs):
     if len(calls) == 5:
       raise Interrupted("stopped", 2)
     calls.append(1)
-    return class_counts(*args, **kwargs)
+    return judge(*args, **kwargs)
 
-  monkeypatch.setattr(evaluation, "class_counts", interrupted)
+  monkeypatch.setattr(evaluation, "judge", interrupted)
   with pytest.raises(Interrupted):
     tiny.run(workdir, "evaluate")
   assert len(read_rows(workdir)) == 5
@@ -441,7 +441,7 @@ def test_an_interrupted_evaluation_goes_on(finished, tmp_path, monkeypatch):
   with pytest.raises(Interrupted):
     tiny.run(workdir, "evaluate")
   assert len(read_rows(workdir)) == 10
-  monkeypatch.setattr(evaluation, "class_counts", class_counts)
+  monkeypatch.setattr(evaluation, "judge", judge)
   tiny.run(workdir, "evaluate")
   found = read_rows(workdir)
 

@@ -53,7 +53,9 @@ class World:
 
   @functools.cached_property
   def nan_variables(self) -> Any:
-    return jax.tree.map(lambda x: x.at[(0,) * x.ndim].set(jnp.nan), self.variables)
+    return jax.tree.map(
+      lambda x: x.at[(0,) * x.ndim].set(jnp.nan), self.variables
+    )
 
   @functools.cached_property
   def classifier(self) -> Any:
@@ -272,7 +274,9 @@ SHARES = NUMBERS | _values(2, 1.5, 1e30)
 COUNTS = NUMBERS | _values(
   0, 1.0, 2.5, 2**31, 10**30, "3", -3, "inf", [1], np.float64(3)
 )
-NAMES_OF = _values(None, "", "nope", 5, True, b"linf", ["linf"], (), {}, 1.5) | {
+NAMES_OF = _values(
+  None, "", "nope", 5, True, b"linf", ["linf"], (), {}, 1.5
+) | {
   "array": lambda w: np.array(["linf", "l2"]),
   "very long": lambda w: "x\n" * 10**6,
   "a list": lambda w: ["linf"],
@@ -290,7 +294,9 @@ LAYERS = _values("conv", "", (), [], 5, True, ["nope"], [1], ("conv", None)) | {
 LAYER = _values("nope", "", 5, True, ("conv",), ["conv"], {}, b"conv")
 MESHES = _values(5, "cpu", [], (), True, {}) | {
   "devices": lambda w: jax.devices(),
-  "another axis": lambda w: jax.make_mesh((1,), ("x",), devices=jax.devices()[:1]),
+  "another axis": lambda w: jax.make_mesh(
+    (1,), ("x",), devices=jax.devices()[:1]
+  ),
 }
 PROTOCOLS = _values(None, "fgsm", 5, {}, (), True)
 COUNT_LISTS = _values(

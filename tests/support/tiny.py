@@ -291,7 +291,7 @@ def finished(
   """A finished run with teacher, student, evaluation, figures and report."""
   workdir = tmp_path_factory.mktemp("finished") / "run"
   counts = Compilations([], [], [])
-  write, class_counts = writer.MetricsWriter.write, evaluation.class_counts
+  write, judge = writer.MetricsWriter.write, evaluation.judge
 
   def counted_write(self: Any, split: str, step: int, values: Any) -> None:
     directory = pathlib.Path(self._file.name).parent.name
@@ -300,14 +300,14 @@ def finished(
 
   def counted_evaluation(*args: Any, **kwargs: Any) -> Any:
     before = compilations()
-    value = class_counts(*args, **kwargs)
+    value = judge(*args, **kwargs)
     name, size = kwargs["protocol"].name, kwargs["batch_size"]
     counts.evaluations.append((name, size, before, compilations()))
     return value
 
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(writer.MetricsWriter, "write", counted_write)
-    patch.setattr(evaluation, "class_counts", counted_evaluation)
+    patch.setattr(evaluation, "judge", counted_evaluation)
     _made.clear()  # this run compiles all of its programs
     with noted_programs(counts.programs):
       run(workdir)

@@ -1,0 +1,69 @@
+"""Reader of safetensors files."""
+
+import math
+import pathlib
+import struct
+from typing import Any
+
+import numpy as np
+import safetensors
+
+from atat_jax.errors import UserError
+from atat_jax.untrusted import plain_json, regular
+
+_LENGTH = struct.Struct("<Q")
+_LONGEST_HEADER = 1 << 24  # 16 MiB: some 100,000 tensors
+
+
+def _check_header(path: pathlib.Path) -> None:
+  """Checks what the library does not: the size of the header, and its names."""
+  with regular.open_regular(path) as file:
+    start = file.read(_LENGTH.size)
+    if len(start) < _LENGTH.size:
+      raise ValueError("the file ends early")
+    (length,) = _LENGTH.unpack(start)
+    if length > min(_LONGEST_HEADER, regular.size(file)):
+      raise ValueError(f"a header of {length} bytes")
+    header = plain_json.parse(file.read(length), "the header")
+  if not isinstance(header, dict):
+    raise ValueError("the header is no JSON object")
+  for name, tensor in header.items():
+    # No element takes no place, whatever the other axes claim.
+    if name != "__metadata__" and math.prod(_shape(tensor)) > 1 << 62:
+      raise ValueError(f"{name}: a shape beyond all memory")
+
+
+def _shape(tensor: Any) -> list[int]:
+  """Returns the axes of a tensor that are not empty."""
+  shape = tensor["shape"]
+  if len(shape) > 32 or not all(type(n) is int for n in shape):
+    raise ValueError("a shape that is none")
+  return [n for n in shape if n]
+
+
+def read(path: pathlib.Path) -> dict[str, np.ndarray]:
+  """Reads all tensors of a file.
+
+  Args:
+    path: File in the format of safetensors; its tensors do not overlap.
+
+  Returns:
+    Arrays by name in their stored dtype.
+
+  Raises:
+    UserError: The file is damaged or of another format, or has no tensors.
+    OSError: The file cannot be read.
+  """
+  try:
+    _check_header(path)
+    # NumPy knows the dtype bfloat16 once JAX has been imported.
+    with safetensors.safe_open(path, framework="numpy") as file:
+      found = {name: file.get_tensor(name) for name in file.keys()}
+  except OSError:
+    raise
+  except Exception as error:  # also dtypes that NumPy lacks, e.g. 8-bit floats
+    reason = " ".join(str(error).split())
+    raise UserError(f"{path}: no safetensors file ({reason})") from None
+  if not found:
+    raise UserError(f"{path}: no state dict; allowed: tensors by name")
+  return found

@@ -1,0 +1,144 @@
+"""NumPy's files: headers that are compared with what is there, no objects."""
+
+import math
+import pathlib
+from collections.abc import Collection
+from typing import IO, NamedTuple
+
+import numpy as np
+
+from atat_jax.untrusted import zips
+
+_CHUNK = 1 << 20
+_LARGEST_CODE_POINT = 0x10FFFF
+
+
+class Header(NamedTuple):
+  """Header of an array in NumPy's format.
+
+  Attributes:
+    shape: Shape of the array.
+    dtype: Its dtype, numbers, Booleans, text or plain bytes.
+    order: "C" or "F".
+    offset: Number of bytes before the first element.
+  """
+
+  shape: tuple[int, ...]
+  dtype: np.dtype
+  order: str
+  offset: int
+
+  @property
+  def nbytes(self) -> int:
+    """Number of bytes of all elements."""
+    return math.prod(self.shape) * self.dtype.itemsize
+
+
+def read_header(file: IO[bytes], size: int) -> Header:
+  """Reads the header of an array and compares it with the size of the file.
+
+  Args:
+    file: File at the start of an `.npy`.
+    size: Number of bytes of the `.npy`, header included.
+
+  Returns:
+    The header; `file` stands at the first element.
+
+  Raises:
+    ValueError: No such header, an array of objects or records, or of another
+      size than the file's.
+  """
+  start = file.tell()
+  version = np.lib.format.read_magic(file)
+  if version == (1, 0):
+    shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+  elif version == (2, 0):
+    shape, fortran, dtype = np.lib.format.read_array_header_2_0(file)
+  else:
+    raise ValueError(f"version {version} of the format; allowed: 1.0, 2.0")
+  if dtype.hasobject or dtype.kind not in "biufcSUV" or dtype.fields:
+    raise ValueError(f"an array of {dtype}; allowed: numbers and text")
+  if not dtype.itemsize or any(n < 0 for n in shape):
+    raise ValueError(f"an array of {dtype} {shape}")
+  order = "F" if fortran else "C"
+  header = Header(shape, dtype, order, file.tell() - start)
+  if header.offset + header.nbytes != size:
+    raise ValueError(
+      f"the header claims {dtype} {list(shape)}, {header.nbytes} bytes; there"
+      f" are {size - header.offset}"
+    )
+  return header
+
+
+def _check_values(array: np.ndarray) -> None:
+  """Checks bytes that no array in memory may have."""
+  if not array.size:
+    return
+  if array.dtype.kind == "b" and array.view(np.uint8).max() > 1:
+    raise ValueError("a Boolean that is neither 0 nor 1")
+  if array.dtype.kind == "U":
+    points = np.ascontiguousarray(array).reshape(-1).view(np.uint32)
+    if points.max() > _LARGEST_CODE_POINT:
+      raise ValueError("text with a character that does not exist")
+
+
+def read_array(file: IO[bytes], size: int) -> np.ndarray:
+  """Reads an array in NumPy's format into memory.
+
+  Args:
+    file: File at the start of an `.npy`.
+    size: Number of bytes of the `.npy`, header included.
+
+  Returns:
+    The array, in the byte order of this machine.
+
+  Raises:
+    ValueError: See `read_header`; or the file ends early.
+  """
+  header = read_header(file, size)
+  array = np.empty(header.shape, header.dtype, header.order)  # type: ignore[call-overload]
+  flat = array.reshape(-1, order=header.order)
+  memory = memoryview(flat.view(np.uint8)) if array.size else memoryview(b"")
+  done = 0
+  while done < header.nbytes:
+    block = file.read(min(_CHUNK, header.nbytes - done))
+    if not block:
+      raise ValueError(f"{done} bytes of {header.nbytes}")
+    memory[done : done + len(block)] = block
+    done += len(block)
+  array = array.astype(header.dtype.newbyteorder("="), copy=False)
+  _check_values(array)
+  return array
+
+
+def read_npz(
+  path: pathlib.Path | str, names: Collection[str] | None = None
+) -> dict[str, np.ndarray]:
+  """Reads arrays of an `.npz`; checksums are compared.
+
+  Args:
+    path: Path of a regular file.
+    names: Names of the arrays to be read, of which missing ones are left out;
+      None: all.
+
+  Returns:
+    Arrays by name.
+
+  Raises:
+    UserError: A pipe, socket or device.
+    OSError: The file cannot be read.
+    Exception: A damaged file raises anything, mostly `ValueError` and
+      `zipfile.BadZipFile`.
+  """
+  found = {}
+  with zips.open_zip(path) as archive:
+    for member, info in archive.members.items():
+      name = member.removesuffix(".npy")
+      if names is None or name in names:
+        if name == member or name in found:
+          raise ValueError(f"{member}: not an array with a name of its own")
+        with archive.open(member) as file:
+          found[name] = read_array(file, info.file_size)
+          if file.read(1):  # reading up to the end compares the checksum
+            raise ValueError(f"{member}: more bytes than it claims")
+  return found

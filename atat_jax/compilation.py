@@ -9,12 +9,13 @@ out where the installed jaxlib does not know it. Other backends get no options.
 import dataclasses
 import functools
 import os
-import pathlib
 from collections.abc import Callable
 from typing import Any
 
 import jax
 from jax.extend.core import get_opaque_trace_state
+
+from atat_jax.runs import locations
 
 _FAST = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
 _ONCE = {"xla_backend_optimization_level": 0}
@@ -126,10 +127,10 @@ def enable_persistent_cache() -> None:
 
   JAX by default keeps only programs that take over a second to compile; here
   all are kept, so that the second start of a command compiles nothing.
-  `JAX_COMPILATION_CACHE_DIR` is respected where it is set.
+  `JAX_COMPILATION_CACHE_DIR` is respected where it is set. Without a folder that
+  can be written nothing is kept, which is told.
   """
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
   if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-    root = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    path = pathlib.Path(root) / "atat_jax" / "compiled"
-    jax.config.update("jax_compilation_cache_dir", str(path))
+    path = locations.cache("compiled")
+    jax.config.update("jax_compilation_cache_dir", path and str(path))

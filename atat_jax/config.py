@@ -22,7 +22,7 @@ from atat_jax import fields as typed
 from atat_jax.errors import UserError, in_section
 from atat_jax.objectives import Objective
 from atat_jax.plan import DataPlan, EvaluationPlan, Plan, StagePlan, check_seed
-from atat_jax.runs import roles
+from atat_jax.runs import locations, roles
 
 Fields = dict[str, Any]
 
@@ -201,7 +201,8 @@ def _model_fields() -> set[str]:
 
 def _teacher_directory(fields: Fields) -> pathlib.Path:
   if fields["teacher_workdir"]:
-    return pathlib.Path(fields["teacher_workdir"]).absolute()
+    path = locations.expand("teacher_workdir", fields["teacher_workdir"])
+    return path.absolute()
   return pathlib.Path(roles.TEACHER)
 
 

@@ -27,6 +27,7 @@ from atat_jax.data import Dataset, Split
 from atat_jax.errors import in_section
 from atat_jax.evaluation import Protocol
 from atat_jax.plan import Plan
+from atat_jax.process import stops
 from atat_jax.runs import files, provenance, tables
 from atat_jax.typing import Array, BatchNormMode, Classifier
 
@@ -47,7 +48,7 @@ _MEASURED = {
 
 def find_checkpoints(
   plan: Plan, workdir: pathlib.Path
-) -> dict[str, tuple[pathlib.Path, int]]:
+) -> dict[str, tuple[pathlib.Path, checkpoints.Chosen]]:
   """Finds the best checkpoint of each network of a run.
 
   Args:
@@ -55,13 +56,13 @@ def find_checkpoints(
     workdir: Working directory of the run.
 
   Returns:
-    Role of the network to (directory, step).
+    Role of the network to (directory, checkpoint).
 
   Raises:
     UserError: A network has no checkpoint.
   """
   return {
-    role: (workdir / place, checkpoints.checkpoint_step(workdir / place))
+    role: (workdir / place, checkpoints.find(workdir / place))
     for role, place in plan.networks.items()
   }
 
@@ -88,19 +89,17 @@ def evaluate(
   with in_section("figures"):
     analyses.check_images(plan.figures, len(dataset.test.labels))
   networks = {}
-  for role, (directory, step) in found.items():
+  for role, (directory, chosen) in found.items():
     model, variables = checkpoints.restore_model(
-      directory, step=step, expected=plan.model_spec
+      directory, step=chosen.step, expected=plan.model_spec
     )
     networks[role] = (model, sharding.put_replicated(mesh, variables))
-  steps = {role: step for role, (_, step) in found.items()}
+  steps = {role: chosen.step for role, (_, chosen) in found.items()}
   record = provenance.record(
     [device.device_kind for device in jax.devices()],
     config=plan.record,
     class_names=list(plan.data.spec.class_names),
-    checkpoints={
-      role: {"step": step, "which": "best"} for role, step in steps.items()
-    },
+    checkpoints={role: chosen._asdict() for role, (_, chosen) in found.items()},
     num_parameters={
       role: sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
       for role, (_, variables) in networks.items()
@@ -207,6 +206,7 @@ def _complete(
     disable=jax.process_index() != 0,
   ) as bar:
     for row, protocol in rows:
+      stops.check()
       if row in table:
         bar.update(images)
         continue

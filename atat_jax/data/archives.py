@@ -16,6 +16,7 @@ import numpy as np
 from atat_jax import checks
 from atat_jax.data import base
 from atat_jax.errors import UserError
+from atat_jax.runs import locations
 from atat_jax.untrusted import pickles, regular
 
 _PIXELS = 32 * 32 * 3
@@ -264,7 +265,7 @@ def read_archive(
   Raises:
     UserError: Not such an archive, damaged, incomplete or malformed.
   """
-  path = regular.as_path("path", path)
+  path = locations.expand("path", path)
   known = ARCHIVES.get(getattr(spec, "name", None))  # type: ignore[arg-type]
   if known is None:
     raise UserError(f"spec: {spec!r}; allowed: cifar.CIFAR10, cifar.CIFAR100")

@@ -10,15 +10,14 @@ import dataclasses
 import hashlib
 import json
 import logging
-import os
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
 
-from atat_jax.errors import UserError
-from atat_jax.runs import files
+from atat_jax.errors import DamagedFileError, UserError
+from atat_jax.runs import files, locations
 
 _CACHE_FORMAT = 1
 # An arbitrary constant; changing it would change every validation split.
@@ -184,25 +183,34 @@ def checked_split(
   return Split(images, labels.astype(np.int32, copy=False))
 
 
-def cache_root(cache_dir: str | None) -> pathlib.Path:
-  """Returns `cache_dir`, by default in `$XDG_CACHE_HOME` or `~/.cache`."""
-  if cache_dir:
-    return pathlib.Path(cache_dir).expanduser()
-  root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-  return pathlib.Path(root).expanduser() / "atat_jax" / "data"
+def cache_root(cache_dir: str | None) -> pathlib.Path | None:
+  """Returns `cache_dir`, by default in `$XDG_CACHE_HOME` or `~/.cache`.
+
+  Returns:
+    The folder; None where the default is none that can be written.
+
+  Raises:
+    UserError: `cache_dir` is no path.
+  """
+  if cache_dir is not None:
+    return locations.expand("cache_dir", cache_dir)
+  return locations.cache("data")
 
 
 def cache_path(
   cache_dir: str | None, spec: DatasetSpec, origin: Mapping[str, object]
-) -> pathlib.Path:
+) -> pathlib.Path | None:
   """Returns the cache file for a data set from one kind of source in one place.
+
+  None where there is no folder for it, see `cache_root`.
 
   A source that changes in its place replaces its decoded copy, so that old
   copies do not pile up.
   """
   place = json.dumps([origin["kind"], origin["path"]])
   digest = hashlib.sha256(place.encode()).hexdigest()[:12]
-  return cache_root(cache_dir) / f"{spec.name}-{digest}.npz"
+  root = cache_root(cache_dir)
+  return root and root / f"{spec.name}-{digest}.npz"
 
 
 def write_cache(
@@ -233,6 +241,7 @@ def write_cache(
     "test_images": test.images,
     "test_labels": test.labels,
   }
+  files.remove_temporaries(path.parent, below=False)
   try:
     files.write_arrays(path, arrays)
   except UserError as error:
@@ -261,35 +270,36 @@ def read_cache(
     The official training and test splits.
 
   Raises:
-    UserError: Not readable, damaged, another data set or another origin.
+    UserError: Another data set or another origin.
+    DamagedFileError: Not readable, or not what was written.
   """
+  unusable = f"{path}: not a decoded copy of {spec.name} that can be used"
   try:
-    with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
-      header = json.loads(str(arrays["header"]))
-      if header["format"] != _CACHE_FORMAT or header["name"] != spec.name:
-        raise ValueError(
-          f"it holds {header['name']}, format {header['format']}"
-        )
-      # JSON turns tuples into lists.
-      if origin is not None and header["origin"] != json.loads(
-        json.dumps(origin)
-      ):
-        raise ValueError("it was made from other files")
-      train, test = (
-        checked_split(
-          spec,
-          arrays[f"{name}_images"],
-          arrays[f"{name}_labels"],
-          where=f"{path} ({name})",
-        )
-        for name in ("train", "test")
+    arrays = files.load_arrays(path)
+    header = json.loads(str(arrays["header"]))
+    if header["format"] != _CACHE_FORMAT or header["name"] != spec.name:
+      raise UserError(
+        f"{unusable} (it holds {header['name']}, format {header['format']})"
       )
+    # JSON turns tuples into lists.
+    if origin is not None and header["origin"] != json.loads(
+      json.dumps(origin)
+    ):
+      raise UserError(f"{unusable} (it was made from other files)")
+    train, test = (
+      checked_split(
+        spec,
+        arrays[f"{name}_images"],
+        arrays[f"{name}_labels"],
+        where=f"{path} ({name})",
+      )
+      for name in ("train", "test")
+    )
   except UserError:
     raise
   # A damaged file can raise anything in the zip reader or the header parser.
   except Exception as error:
-    raise UserError(
-      f"{path}: not a decoded copy of {spec.name} that can be used"
-      f" ({type(error).__name__}: {first_line(error)})"
+    raise DamagedFileError(
+      f"{unusable} ({type(error).__name__}: {first_line(error)})"
     ) from error
   return train, test

@@ -23,7 +23,8 @@ import numpy as np
 import tqdm
 
 from atat_jax.data import archives, base
-from atat_jax.errors import UserError
+from atat_jax.errors import DamagedFileError, UserError
+from atat_jax.runs import locations
 from atat_jax.untrusted import plain_json, regular
 
 SOURCES = ("auto", "tfds", "binary", "python")
@@ -88,7 +89,7 @@ CIFAR100 = base.DatasetSpec(
 def default_data_dir() -> pathlib.Path:
   """Returns tfds' own directory: `$TFDS_DATA_DIR` or `~/tensorflow_datasets`."""
   root = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-  return pathlib.Path(root).expanduser()
+  return locations.expand("data_dir", root)
 
 
 def tfds_versions(data_dir: pathlib.Path, name: str) -> list[pathlib.Path]:
@@ -285,7 +286,8 @@ def _not_found(
   looked_for = ", ".join(
     name for kind, name in names.items() if source in ("auto", kind)
   )
-  copies = sorted(base.cache_root(cache_dir).glob(f"{spec.name}-*.npz"))
+  cache = base.cache_root(cache_dir)
+  copies = sorted(cache.glob(f"{spec.name}-*.npz")) if cache else []
   return UserError(
     f"{spec.name} not found: looked for {looked_for} in {data_dir}; get it with"
     f" `{_prepare_command(spec, data_dir)}`, or train on data that need no"
@@ -304,9 +306,9 @@ def _read(
     raise UserError(f"source={source!r}: must be one of {', '.join(SOURCES)}")
   root = default_data_dir()
   if data_dir is not None and data_dir != "":
-    root = regular.as_path("data_dir", data_dir)
+    root = locations.expand("data_dir", data_dir)
   if cache_dir is not None:
-    regular.as_path("cache_dir", cache_dir)
+    locations.expand("cache_dir", cache_dir)
   try:
     found = _find(spec, root, source)
     origin = found.origin() if found else {}
@@ -320,9 +322,11 @@ def _read(
     return base.read_cache(found.path, spec)
 
   cache = base.cache_path(cache_dir, spec, origin)
-  if cache.is_file():
+  if cache and cache.is_file():
     try:
       return base.read_cache(cache, spec, origin=origin)
+    except DamagedFileError as error:
+      _log.warning("%s; decoding again", error)
     except UserError as error:
       _log.info("decoding again: %s", error)
 
@@ -336,7 +340,8 @@ def _read(
     )
     for split, (images, labels) in arrays.items()
   )
-  base.write_cache(cache, spec, train, test, origin=origin)
+  if cache:
+    base.write_cache(cache, spec, train, test, origin=origin)
   return train, test
 
 

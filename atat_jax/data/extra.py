@@ -23,7 +23,7 @@ import numpy as np
 from atat_jax.data import base
 from atat_jax.data.base import DatasetSpec, Split
 from atat_jax.errors import UserError
-from atat_jax.runs import files
+from atat_jax.runs import files, locations
 from atat_jax.untrusted import arrays, regular, zips
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
@@ -85,7 +85,7 @@ def read(
   Raises:
     UserError: No such file, compressed, damaged, wrong shape, dtype or label.
   """
-  path = regular.as_path("extra", path)
+  path = locations.expand("extra", path)
   if path.is_dir():
     shards = sorted((*path.glob("*.npz"), *path.glob("image*.npy")))
     if not shards:
@@ -199,9 +199,10 @@ def _identity(path: pathlib.Path) -> dict[str, Any]:
   }
 
 
-def _note(path: pathlib.Path, cache_dir: str | None) -> pathlib.Path:
+def _note(path: pathlib.Path, cache_dir: str | None) -> pathlib.Path | None:
   digest = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]
-  return base.cache_root(cache_dir) / f"extra-{digest}.json"
+  root = base.cache_root(cache_dir)
+  return root / f"extra-{digest}.json" if root else None
 
 
 def _is_known(
@@ -211,7 +212,8 @@ def _is_known(
   if identity["size"] < _LARGE:
     return False
   try:
-    if files.read_json(_note(path, cache_dir)) == identity:
+    note = _note(path, cache_dir)
+    if note and files.read_json(note) == identity:
       return True
   except (OSError, UserError):
     pass  # it costs only the time to read the file
@@ -225,6 +227,7 @@ def _remember(
   if identity["size"] < _LARGE:
     return
   try:
-    files.write_json(_note(path, cache_dir), identity)
+    if note := _note(path, cache_dir):
+      files.write_json(note, identity)
   except (OSError, UserError) as error:
     _log.info("extra: no note of its checksum (%s)", error)

@@ -7,6 +7,7 @@ import numpy as np
 
 from atat_jax import checks
 from atat_jax.errors import UserError
+from atat_jax.runs import locations
 from atat_jax.untrusted import regular
 
 # No format for which Pillow starts another program, as it does for PostScript.
@@ -53,7 +54,7 @@ def read_photograph(
   """
   from PIL import Image
 
-  path = regular.as_path("path", path)
+  path = locations.expand("path", path)
 
   checks.positive("resize", resize, integer=True)
   checks.positive("crop", crop, integer=True)

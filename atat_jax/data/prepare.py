@@ -8,12 +8,16 @@ everything else (features, names, keys, order, files) is left to the stock
 builder, so that `tfds.data_source` reads the result like any other.
 """
 
+from atat_jax.process import commands
+
+if __name__ == "__main__":
+  commands.begin("stopped; the same command starts again")
+
 import argparse
 import hashlib
 import http.client
 import io
 import pathlib
-import sys
 import urllib.request
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -23,8 +27,8 @@ import tqdm
 
 from atat_jax.data import archives, base, cifar
 from atat_jax.errors import UserError
-from atat_jax.runs import files
-from atat_jax.untrusted import regular
+from atat_jax.process import stops
+from atat_jax.runs import files, locations, lock
 
 _BLOCK = 1 << 18
 _TIMEOUT_SECONDS = 60
@@ -118,6 +122,7 @@ def _fetch(wanted: Download, path: pathlib.Path, *, description: str) -> None:
     while size <= wanted.size and (block := response.read(_BLOCK)):
       file.write(block)
       digest.update(block)
+      stops.check()
       size += len(block)
       progress.update(len(block))
   if (size, digest.hexdigest()) != (wanted.size, wanted.sha256):
@@ -199,7 +204,7 @@ def _checked(
   if not isinstance(name, str) or name not in _SPECS:
     raise UserError(f"name={name!r}: must be one of {', '.join(_SPECS)}")
   spec = _SPECS[name]
-  root = regular.as_path("data_dir", data_dir) if data_dir else None
+  root = locations.expand("data_dir", data_dir) if data_dir else None
   try:
     root = (root or cifar.default_data_dir()).resolve()
   except (OSError, RuntimeError) as error:  # links that lead in a circle
@@ -245,20 +250,27 @@ def prepare(
     )
   try:
     root.mkdir(parents=True, exist_ok=True)
-    if archive:
-      path = regular.as_path("archive", archive)
-    else:
-      path = download(DOWNLOADS[name], root / "downloads")
-    print(f"reading {path}")
-    splits = archives.read_archive(path, spec)
-    for split, (images, labels) in splits.items():
-      base.checked_split(spec, images, labels[:, -1], where=f"{path} ({split})")
-    builder = _builder(spec, root, splits)
-    builder.download_and_prepare()
+    with lock.file("data_dir", root / f".{name}.lock", root / name):
+      _prepare(spec, root, archive)
   except OSError as error:
     raise UserError(f"data_dir={root}: {base.first_line(error)}") from error
   print(f"{target} is ready: --config.data.dir={root}")
   return target
+
+
+def _prepare(
+  spec: base.DatasetSpec, root: pathlib.Path, archive: str | None
+) -> None:
+  if archive is not None:
+    path = locations.expand("archive", archive)
+  else:
+    path = download(DOWNLOADS[spec.name], root / "downloads")
+  print(f"reading {path}")
+  splits = archives.read_archive(path, spec)
+  for split, (images, labels) in splits.items():
+    base.checked_split(spec, images, labels[:, -1], where=f"{path} ({split})")
+  stops.check()
+  _builder(spec, root, splits).download_and_prepare()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -277,10 +289,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     "--archive", help="official archive to use instead of downloading it"
   )
   args = parser.parse_args(argv)
-  try:
+  with commands.plain_exits():
+    stops.started()
     prepare(args.name, data_dir=args.data_dir, archive=args.archive)
-  except UserError as error:
-    sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

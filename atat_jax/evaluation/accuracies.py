@@ -19,6 +19,7 @@ from atat_jax.data import augment, batches
 from atat_jax.data.base import Split
 from atat_jax.errors import UserError
 from atat_jax.evaluation.protocols import Protocol
+from atat_jax.process import stops
 from atat_jax.typing import Array, Classifier
 
 
@@ -140,6 +141,7 @@ def judge(
     )
     found = score(classifier, images, labels)
     on_batch(min(batch_size, num_examples - number * batch_size))
+    stops.check()
     return found
 
   with nonfinite.collect() as counts:

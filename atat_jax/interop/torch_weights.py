@@ -12,8 +12,8 @@ from flax import linen as nn
 from atat_jax import checks
 from atat_jax.errors import UserError
 from atat_jax.interop import safetensors_file, torch_file, torch_names
+from atat_jax.runs import locations
 from atat_jax.typing import Variables
-from atat_jax.untrusted import regular
 
 _MOST_CHANNELS = 1 << 16
 
@@ -45,7 +45,7 @@ def read_state_dict(path: pathlib.Path | str) -> dict[str, np.ndarray]:
     UserError: No such file, a damaged one, another format, or a pickle that
       asks for more than tensors in dicts.
   """
-  path = regular.as_path("path", path)
+  path = locations.expand("path", path)
   is_safetensors = path.suffix == ".safetensors"
   reader = safetensors_file if is_safetensors else torch_file
   try:

@@ -7,7 +7,7 @@ from typing import Any
 
 from atat_jax import figures
 from atat_jax.report import layout, merge, page
-from atat_jax.runs import files
+from atat_jax.runs import files, locations
 
 _CAPTION = (
   "Mean over training seeds, with one standard error to either side where there"
@@ -33,7 +33,7 @@ def write_comparison(
     UserError: A directory has no results, or a run is given twice.
   """
   found = merge.compare(workdirs)
-  out = pathlib.Path(out)
+  out = locations.expand("out", out)
   html, text, json = (
     out.with_name(out.name + suffix) for suffix in (".html", ".md", ".json")
   )

@@ -16,6 +16,7 @@ import logging
 import os
 import pathlib
 import re
+import shutil
 import stat
 import uuid
 import zipfile
@@ -74,6 +75,8 @@ def plain_errors(path: pathlib.Path) -> Iterator[None]:
   try:
     yield
   except OSError as error:
+    if error.errno is None or isinstance(error, ConnectionError | TimeoutError):
+      raise  # of a network
     raise UserError(f"{path}: {error.strerror or error}") from error
 
 
@@ -134,14 +137,17 @@ def _sync_folder(folder: pathlib.Path) -> None:
       os.close(descriptor)
 
 
-def remove_temporaries(directory: pathlib.Path) -> None:
-  """Removes what killed processes left half written, in folders below, too.
+def remove_temporaries(directory: pathlib.Path, *, below: bool = True) -> None:
+  """Removes what killed processes left half written.
 
   Args:
-    directory: Working directory. A file that a live process holds stays, and
-      all stay where the file system has no locks.
+    directory: Folder. A file that a live process holds stays, and all stay
+      where the file system has no locks.
+    below: Whether the folders below are searched, too.
   """
-  for folder, _, names in os.walk(directory):
+  for folder, folders, names in os.walk(directory):
+    if not below:
+      folders.clear()
     for name in filter(_TEMPORARY.fullmatch, names):
       path = pathlib.Path(folder) / name
       with contextlib.suppress(OSError), path.open("rb") as file:
@@ -225,12 +231,15 @@ def _marks(archive: zipfile.ZipFile) -> dict[str, int]:
   }
 
 
-def set_aside(path: pathlib.Path, workdir: pathlib.Path) -> pathlib.Path:
+def set_aside(
+  path: pathlib.Path, workdir: pathlib.Path, *, copy: bool = False
+) -> pathlib.Path:
   """Moves a damaged file or folder to `<workdir>/damaged`; nothing is deleted.
 
   Args:
     path: File or folder below `workdir`.
     workdir: Working directory of the run.
+    copy: Whether the file stays in its place as well.
 
   Returns:
     Its new path, which no other file had.
@@ -244,7 +253,10 @@ def set_aside(path: pathlib.Path, workdir: pathlib.Path) -> pathlib.Path:
     for number in itertools.count():
       target = workdir / DAMAGED / (f"{name}.{number}" if number else name)
       if not target.exists():
-        os.rename(path, target)
+        if copy:
+          shutil.copyfile(path, target)
+        else:
+          os.rename(path, target)
         return target
   raise AssertionError
 
@@ -582,12 +594,15 @@ def read_arrays(path: pathlib.Path) -> Arrays | None:
   """Reads an `.npz` of arrays; None if there is no such file.
 
   Raises:
-    DamagedFileError: The file is damaged.
+    UserError: The file may not be read.
+    DamagedFileError: It is not what was written.
   """
   try:
     return Arrays(path, load_arrays(path))
   except FileNotFoundError:
     return None
+  except PermissionError as error:
+    raise UserError(f"{path}: {error.strerror}") from error
   # A damaged file can raise anything in the zip reader or the header parser.
   except Exception as error:
     reason = " ".join(str(error).split()) or type(error).__name__

@@ -9,33 +9,6 @@ from typing import IO
 from atat_jax.errors import UserError
 
 
-def as_path(name: str, value: object) -> pathlib.Path:
-  """Checks that an argument is a path; `~` is the home directory.
-
-  Args:
-    name: Name of the argument, for the message.
-    value: The argument.
-
-  Returns:
-    The path.
-
-  Raises:
-    UserError: No path, a name that is too long, or the home of somebody who has
-      none.
-  """
-  if not isinstance(value, str | os.PathLike) or "\0" in str(value):
-    raise UserError(f"{name}: {value!r}; allowed: a path")
-  try:
-    path = pathlib.Path(value).expanduser()
-  except (RuntimeError, TypeError) as error:
-    raise UserError(f"{name}: {value!r}; {error}; allowed: a path") from None
-  try:
-    path.exists()
-  except OSError as error:  # the longest name is the system's
-    raise UserError(f"{name}: {path}: {error.strerror}") from None
-  return path
-
-
 def require_regular(path: pathlib.Path | str) -> os.stat_result:
   """Checks that a path leads to a regular file, without opening it.
 

@@ -11,6 +11,7 @@ PACKAGE = ROOT / "atat_jax"
 # from rows above its own only. A new module or package must be given its place.
 LAYERS = (
   "errors typing",  # ground
+  "process",  # of a command
   "untrusted",  # files of others
   "runs",  # a working directory on disk
   "rng checks fields compilation sharding metrics",

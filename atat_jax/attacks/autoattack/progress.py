@@ -1,16 +1,16 @@
 """Progress of an AutoAttack evaluation, in memory and in a file."""
 
+import contextlib
 import dataclasses
 import pathlib
-import zipfile
 from collections.abc import Sequence
 
 import jax
 import numpy as np
 
 from atat_jax.attacks.autoattack.slots import InFlight, Job
-from atat_jax.errors import UserError
-from atat_jax.runs import files
+from atat_jax.errors import DamagedFileError, UserError
+from atat_jax.runs import files, lock
 
 
 @dataclasses.dataclass
@@ -81,6 +81,18 @@ class Store:
       raise UserError(f"state_path: {path}: {error.strerror}") from None
     if path.is_dir():
       raise UserError(f"state_path: {path} is a folder; allowed: a file")
+    files.remove_temporaries(path.parent, below=False)
+
+  def lock(self) -> contextlib.AbstractContextManager[object]:
+    """Locks the file against other evaluations (process 0 only).
+
+    Raises:
+      UserError: Another process works on it.
+    """
+    if jax.process_index():
+      return contextlib.nullcontext()
+    beside = self._path.with_name(f".{self._path.name}.lock")
+    return lock.file("state_path", beside, self._path)
 
   def save(
     self, progress: EnsembleProgress, in_flight: InFlight | None = None
@@ -111,34 +123,54 @@ class Store:
     """Reads the file; returns `fresh` if there is none.
 
     Raises:
-      UserError: Not such a file, or that of another evaluation.
+      UserError: The file belongs to another evaluation, or cannot be read.
+      DamagedFileError: It is not such a file, or not what was written. It stays
+        where it is.
     """
     if not self._path.exists():
       return fresh
     try:
-      with np.load(self._path, allow_pickle=False) as file:
-        arrays = dict(file)
+      arrays = files.load_arrays(self._path)
       identity, logits = str(arrays["identity"]), arrays["logits"]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-      raise UserError(
-        f"state_path: {self._path} is not a state of autoattack; move it away"
-        " to start anew"
-      ) from None
+    except PermissionError as error:
+      raise UserError(f"state_path: {self._path}: {error.strerror}") from error
+    # A damaged file can raise anything in the zip reader or the header parser.
+    except Exception as error:
+      raise self._damaged(error) from error
     if identity != self._identity:
       raise UserError(
         f"state_path: {self._path} belongs to other images, labels, epsilon,"
         " norm, attacks or seed; use another path or move it away"
       )
-    scale = float(np.abs(fresh.logits).max()) + 1e-12
-    if (
-      logits.shape != fresh.logits.shape
-      or np.abs(logits - fresh.logits).max() > 1e-3 * scale
-    ):
+    if not _same_logits(logits, fresh.logits):
       raise UserError(
         f"state_path: {self._path} belongs to another classifier; use another"
         " path or move it away"
       )
-    return _from_arrays(fresh, arrays)
+    try:
+      return _from_arrays(fresh, arrays)
+    except (IndexError, KeyError, TypeError, ValueError) as error:
+      raise self._damaged(error) from error
+
+  def _damaged(self, error: Exception) -> DamagedFileError:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return DamagedFileError(
+      f"state_path: {self._path} is not a state of autoattack ({reason}); move"
+      " it away to start anew"
+    )
+
+
+def _same_logits(stored: np.ndarray, found: np.ndarray) -> bool:
+  """Whether two classifiers agree up to rounding, in what is not finite, too."""
+  if stored.shape != found.shape or stored.dtype.kind != "f":
+    return False
+  finite = np.isfinite(found)
+  if not np.array_equal(stored[~finite], found[~finite], equal_nan=True):
+    return False
+  scale = float(np.abs(found[finite]).max(initial=0)) + 1e-12
+  # NaN on one side only: the comparison is False, as it has to be.
+  distance = np.abs(stored[finite] - found[finite]).max(initial=0)
+  return bool(distance <= 1e-3 * scale)
 
 
 def _group(arrays: dict[str, np.ndarray], field: str) -> dict[str, np.ndarray]:
@@ -151,9 +183,23 @@ def _group(arrays: dict[str, np.ndarray], field: str) -> dict[str, np.ndarray]:
   }
 
 
+def _check_like(array: np.ndarray, like: np.ndarray, name: str) -> None:
+  if (array.shape, array.dtype) != (like.shape, like.dtype):
+    raise ValueError(f"{name}: {array.dtype} {list(array.shape)}")
+
+
 def _from_arrays(
   fresh: EnsembleProgress, arrays: dict[str, np.ndarray]
 ) -> EnsembleProgress:
+  for name in ("robust", "claimed"):
+    _check_like(arrays[name], getattr(fresh, name), name)
+  done = _group(arrays, "done")
+  if set(done) != set(fresh.done):
+    raise ValueError(f"attacks: {', '.join(done)}")
+  for name, runs in done.items():
+    _check_like(runs, fresh.done[name], name)
+  if not np.isfinite(arrays["fallen"]).all():
+    raise ValueError("images are not finite")
   adversarial = fresh.adversarial.copy()
   adversarial[~arrays["robust"] | arrays["claimed"]] = arrays["fallen"]
   running = _group(arrays, "in_flight")
@@ -173,6 +219,6 @@ def _from_arrays(
     adversarial=adversarial,
     accuracies={k: float(v) for k, v in _group(arrays, "accuracies").items()},
     seconds={k: float(v) for k, v in _group(arrays, "seconds").items()},
-    done=_group(arrays, "done"),
+    done=done,
     in_flight=in_flight,
   )

@@ -6,6 +6,7 @@ these predictions count. The robust accuracy after the last attack is the
 pointwise worst case over all.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -26,7 +27,8 @@ from atat_jax.attacks.autoattack import versions
 from atat_jax.attacks.autoattack.progress import EnsembleProgress, Store
 from atat_jax.attacks.autoattack.slots import InFlight, Job, Slots
 from atat_jax.attacks.diagnostics import Diagnostic
-from atat_jax.runs import wording
+from atat_jax.process import stops
+from atat_jax.runs import locations, wording
 from atat_jax.typing import Array, Classifier
 
 
@@ -156,7 +158,8 @@ def autoattack(
   )
   evaluation = _Evaluation(key, data, ensemble, epsilon, norm, batch_size, mesh)
   if state_path is not None:
-    evaluation.keep(pathlib.Path(state_path), save_every_s)
+    place = locations.expand("state_path", state_path)
+    evaluation.keep(place, save_every_s)
   return evaluation.run(progress=progress)
 
 
@@ -209,6 +212,10 @@ class _Evaluation:
 
   def run(self, *, progress: bool) -> AutoAttackResult:
     """Runs the attacks that are not done yet and all diagnostics."""
+    with self._store.lock() if self._store else contextlib.nullcontext():
+      return self._run(progress=progress)
+
+  def _run(self, *, progress: bool) -> AutoAttackResult:
     self._classify_clean()
     before = self._diagnose_before()
     self._run_attacks(progress=progress)
@@ -328,8 +335,10 @@ class _Evaluation:
       text = f"{job.name}, robust {robust.mean():.2%}"
       bar.set_postfix_str(text, refresh=False)
       bar.update(int((number + share) * count) - bar.n)
-      if self._store and time.perf_counter() - saved > self._save_every_s:
+      late = time.perf_counter() - saved > self._save_every_s
+      if self._store and (late or stops.requested()):
         save(snapshot())
+      stops.check()
 
     slots = self._slots(job)
     slots.run(

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 
 from atat_jax import checks, losses
-from atat_jax.attacks import balls, nonfinite
+from atat_jax.attacks import balls, classifiers, nonfinite
 from atat_jax.attacks.classifiers import Randomized, as_pytree
 from atat_jax.errors import UserError
 from atat_jax.typing import Array, Classifier
@@ -130,11 +131,6 @@ def evaluate(
   return found._replace(gradient=found.gradient / eot_samples)
 
 
-# Only used for its shape; unlike eval_shape of a plain function, the traces of
-# a jitted one are cached.
-_logits = jax.jit(lambda classifier, images: classifier(images))
-
-
 def check_arguments(
   classifier: Classifier, images: Array, labels: Array, **positive: Any
 ) -> tuple[Classifier, Array, Array, int]:
@@ -158,28 +154,18 @@ def check_arguments(
       checks.number(name, value, 0, LARGEST_LENGTH, above=True)
     else:
       checks.integer(name, value, 1, MOST_STEPS)
+  if isinstance(classifier, nn.Module) and classifier.scope is None:
+    raise UserError(
+      f"classifier: a {type(classifier).__name__} without its variables;"
+      " allowed: models.classifier(model, variables)"
+    )
   classifier = as_pytree(classifier)
   images = checks.images(images)
   # Balls and perturbations are too coarse in 16 bits.
   images = images.astype(jnp.promote_types(images.dtype, jnp.float32))
-  logits = _logits.eval_shape(classifier, images)
-  shape = getattr(logits, "shape", None)
-  if shape is None:
-    raise UserError(
-      f"classifier: returns a {type(logits).__name__}; allowed: one array of"
-      f" logits [{images.shape[0]}, K]"
-    )
-  if len(shape) != 2 or shape[0] != images.shape[0]:
-    raise UserError(
-      f"classifier: returns shape {shape} for {images.shape[0]} images;"
-      f" allowed: logits [{images.shape[0]}, K]"
-    )
-  if not jnp.issubdtype(logits.dtype, jnp.floating):
-    raise UserError(
-      f"classifier: returns {logits.dtype}; allowed: floating-point logits"
-    )
-  labels = checks.labels(labels, images.shape[0], shape[1])
-  return classifier, images, labels, shape[1]
+  num_classes = classifiers.num_classes(classifier, images)
+  labels = checks.labels(labels, images.shape[0], num_classes)
+  return classifier, images, labels, num_classes
 
 
 def on_host(
@@ -199,10 +185,10 @@ def on_host(
   Raises:
     UserError: Naming the argument, its value and what is allowed.
   """
-  images, labels = np.asarray(images), np.asarray(labels)
+  images, labels = checks.host("images", images), checks.host("labels", labels)
   checks.inspect_images(images)
   classifier, *_, num_classes = check_arguments(
-    classifier, jnp.asarray(images[:1]), jnp.zeros(1, jnp.int32)
+    classifier, jnp.asarray(images[:2]), jnp.zeros(len(images[:2]), jnp.int32)
   )
   checks.inspect_labels(labels, len(images), num_classes)
   dtype = jax.dtypes.canonicalize_dtype(images.dtype)  # float32 without x64

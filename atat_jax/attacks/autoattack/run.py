@@ -106,6 +106,22 @@ def _digest(array: np.ndarray) -> str:
   return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
 
 
+def _check_options(
+  key: Array,
+  batch_size: int,
+  state_path: str | os.PathLike[str] | None,
+  save_every_s: float,
+  progress: bool,
+) -> None:
+  """Checks the arguments of `autoattack` that are not about the attacks."""
+  checks.key(key)
+  checks.count("batch_size", batch_size)
+  if state_path is not None:
+    checks.path("state_path", state_path)
+  checks.not_negative("save_every_s", save_every_s)
+  checks.boolean("progress", progress)
+
+
 def autoattack(
   key: Array,
   classifier: Classifier,
@@ -152,7 +168,7 @@ def autoattack(
       file of another evaluation.
   """
   base.check_norm(norm, epsilon)
-  checks.positive("batch_size", batch_size, integer=True)
+  _check_options(key, batch_size, state_path, save_every_s, progress)
   data = base.on_host(classifier, images, labels)
   ensemble = versions.make(
     version, norm=norm, num_classes=data[-1], options=options
@@ -192,7 +208,7 @@ class _Evaluation:
     self._key, self._ensemble = key, ensemble
     self._epsilon, self._norm = float(epsilon), norm
     self._batch_size = min(batch_size, len(self._images))
-    self._mesh = sharding.make_mesh() if mesh is None else mesh
+    self._mesh = sharding.mesh_or_all(mesh)
     self._classifier = sharding.put_replicated(self._mesh, classifier)
     self._predict = diagnostics.Scorer(self._classifier, self._mesh)
     self._store: Store | None = None

@@ -312,7 +312,7 @@ class Slots:
     return sharding.put_batch(self._mesh, array)
 
   def _snapshot(self, batch: _Rows) -> InFlight:
-    assert batch.device is not None
+    assert batch.device is not None  # noqa: S101 - narrows the type, cannot fail
     state, i = sharding.to_host(self._mesh, batch.device[1:])
     leaves = jax.tree.leaves(state)
     return InFlight(batch.examples.copy(), batch.runs.copy(), i, leaves)
@@ -394,7 +394,7 @@ class Slots:
 
   def _advance(self, batch: _Rows, turn: int) -> None:
     """Makes the next few steps of all rows."""
-    assert batch.device is not None
+    assert batch.device is not None  # noqa: S101 - narrows the type, cannot fail
     problem, state, i = batch.device
     # Free rows count as finished, so that they rest.
     i = jnp.where(self._put(~batch.active), self._limit, i)
@@ -419,7 +419,7 @@ class Slots:
     on_fooled: Callable[[np.ndarray, np.ndarray], None],
   ) -> None:
     """Takes finished runs, and those of fooled examples, out of their rows."""
-    assert batch.device is not None
+    assert batch.device is not None  # noqa: S101 - narrows the type, cannot fail
     _, state, i = batch.device
     i, fooled, *counts = sharding.to_host(
       self._mesh, (i, state.fooled, state.bad_points, state.bad_gradients)

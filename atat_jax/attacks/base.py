@@ -41,10 +41,17 @@ def norms(attack: Callable[..., Any]) -> tuple[str, ...]:
 
 
 def apply(classifier: Classifier, key: Array, images: Array) -> Array:
-  """Computes logits [B, K]; a `Randomized` classifier draws from `key`."""
+  """Computes logits [B, K]; a `Randomized` classifier draws from `key`.
+
+  Raises:
+    UserError: The result is no array of logits, one row an image.
+  """
   if isinstance(classifier, Randomized):
-    return classifier(images, key)
-  return classifier(images)
+    logits = classifier(images, key)
+  else:
+    logits = classifier(images)
+  classifiers.check_logits(logits, images.shape[0])
+  return logits
 
 
 def evaluate(

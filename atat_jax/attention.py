@@ -376,8 +376,10 @@ def _refuse_nonfinite(bad: dict[str, Array], model: nn.Module) -> None:
   """Raises a `UserError` if a count is not 0; counts inside jit pass."""
   if any(isinstance(count, jax.core.Tracer) for count in bad.values()):
     return
-  for what, count in jax.device_get(bad).items():
-    if count:
+  counts = jax.device_get(bad)
+  # The cause before what follows from it.
+  for what in dict.fromkeys(["variables", "logits", *counts]):
+    if count := counts[what]:
       raise UserError(
         f"{what}: {count:,} numbers of {type(model).__name__} are not finite;"
         " allowed: finite variables, and logits and maps that are"

@@ -237,15 +237,6 @@ class Linear(nn.Module):
     return jnp.tanh(flat @ w)
 
 
-class LinearField(nn.Module):
-  """A linen module whose weights are a field, which has no hash."""
-
-  weights: Any = None
-
-  def __call__(self, images: jax.Array) -> jax.Array:
-    return formula(self.weights, images)
-
-
 def _bound_module(weights: Any) -> Any:
   return Linear().bind({"params": {"w": weights}})
 
@@ -324,7 +315,6 @@ KINDS: dict[str, Callable[[Any], Made]] = {
   "custom_jvp": _fresh(_custom_derivative),
   "bound linen module": _fresh(_bound_module),
   "linen module applied": _fresh(_module_applied),
-  "linen field": _fresh(lambda w: LinearField(w)),
   "pytree": _fresh(_tree),
   "pytree that captures": _fresh(_tree_that_captures),
 }

@@ -5,7 +5,11 @@
 Flags only; the work is in `atat_jax/pipeline.py`.
 """
 
-import pathlib
+from atat_jax.process import commands
+
+if __name__ == "__main__":
+  commands.begin("stopped; the same command goes on from here")
+
 import sys
 from collections.abc import Sequence
 
@@ -13,6 +17,8 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from atat_jax import pipeline, runtime
+from atat_jax.errors import UserError
+from atat_jax.runs import locations
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config",
@@ -43,8 +49,11 @@ def _parse(argv: Sequence[str]) -> list[str]:
     for flag in (_CONFIG, _WORKDIR):
       if flag.value is None:
         raise flags.Error(f"--{flag.name} is missing")
+    locations.expand("--workdir", str(_WORKDIR.value))
     _CONFIG.value.items()  # a file that could not be read fails only here
     return rest
+  except UserError as error:
+    sys.exit(f"error: {commands.one_line(error)}")
   except (AttributeError, KeyError) as error:  # ml_collections: no such field
     inner = error.args[0]
     text = inner.args[0] if isinstance(inner, Exception) else inner
@@ -58,9 +67,13 @@ def _parse(argv: Sequence[str]) -> list[str]:
 def main(argv: Sequence[str]) -> None:
   """Sets the runtime up and runs the mode."""
   del argv
-  runtime.set_up(distributed=_DISTRIBUTED.value)
-  with runtime.plain_exits():
-    pipeline.run(_MODE.value, _CONFIG.value, pathlib.Path(str(_WORKDIR.value)))
+  workdir = locations.expand("--workdir", str(_WORKDIR.value))
+  kept = (
+    f"what {workdir} holds is kept, and the same command goes on from there"
+  )
+  with runtime.plain_exits(workdir, kept):
+    runtime.set_up(distributed=_DISTRIBUTED.value)
+    pipeline.run(_MODE.value, _CONFIG.value, workdir)
 
 
 if __name__ == "__main__":

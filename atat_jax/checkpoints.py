@@ -36,7 +36,8 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from atat_jax import checks, models
 from atat_jax.errors import DamagedFileError, UserError
-from atat_jax.runs import files, inventory
+from atat_jax.process import stops
+from atat_jax.runs import files, inventory, locations
 from atat_jax.state import TrainState
 from atat_jax.typing import PyTree, Variables
 
@@ -102,7 +103,8 @@ def _items(state: TrainState) -> dict[str, Any]:
 
 
 def _directory(workdir: pathlib.Path | str) -> pathlib.Path:
-  return pathlib.Path(workdir).absolute() / files.CHECKPOINTS
+  directory = locations.expand("workdir", workdir)
+  return directory.absolute() / files.CHECKPOINTS
 
 
 class _CheckedPath(ocp.path.atomicity.AtomicRenameTemporaryPath):
@@ -167,7 +169,7 @@ class Checkpointer(contextlib.AbstractContextManager[Any]):
 
   def __exit__(self, *error: object) -> None:
     """Waits until everything is written, and closes."""
-    with _plain(self.directory, "written"):
+    with stops.hold(), _plain(self.directory, "written"):
       self._manager.close()
     self._clear()
 

@@ -24,9 +24,10 @@ from atat_jax import (
 )
 from atat_jax.attacks import nonfinite
 from atat_jax.data import Dataset, Split
-from atat_jax.errors import UserError, in_section
+from atat_jax.errors import in_section
 from atat_jax.evaluation import Protocol
 from atat_jax.plan import Plan
+from atat_jax.process import stops
 from atat_jax.runs import files, provenance, tables
 from atat_jax.typing import Array, BatchNormMode, Classifier
 
@@ -139,11 +140,11 @@ class _Table:
   ):
     self.path, self.steps = path, steps
     self._record = record
-    self.content = _read(path)
+    self.content = files.read_results(path.parent) or {"rows": []}
     self._rows = {
       _identity(row): row
       for row in self.content["rows"]
-      if steps.get(row["model"]) == row["checkpoint_step"]
+      if steps.get(row["model"]) == row.get("checkpoint_step")
     }
 
   def __contains__(self, row: Row) -> bool:
@@ -166,16 +167,6 @@ class _Table:
     }
     if jax.process_index() == 0:
       files.write_json(self.path, self.content, sealed=True)
-
-
-def _read(path: pathlib.Path) -> dict[str, Any]:
-  """Reads `results.json`; {"rows": []} where there is none."""
-  results = files.read_results(path.parent) or {"rows": []}
-  if any("checkpoint_step" not in row for row in results["rows"]):
-    raise UserError(
-      f"{path}: not a results file; move it away to evaluate again"
-    )
-  return results
 
 
 def _identity(row: Row) -> str:
@@ -215,6 +206,7 @@ def _complete(
     disable=jax.process_index() != 0,
   ) as bar:
     for row, protocol in rows:
+      stops.check()
       if row in table:
         bar.update(images)
         continue
@@ -272,8 +264,9 @@ def _state_path(workdir: pathlib.Path, row: Row) -> pathlib.Path:
   Another checkpoint, seed or epsilon makes another row, so another file.
   """
   mark = zlib.crc32(_identity(row).encode())
-  name = f"{row['model']}-{row['batch_norm']}-{row['attack']}-{mark:08x}.npz"
-  return workdir / "autoattack" / re.sub(r"[^\w=.-]", "_", name)
+  name = f"{row['model']}-{row['batch_norm']}-{row['attack']}"
+  name = re.sub(r"[^\w=.-]", "_", name)[:150]
+  return workdir / "autoattack" / f"{name}-{mark:08x}.npz"
 
 
 def _measure(

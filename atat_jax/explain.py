@@ -11,10 +11,14 @@ networks with weights from PyTorch on photographs. Arrays that are there already
 for the same networks, images and numbers are not computed again.
 """
 
+from atat_jax.process import commands
+
+if __name__ == "__main__":
+  commands.begin("stopped; the same command goes on from here")
+
 import argparse
 import dataclasses
 import pathlib
-import shlex
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -37,7 +41,14 @@ from atat_jax.data.photographs import read_photograph
 from atat_jax.errors import UserError
 from atat_jax.evaluation.networks import Networks
 from atat_jax.report import page
-from atat_jax.runs import configuration, files, provenance, roles
+from atat_jax.runs import (
+  configuration,
+  files,
+  locations,
+  lock,
+  provenance,
+  roles,
+)
 
 # Photographs are few: nothing is averaged over them unless it is asked for.
 _OF_FEW = "attention,rounds,landscape"
@@ -83,7 +94,8 @@ def run_names(workdirs: Sequence[pathlib.Path]) -> list[str]:
   Raises:
     UserError: A directory is given twice.
   """
-  paths = [path.resolve() for path in workdirs]
+  checks.sequence("runs", workdirs, "directories")
+  paths = [pathlib.Path(path).resolve() for path in workdirs]
   if len(set(paths)) < len(paths):
     raise UserError(
       f"runs: {' '.join(map(str, workdirs))}; allowed: each directory once"
@@ -143,6 +155,7 @@ def attack_of_runs(
   Raises:
     UserError: No run, runs of different data sets or attacks.
   """
+  checks.sequence("runs", workdirs, "directories")
   configs = [configuration.read(path) for path in workdirs]
   _agreed(workdirs, [config.data["name"] for config in configs], "data.name")
   return {
@@ -176,7 +189,7 @@ def load_runs(
   for path in workdirs:
     checkpoints.checkpoint_step(path)  # before data are loaded
   arguments = configuration.read(workdirs[0]).data
-  if data_dir:
+  if data_dir is not None:
     arguments["data_dir"] = data_dir
   dataset = data.load(**arguments)
   rows = []
@@ -226,15 +239,17 @@ def load_photographs(
   Raises:
     UserError: Names, files or labels that do not fit, by name.
   """
+  names = checks.names("model", names)
   for name in names:
     checks.choice("model", name, models.MODELS)
-  if not names or len(set(names)) < len(names):
+  if len(set(names)) < len(names):
     raise UserError(f"model: {' '.join(names)!r}; allowed: each network once")
   checks.positive("num_classes", num_classes, integer=True)
   for field, values, wanted, what in (
     ("weights", weights, names, "network"),
     ("labels", labels, photographs, "photograph"),
   ):
+    checks.sequence(field, values, field, empty=True)
     if len(values) != len(wanted):
       raise UserError(
         f"{field}: {len(values)}; allowed: {len(wanted)}, one for each {what}"
@@ -242,7 +257,8 @@ def load_photographs(
   if not photographs:
     raise UserError("images: none; allowed: one or more")
   for label in labels:
-    if not 0 <= label < num_classes:
+    checks.integer("labels", label, 0)
+    if label >= num_classes:
       raise UserError(f"labels: {label}; allowed: 0 to {num_classes - 1}")
   classes = _read_class_names(class_names, num_classes)
   images = np.stack([read_photograph(path) for path in photographs])
@@ -264,7 +280,9 @@ def _read_class_names(path: str | None, num_classes: int) -> Sequence[str]:
   if path is None:
     return [f"class {number}" for number in range(num_classes)]
   try:
-    names = pathlib.Path(path).read_text(encoding="utf-8").splitlines()
+    # As Windows writes it: with a mark at the start.
+    text = locations.expand("class_names", path).read_text("utf-8-sig")
+    names = text.splitlines()
   except (OSError, UnicodeDecodeError) as error:
     raise UserError(f"class_names: {path}: {error}") from None
   if len(names) != num_classes:
@@ -339,6 +357,8 @@ def explain(
 
 def _number(text: str) -> float:
   above, _, below = text.partition("/")
+  if float(below or 1) == 0:
+    raise argparse.ArgumentTypeError(f"{text!r}; allowed: a number, or 8/255")
   return float(above) / float(below or 1)
 
 
@@ -353,15 +373,16 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
   args = flags.parse_args(argv)
   if bool(args.runs) == bool(args.model):
     flags.error("name runs, or networks with --model and --weights")
+  args.runs = [locations.expand("runs", path) for path in args.runs]
+  args.out = locations.expand("out", args.out)
   return args
 
 
 def _add_subject(flags: argparse.ArgumentParser) -> None:
   add = flags.add_argument
-  add("runs", nargs="*", type=pathlib.Path, help="directories of finished runs")
+  add("runs", nargs="*", help="directories of finished runs")
   add(
     "--out",
-    type=pathlib.Path,
     default="explained",
     help="directory for arrays, figures and page (%(default)s)",
   )
@@ -476,6 +497,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     UserError: Bad input, one clear line.
   """
   args = _parse(argv)
+  if (args.out / files.CONFIG).exists():
+    raise UserError(
+      f"out: {args.out} holds a run, whose results.json would be replaced;"
+      " allowed: another directory"
+    )
   settings = _settings(args)
   if args.runs:
     subject = load_runs(args.runs, args.data_dir)
@@ -490,14 +516,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
   analyses.check_images(settings, len(subject.labels))
   words = sys.argv[1:] if argv is None else argv
-  command = shlex.join(["python", "-m", "atat_jax.explain", *words])
-  path = explain(subject, settings, args.out, command=command)
+  command = provenance.join(["python", "-m", "atat_jax.explain", *words])
+  with lock.directory("out", args.out):
+    path = explain(subject, settings, args.out, command=command)
   sys.stdout.write(
     f"arrays:  {args.out}\nfigures: {args.out / 'figures'}\npage:    {path}\n"
   )
 
 
 if __name__ == "__main__":
-  runtime.set_up(distributed=False)
-  with runtime.plain_exits():
+  with runtime.plain_exits(
+    kept="the same command goes on from what is written"
+  ):
+    runtime.set_up(distributed=False)
     main()

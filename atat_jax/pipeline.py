@@ -1,16 +1,20 @@
 """The modes of `main.py`; finished work is not done again."""
 
+import contextlib
 import logging
 import pathlib
 import sys
 import time
+from collections.abc import Callable, Iterator
 
 import jax
 from ml_collections import ConfigDict
 
-from atat_jax import evaluate, report, sharding, train
+from atat_jax import evaluate, rehearsal, report, sharding, train
 from atat_jax.config import make_plan
-from atat_jax.runs import configuration, files
+from atat_jax.plan import Plan
+from atat_jax.process import stops
+from atat_jax.runs import configuration, files, lock
 
 MODES = ("run", "train", "evaluate", "figures")
 
@@ -23,7 +27,8 @@ def run(mode: str, config: ConfigDict, workdir: pathlib.Path) -> None:
   Args:
     mode: One of `MODES`; "run" does everything that is not done yet.
     config: Configuration with the fields of `configs/default.py`.
-    workdir: Directory for everything that the run writes.
+    workdir: Directory for everything that the run writes. One process at a
+      time works in it; "figures", which only reads results, may run beside it.
 
   Raises:
     UserError: Bad input, one clear line.
@@ -37,25 +42,57 @@ def run(mode: str, config: ConfigDict, workdir: pathlib.Path) -> None:
   configuration.check(plan.record, workdir)
   if mode == "evaluate":
     evaluate.find_checkpoints(plan, workdir)  # before data are loaded
+  with _locked(workdir) as check:
+    configuration.check(plan.record, workdir)  # another may have begun since
+    _work(mode, plan, workdir, check)
+  _log.info("done in %.0f s", time.perf_counter() - began)
+
+
+@contextlib.contextmanager
+def _locked(workdir: pathlib.Path) -> Iterator[Callable[[], None]]:
+  """Locks the directory, in process 0; yields a check that it is still there."""
+  if jax.process_index():
+    yield stops.check
+    return
+  with lock.directory("workdir", workdir) as held:
+
+    def check() -> None:
+      held.check()
+      stops.check()
+
+    yield check
+
+
+def _work(
+  mode: str, plan: Plan, workdir: pathlib.Path, check: Callable[[], None]
+) -> None:
+  """Does the work of every mode but "figures"."""
   mesh = sharding.make_mesh()
   dataset = plan.data.load()
   extra = None
   if mode in ("run", "train"):
     extra = plan.data.open_extra()
     train.check_sizes(plan, dataset, extra)
+    rehearsal.rehearse(plan, workdir, dataset, mesh)
+  check()
+  if mode in ("run", "train"):
+    # Writes the configuration with the first checkpoint, not before: a start
+    # that is refused or diverges must leave its values free to be changed.
+    train.train(plan, workdir, dataset, mesh, extra)
+    check()
   if jax.process_index() == 0:
     configuration.write(plan.record, workdir)
   if mode in ("run", "train"):
-    train.train(plan, workdir, dataset, mesh, extra)
     _log.info("checkpoints: %s", workdir / files.CHECKPOINTS)
   if mode in ("run", "evaluate"):
     results = evaluate.evaluate(plan, workdir, dataset, mesh)
+    check()
     if jax.process_index() == 0:
       sys.stdout.write(f"\n{report.results_table(results)}\n")
       sys.stdout.write(f"results: {workdir / files.RESULTS}\n")
   if mode == "run":
     _figures(workdir, redraw=report.is_old(workdir))
-  _log.info("done in %.0f s", time.perf_counter() - began)
+    check()
 
 
 def _figures(workdir: pathlib.Path, *, redraw: bool) -> None:

@@ -1,29 +1,15 @@
-"""Sets up the process of a command: log, signals, cache, other processes."""
+"""Sets up JAX in the process of a command: log, cache, other processes."""
 
-import contextlib
 import logging
-import signal
-import sys
-from collections.abc import Iterator
 
 import jax
 from absl import logging as absl_logging
 
 from atat_jax import compilation
-from atat_jax.errors import UserError
-from atat_jax.training import interrupts
+from atat_jax.process import stops
+from atat_jax.process.commands import plain_exits
 
-
-@contextlib.contextmanager
-def plain_exits() -> Iterator[None]:
-  """Ends the process with one line on bad input, with its status on a signal."""
-  try:
-    yield
-  except UserError as error:
-    sys.exit(f"error: {error}")
-  except interrupts.Interrupted as error:
-    sys.stderr.write(f"\n{error}\n")
-    sys.exit(128 + error.signum)
+__all__ = ["plain_exits", "set_up"]
 
 
 def set_up(*, distributed: bool) -> None:
@@ -37,9 +23,10 @@ def set_up(*, distributed: bool) -> None:
   log.setLevel(logging.INFO)
   log.addHandler(logging.StreamHandler())
   log.propagate = False
-  absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax logs every save
-  for number in interrupts.SIGNALS:
-    signal.signal(number, interrupts.raise_interrupted)
+  # Orbax logs every save, and the traceback of every error that it raises.
+  absl_logging.set_verbosity(absl_logging.FATAL)
+  logging.getLogger("asyncio").setLevel(logging.CRITICAL)
   compilation.enable_persistent_cache()
   if distributed:
     jax.distributed.initialize()
+  stops.started()

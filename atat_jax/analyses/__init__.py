@@ -34,6 +34,7 @@ from atat_jax.analyses.shift import attention_shift
 from atat_jax.analyses.steps import attack_steps
 from atat_jax.errors import UserError
 from atat_jax.evaluation.networks import Networks
+from atat_jax.process import stops
 
 __all__ = [
   "ANALYSES",
@@ -148,6 +149,7 @@ def write(
     disable=jax.process_index() != 0,
   ) as bar:
     for name in bar:
+      stops.check()
       bar.set_postfix_str(name)
       paths.append(ANALYSES[name].path(directory))
       base.write(ANALYSES[name], paths[-1], inputs, settings, mesh)

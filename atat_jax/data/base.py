@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import json
 import logging
-import os
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -18,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from atat_jax.errors import DamagedFileError, UserError
-from atat_jax.runs import files
+from atat_jax.runs import files, locations
 
 _CACHE_FORMAT = 1
 # An arbitrary constant; changing it would change every validation split.
@@ -184,25 +183,34 @@ def checked_split(
   return Split(images, labels.astype(np.int32, copy=False))
 
 
-def cache_root(cache_dir: str | None) -> pathlib.Path:
-  """Returns `cache_dir`, by default in `$XDG_CACHE_HOME` or `~/.cache`."""
-  if cache_dir:
-    return pathlib.Path(cache_dir).expanduser()
-  root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-  return pathlib.Path(root).expanduser() / "atat_jax" / "data"
+def cache_root(cache_dir: str | None) -> pathlib.Path | None:
+  """Returns `cache_dir`, by default in `$XDG_CACHE_HOME` or `~/.cache`.
+
+  Returns:
+    The folder; None where the default is none that can be written.
+
+  Raises:
+    UserError: `cache_dir` is no path.
+  """
+  if cache_dir is not None:
+    return locations.expand("cache_dir", cache_dir)
+  return locations.cache("data")
 
 
 def cache_path(
   cache_dir: str | None, spec: DatasetSpec, origin: Mapping[str, object]
-) -> pathlib.Path:
+) -> pathlib.Path | None:
   """Returns the cache file for a data set from one kind of source in one place.
+
+  None where there is no folder for it, see `cache_root`.
 
   A source that changes in its place replaces its decoded copy, so that old
   copies do not pile up.
   """
   place = json.dumps([origin["kind"], origin["path"]])
   digest = hashlib.sha256(place.encode()).hexdigest()[:12]
-  return cache_root(cache_dir) / f"{spec.name}-{digest}.npz"
+  root = cache_root(cache_dir)
+  return root and root / f"{spec.name}-{digest}.npz"
 
 
 def write_cache(

@@ -13,7 +13,6 @@ import hashlib
 import http.client
 import io
 import pathlib
-import sys
 import urllib.request
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -23,7 +22,8 @@ import tqdm
 
 from atat_jax.data import archives, base, cifar
 from atat_jax.errors import UserError
-from atat_jax.runs import files
+from atat_jax.process import commands, stops
+from atat_jax.runs import files, locations, lock
 
 _BLOCK = 1 << 18
 _TIMEOUT_SECONDS = 60
@@ -87,15 +87,15 @@ def download(wanted: Download, directory: pathlib.Path) -> pathlib.Path:
   if _is_complete(path, wanted):
     print(f"{path} is there already, its checksum is right")
     return path
-  try:
-    with files.replacing(path) as partial:
+  with files.replacing(path) as partial:
+    try:
       _fetch(wanted, partial, description=f"downloading {path.name}")
-  except (OSError, http.client.HTTPException) as error:
-    raise UserError(
-      f"{wanted.url}: cannot be downloaded to {directory}"
-      f" ({base.first_line(error)}); download it elsewhere and pass it with"
-      " --archive=PATH"
-    ) from error
+    except (OSError, http.client.HTTPException) as error:
+      raise UserError(
+        f"{wanted.url}: cannot be downloaded to {directory}"
+        f" ({base.first_line(error)}); download it elsewhere and pass it with"
+        " --archive=PATH"
+      ) from error
   return path
 
 
@@ -105,7 +105,10 @@ def _fetch(wanted: Download, path: pathlib.Path, *, description: str) -> None:
   size = 0
   with (
     open(path, "wb") as file,
-    urllib.request.urlopen(wanted.url, timeout=_TIMEOUT_SECONDS) as response,
+    # The address is one of DOWNLOADS, and the content is compared with its SHA-256.
+    urllib.request.urlopen(  # noqa: S310
+      wanted.url, timeout=_TIMEOUT_SECONDS
+    ) as response,
     tqdm.tqdm(
       total=wanted.size, desc=description, unit="B", unit_scale=True
     ) as progress,
@@ -114,6 +117,7 @@ def _fetch(wanted: Download, path: pathlib.Path, *, description: str) -> None:
     while size <= wanted.size and (block := response.read(_BLOCK)):
       file.write(block)
       digest.update(block)
+      stops.check()
       size += len(block)
       progress.update(len(block))
   if (size, digest.hexdigest()) != (wanted.size, wanted.sha256):
@@ -188,6 +192,21 @@ def _builder(
   return Builder(data_dir=str(data_dir), file_format="array_record")
 
 
+def _checked(
+  name: str, data_dir: str | None
+) -> tuple[base.DatasetSpec, pathlib.Path]:
+  """Checks the arguments; returns the data set and its directory."""
+  if not isinstance(name, str) or name not in _SPECS:
+    raise UserError(f"name={name!r}: must be one of {', '.join(_SPECS)}")
+  spec = _SPECS[name]
+  root = locations.expand("data_dir", data_dir) if data_dir else None
+  try:
+    root = (root or cifar.default_data_dir()).resolve()
+  except (OSError, RuntimeError) as error:  # links that lead in a circle
+    raise UserError(f"data_dir={data_dir}: {base.first_line(error)}") from None
+  return spec, root
+
+
 def prepare(
   name: str,
   *,
@@ -213,11 +232,7 @@ def prepare(
     UserError: Unknown name, a failed download, a damaged or wrong archive, or
       a directory that cannot be used.
   """
-  if name not in _SPECS:
-    raise UserError(f"name={name!r}: must be one of {', '.join(_SPECS)}")
-  spec = _SPECS[name]
-  root = pathlib.Path(data_dir).expanduser() if data_dir else None
-  root = (root or cifar.default_data_dir()).resolve()
+  spec, root = _checked(name, data_dir)
   for directory in cifar.tfds_versions(root, name):
     if cifar.tfds_records(directory, name):
       print(f"{directory} is prepared already, nothing to do")
@@ -230,20 +245,27 @@ def prepare(
     )
   try:
     root.mkdir(parents=True, exist_ok=True)
-    if archive:
-      path = pathlib.Path(archive).expanduser()
-    else:
-      path = download(DOWNLOADS[name], root / "downloads")
-    print(f"reading {path}")
-    splits = archives.read_archive(path, spec)
-    for split, (images, labels) in splits.items():
-      base.checked_split(spec, images, labels[:, -1], where=f"{path} ({split})")
-    builder = _builder(spec, root, splits)
-    builder.download_and_prepare()
+    with lock.file("data_dir", root / f".{name}.lock", root / name):
+      _prepare(spec, root, archive)
   except OSError as error:
     raise UserError(f"data_dir={root}: {base.first_line(error)}") from error
   print(f"{target} is ready: --config.data.dir={root}")
   return target
+
+
+def _prepare(
+  spec: base.DatasetSpec, root: pathlib.Path, archive: str | None
+) -> None:
+  if archive is not None:
+    path = locations.expand("archive", archive)
+  else:
+    path = download(DOWNLOADS[spec.name], root / "downloads")
+  print(f"reading {path}")
+  splits = archives.read_archive(path, spec)
+  for split, (images, labels) in splits.items():
+    base.checked_split(spec, images, labels[:, -1], where=f"{path} ({split})")
+  stops.check()
+  _builder(spec, root, splits).download_and_prepare()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -262,10 +284,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     "--archive", help="official archive to use instead of downloading it"
   )
   args = parser.parse_args(argv)
-  try:
+  with commands.plain_exits():
+    stops.started()
     prepare(args.name, data_dir=args.data_dir, archive=args.archive)
-  except UserError as error:
-    sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

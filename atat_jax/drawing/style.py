@@ -3,11 +3,15 @@
 import contextlib
 import io
 import itertools
+import os
 import pathlib
+import sys
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from atat_jax.drawing.text import plain
+from atat_jax.process import stops
 from atat_jax.runs import files, roles
 
 if TYPE_CHECKING:
@@ -74,12 +78,42 @@ _STYLE = {
 }
 
 
-def context() -> contextlib.AbstractContextManager[None]:
-  """Returns a context in which figures are drawn and saved in this style."""
-  import matplotlib.style
+# Settings of a session, which no style has.
+_SESSION = ("backend", "interactive", "timezone", "date.epoch", "toolbar")
 
-  # On top of the defaults, or a user's matplotlibrc would show through.
-  return matplotlib.style.context(["default", _STYLE])
+
+def import_matplotlib() -> None:
+  """Imports matplotlib, whatever backend the environment names.
+
+  A command started from a notebook inherits the notebook's backend, which this
+  interpreter may lack. No figure here needs any; a user's pyplot may.
+  """
+  if "matplotlib" in sys.modules:
+    return
+  backend = os.environ.pop("MPLBACKEND", None)
+  try:
+    import matplotlib
+  finally:
+    if backend is not None:
+      os.environ["MPLBACKEND"] = backend
+  if backend:
+    with contextlib.suppress(ValueError):
+      matplotlib.rcParams["backend"] = backend
+
+
+@contextlib.contextmanager
+def context() -> Iterator[None]:
+  """Draws and saves figures in this style, whatever the user's settings are."""
+  import_matplotlib()
+  import matplotlib
+
+  settings: Any = {
+    name: value
+    for name, value in matplotlib.rcParamsDefault.items()
+    if not name.startswith(_SESSION)
+  }
+  with matplotlib.rc_context(settings | _STYLE):
+    yield
 
 
 def new_figure(width: float, height: float, pad: float = 0.04) -> Figure:
@@ -90,6 +124,7 @@ def new_figure(width: float, height: float, pad: float = 0.04) -> Figure:
     height: Height in inches.
     pad: Space around each of its axes, in inches.
   """
+  import_matplotlib()
   from matplotlib import figure, layout_engine
 
   layout = layout_engine.ConstrainedLayoutEngine(w_pad=pad, h_pad=pad)
@@ -164,7 +199,7 @@ def caption(fig: Figure, text: str, size: float = 8) -> None:
   """
   width = int(fig.get_figwidth() * 72 / (0.52 * size))
   text = "\n".join(textwrap.wrap(text[0].upper() + text[1:], width))
-  fig.supxlabel(text, fontsize=size, color="#444444")
+  fig.supxlabel(plain(text), fontsize=size, color="#444444")
 
 
 def save(fig: Figure, path: pathlib.Path) -> pathlib.Path:
@@ -179,6 +214,7 @@ def save(fig: Figure, path: pathlib.Path) -> pathlib.Path:
   Returns:
     That path.
   """
+  stops.check()
   for suffix, metadata in ((".png", None), (".pdf", {"CreationDate": None})):
     content = io.BytesIO()
     fig.savefig(content, format=suffix[1:], metadata=metadata)

@@ -19,6 +19,7 @@ from atat_jax.data import augment, batches
 from atat_jax.data.base import Split
 from atat_jax.errors import UserError
 from atat_jax.evaluation.protocols import Protocol
+from atat_jax.process import stops
 from atat_jax.typing import Array, Classifier
 
 
@@ -124,7 +125,7 @@ def judge(
     on_batch: Called with the number of images done after every batch.
 
   Returns:
-    Who is right, and whose logits are not finite.
+    Correct images, and those whose logits are finite.
 
   Raises:
     UserError: An argument of a wrong kind, shape, dtype or range, by name.
@@ -140,6 +141,7 @@ def judge(
     )
     found = score(classifier, images, labels)
     on_batch(min(batch_size, num_examples - number * batch_size))
+    stops.check()
     return found
 
   with nonfinite.collect() as counts:
@@ -158,7 +160,7 @@ def count_classes(
   """Counts correctly classified images, and all images, class by class.
 
   Args:
-    correct: Who is right, bool [N].
+    correct: Whether each image is classified correctly, bool [N].
     labels: True classes, int32 [N].
     num_classes: Number of classes, K.
 

@@ -6,7 +6,8 @@ Nothing here needs a model or a device, so a picture can be redone anywhere.
 import os
 import pathlib
 
-from atat_jax.runs import files
+from atat_jax.drawing import style
+from atat_jax.runs import files, locations
 
 
 def draw_all(workdir: str | os.PathLike[str]) -> list[pathlib.Path]:
@@ -26,7 +27,7 @@ def draw_all(workdir: str | os.PathLike[str]) -> list[pathlib.Path]:
   """
   from atat_jax import analyses  # it imports JAX, which takes long
 
-  workdir = pathlib.Path(workdir)
+  workdir = locations.expand("workdir", workdir)
   return [
     *draw_results(workdir),
     *draw_curves(workdir),
@@ -37,6 +38,7 @@ def draw_all(workdir: str | os.PathLike[str]) -> list[pathlib.Path]:
 def draw_results(workdir: pathlib.Path) -> list[pathlib.Path]:
   """Draws the bars of `results.json`; see `robustness.draw`."""
   # Here and not above: a terminal table must not wait for matplotlib.
+  style.import_matplotlib()
   from atat_jax.figures import robustness
 
   return robustness.draw(workdir)
@@ -44,6 +46,7 @@ def draw_results(workdir: pathlib.Path) -> list[pathlib.Path]:
 
 def draw_curves(workdir: pathlib.Path) -> list[pathlib.Path]:
   """Draws the curves of the training; see `curves.draw`."""
+  style.import_matplotlib()
   from atat_jax.figures import curves
 
   return curves.draw(workdir)
@@ -61,6 +64,7 @@ def draw_comparison(path: pathlib.Path) -> list[pathlib.Path]:
   Raises:
     UserError: The file cannot be read.
   """
+  style.import_matplotlib()
   from atat_jax.figures import comparison
 
   return comparison.draw(path)

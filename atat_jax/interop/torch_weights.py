@@ -9,9 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from atat_jax import checks
 from atat_jax.errors import UserError
 from atat_jax.interop import safetensors_file, torch_file, torch_names
+from atat_jax.runs import locations
 from atat_jax.typing import Variables
+
+_MOST_CHANNELS = 1 << 16
 
 _LEAVES = {
   "kernel": "weight",
@@ -41,7 +45,7 @@ def read_state_dict(path: pathlib.Path | str) -> dict[str, np.ndarray]:
     UserError: No such file, a damaged one, another format, or a pickle that
       asks for more than tensors in dicts.
   """
-  path = pathlib.Path(path)
+  path = locations.expand("path", path)
   is_safetensors = path.suffix == ".safetensors"
   reader = safetensors_file if is_safetensors else torch_file
   try:
@@ -62,6 +66,14 @@ def _to_flax(x: np.ndarray, leaf: str) -> np.ndarray:
   if leaf == "kernel" and x.ndim in (2, 4):
     return x.T if x.ndim == 2 else x.transpose(2, 3, 1, 0)
   return x
+
+
+def _check_channels(number: int) -> None:
+  checks.positive("num_channels", number, integer=True)
+  if number > _MOST_CHANNELS:
+    raise UserError(
+      f"num_channels: {number}; allowed: at most {_MOST_CHANNELS}"
+    )
 
 
 def load_torch(
@@ -89,6 +101,7 @@ def load_torch(
     UserError: See `read_state_dict`. Tensors that are missing, left over or of
       another shape are all named.
   """
+  _check_channels(num_channels)
   names = torch_names.layer_names(model)
   tensors = read_state_dict(path)
   expected = jax.eval_shape(

@@ -7,8 +7,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from atat_jax.errors import UserError
+from atat_jax.process import commands, stops
 from atat_jax.report import write_comparison
+from atat_jax.runs import locations
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -22,12 +23,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     "--out", default="comparison", help="path of the files, without a suffix"
   )
   args = flags.parse_args(argv)
-  for path in write_comparison(args.workdirs, args.out):
+  workdirs = [locations.expand("workdirs", path) for path in args.workdirs]
+  for path in write_comparison(workdirs, locations.expand("out", args.out)):
     sys.stdout.write(f"comparison: {path}\n")
 
 
 if __name__ == "__main__":
-  try:
+  with commands.plain_exits():
+    stops.started()
     main()
-  except UserError as error:
-    sys.exit(f"error: {error}")

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import pathlib
 import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -17,7 +16,7 @@ from atat_jax.report.groups import (
   differing_fields,
   read,
 )
-from atat_jax.runs import tables
+from atat_jax.runs import locations, tables
 
 # The time of a step is given relative to this method's.
 _REFERENCE = "at"
@@ -52,7 +51,9 @@ def compare(workdirs: Sequence[str | os.PathLike[str]]) -> dict[str, Any]:
   """
   if not workdirs:
     raise UserError("workdirs: none; allowed: directories of finished runs")
-  groups = by_training([read(pathlib.Path(workdir)) for workdir in workdirs])
+  groups = by_training(
+    [read(locations.expand("workdirs", workdir)) for workdir in workdirs]
+  )
   rows = [row for group in groups for row in _merge(group)]
   _add_differences(rows)
   _complete_attacks(rows)

@@ -8,7 +8,14 @@ from typing import Any
 from atat_jax import figures
 from atat_jax.errors import UserError
 from atat_jax.report import page, results, summary
-from atat_jax.runs import comparable, files, provenance, roles, tables
+from atat_jax.runs import (
+  comparable,
+  files,
+  locations,
+  provenance,
+  roles,
+  tables,
+)
 
 
 def write_report(workdir: str | os.PathLike[str]) -> pathlib.Path:
@@ -31,8 +38,8 @@ def write_report(workdir: str | os.PathLike[str]) -> pathlib.Path:
   """
   from atat_jax import analyses  # it imports JAX, which takes long
 
-  workdir = pathlib.Path(workdir)
-  found = files.read_results(workdir)
+  workdir = locations.expand("workdir", workdir)
+  found = files.read_results(workdir, tables.SHOWN)
   if found is None:
     raise UserError(
       f"{workdir / files.RESULTS} does not exist: evaluate first, with "

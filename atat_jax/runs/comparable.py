@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 class Question(NamedTuple):
-  """What an accuracy under attack is about; equal for comparable rows.
+  """Images, ball and classifier of an accuracy; equal for comparable rows.
 
   Attributes:
     dataset: Name of the data set.

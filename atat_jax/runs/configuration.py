@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from atat_jax.errors import DamagedFileError, UserError
-from atat_jax.runs import files
+from atat_jax.runs import files, roles
 
 # Fields that the trained weights do not depend on.
 _FREE = (
@@ -28,6 +28,9 @@ _BOUND = (
   "evaluation.epsilon",
   "evaluation.step_size",
 )
+
+# Fields that a run's teacher does not depend on.
+_STUDENTS = ("train.", "objective.", "recipe")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,12 +168,23 @@ def check(tree: Mapping[str, Any], workdir: pathlib.Path) -> None:
   if stored is None:
     return
   found = training_fields(stored)
+  # A student that diverged before its first checkpoint leaves a teacher that
+  # does not depend on the student's numbers.
+  teacher_only = _has_state(workdir / roles.TEACHER) and not _has_state(workdir)
   for field, value in training_fields(tree).items():
+    if teacher_only and field.startswith(_STUDENTS):
+      continue
     if found.get(field) != value:
       raise UserError(
         f"config.{field}: {value!r}, but {workdir} holds a run with"
         f" {found.get(field)!r}; use that or another --workdir"
       )
+
+
+def _has_state(directory: pathlib.Path) -> bool:
+  """Whether a training has a checkpoint there."""
+  place = directory / files.CHECKPOINTS
+  return place.is_dir() and any(x.name.isdigit() for x in place.iterdir())
 
 
 def write(tree: Mapping[str, Any], workdir: pathlib.Path) -> None:

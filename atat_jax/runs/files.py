@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from atat_jax.errors import DamagedFileError, UserError
+from atat_jax.runs import results_format
 
 try:
   import fcntl
@@ -74,6 +75,8 @@ def plain_errors(path: pathlib.Path) -> Iterator[None]:
   try:
     yield
   except OSError as error:
+    if error.errno is None or isinstance(error, ConnectionError | TimeoutError):
+      raise  # of a network
     raise UserError(f"{path}: {error.strerror or error}") from error
 
 
@@ -368,12 +371,14 @@ def read_json(path: pathlib.Path) -> dict[str, Any] | None:
   return value
 
 
-_NAMES = ("model", "attack", "batch_norm")
-_NUMBERS = ("norm", "epsilon", "num_examples")  # some are None
-
-
-def read_results(workdir: pathlib.Path) -> dict[str, Any] | None:
+def read_results(
+  workdir: pathlib.Path, needed: Sequence[str] = ()
+) -> dict[str, Any] | None:
   """Reads `results.json`; None if the run has not been evaluated.
+
+  Args:
+    workdir: Directory of the file.
+    needed: Fields that each row must have besides those that all have.
 
   Raises:
     UserError: The file is damaged or of another format.
@@ -386,25 +391,18 @@ def read_results(workdir: pathlib.Path) -> dict[str, Any] | None:
     raise UserError(
       f"{path}: format is {results.get('format')!r}, only 1 can be read"
     )
-  rows = results.get("rows")
-  if not isinstance(rows, list) or not all(map(_is_row, rows)):
+  if found := results_format.fault(results, needed):
     raise DamagedFileError(
-      f"{path}: not a results file; move it away to evaluate again"
+      f"{path}: not a results file ({found}); move it away to evaluate again"
     )
   return results
 
 
-def _is_row(row: Any) -> bool:
-  return (
-    isinstance(row, dict)
-    and all(isinstance(row.get(name), str) for name in _NAMES)
-    and all(name in row for name in _NUMBERS)
-    and type(row.get("accuracy")) in (int, float)
-  )
-
-
 def read_autoattack(
-  workdir: pathlib.Path, epsilon: float, norm: str
+  workdir: pathlib.Path,
+  epsilon: float,
+  norm: str,
+  num_examples: int | None = None,
 ) -> dict[str, dict[str, Any]]:
   """Reads AutoAttack's rows of `results.json`, running statistics only.
 
@@ -412,6 +410,7 @@ def read_autoattack(
     workdir: Directory of the file.
     epsilon: Radius that the rows must have, pixels in [0, 1].
     norm: Norm that the rows must have.
+    num_examples: Number of images that the rows must have; None: any.
 
   Returns:
     {model: row}. Of several rows of a model, the one with the most images; of
@@ -428,6 +427,7 @@ def read_autoattack(
       and row["batch_norm"] == "running"
       and row["norm"] == norm
       and abs(row["epsilon"] - epsilon) < 1e-6
+      and num_examples in (None, row["num_examples"])
     ):
       best = found.setdefault(row["model"], row)
       found[row["model"]] = min(

@@ -158,7 +158,7 @@ class Incidents:
       step, terms = found[-1]
       raise self.diverged(step + 1, terms, kept)
     guard = current.guard
-    assert guard is not None
+    assert guard is not None  # noqa: S101 - narrows the type, cannot fail
     return current.replace(guard=guard.replace(count=0 * guard.count))
 
   def _check_row(self, kept: str) -> None:
@@ -207,7 +207,7 @@ class Incidents:
     later = set(state.LEFT_BEHIND)
     # What a step leaves behind is only news where all before it was finite.
     shown = [term for term in terms if term not in later] or terms
-    row = f" and at {in_a_row} steps in a row" if in_a_row > 1 else ""
+    row = f", the first of {in_a_row} in a row" if in_a_row > 1 else ""
     return TrainingDivergedError(
       f"{self._name}: not finite at step {step}{row}: {', '.join(shown)};"
       f" training stopped, {kept}; the batch is in {self.path}; a lower"

@@ -6,25 +6,10 @@ import threading
 from types import FrameType
 from typing import Any
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+from atat_jax.process import stops
+from atat_jax.process.stops import SIGNALS, Interrupted
 
-
-class Interrupted(KeyboardInterrupt):
-  """A run stopped on request, its state saved.
-
-  Attributes:
-    signum: Signal that asked for it.
-  """
-
-  def __init__(self, message: str, signum: int):
-    super().__init__(message)
-    self.signum = signum
-
-
-def raise_interrupted(signum: int, frame: FrameType | None) -> None:
-  """Signal handler for work that is safe to stop anywhere."""
-  del frame
-  raise Interrupted("stopped; the same command goes on from here", signum)
+__all__ = ["SIGNALS", "Interrupt", "Interrupted"]
 
 
 class Interrupt(contextlib.AbstractContextManager[Any]):
@@ -34,6 +19,7 @@ class Interrupt(contextlib.AbstractContextManager[Any]):
   with Interrupt() as interrupt:
     for step in steps:
       ...
+      interrupt.hold()
       if interrupt.signum:
         save()
         break
@@ -43,6 +29,21 @@ class Interrupt(contextlib.AbstractContextManager[Any]):
   def __init__(self) -> None:
     self.signum = 0
     self._previous: dict[signal.Signals, Any] = {}
+    self._hold = contextlib.ExitStack()
+    self._holds = False
+
+  def hold(self) -> None:
+    """Keeps the process alive from now on until the state is saved.
+
+    Before, there is nothing to save, and a first step may compile for minutes.
+
+    Raises:
+      Interrupted: A stop was requested before.
+    """
+    if not self._holds:
+      stops.check()
+      self._hold.enter_context(stops.hold())
+      self._holds = True
 
   def _handle(self, signum: int, frame: FrameType | None) -> None:
     self.signum = signum
@@ -55,10 +56,11 @@ class Interrupt(contextlib.AbstractContextManager[Any]):
   def __enter__(self) -> "Interrupt":
     """Installs the handlers, in the main thread: Python allows no other."""
     if threading.current_thread() is threading.main_thread():
-      for number in SIGNALS:
+      for number in stops.catchable():
         self._previous[number] = signal.signal(number, self._handle)
     return self
 
   def __exit__(self, *error: object) -> None:
     """Puts the former handlers back."""
     self._restore()
+    self._hold.close()

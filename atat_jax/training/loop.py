@@ -94,6 +94,7 @@ def run(
         journal.bar.advance(len(numbers))
         if numbers.start == start:
           jax.block_until_ready(current)
+          interrupt.hold()
           journal.bar.restart()  # the first step compiles
         log, validate = outline.logs(step), outline.validates(step)
         if log or validate:  # otherwise the host does not wait for the device

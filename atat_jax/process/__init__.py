@@ -1,0 +1,1 @@
+"""Process of a command: how it begins, stops and ends. Needs no JAX."""

@@ -1,0 +1,96 @@
+"""Paths as users write them, and the folders of this user."""
+
+import functools
+import logging
+import os
+import pathlib
+import sys
+
+from atat_jax.errors import UserError, shown
+
+_log = logging.getLogger(__name__)
+
+
+def expand(field: str, path: str | os.PathLike[str]) -> pathlib.Path:
+  """Returns a path with `~` and `~user` replaced by the home folder.
+
+  Args:
+    field: Name of the argument, for the message.
+    path: The path, as it was given.
+
+  Raises:
+    UserError: No path; "" or "None", as from an unset variable; a home folder
+      that is not known; a name that is too long; a null byte.
+  """
+  if not isinstance(path, str | os.PathLike):
+    raise UserError(f"{field}: {shown(path)}; allowed: a path")
+  text = str(path)
+  if not text.strip() or text == "None":  # an unset variable
+    raise UserError(f"{field}: {text!r}; allowed: a path")
+  if "\0" in text:
+    raise UserError(f"{field}: {text!r}; allowed: a path without a null byte")
+  if not _is_text(text):  # checkpoints cannot be written there
+    raise UserError(
+      f"{field}: {text!r}; allowed: a path of letters in this locale's encoding,"
+      f" {sys.getfilesystemencoding()}; PYTHONUTF8=1 makes that UTF-8"
+    )
+  try:
+    found = pathlib.Path(text).expanduser()
+    found.exists()
+    return found
+  except OSError as error:  # the longest name is the system's
+    raise UserError(f"{field}: {shown(text)}: {error.strerror}") from None
+  except RuntimeError:
+    raise UserError(
+      f"{field}: {text!r}; allowed: a path without ~, the home folder of"
+      f" {pathlib.Path(text).parts[0]} is not known"
+    ) from None
+
+
+def _is_text(path: str) -> bool:
+  """Returns whether a path has no bytes that are no letters."""
+  try:
+    path.encode()
+  except UnicodeEncodeError:
+    return False
+  return True
+
+
+def cache(name: str) -> pathlib.Path | None:
+  """Returns a folder of this package in the user's cache.
+
+  `$XDG_CACHE_HOME/atat_jax/<name>`, by default `~/.cache/atat_jax/<name>`.
+
+  Args:
+    name: Name of the folder.
+
+  Returns:
+    The folder, which exists and can be written; None where there can be none,
+    which is told once.
+  """
+  root = os.environ.get("XDG_CACHE_HOME", "")
+  try:
+    if not os.path.isabs(root):  # the standard has relative paths ignored
+      root = str(pathlib.Path("~").expanduser() / ".cache")
+  except RuntimeError:
+    _say_once("HOME is not set and this user has no home folder")
+    return None
+  path = pathlib.Path(root) / "atat_jax" / name
+  try:
+    path.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    _say_once(f"{path}: {error.strerror}")
+    return None
+  if not os.access(path, os.W_OK | os.X_OK):
+    _say_once(f"{path}: no permission to write")
+    return None
+  return path
+
+
+@functools.cache
+def _say_once(reason: str) -> None:
+  _log.warning(
+    "no cache (%s): programs are compiled, and data decoded, at every start;"
+    " XDG_CACHE_HOME can name a folder",
+    reason,
+  )

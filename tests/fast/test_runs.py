@@ -51,7 +51,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
   def fail(self, content):
     with open(self, "wb") as file:
       file.write(content[:1])
-    raise OSError("no space left")
+    raise OSError(28, "no space left")
 
   monkeypatch.setattr(pathlib.Path, "write_bytes", fail)
   with pytest.raises(UserError, match=r"a\.png: no space"):

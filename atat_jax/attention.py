@@ -273,7 +273,7 @@ def _maps(
   images: Array,
   labels: Array,
   *,
-  model: nn.Module | compilation.ByIdentity,
+  model: nn.Module | compilation.Opaque,
   layers: tuple[str, ...] | None,
   batch_norm: BatchNormMode,
 ) -> tuple[dict[str, Array], dict[str, Array]]:
@@ -310,7 +310,7 @@ def _forward(
   variables: Variables,
   images: Array,
   *,
-  model: nn.Module | compilation.ByIdentity,
+  model: nn.Module | compilation.Opaque,
   batch_norm: BatchNormMode,
 ) -> Array:
   network = compilation.unwrap(model)

@@ -224,10 +224,10 @@ def _is_known(
 def _remember(
   path: pathlib.Path, identity: dict[str, Any], cache_dir: str | None
 ) -> None:
-  note = _note(path, cache_dir)
-  if identity["size"] < _LARGE or note is None:
+  if identity["size"] < _LARGE:
     return
   try:
-    files.write_json(note, identity)
+    if note := _note(path, cache_dir):
+      files.write_json(note, identity)
   except (OSError, UserError) as error:
     _log.info("extra: no note of its checksum (%s)", error)

@@ -179,8 +179,8 @@ def write_json(
   Args:
     path: The file.
     value: JSON value with finite numbers; an object if it is sealed.
-    sealed: Whether the object gets an entry "checksum" of all others, which
-      `read_json` checks and takes off.
+    sealed: Whether the object gets an entry "checksum" of all others, in its
+      record "run" if it has one. `read_json` checks it and takes it off.
 
   Raises:
     ValueError: A number is not finite.
@@ -188,7 +188,11 @@ def write_json(
   """
   text = json.dumps(value, indent=1, allow_nan=False)
   if sealed:
-    value = {**value, _SEAL: _checksum(json.loads(text))}
+    seal = {_SEAL: _checksum(json.loads(text))}
+    if isinstance(value.get("run"), dict):
+      value = {**value, "run": {**value["run"], **seal}}
+    else:
+      value = {**value, **seal}
     text = json.dumps(value, indent=1, allow_nan=False)
   return write_text(path, text + "\n")
 
@@ -354,7 +358,8 @@ def read_json(path: pathlib.Path) -> dict[str, Any] | None:
     raise DamagedFileError(
       f"{path} must hold a JSON object, not a {type(value).__name__}"
     )
-  seal = value.pop(_SEAL, None)
+  run = value.get("run")
+  seal = (run if isinstance(run, dict) else value).pop(_SEAL, None)
   # A value without its name: the damage is in the name.
   if seal is None and not _SEALED.search(content):
     return value  # as earlier versions wrote it

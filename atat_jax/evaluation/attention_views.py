@@ -127,16 +127,21 @@ def attention_views(
     name: sharding.put_replicated(mesh, classifier)
     for name, classifier in named.items()
   }
+
+  def view(name: str, kind: str, seen: Array) -> dict[str, np.ndarray]:
+    (variables,) = placed[name].args
+    model = compilation.hashable(networks[name][0])
+    views = _jitted_view(variables, seen, y, model=model, layer=layers[name])
+    return _named(name, kind, *sharding.to_host(mesh, views))
+
+  for name in named:  # before any attack: they may be refused
+    found |= view(name, "clean", x)
   shared = None if source is None else attack(placed[source], x, y)
-  for name, (model, _) in networks.items():
+  for name in named:
     attacked = attack(placed[name], x, y) if shared is None else shared
     found["kinds"] = np.array(["clean", *attacked])
-    (variables,) = placed[name].args
-    static = {"model": compilation.hashable(model), "layer": layers[name]}
-    for kind, seen in {"clean": x, **attacked}.items():
-      view = sharding.to_host(mesh, _jitted_view(variables, seen, y, **static))
-      found |= _named(name, kind, *view)
     for kind, seen in attacked.items():
+      found |= view(name, kind, seen)
       found[f"{name}_{kind}"] = sharding.to_host(mesh, seen)
   return found
 

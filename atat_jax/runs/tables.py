@@ -197,7 +197,7 @@ def markdown(lines: Sequence[Sequence[str]], align: str | None = None) -> str:
   return "\n".join(f"| {' | '.join(line)} |" for line in [head, rule, *rows])
 
 
-# What Markdown would take for marks; an underscore within a word is none.
+# Letters that Markdown takes for marks. An underscore within a word is none.
 _MARKS = re.compile(r"[\\`*<&|~$]|(?<=\])\(|(?<!\w)_|_(?!\w)")
 
 

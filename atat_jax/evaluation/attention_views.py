@@ -114,13 +114,8 @@ def attention_views(
     checks.choice("source", source, named)
     description += f"; images made for {source}"
   layers = tapped_layers(networks, images, layer)
-  found = {
-    "networks": np.array(list(named)),
-    "images": images,
-    "labels": labels,
-    "layer": np.array(", ".join(dict.fromkeys(layers.values()))),
-    "protocol": np.array(description),
-  }
+  found = {"images": images, "labels": labels}
+  found |= _facts(list(named), layers, description)
   mesh = devices(mesh)
   x, y = (sharding.put_replicated(mesh, part) for part in (images, labels))
   placed = {
@@ -129,8 +124,8 @@ def attention_views(
   }
 
   def view(name: str, kind: str, seen: Array) -> dict[str, np.ndarray]:
-    (variables,) = placed[name].args
     model = compilation.hashable(networks[name][0])
+    (variables,) = placed[name].args
     views = _jitted_view(variables, seen, y, model=model, layer=layers[name])
     return _named(name, kind, *sharding.to_host(mesh, views))
 
@@ -144,6 +139,17 @@ def attention_views(
       found |= view(name, kind, seen)
       found[f"{name}_{kind}"] = sharding.to_host(mesh, seen)
   return found
+
+
+def _facts(
+  names: list[str], layers: Mapping[str, str], description: str
+) -> dict[str, np.ndarray]:
+  """Returns the texts that a file has besides its maps."""
+  return {
+    "networks": np.array(names),
+    "layer": np.array(", ".join(dict.fromkeys(layers.values()))),
+    "protocol": np.array(description),
+  }
 
 
 def _named(

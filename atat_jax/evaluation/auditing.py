@@ -223,7 +223,8 @@ def in_ball(
   numbers = (
     f"the largest distance is {largest:.6g}, the radius {epsilon:.6g}, pixels"
     f" are in [{low[finite].min(initial=1.0):.6g},"
-    f" {high[finite].max(initial=0.0):.6g}]"
+    # Digits enough to tell an excess of 1e-6 from 1.
+    f" {high[finite].max(initial=0.0):.8g}]"
   )
   if not finite.all():
     count = wording.plural(int((~finite).sum()), "image")

@@ -81,11 +81,7 @@ class Incidents:
   @property
   def left_out(self) -> list[int]:
     """Numbers of the steps, from 0, that the training leaves out."""
-    if self._policy == "stop":
-      return []
-    return sorted(
-      line["step"] - 1 for line in self._lines if line["action"] == ROLLED_BACK
-    )
+    return _left_out(self._lines, self._policy)
 
   def count(self, first: int, last: int) -> int:
     """Number of steps from `first` to `last`, from 1, that changed nothing."""
@@ -214,6 +210,24 @@ class Incidents:
       " learning_rate or smaller weights of the terms may help, and"
       f" --mode=replay --step={step} makes that step again"
     )
+
+
+def _left_out(lines: Sequence[dict[str, Any]], policy: str) -> list[int]:
+  if policy == "stop":
+    return []
+  return sorted(
+    line["step"] - 1 for line in lines if line["action"] == ROLLED_BACK
+  )
+
+
+def read_left_out(directory: pathlib.Path, policy: str) -> list[int]:
+  """Reads the numbers of the steps, from 0, that a training has left out.
+
+  Args:
+    directory: Directory of the training's files; nothing in it is changed.
+    policy: One of `options.POLICIES`.
+  """
+  return _left_out(_read(directory / FILE), policy)
 
 
 def _read(path: pathlib.Path) -> list[dict[str, Any]]:

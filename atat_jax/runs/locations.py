@@ -32,13 +32,17 @@ def expand(field: str, path: str | os.PathLike[str]) -> pathlib.Path:
       f"{field}: {text!r}; allowed: a path of letters in this locale's encoding,"
       f" {sys.getfilesystemencoding()}; PYTHONUTF8=1 makes that UTF-8"
     )
-  try:
-    return pathlib.Path(text).expanduser()
-  except RuntimeError:
+  expanded = os.path.expanduser(text)
+  if expanded.startswith("~"):
     raise UserError(
       f"{field}: {text!r}; allowed: a path without ~, the home folder of"
       f" {pathlib.Path(text).parts[0]} is not known"
-    ) from None
+    )
+  found = pathlib.Path(expanded)
+  # "./~" and "./None" stay what they are, however often they come here.
+  return (
+    found.absolute() if str(found)[0] == "~" or str(found) == "None" else found
+  )
 
 
 def _is_text(path: str) -> bool:

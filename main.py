@@ -56,7 +56,7 @@ def _parse(argv: Sequence[str]) -> list[str]:
     _CONFIG.value.items()  # a file that could not be read fails only here
     return rest
   except UserError as error:
-    sys.exit(f"error: {commands.one_line(error)}")
+    sys.exit(f"error: {error}")
   except (AttributeError, KeyError) as error:  # ml_collections: no such field
     inner = error.args[0]
     text = inner.args[0] if isinstance(inner, Exception) else inner

@@ -1,7 +1,6 @@
 """NumPy's files: headers that are compared with what is there, no objects."""
 
 import math
-import pathlib
 from collections.abc import Collection
 from typing import IO, NamedTuple
 
@@ -111,13 +110,13 @@ def read_array(file: IO[bytes], size: int) -> np.ndarray:
   return array
 
 
-def read_npz(
-  path: pathlib.Path | str, names: Collection[str] | None = None
+def read_members(
+  archive: zips.Zip, names: Collection[str] | None = None
 ) -> dict[str, np.ndarray]:
   """Reads arrays of an `.npz`; checksums are compared.
 
   Args:
-    path: Path of a regular file.
+    archive: The open archive.
     names: Names of the arrays to be read, of which missing ones are left out;
       None: all.
 
@@ -125,20 +124,17 @@ def read_npz(
     Arrays by name.
 
   Raises:
-    UserError: A pipe, socket or device.
-    OSError: The file cannot be read.
     Exception: A damaged file raises anything, mostly `ValueError` and
       `zipfile.BadZipFile`.
   """
   found = {}
-  with zips.open_zip(path) as archive:
-    for member, info in archive.members.items():
-      name = member.removesuffix(".npy")
-      if names is None or name in names:
-        if name == member or name in found:
-          raise ValueError(f"{member}: not an array with a name of its own")
-        with archive.open(member) as file:
-          found[name] = read_array(file, info.file_size)
-          if file.read(1):  # reading up to the end compares the checksum
-            raise ValueError(f"{member}: more bytes than it claims")
+  for member, info in archive.members.items():
+    name = member.removesuffix(".npy")
+    if names is None or name in names:
+      if name == member:
+        raise ValueError(f"{member}: not an array")
+      with archive.open(member) as file:
+        found[name] = read_array(file, info.file_size)
+        if file.read(1):  # reading up to the end compares the checksum
+          raise ValueError(f"{member}: more bytes than it claims")
   return found

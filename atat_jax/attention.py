@@ -273,7 +273,7 @@ def _maps(
   images: Array,
   labels: Array,
   *,
-  model: nn.Module | compilation.ByIdentity,
+  model: nn.Module | compilation.Opaque,
   layers: tuple[str, ...] | None,
   batch_norm: BatchNormMode,
 ) -> tuple[dict[str, Array], dict[str, Array]]:
@@ -310,7 +310,7 @@ def _forward(
   variables: Variables,
   images: Array,
   *,
-  model: nn.Module | compilation.ByIdentity,
+  model: nn.Module | compilation.Opaque,
   batch_norm: BatchNormMode,
 ) -> Array:
   network = compilation.unwrap(model)
@@ -376,8 +376,10 @@ def _refuse_nonfinite(bad: dict[str, Array], model: nn.Module) -> None:
   """Raises a `UserError` if a count is not 0; counts inside jit pass."""
   if any(isinstance(count, jax.core.Tracer) for count in bad.values()):
     return
-  for what, count in jax.device_get(bad).items():
-    if count:
+  counts = jax.device_get(bad)
+  # The cause before what follows from it.
+  for what in dict.fromkeys(["variables", "logits", *counts]):
+    if count := counts[what]:
       raise UserError(
         f"{what}: {count:,} numbers of {type(model).__name__} are not finite;"
         " allowed: finite variables, and logits and maps that are"

@@ -358,6 +358,8 @@ def explain(
 
 def _number(text: str) -> float:
   above, _, below = text.partition("/")
+  if float(below or 1) == 0:
+    raise argparse.ArgumentTypeError(f"{text!r}; allowed: a number, or 8/255")
   return float(above) / float(below or 1)
 
 

@@ -8,11 +8,6 @@ everything else (features, names, keys, order, files) is left to the stock
 builder, so that `tfds.data_source` reads the result like any other.
 """
 
-from atat_jax.process import commands
-
-if __name__ == "__main__":
-  commands.begin("stopped; the same command starts again")
-
 import argparse
 import hashlib
 import http.client
@@ -27,7 +22,7 @@ import tqdm
 
 from atat_jax.data import archives, base, cifar
 from atat_jax.errors import UserError
-from atat_jax.process import stops
+from atat_jax.process import commands, stops
 from atat_jax.runs import files, locations, lock
 
 _BLOCK = 1 << 18

@@ -233,8 +233,9 @@ def results_table(results: dict[str, Any]) -> str:
     ]
     lines.append([f"{model}, {tables.BATCH_NORM_NAMES[batch_norm]}", *numbers])
   text = [tables.markdown(lines, "l" + "r" * len(columns)), ""]
-  text += [f"{c.label}: {tables.protocol(c)}" for c in columns]
-  text += filter(None, [comparable.note(columns), _nonfinite(rows)])
+  notes = [f"{c.label}: {tables.protocol(c)}" for c in columns]
+  notes += filter(None, [comparable.note(columns), _nonfinite(rows)])
+  text += map(tables.escaped, notes)
   if any(batch_norm == "batch" for _, batch_norm in tables.series(rows)):
     text.append(f"batch statistics: {tables.BATCH_WARNING}")
   return "\n".join(text)

@@ -1,6 +1,7 @@
 """Rows of `results.json` arranged by attack, and tables in Markdown."""
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -174,7 +175,7 @@ def markdown(lines: Sequence[Sequence[str]], align: str | None = None) -> str:
   Returns:
     Table, without a line break at its end.
   """
-  cells = [[_escaped(cell) for cell in line] for line in lines]
+  cells = [[escaped(cell) for cell in line] for line in lines]
   columns = list(zip(*cells, strict=True))
   if align is None:
     align = "".join(
@@ -196,8 +197,14 @@ def markdown(lines: Sequence[Sequence[str]], align: str | None = None) -> str:
   return "\n".join(f"| {' | '.join(line)} |" for line in [head, rule, *rows])
 
 
-def _escaped(cell: str) -> str:
-  return cell.replace("|", "\\|").replace("\n", " ")
+# What Markdown would take for marks; an underscore within a word is none.
+_MARKS = re.compile(r"[\\`*<&|~$]|(?<=\])\(|(?<!\w)_|_(?!\w)")
+
+
+def escaped(text: str) -> str:
+  """Returns text that Markdown, and a terminal, show as it is, on one line."""
+  line = "".join(letter if letter.isprintable() else " " for letter in text)
+  return _MARKS.sub(r"\\\g<0>", line)
 
 
 def attack(column: Column) -> str:

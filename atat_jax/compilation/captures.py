@@ -225,7 +225,8 @@ class Opaque:
   ) -> "Opaque":
     """Puts other arrays in place of its own."""
     made, session = object.__new__(cls), reference()
-    assert session is not None  # another copy is alive: that of the caller
+    # Another copy is alive: that of the caller.
+    assert session is not None  # noqa: S101 - narrows the type, cannot fail
     made._session, made._leaves = session, list(leaves)
     return made
 

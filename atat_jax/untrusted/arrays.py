@@ -9,6 +9,7 @@ import numpy as np
 from atat_jax.untrusted import zips
 
 _CHUNK = 1 << 20
+_MOST_AXES = 32
 _LARGEST_CODE_POINT = 0x10FFFF
 
 
@@ -33,6 +34,21 @@ class Header(NamedTuple):
     return math.prod(self.shape) * self.dtype.itemsize
 
 
+def _parse_header(
+  file: IO[bytes],
+) -> tuple[tuple[int, ...], bool, np.dtype]:
+  version = np.lib.format.read_magic(file)
+  try:
+    if version == (1, 0):
+      return np.lib.format.read_array_header_1_0(file)
+    if version == (2, 0):
+      return np.lib.format.read_array_header_2_0(file)
+  # The header is a Python literal, of any depth.
+  except (ValueError, SyntaxError, RecursionError, MemoryError):
+    raise ValueError("the header of an array cannot be parsed") from None
+  raise ValueError(f"version {version} of the format; allowed: 1.0, 2.0")
+
+
 def read_header(file: IO[bytes], size: int) -> Header:
   """Reads the header of an array and compares it with the size of the file.
 
@@ -48,15 +64,11 @@ def read_header(file: IO[bytes], size: int) -> Header:
       size than the file's.
   """
   start = file.tell()
-  version = np.lib.format.read_magic(file)
-  if version == (1, 0):
-    shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-  elif version == (2, 0):
-    shape, fortran, dtype = np.lib.format.read_array_header_2_0(file)
-  else:
-    raise ValueError(f"version {version} of the format; allowed: 1.0, 2.0")
+  shape, fortran, dtype = _parse_header(file)
   if dtype.hasobject or dtype.kind not in "biufcSUV" or dtype.fields:
     raise ValueError(f"an array of {dtype}; allowed: numbers and text")
+  if len(shape) > _MOST_AXES:
+    raise ValueError(f"an array of {len(shape)} axes")
   if not dtype.itemsize or any(n < 0 for n in shape):
     raise ValueError(f"an array of {dtype} {shape}")
   order = "F" if fortran else "C"

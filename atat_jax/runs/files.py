@@ -74,7 +74,7 @@ def plain_errors(path: pathlib.Path) -> Iterator[None]:
     yield
   except OSError as error:
     if error.errno is None or isinstance(error, ConnectionError | TimeoutError):
-      raise  # of a network
+      raise  # the network failed, not the file
     raise UserError(f"{path}: {error.strerror or error}") from error
 
 

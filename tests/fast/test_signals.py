@@ -79,19 +79,18 @@ def run(body, *, grace=5.0):
   code = f"""
 import os, signal, sys
 from atat_jax.process import commands, stops
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # this session may ignore it
 commands.begin("stopped; here")
 stops.GRACE_SECONDS = {grace}
 def kill(signum): os.kill(os.getpid(), signum)
 with commands.plain_exits():
 {textwrap.indent(textwrap.dedent(body), "  ")}
 """
-  # Whatever this session ignores, as under nohup.
   made = subprocess.run(
     [sys.executable, "-c", code],
     capture_output=True,
     text=True,
     timeout=60,
-    preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
   )
   return made.returncode, made.stderr
 

@@ -67,7 +67,7 @@ def devices(mesh: Mesh | None) -> Mesh:
   """
   if mesh is None:
     return sharding.make_mesh()
-  checks.instance("mesh", mesh, Mesh, "a mesh of sharding.make_mesh, or None")
+  sharding.check_mesh(mesh)
   return mesh
 
 

@@ -395,7 +395,8 @@ def inspect_images(x: Array | np.ndarray, name: str = "images") -> None:
     raise UserError(
       f"{name}: shape {x.shape}; allowed: [B, H, W, C], not empty"
     )
-  if not jnp.issubdtype(x.dtype, jnp.floating):
+  # JAX has no floating point wider than float64.
+  if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype.itemsize > 8:
     raise UserError(
       f"{name}: dtype {x.dtype}; allowed: floating point in [0, 1]"
       " (uint8 pixels: divide by 255)"
@@ -432,9 +433,9 @@ def inspect_labels(
 
 def images(x: Array, name: str = "images") -> Array:
   """Checks [B, H, W, C] floating-point images in [0, 1] and returns them."""
-  x = jnp.asarray(array(x, name))
+  x = array(x, name)  # type: ignore[assignment]
   inspect_images(x, name)
-  return x
+  return jnp.asarray(x)
 
 
 def labels(

@@ -8,7 +8,7 @@ range: a page must not show, nor compare, a number that is none.
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
-from atat_jax.errors import shown
+from atat_jax.errors import UserError, shown
 
 _MOST = 1e12  # more than any number of images, steps or seconds
 
@@ -185,6 +185,19 @@ def configuration_fault(tree: Mapping[str, Any]) -> str:
     tree: Content of `config.json`, or its copy in `results.json`.
   """
   return _fault(tree, _CONFIGURATION, ())
+
+
+def check(results: object) -> None:
+  """Checks the content of a `results.json` that is given to a function.
+
+  Raises:
+    UserError: The first fault.
+  """
+  found = f"{shown(results)}; allowed: an object"
+  if isinstance(results, Mapping):
+    found = fault(results)
+  if found:
+    raise UserError(f"results: {found}")
 
 
 def fault(results: Mapping[str, Any], needed: Iterable[str] = ()) -> str:

@@ -52,11 +52,15 @@ def apply(classifier: Classifier, key: Array, images: Array) -> Array:
   """Computes logits [B, K]; a `Randomized` classifier draws from `key`.
 
   Logits of 16 bits become float32, as losses and comparisons need more.
+
+  Raises:
+    UserError: The result is no array of logits, one row an image.
   """
   if isinstance(classifier, Randomized):
     logits = classifier(images, key)
   else:
     logits = classifier(images)
+  classifiers.check_logits(logits, images.shape[0])
   return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
 
 

@@ -775,7 +775,10 @@ def main(workdir, *words, python=(), wrapper=(), **options):
     sys.executable,
     *python,
     ROOT / "main.py",
-    *tiny.flags(workdir, *words, method="standard"),
+    *(
+      flag.replace("=configs/", f"={ROOT}/configs/")
+      for flag in tiny.flags(workdir, *words, method="standard")
+    ),
     env=env,
     **options,
   )
@@ -793,7 +796,7 @@ def plain(tmp_path_factory):
 # As nobody that the system knows, by a link, with stdin closed.
 _STRANGE = """
 umask 077
-mkdir "$0" && ln -s "$0" "$1" && shift && exec "$@" <&-
+mkdir "$0" && chown 12345 "$0" && ln -s "$0" "$1" && shift && exec "$@" <&-
 """
 
 
@@ -815,8 +818,8 @@ def test_a_run_in_a_strange_place(plain):
   }
   unset = "HOME XDG_CACHE_HOME JAX_COMPILATION_CACHE_DIR TERM COLUMNS DISPLAY"
   nobody = [*AS_NOBODY, "--inh-caps=-all", "--bounding-set=-all"]
-  wrapper = ["env", *(f"-u{name}" for name in unset.split()), *nobody]
-  wrapper += ["bash", "-c", _STRANGE, real, folder / "link"]
+  wrapper = ["bash", "-c", _STRANGE, real, folder / "link"]
+  wrapper += ["env", *(f"-u{name}" for name in unset.split()), *nobody]
   try:
     status, _, errors = main(
       folder / "link" / "run",
@@ -879,9 +882,9 @@ def test_files_that_may_not_grow(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.getuid() != 0, reason="becomes another user")
-def test_no_permission_is_one_line(tmp_path, finished):
+def test_no_permission_is_one_line(plain):
   folder = pathlib.Path(f"/tmp/owned-{os.getpid()}")
-  shutil.copytree(finished.workdir, folder)
+  shutil.copytree(plain, folder)
   nobody = [*AS_NOBODY, "--inh-caps=-all", "--bounding-set=-all"]
   try:
     outcome = main(folder, wrapper=nobody)
@@ -917,8 +920,11 @@ def test_a_deleted_current_folder_and_a_broken_pipe(tmp_path, plain):
   script = 'mkdir gone && cd gone && rmdir ../gone && "$@" 2>&1 | head -n 1'
   workdir = tmp_path / "run"
   wrapper = ["bash", "-c", script, "-"]
-  config = f"--config={ROOT}/configs/digits.py:standard"
-  status, out, _ = main(workdir, config, wrapper=wrapper, cwd=tmp_path)
+  # TensorBoard's package would import it, and its libraries need a folder.
+  (tmp_path / "hidden").mkdir()
+  (tmp_path / "hidden" / "torch.py").write_text("raise ImportError\n")
+  env = {"PYTHONPATH": f"{tmp_path / 'hidden'}:{ROOT}"}
+  status, out, _ = main(workdir, wrapper=wrapper, cwd=tmp_path, env=env)
   assert status == 0 and len(out.splitlines()) == 1
   assert results(workdir) == results(plain)
 

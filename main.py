@@ -35,6 +35,9 @@ _MODE = flags.DEFINE_enum(
   pipeline.MODES,
   "Part of the work to do; run: everything that is not done yet.",
 )
+_STEP = flags.DEFINE_integer(
+  "step", None, "Step of the training that --mode=replay makes again, from 1."
+)
 _DISTRIBUTED = flags.DEFINE_bool(
   "distributed", False, "Join the other processes of a pod, cluster or job."
 )
@@ -73,7 +76,7 @@ def main(argv: Sequence[str]) -> None:
   )
   with runtime.plain_exits(workdir, kept):
     runtime.set_up(distributed=_DISTRIBUTED.value)
-    pipeline.run(_MODE.value, _CONFIG.value, workdir)
+    pipeline.run(_MODE.value, _CONFIG.value, workdir, step=_STEP.value)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import flax
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -62,12 +63,18 @@ def _tensors(
     return output
 
   repeated: set[str] = set()
-  with _outputs(visit):
-    jax.eval_shape(
-      lambda v, x: bn.apply(model, v, x, batch_norm=batch_norm),
-      variables,
-      images,
-    )
+  try:
+    with _outputs(visit):
+      jax.eval_shape(
+        lambda v, x: bn.apply(model, v, x, batch_norm=batch_norm),
+        variables,
+        images,
+      )
+  except flax.errors.FlaxError as error:
+    raise UserError(
+      f"variables: {str(error).splitlines()[0]}; allowed: the variables of"
+      f" {type(model).__name__} for images of shape {images.shape[1:]}"
+    ) from None
   return {path: s for path, s in found.items() if path not in repeated}
 
 
@@ -94,7 +101,13 @@ def check_layers(layers: Iterable[str], names: Iterable[str]) -> None:
 def layer_names(
   model: nn.Module, variables: Variables, images: Array
 ) -> tuple[str, ...]:
-  """Returns the layers that can be tapped, from the input to the output."""
+  """Returns the layers that can be tapped, from the input to the output.
+
+  Raises:
+    UserError: Not a network, or variables of another one.
+  """
+  checks.module(model)
+  checks.variables(model, variables, images.shape)
   return tuple(_tensors(model, variables, images, "running"))
 
 
@@ -113,6 +126,7 @@ def _chosen(
     )
   if layers is None:
     layers = (list(tensors)[-1],)
+  layers = checks.names("layers", layers)
   check_layers(layers, tensors)
   return {layer: tensors[layer] for layer in layers}
 
@@ -259,18 +273,32 @@ def _maps(
   images: Array,
   labels: Array,
   *,
-  model: nn.Module | compilation.ByIdentity,
+  model: nn.Module | compilation.Opaque,
   layers: tuple[str, ...] | None,
   batch_norm: BatchNormMode,
-) -> dict[str, Array]:
-  return forward(
+) -> tuple[dict[str, Array], dict[str, Array]]:
+  """Returns maps, and how many numbers are not finite, by what they are of."""
+  logits, maps, _ = forward(
     compilation.unwrap(model),
     variables,
     images,
     labels,
     layers=layers,
     batch_norm=batch_norm,
-  )[1]
+  )
+  bad = {"variables": variables, "logits": logits} | {
+    f"map at {layer}": one for layer, one in maps.items()
+  }
+  return maps, {what: _num_nonfinite(tree) for what, tree in bad.items()}
+
+
+def _num_nonfinite(tree: PyTree) -> Array:
+  counts = [
+    (~jnp.isfinite(leaf)).sum()
+    for leaf in jax.tree.leaves(tree)
+    if jnp.issubdtype(leaf.dtype, jnp.inexact)
+  ]
+  return sum(counts, jnp.zeros((), jnp.int32))
 
 
 _jitted_maps = compilation.jit(
@@ -282,7 +310,7 @@ def _forward(
   variables: Variables,
   images: Array,
   *,
-  model: nn.Module | compilation.ByIdentity,
+  model: nn.Module | compilation.Opaque,
   batch_norm: BatchNormMode,
 ) -> Array:
   network = compilation.unwrap(model)
@@ -291,7 +319,7 @@ def _forward(
 
 # Used for shapes only. Its traces are cached, because tracing a deep network for
 # every batch would take longer than computing the maps on an accelerator.
-_logits = jax.jit(_forward, static_argnames=("model", "batch_norm"))
+_logits = compilation.jit(_forward, static_argnames=("model", "batch_norm"))
 
 
 def grad_cam(
@@ -319,17 +347,20 @@ def grad_cam(
     {layer: [B, h, w] float32 >= 0}, on the layer's own grid.
 
   Raises:
-    UserError: Unknown layer, or images or labels of a wrong shape, dtype or
-      range.
+    UserError: Unknown layer; variables of another network; images or labels of
+      a wrong shape, dtype or range; variables, logits or maps that are not
+      finite.
   """
   images = checks.images(images)
+  checks.choice("batch_norm", batch_norm, ("running", "batch"))
+  checks.variables(model, variables, images.shape)
   hashable = compilation.hashable(model)
-  logits = _logits.eval_shape(
+  logits = _logits.eval_shape(  # type: ignore[attr-defined]
     variables, images, model=hashable, batch_norm=batch_norm
   )
   labels = checks.labels(labels, images.shape[0], logits.shape[-1])
-  layers = None if layers is None else tuple(layers)
-  return _jitted_maps(
+  layers = None if layers is None else checks.names("layers", layers)
+  maps, bad = _jitted_maps(
     variables,
     images,
     labels,
@@ -337,3 +368,19 @@ def grad_cam(
     layers=layers,
     batch_norm=batch_norm,
   )
+  _refuse_nonfinite(bad, model)
+  return maps
+
+
+def _refuse_nonfinite(bad: dict[str, Array], model: nn.Module) -> None:
+  """Raises a `UserError` if a count is not 0; counts inside jit pass."""
+  if any(isinstance(count, jax.core.Tracer) for count in bad.values()):
+    return
+  counts = jax.device_get(bad)
+  # The cause before what follows from it.
+  for what in dict.fromkeys(["variables", "logits", *counts]):
+    if count := counts[what]:
+      raise UserError(
+        f"{what}: {count:,} numbers of {type(model).__name__} are not finite;"
+        " allowed: finite variables, and logits and maps that are"
+      )

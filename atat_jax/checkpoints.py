@@ -5,32 +5,63 @@ A checkpoint has separate items: `params`, `batch_stats`, `opt_state`, `run`
 and `model`, the network's name and fields as JSON. A model is therefore rebuilt
 from disk alone, and evaluation reads only the averaged weights where there are
 any, while training resumes from the others. The best checkpoint by validation
-accuracy and the last one are kept.
+accuracy and the last two are kept.
+
+An inventory of all files is written with a checkpoint, before it gets its name,
+and compared before it is used. A damaged checkpoint is never used: the one
+before takes its place, and both are named in the log. docs/files.md has the
+whole rule.
 """
 
 import contextlib
 import dataclasses
+import functools
+import logging
+import math
 import pathlib
-from typing import Any
+import re
+import shutil
+import sys
+import time
+from collections.abc import Collection, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from etils import epath
 from flax import linen as nn
+from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
 from atat_jax import checks, models
-from atat_jax.errors import UserError
+from atat_jax.errors import DamagedFileError, UserError
 from atat_jax.process import stops
-from atat_jax.runs import files, locations
+from atat_jax.runs import files, inventory, locations
 from atat_jax.state import TrainState
-from atat_jax.typing import Variables
+from atat_jax.typing import PyTree, Variables
 
 METRIC = "accuracy"
 """Metric of a checkpoint that chooses the best one."""
 
+MAX_SIDE, MAX_CHANNELS = 4096, 64
+"""Largest image of a network that is read from disk."""
+MAX_FIELD, MAX_DEPTH = 100_000, 1_300
+"""Largest integer among its fields, and the largest number of layers."""
+MAX_SIZE = 2**31
+"""Most numbers in its variables."""
+
 _RUN_FIELDS = ("step", "rng", "sums", "nonfinite")
 _AVERAGE = "ema"
+_MODEL, _METRICS = "model/metadata", "metrics/metrics"
+_EVALUATED = ("model", "metrics", "params", "batch_stats", _AVERAGE)
+# Entry of a network's description by which a checkpoint without an inventory
+# is told from one of an earlier version.
+_CHECKED = "checksums"
+# Orbax moves what is no longer kept here, so that a kill leaves no half of it.
+_DELETED = ".deleted"
+
+_log = logging.getLogger(__name__)
 
 
 def model_spec(
@@ -57,15 +88,6 @@ def model_spec(
   return {"name": name, "fields": fields, "image_shape": list(image_shape)}
 
 
-def _create(spec: dict[str, Any]) -> nn.Module:
-  # JSON turns tuples into lists, and a module's fields must be hashable.
-  fields = {
-    key: tuple(value) if isinstance(value, list) else value
-    for key, value in spec["fields"].items()
-  }
-  return models.create(spec["name"], **fields)
-
-
 def _items(state: TrainState) -> dict[str, Any]:
   """Splits a state into the items that Orbax stores, by name."""
   items = {
@@ -85,7 +107,18 @@ def _directory(workdir: pathlib.Path | str) -> pathlib.Path:
   return directory.absolute() / files.CHECKPOINTS
 
 
-def _manager(directory: pathlib.Path, *, write: bool) -> ocp.CheckpointManager:
+class _CheckedPath(ocp.path.atomicity.AtomicRenameTemporaryPath):
+  """Folder of a save; it gets its inventory before it gets its name."""
+
+  async def finalize(self, *args: Any, **kwargs: Any) -> None:
+    """Commits an item or, after all items, the checkpoint."""
+    name = self.get_final().name
+    if _is_step(name):
+      inventory.write(pathlib.Path(self.get()), {"step": int(name)})
+    await super().finalize(*args, **kwargs)
+
+
+def _manager(directory: pathlib.Path) -> ocp.CheckpointManager:
   def metric(metrics: dict[str, float]) -> float:
     return metrics[METRIC]
 
@@ -93,10 +126,11 @@ def _manager(directory: pathlib.Path, *, write: bool) -> ocp.CheckpointManager:
     directory,
     options=ocp.CheckpointManagerOptions(
       # BestN alone would delete the last checkpoint, and a resumed run would
-      # start from its best one.
+      # start from its best one. The one before takes the place of a damaged
+      # last one.
       preservation_policy=policies.AnyPreservationPolicy(
         [
-          policies.LatestN(1),
+          policies.LatestN(2),
           policies.BestN(
             get_metric_fn=metric, n=1, keep_checkpoints_without_metrics=False
           ),
@@ -104,10 +138,10 @@ def _manager(directory: pathlib.Path, *, write: bool) -> ocp.CheckpointManager:
       ),
       best_fn=metric,
       best_mode="max",
-      # A reader leaves a running training alone; a writer cleans up after a
-      # killed save. (Orbax's own read_only warns at every start.)
-      create=write,
-      cleanup_tmp_directories=write,
+      create=True,
+      cleanup_tmp_directories=True,
+      todelete_subdir=_DELETED,
+      temporary_path_class=_CheckedPath,
     ),
   )
 
@@ -123,13 +157,28 @@ class Checkpointer(contextlib.AbstractContextManager[Any]):
   """
 
   def __init__(self, workdir: pathlib.Path | str, spec: dict[str, Any]):
-    self._spec = spec
-    self._manager = _manager(_directory(workdir), write=True)
+    self._spec = {**spec, _CHECKED: 1}
+    self.directory = _directory(workdir)
+    if jax.process_index() == 0:
+      _set_damaged_aside(self.directory)
+    if jax.process_count() > 1:
+      multihost_utils.sync_global_devices("atat_jax: checkpoints are compared")
+    with _plain(self.directory, "opened"):
+      self._manager = _manager(self.directory)
+    self._clear()
 
   def __exit__(self, *error: object) -> None:
     """Waits until everything is written, and closes."""
-    with stops.hold():
+    with stops.hold(), _plain(self.directory, "written"):
       self._manager.close()
+    self._clear()
+
+  def _clear(self) -> None:
+    """Deletes what is no longer kept."""
+    if jax.process_index() == 0:
+      # The folder stays: a save that is going on moves another one there.
+      for path in (self.directory / _DELETED).glob("*"):
+        shutil.rmtree(path, ignore_errors=True)
 
   def latest_step(self) -> int | None:
     """Returns the step of the last checkpoint; None where there is none."""
@@ -167,18 +216,23 @@ class Checkpointer(contextlib.AbstractContextManager[Any]):
       accuracy: Accuracy on the validation split; None: not measured, so that
         this checkpoint is never the best.
       details: Further metrics, kept with the checkpoint.
+
+    Raises:
+      UserError: This checkpoint or the one before could not be written.
     """
     items = {
       name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()
     }
-    self._manager.save(
-      step,
-      args=ocp.args.Composite(**items, model=ocp.args.JsonSave(self._spec)),
-      metrics=None
-      if accuracy is None
-      else {METRIC: accuracy, **(details or {})},
-      force=True,
-    )
+    with _plain(self.directory, "written"):
+      self._manager.save(
+        step,
+        args=ocp.args.Composite(**items, model=ocp.args.JsonSave(self._spec)),
+        metrics=None
+        if accuracy is None
+        else {METRIC: accuracy, **(details or {})},
+        force=True,
+      )
+    self._clear()
 
   def restore(self, state: TrainState, step: int) -> TrainState:
     """Restores the state saved at a step.
@@ -194,34 +248,60 @@ class Checkpointer(contextlib.AbstractContextManager[Any]):
     Raises:
       UserError: The checkpoint is of another network, or only one of the
         checkpoint and `state` has averaged weights.
+      DamagedFileError: It cannot be read.
     """
-    found = self._manager.restore(
-      step, args=ocp.args.Composite(model=ocp.args.JsonRestore())
-    )["model"]
-    _check_same_model(found, self._spec, self._manager.directory)
-    if _has_average(self._manager, step) != (state.ema is not None):
+    folder = self.directory / str(step)
+    with _plain(self.directory, "written"):
+      self._manager.wait_until_finished()
+    found = _read_spec(folder)
+    _check_same_model(found, self._spec, self.directory)
+    if _has_average(folder) != (state.ema is not None):
       has, wants = ("no ", "") if state.ema is not None else ("", "no ")
       raise UserError(
         f"ema_decay, swa_start: the run keeps {wants}averaged weights, but the"
-        f" checkpoint in {self._manager.directory} has {has}such; use its"
+        f" checkpoint in {self.directory} has {has}such; use its"
         " configuration or another --workdir"
       )
-    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-    items = self._manager.restore(
-      step,
-      args=ocp.args.Composite(
-        **{
-          name: ocp.args.StandardRestore(tree)
-          for name, tree in _items(abstract).items()
-        }
-      ),
-    )
-    fields = {name: items[name] for name in _items(abstract)}
-    return state.replace(**fields.pop("run"), **fields)
+    return _read_state(folder, state)
 
 
-def _has_average(manager: ocp.CheckpointManager, step: int) -> bool:
-  return (pathlib.Path(manager.directory) / str(step) / _AVERAGE).is_dir()
+def _read_state(folder: pathlib.Path, state: TrainState) -> TrainState:
+  abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+  fields = _read_items(folder, _items(abstract))
+  return state.replace(**fields.pop("run"), **fields)
+
+
+def restore_before(
+  workdir: pathlib.Path | str, state: TrainState, step: int
+) -> tuple[TrainState, int]:
+  """Restores the state of the last intact checkpoint before a step.
+
+  Nothing in the directory is changed, unlike by a `Checkpointer`.
+
+  Args:
+    workdir: Working directory of the run.
+    state: State before the first step, of the same structure.
+    step: Number of the step, from 1.
+
+  Returns:
+    The state and the number of steps made; `state` and 0 where there is no such
+    checkpoint.
+  """
+  directory = _directory(workdir)
+  for saved in _steps(directory) if directory.is_dir() else []:
+    if saved >= step:
+      continue
+    folder = directory / str(saved)
+    try:
+      _check(folder)
+      return _read_state(folder, state), saved
+    except DamagedFileError as error:
+      _say(f"step {saved} is damaged and left out ({error})")
+  return state, 0
+
+
+def _has_average(folder: pathlib.Path) -> bool:
+  return (folder / _AVERAGE).is_dir()
 
 
 def _check_same_model(
@@ -242,6 +322,331 @@ def _check_same_model(
       )
 
 
+# --- Reading -----------------------------------------------------------------
+
+
+def _is_step(name: str) -> bool:
+  return re.fullmatch(r"0|[1-9][0-9]{0,17}", name) is not None
+
+
+def _steps(directory: pathlib.Path) -> list[int]:
+  """Steps that have a checkpoint, newest first."""
+  with files.plain_errors(directory):
+    return sorted(
+      (
+        int(path.name)
+        for path in directory.iterdir()
+        if _is_step(path.name) and path.is_dir()
+      ),
+      reverse=True,
+    )
+
+
+@contextlib.contextmanager
+def _plain(path: pathlib.Path, done: str) -> Iterator[None]:
+  """Puts errors of Orbax, often many lines, into one."""
+  try:
+    yield
+  except UserError:
+    raise
+  except Exception as error:
+    raise UserError(f"{path}: cannot be {done} ({_reason(error)})") from error
+
+
+def _reason(error: Exception) -> str:
+  text = " ".join(str(error).split()) or type(error).__name__
+  return text if len(text) <= 200 else f"{text[:200]} ..."
+
+
+@functools.cache
+def _say(message: str) -> None:
+  """Says something once, however often a checkpoint is looked at."""
+  if jax.process_index() == 0:
+    _log.warning("%s", message)
+
+
+def _check(folder: pathlib.Path, items: Collection[str] | None = None) -> None:
+  """Compares a checkpoint with what was written.
+
+  Args:
+    folder: Folder of the checkpoint.
+    items: Names of the items that matter; None: all.
+
+  Raises:
+    DamagedFileError: A file is not what was written.
+  """
+  if (folder / inventory.NAME).exists():
+    inventory.check(folder, {"step": int(folder.name)}, items)
+    return
+  spec = _read_spec(folder)
+  if _CHECKED in spec:
+    raise DamagedFileError(f"{folder / inventory.NAME}: missing")
+  _say(f"{folder}: not verified, an earlier version wrote it without checksums")
+  _read_accuracy(folder)
+  for path in sorted(folder.iterdir()):
+    if path.name in ("model", "metrics") or not path.is_dir():
+      continue
+    if items is None or path.name in items:
+      _read_item(path, None)  # it can be read, at least
+
+
+def _read_accuracy(folder: pathlib.Path) -> float | None:
+  """Reads the metric of a checkpoint; None if it was not measured."""
+  path = folder / _METRICS
+  content = files.read_json(path)
+  if content is None and path.parent.exists():
+    raise DamagedFileError(f"{path}: missing")
+  if content is None:
+    return None
+  value = content.get(METRIC)
+  if type(value) not in (int, float):
+    raise DamagedFileError(f"{path}: has no {METRIC}")
+  return value
+
+
+def _read_item(path: pathlib.Path, target: PyTree | None) -> PyTree:
+  """Reads an item; None: as it is stored."""
+  try:
+    with _quiet(), ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
+      return reader.restore(path, args=ocp.args.StandardRestore(target))
+  # A damaged file can raise anything in Orbax and below it.
+  except Exception as error:
+    raise DamagedFileError(
+      f"{path}: cannot be read ({_reason(error)})"
+    ) from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+  """Keeps the reads that a failed one leaves behind from printing tracebacks.
+
+  Orbax closes its event loop at the first error, while other arrays are still
+  being read; each of them then finds the loop closed.
+  """
+  hook = sys.unraisablehook
+
+  def filtered(found: Any) -> None:
+    if "Event loop is closed" not in str(found.exc_value):
+      hook(found)
+
+  sys.unraisablehook = filtered
+  try:
+    yield
+  except Exception:
+    time.sleep(0.2)  # until they have ended
+    raise
+  finally:
+    sys.unraisablehook = hook
+
+
+def _check_shapes(path: pathlib.Path, target: PyTree) -> None:
+  """Compares shapes before anything is read or allocated."""
+
+  def shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
+    return {
+      jax.tree_util.keystr(where): tuple(leaf.shape)
+      for where, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+  try:
+    stored = ocp.StandardCheckpointHandler().metadata(epath.Path(path))
+    found = shapes(getattr(stored, "tree", stored))
+  except Exception as error:
+    raise DamagedFileError(
+      f"{path}: cannot be read ({_reason(error)})"
+    ) from error
+  wanted = shapes(target)
+  for name in sorted(found.keys() | wanted.keys()):
+    if found.get(name) != wanted.get(name):
+      raise DamagedFileError(
+        f"{path}: {name} has shape {found.get(name)}, but the network of"
+        f" {path.parent / _MODEL} has {wanted.get(name)}"
+      )
+
+
+def _read_items(
+  folder: pathlib.Path, targets: dict[str, PyTree]
+) -> dict[str, PyTree]:
+  return {
+    name: _read_item(folder / name, target) for name, target in targets.items()
+  }
+
+
+def _read_spec(folder: pathlib.Path) -> dict[str, Any]:
+  """Reads the description of a network, within the limits of this module."""
+  path = folder / _MODEL
+  spec = files.read_json(path)
+  if spec is None:
+    raise DamagedFileError(f"{path}: missing")
+  shape, fields = spec.get("image_shape"), spec.get("fields")
+  if not isinstance(spec.get("name"), str) or not isinstance(fields, dict):
+    raise DamagedFileError(f"{path}: not the description of a network")
+  largest = (MAX_SIDE, MAX_SIDE, MAX_CHANNELS)
+  if (
+    not isinstance(shape, list)
+    or len(shape) != 3
+    or not all(type(n) is int for n in shape)
+    or not all(1 <= n <= most for n, most in zip(shape, largest, strict=True))
+  ):
+    raise DamagedFileError(
+      f"{path}: image_shape {str(shape)[:40]}; allowed: up to {list(largest)}"
+    )
+  for name, value in fields.items():
+    layers = name in ("depth", "stage_sizes")
+    for number in value if isinstance(value, list) else [value]:
+      most = MAX_DEPTH if layers else MAX_FIELD
+      if isinstance(number, int) and abs(number) > most:
+        raise DamagedFileError(f"{path}: {name} above {most:,}")
+  return spec
+
+
+def _create(
+  folder: pathlib.Path, spec: dict[str, Any]
+) -> tuple[nn.Module, Variables]:
+  """Makes a network and the shapes of its variables; allocates nothing."""
+  path = folder / _MODEL
+  # JSON turns tuples into lists, and a module's fields must be hashable.
+  fields = {
+    key: tuple(value) if isinstance(value, list) else value
+    for key, value in spec["fields"].items()
+  }
+  try:
+    model = models.create(spec["name"], **fields)
+    abstract = jax.eval_shape(
+      model.init,
+      jax.random.key(0),
+      jax.ShapeDtypeStruct((1, *spec["image_shape"]), jnp.float32),
+    )
+  except Exception as error:
+    raise DamagedFileError(
+      f"{path}: no network can be made of it ({_reason(error)})"
+    ) from error
+  size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract))
+  if size > MAX_SIZE:
+    raise DamagedFileError(
+      f"{path}: a network of {size:,} numbers; allowed: up to {MAX_SIZE:,}"
+    )
+  return model, abstract
+
+
+# --- Choosing ----------------------------------------------------------------
+
+
+class Chosen(NamedTuple):
+  """Checkpoint that was chosen.
+
+  Attributes:
+    step: Its step.
+    which: Reason in words: "best", "last" or "step"; with "intact" where a
+      damaged checkpoint was passed over.
+  """
+
+  step: int
+  which: str
+
+
+def find(
+  workdir: pathlib.Path | str, *, step: int | None = None, which: str = "best"
+) -> Chosen:
+  """Finds an intact checkpoint.
+
+  A damaged one is passed over, which is said in the log: the best or the last
+  of the intact ones takes its place. One that is named by its step is refused.
+
+  Args:
+    workdir: Working directory of the run.
+    step: Step of the checkpoint; None: by `which`.
+    which: "best" by validation accuracy, or "last".
+
+  Returns:
+    The checkpoint, whose files are what was written.
+
+  Raises:
+    UserError: There is no checkpoint, or none at that step.
+    DamagedFileError: None is intact, or that at the step is damaged.
+  """
+  checks.choice("which", which, ("best", "last"))
+  directory = _directory(workdir)
+  if not directory.is_dir():
+    raise UserError(
+      f"workdir: {workdir} has no checkpoints; train first:"
+      " python main.py --mode=train --config=... --workdir=..."
+    )
+  steps = _steps(directory)
+  if not steps:
+    raise UserError(f"workdir: no complete checkpoint in {directory}")
+  if step is not None:
+    if step not in steps:
+      raise UserError(
+        f"step: {step}; allowed: {', '.join(map(str, sorted(steps)))}"
+        f" (in {directory})"
+      )
+    try:
+      _check(directory / str(step), _EVALUATED)
+    except DamagedFileError as error:
+      others = ", ".join(str(s) for s in sorted(steps) if s != step) or "none"
+      raise DamagedFileError(
+        f"step: {step} is damaged ({error}); allowed: {others}"
+      ) from None
+    return Chosen(step, "step")
+  return _first_intact(directory, steps, which)
+
+
+def _first_intact(
+  directory: pathlib.Path, steps: list[int], which: str
+) -> Chosen:
+  damaged: dict[int, DamagedFileError] = {}
+  if which == "best":
+    # A run stopped before its first validation has no best: the last will do.
+    accuracies: dict[int, float] = {}
+    for step in steps:
+      folder = directory / str(step)
+      try:
+        _check(folder, ("metrics",))
+        value = _read_accuracy(folder)
+        accuracies[step] = -math.inf if value is None else value
+      except DamagedFileError as error:
+        damaged[step] = error
+    steps = sorted(accuracies, key=lambda s: (accuracies[s], s), reverse=True)
+  for step in steps:
+    try:
+      _check(directory / str(step), _EVALUATED)
+    except DamagedFileError as error:
+      damaged[step] = error
+      continue
+    for bad, reason in damaged.items():
+      _say(
+        f"{directory}: step {bad} is damaged and left out ({reason}); the"
+        f" {which} of the intact checkpoints, step {step}, is used"
+      )
+    return Chosen(step, f"{which} of the intact" if damaged else which)
+  raise DamagedFileError(
+    f"workdir: no intact checkpoint in {directory} ("
+    + "; ".join(map(str, damaged.values()))
+    + ")"
+  )
+
+
+def _set_damaged_aside(directory: pathlib.Path) -> None:
+  """Moves damaged checkpoints out of the way of a training that goes on."""
+  if not directory.is_dir():
+    return
+  for step in _steps(directory):
+    folder = directory / str(step)
+    try:
+      _check(folder)
+    except DamagedFileError as error:
+      moved = files.set_aside(folder, directory.parent)
+      left = _steps(directory)
+      goes_on = (
+        f"training goes on from step {left[0]}" if left else "none is left"
+      )
+      _say(
+        f"step {step} is damaged ({error}) and was moved to {moved};"
+        f" {goes_on}, what came after is computed again"
+      )
+
+
 def checkpoint_step(
   workdir: pathlib.Path | str, *, step: int | None = None, which: str = "best"
 ) -> int:
@@ -253,32 +658,13 @@ def checkpoint_step(
     which: "best" by validation accuracy, or "last".
 
   Returns:
-    Step of an existing checkpoint.
+    Step of an intact checkpoint; `find` also says whether one was passed over.
 
   Raises:
     UserError: There is no checkpoint, or none at that step.
+    DamagedFileError: None is intact, or that at the step is damaged.
   """
-  checks.choice("which", which, ("best", "last"))
-  directory = _directory(workdir)
-  if not directory.is_dir():
-    raise UserError(
-      f"workdir: {workdir} has no checkpoints; train first:"
-      " python main.py --mode=train --config=... --workdir=..."
-    )
-  with contextlib.closing(_manager(directory, write=False)) as manager:
-    steps = manager.all_steps()
-    if not steps:
-      raise UserError(f"workdir: no complete checkpoint in {directory}")
-    if step is not None:
-      if step not in steps:
-        raise UserError(
-          f"step: {step}; allowed: {', '.join(map(str, sorted(steps)))}"
-          f" (in {directory})"
-        )
-      return step
-    best = manager.best_step() if which == "best" else None
-    # A run stopped before its first validation has no best.
-    return manager.latest_step() if best is None else best
+  return find(workdir, step=step, which=which).step
 
 
 def restore_model(
@@ -306,35 +692,26 @@ def restore_model(
 
   Raises:
     UserError: There is no such checkpoint, or it is of another network.
+    DamagedFileError: None is intact, or that at the step is damaged.
   """
   step = checkpoint_step(workdir, step=step, which=which)
-  manager = _manager(_directory(workdir), write=False)
-  with contextlib.closing(manager):
-    spec = manager.restore(
-      step, args=ocp.args.Composite(model=ocp.args.JsonRestore())
-    )["model"]
-    if expected is not None:
-      _check_same_model(spec, expected, manager.directory)
-    model = _create(spec)
-    image = jnp.zeros((1, *spec["image_shape"]))
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    abstract = jax.tree.map(
-      lambda leaf: jax.ShapeDtypeStruct(
-        leaf.shape, leaf.dtype, sharding=device
-      ),
-      jax.eval_shape(model.init, jax.random.key(0), image),
-    )
-    average = averaged and _has_average(manager, step)
-    wanted = abstract
-    if average:  # a single item, whose part without BatchNorm is empty
-      wanted = {_AVERAGE: {"batch_stats": {}, **abstract}}
-    items = manager.restore(
-      step,
-      args=ocp.args.Composite(
-        **{
-          name: ocp.args.StandardRestore(tree) for name, tree in wanted.items()
-        }
-      ),
-    )
-  found = items[_AVERAGE] if average else items
+  folder = _directory(workdir) / str(step)
+  spec = _read_spec(folder)
+  if expected is not None:
+    _check_same_model(spec, expected, folder.parent)
+  model, abstract = _create(folder, spec)
+  device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  abstract = jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
+    abstract,
+  )
+  if averaged and _has_average(folder):
+    # A single item, whose part without BatchNorm is empty.
+    items = {_AVERAGE: {"batch_stats": {}, **abstract}}
+  else:
+    items = abstract
+  for name, target in items.items():
+    _check_shapes(folder / name, target)
+  found = _read_items(folder, items)
+  found = found.get(_AVERAGE, found)
   return model, {name: found[name] for name in abstract}

@@ -8,7 +8,9 @@ entries, not in loops.
 
 import functools
 import inspect
+import itertools
 import math
+import os
 from collections.abc import Iterable, KeysView, Mapping, Sequence, ValuesView
 from typing import Any
 
@@ -69,6 +71,16 @@ def array(value: Any, name: str) -> Array | np.ndarray:
   return made
 
 
+def host(name: str, value: Any) -> np.ndarray:
+  """Checks that a value is an array of numbers, and returns it on the host."""
+  found = array(value, name)
+  if jnp.issubdtype(found.dtype, jax.dtypes.extended):
+    raise UserError(f"{name}: {shown(value)}; allowed: an array of numbers")
+  if not _concrete(found):
+    raise UserError(f"{name}: traced; allowed: outside jit, a known array")
+  return np.asarray(found)
+
+
 def instance(
   name: str, value: object, types: type | tuple[type, ...], allowed: str
 ) -> None:
@@ -122,6 +134,46 @@ def names(name: str, value: Any, *, empty: bool = False) -> tuple[str, ...]:
   return found
 
 
+def numbers(
+  name: str,
+  value: Any,
+  least: float = 0,
+  *,
+  integers: bool = False,
+  increasing: bool = False,
+  empty: bool = False,
+) -> tuple[Any, ...]:
+  """Checks that a value is a sequence of numbers, and returns a tuple.
+
+  Args:
+    name: Name of the argument.
+    value: A tuple, list, range, or array of one dimension.
+    least: Smallest number allowed.
+    integers: Whether the numbers must be integers.
+    increasing: Whether each must be larger than the one before.
+    empty: Whether there may be none.
+
+  Raises:
+    UserError: Anything else.
+  """
+  what = f"{'integers' if integers else 'numbers'} >= {least:g}"
+  if increasing:
+    what = f"increasing {what}"
+  found = tuple(_scalar(x) for x in sequence(name, value, what, empty=empty))
+  try:
+    for one in found:
+      if integers:
+        integer(name, one, int(least))
+      else:
+        number(name, one, least)
+    wrong = increasing and any(a >= b for a, b in itertools.pairwise(found))
+  except UserError:
+    wrong = True
+  if wrong:
+    raise UserError(f"{name}: {shown(found)}; allowed: {what}")
+  return found
+
+
 def choice(name: str, value: object, allowed: Iterable[str]) -> None:
   """Checks that a value is one of the allowed names."""
   allowed = sorted(allowed)
@@ -139,6 +191,14 @@ def boolean(name: str, value: object) -> None:
       )
     return
   instance(name, value, bool | np.bool_, "True or False")  # type: ignore[arg-type]
+
+
+def path(name: str, value: Any) -> None:
+  """Checks that a value is the path of a file or a directory."""
+  instance(name, value, str | os.PathLike, "a path")  # type: ignore[arg-type]
+  text = os.fspath(value)
+  if not isinstance(text, str) or not text or "\0" in text:
+    raise UserError(f"{name}: {shown(text)}; allowed: a path")
 
 
 def key(value: Any, name: str = "key") -> Array:
@@ -225,15 +285,17 @@ def count(name: str, value: Any, least: int = 1) -> int:
 
   Args:
     name: Name of the argument.
-    value: A Python or numpy integer, or an integer array of no dimension.
+    value: A Python or numpy integer.
     least: Smallest integer allowed.
 
   Raises:
     UserError: Anything else, traced values and Booleans among them.
   """
-  if not _concrete(value):
+  if isinstance(value, jax.Array):
+    found = shown(value) if _concrete(value) else "a traced value"
     raise UserError(
-      f"{name}: traced; allowed: an integer that is known before compilation"
+      f"{name}: {found}; allowed: a Python integer, as it is part of the"
+      " program"
     )
   integer(name, value, least)
   return int(_scalar(value))

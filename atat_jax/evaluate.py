@@ -20,11 +20,13 @@ from atat_jax import (
   checkpoints,
   evaluation,
   models,
+  rng,
   sharding,
 )
-from atat_jax.attacks import nonfinite
+from atat_jax.attacks import diagnostics, nonfinite
+from atat_jax.attacks.diagnostics import Diagnostic
 from atat_jax.data import Dataset, Split
-from atat_jax.errors import UserError, in_section
+from atat_jax.errors import in_section
 from atat_jax.evaluation import Protocol
 from atat_jax.plan import Plan
 from atat_jax.process import stops
@@ -34,6 +36,8 @@ from atat_jax.typing import Array, BatchNormMode, Classifier
 _log = logging.getLogger(__name__)
 
 Row = dict[str, Any]
+
+_NOMINAL = Protocol("nominal", "nominal")
 
 # Fields of a row that are its result.
 _MEASURED = {
@@ -48,7 +52,7 @@ _MEASURED = {
 
 def find_checkpoints(
   plan: Plan, workdir: pathlib.Path
-) -> dict[str, tuple[pathlib.Path, int]]:
+) -> dict[str, tuple[pathlib.Path, checkpoints.Chosen]]:
   """Finds the best checkpoint of each network of a run.
 
   Args:
@@ -56,13 +60,13 @@ def find_checkpoints(
     workdir: Working directory of the run.
 
   Returns:
-    Role of the network to (directory, step).
+    Role of the network to (directory, checkpoint).
 
   Raises:
     UserError: A network has no checkpoint.
   """
   return {
-    role: (workdir / place, checkpoints.checkpoint_step(workdir / place))
+    role: (workdir / place, checkpoints.find(workdir / place))
     for role, place in plan.networks.items()
   }
 
@@ -89,19 +93,17 @@ def evaluate(
   with in_section("figures"):
     analyses.check_images(plan.figures, len(dataset.test.labels))
   networks = {}
-  for role, (directory, step) in found.items():
+  for role, (directory, chosen) in found.items():
     model, variables = checkpoints.restore_model(
-      directory, step=step, expected=plan.model_spec
+      directory, step=chosen.step, expected=plan.model_spec
     )
     networks[role] = (model, sharding.put_replicated(mesh, variables))
-  steps = {role: step for role, (_, step) in found.items()}
+  steps = {role: chosen.step for role, (_, chosen) in found.items()}
   record = provenance.record(
     [device.device_kind for device in jax.devices()],
     config=plan.record,
     class_names=list(plan.data.spec.class_names),
-    checkpoints={
-      role: {"step": step, "which": "best"} for role, step in steps.items()
-    },
+    checkpoints={role: chosen._asdict() for role, (_, chosen) in found.items()},
     num_parameters={
       role: sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
       for role, (_, variables) in networks.items()
@@ -142,11 +144,11 @@ class _Table:
   ):
     self.path, self.steps = path, steps
     self._record = record
-    self.content = _read(path)
+    self.content = files.read_results(path.parent) or {"rows": []}
     self._rows = {
       _identity(row): row
       for row in self.content["rows"]
-      if steps.get(row["model"]) == row["checkpoint_step"]
+      if steps.get(row["model"]) == row.get("checkpoint_step")
     }
 
   def __contains__(self, row: Row) -> bool:
@@ -169,21 +171,6 @@ class _Table:
     }
     if jax.process_index() == 0:
       files.write_json(self.path, self.content, sealed=True)
-
-
-def _read(path: pathlib.Path) -> dict[str, Any]:
-  """Reads `results.json`; {"rows": []} where there is none."""
-  if not path.exists():
-    return {"rows": []}
-  try:
-    results = json.loads(path.read_text(encoding="utf-8"))
-    for row in results["rows"]:
-      _identity(row)
-    return results
-  except (json.JSONDecodeError, KeyError, TypeError):
-    raise UserError(
-      f"{path}: not a results file; move it away to evaluate again"
-    ) from None
 
 
 def _identity(row: Row) -> str:
@@ -213,6 +200,7 @@ def _complete(
     for role, mode in classifiers
     for protocol in settings.protocols
   ]
+  sight = _Sight(classifiers, test)
   if all(row in table for row, _ in rows):
     _log.info("evaluate: %s has all %d rows", table.path, len(rows))
   with tqdm(
@@ -241,7 +229,50 @@ def _complete(
         on_batch=bar.update,
       )
       seconds = round(time.perf_counter() - began, 3)
-      table.add({**row, **measured, "seconds": seconds})
+      checked = sight.check(row, protocol)
+      table.add({**row, **measured, **checked, "seconds": seconds})
+
+
+class _Sight:
+  """Checks whether the losses that attacks increase are blind, each once.
+
+  Args:
+    classifiers: (Role, BatchNorm mode) to classifier.
+    test: Images, on the host.
+  """
+
+  def __init__(
+    self,
+    classifiers: Mapping[tuple[str, BatchNormMode], Classifier],
+    test: Split,
+  ):
+    self._classifiers, self._test = classifiers, test
+    self._found: dict[tuple[Any, ...], Diagnostic] = {}
+
+  def check(self, row: Row, protocol: Protocol) -> Row:
+    """Returns the diagnostic of a row's loss as a field; none without a loss.
+
+    On the first batch, at random starts, with running statistics; AutoAttack
+    checks the losses of its own attacks.
+    """
+    loss, model = protocol.loss, row["model"]
+    if loss is None or row["batch_norm"] != "running":
+      return {}
+    radius = 8 / 255  # as AutoAttack looks
+    if protocol.norm == "linf" and protocol.epsilon is not None:
+      radius = protocol.epsilon
+    identity = model, loss, radius
+    if identity not in self._found:
+      part = slice(row["batch_size"])
+      self._found[identity] = diagnostics.blind_loss(
+        rng.stream(jax.random.key(row["seed"]), "blind"),
+        self._classifiers[model, "running"],
+        self._test.images[part].astype(np.float32) / np.float32(255),
+        self._test.labels[part],
+        loss=loss,
+        radius=radius,
+      )
+    return {"diagnostics": {"blind_loss": self._found[identity]}}
 
 
 def _make_row(
@@ -281,8 +312,9 @@ def _state_path(workdir: pathlib.Path, row: Row) -> pathlib.Path:
   Another checkpoint, seed or epsilon makes another row, so another file.
   """
   mark = zlib.crc32(_identity(row).encode())
-  name = f"{row['model']}-{row['batch_norm']}-{row['attack']}-{mark:08x}.npz"
-  return workdir / "autoattack" / re.sub(r"[^\w=.-]", "_", name)
+  name = f"{row['model']}-{row['batch_norm']}-{row['attack']}"
+  name = re.sub(r"[^\w=.-]", "_", name)[:150]
+  return workdir / "autoattack" / f"{name}-{mark:08x}.npz"
 
 
 def _measure(
@@ -301,11 +333,20 @@ def _measure(
   key = jax.random.key(seed)
   labels = sharding.to_host(mesh, data.labels)
   if protocol.attack == "autoattack":
+    clean = evaluation.judge(
+      key,
+      classifier,
+      data,
+      protocol=_NOMINAL,
+      batch_size=batch_size,
+      mesh=mesh,
+    )
     return _autoattack(
       key,
       classifier,
       sharding.to_host(mesh, data.images).astype(np.float32) / 255.0,
       labels,
+      clean,
       protocol=protocol,
       batch_size=batch_size,
       num_classes=num_classes,
@@ -336,6 +377,7 @@ def _autoattack(
   classifier: Classifier,
   images: np.ndarray,
   labels: np.ndarray,
+  clean: evaluation.Judged,
   *,
   protocol: Protocol,
   num_classes: int,
@@ -351,8 +393,9 @@ def _autoattack(
   return {
     "accuracy": result.accuracy,
     "class_accuracy": _by_class(np.asarray(result.robust), labels, num_classes),
-    "nonfinite": 0,
-    "nonfinite_points": counts.points,
+    "nonfinite": clean.nonfinite,
+    # The ensemble counts clean images, too.
+    "nonfinite_points": max(0, counts.points - clean.nonfinite),
     "nonfinite_gradients": counts.gradients,
     "attacks": _ensemble(result),
     "diagnostics": result.diagnostics,

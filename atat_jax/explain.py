@@ -49,6 +49,7 @@ from atat_jax.runs import (
   provenance,
   roles,
 )
+from atat_jax.untrusted import regular
 
 # Photographs are few: nothing is averaged over them unless it is asked for.
 _OF_FEW = "attention,rounds,landscape"
@@ -94,7 +95,8 @@ def run_names(workdirs: Sequence[pathlib.Path]) -> list[str]:
   Raises:
     UserError: A directory is given twice.
   """
-  paths = [path.resolve() for path in workdirs]
+  checks.sequence("runs", workdirs, "directories")
+  paths = [pathlib.Path(path).resolve() for path in workdirs]
   if len(set(paths)) < len(paths):
     raise UserError(
       f"runs: {' '.join(map(str, workdirs))}; allowed: each directory once"
@@ -154,6 +156,7 @@ def attack_of_runs(
   Raises:
     UserError: No run, runs of different data sets or attacks.
   """
+  checks.sequence("runs", workdirs, "directories")
   configs = [configuration.read(path) for path in workdirs]
   _agreed(workdirs, [config.data["name"] for config in configs], "data.name")
   return {
@@ -237,15 +240,17 @@ def load_photographs(
   Raises:
     UserError: Names, files or labels that do not fit, by name.
   """
+  names = checks.names("model", names)
   for name in names:
     checks.choice("model", name, models.MODELS)
-  if not names or len(set(names)) < len(names):
+  if len(set(names)) < len(names):
     raise UserError(f"model: {' '.join(names)!r}; allowed: each network once")
   checks.positive("num_classes", num_classes, integer=True)
   for field, values, wanted, what in (
     ("weights", weights, names, "network"),
     ("labels", labels, photographs, "photograph"),
   ):
+    checks.sequence(field, values, field, empty=True)
     if len(values) != len(wanted):
       raise UserError(
         f"{field}: {len(values)}; allowed: {len(wanted)}, one for each {what}"
@@ -253,7 +258,8 @@ def load_photographs(
   if not photographs:
     raise UserError("images: none; allowed: one or more")
   for label in labels:
-    if not 0 <= label < num_classes:
+    checks.integer("labels", label, 0)
+    if label >= num_classes:
       raise UserError(f"labels: {label}; allowed: 0 to {num_classes - 1}")
   classes = _read_class_names(class_names, num_classes)
   images = np.stack([read_photograph(path) for path in photographs])
@@ -275,10 +281,10 @@ def _read_class_names(path: str | None, num_classes: int) -> Sequence[str]:
   if path is None:
     return [f"class {number}" for number in range(num_classes)]
   try:
-    # As Windows writes it: with a mark at the start.
-    text = locations.expand("class_names", path).read_text("utf-8-sig")
-    names = text.splitlines()
-  except (OSError, UnicodeDecodeError) as error:
+    names = regular.read_text(
+      locations.expand("class_names", path)
+    ).splitlines()
+  except OSError as error:
     raise UserError(f"class_names: {path}: {error}") from None
   if len(names) != num_classes:
     raise UserError(
@@ -352,6 +358,8 @@ def explain(
 
 def _number(text: str) -> float:
   above, _, below = text.partition("/")
+  if float(below or 1) == 0:
+    raise argparse.ArgumentTypeError(f"{text!r}; allowed: a number, or 8/255")
   return float(above) / float(below or 1)
 
 

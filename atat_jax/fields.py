@@ -6,7 +6,6 @@ int32: 1e39 is finite on the host and infinite there, 1e-50 positive and 0.
 """
 
 import dataclasses
-import numbers
 import types
 import typing
 from collections.abc import Collection, Iterable, Mapping
@@ -21,6 +20,7 @@ T = TypeVar("T")
 
 _INT32 = np.iinfo(np.int32)
 _FLOAT32 = float(np.finfo(np.float32).max)
+_NUMBERS = (int, float, np.integer, np.floating)
 _SHOWN = 80
 
 
@@ -92,23 +92,21 @@ def _named(kind: Any) -> str:
   return {int: "integers", float: "numbers", str: "texts"}.get(kind, "values")
 
 
-def _number_problem(kind: type, value: object, bits: bool) -> str | None:
+def _number_problem(kind: type, value: Any, bits: bool) -> str | None:
   # Without `bits`, a fraction for a size is left to the check of its range.
-  exact = kind is int and bits
-  if isinstance(value, bool) or not isinstance(
-    value, numbers.Integral if exact else numbers.Real
-  ):
+  wanted = (int, np.integer) if kind is int and bits else _NUMBERS
+  if isinstance(value, bool) or not isinstance(value, wanted):
     return "an integer" if kind is int else "a number"
   if not bits:
     return None
   if kind is int:
-    if _INT32.min <= value <= _INT32.max:  # type: ignore[operator]
+    if _INT32.min <= value <= _INT32.max:
       return None
     return f"an integer of 32 bits, at most {_INT32.max}"
-  size: Any = abs(value)
+  size = abs(value) if isinstance(value, int) else abs(float(value))
   if not size <= _FLOAT32:  # a NaN as well
     return f"a finite number of 32 bits, at most {_FLOAT32:.3g} in size"
-  if size and not np.float32(size):
+  if value and not np.float32(value):
     return "0, or a number that is not 0 in 32 bits"
   return None
 

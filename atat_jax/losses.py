@@ -190,7 +190,7 @@ def attack_loss(
     [B].
   """
   if name in TARGETED_LOSSES:
-    assert targets is not None
+    assert targets is not None  # noqa: S101 - narrows the type, cannot fail
     return TARGETED_LOSSES[name](logits, labels, targets)
   return ATTACK_LOSSES[name](logits, labels)
 

@@ -34,6 +34,13 @@ def _check_schedule(
       raise UserError(
         f"boundaries: {tuple(boundaries)}; allowed: increasing steps >= 1"
       )
+  # optax needs a step after the rise, and one_cycle one in each of its parts.
+  rise = warmup_fraction * total_steps
+  if name == "cosine" and round(rise) >= total_steps:
+    raise UserError(
+      f"warmup_fraction: {warmup_fraction}; allowed: less than the whole run of"
+      f" {total_steps} steps for cosine"
+    )
   if name == "one_cycle" and not warmup_fraction:
     raise UserError(
       f"warmup_fraction: {warmup_fraction}; allowed: (0, 1) for one_cycle"

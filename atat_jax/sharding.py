@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from atat_jax.errors import UserError, shown
 from atat_jax.typing import PyTree
 
 
@@ -23,6 +24,30 @@ def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
   return jax.make_mesh(
     (len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices
   )
+
+
+def mesh_or_all(mesh: Mesh | None) -> Mesh:
+  """Returns a mesh that an argument gives, checked; for None, of all devices.
+
+  Raises:
+    UserError: Something else than a mesh with the axis `data` alone.
+  """
+  if mesh is None:
+    return make_mesh()
+  check_mesh(mesh)
+  return mesh
+
+
+def check_mesh(mesh: object) -> None:
+  """Checks that a value is a mesh with the axis `data` alone.
+
+  Raises:
+    UserError: Anything else.
+  """
+  if not isinstance(mesh, Mesh) or mesh.axis_names != ("data",):
+    raise UserError(
+      f"mesh: {shown(mesh)}; allowed: a mesh of sharding.make_mesh()"
+    )
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

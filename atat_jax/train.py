@@ -23,7 +23,8 @@ from atat_jax import (
   steps,
 )
 from atat_jax.data import Dataset, Extra, Split, augment, batches
-from atat_jax.errors import UserError
+from atat_jax.errors import UserError, in_section
+from atat_jax.objectives import Batch, Outcome
 from atat_jax.plan import Plan, StagePlan
 from atat_jax.runs import configuration
 from atat_jax.state import TrainState
@@ -32,7 +33,7 @@ from atat_jax.training.draws import BatchDraws
 from atat_jax.training.incidents import Incidents, RolledBack
 from atat_jax.training.options import Options
 from atat_jax.training.outline import Outline
-from atat_jax.typing import Array, Classifier, Variables
+from atat_jax.typing import Array, Classifier, PyTree, Variables
 
 _log = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ def check_sizes(
 
   Raises:
     UserError: A batch is larger than the training split, or its extra part than
-      the extra images.
+      the extra images; or the schedule has no place in so few or many steps.
   """
   for stage in plan.stages:
     if stage.batch_size > len(dataset.train.labels):
@@ -59,6 +60,14 @@ def check_sizes(
         f"{stage.section}.batch_size: {stage.batch_size}; allowed: at most the"
         f" {len(dataset.train.labels)} training images"
       )
+    per_epoch = len(dataset.train.labels) // stage.batch_size
+    if stage.num_epochs * per_epoch >= 2**31:
+      raise UserError(
+        f"{stage.section}.num_epochs: {stage.num_epochs}; allowed: at most"
+        f" {(2**31 - 1) // per_epoch}, as steps are counted in 32 bits"
+      )
+    with in_section(stage.section):
+      stage.make_optimizer(stage.num_epochs * per_epoch)
     if extra is not None and stage.num_extra > len(extra):
       raise UserError(
         f"data.extra_fraction: {stage.num_extra} images in a batch of"
@@ -102,7 +111,7 @@ def _train_stage(
   extra: Extra | None,
 ) -> None:
   """Trains one network from its last checkpoint to its last step."""
-  teacher = _restore_teacher(plan, stage, workdir)
+  teacher = restore_teacher(plan, stage, workdir)
   outline = make_outline(plan, stage, workdir, len(dataset.train.labels))
   name, total = outline.name, outline.total
   prepared: Prepared | None = None
@@ -185,11 +194,14 @@ class Prepared:
     start: Numbers of steps to leave out to the state before the first step.
     programs: Programs of the training.
     draws: Its batches.
+    differentiate: (state, numbers of one step, extra images) to the batch, the
+      gradient and the loss of that step; the state stays.
   """
 
   start: Callable[[Sequence[int]], TrainState]
   programs: loop.Programs
   draws: BatchDraws
+  differentiate: Callable[..., tuple[Batch, PyTree, Outcome]]
 
 
 def prepare(
@@ -272,13 +284,35 @@ def prepare(
     ),
     before_saving=lambda: None,
   )
-  return Prepared(start, programs, draws)
+  gradient_fn = compilation.jit(
+    functools.partial(steps.differentiate, **bound), once=True
+  )
+
+  def differentiate(
+    current: TrainState, numbers: range, extra: Split | None
+  ) -> tuple[Batch, PyTree, Outcome]:
+    indices = draws.indices(numbers)
+    found: tuple[Batch, PyTree, Outcome] = gradient_fn(
+      current, teacher, images, indices, extra
+    )
+    return found
+
+  return Prepared(start, programs, draws, differentiate)
 
 
-def _restore_teacher(
+def restore_teacher(
   plan: Plan, stage: StagePlan, workdir: pathlib.Path
 ) -> Variables | None:
-  """Restores the variables of a stage's teacher, if it has one."""
+  """Restores the variables of a stage's teacher, if it has one.
+
+  Args:
+    plan: Plan of the run.
+    stage: The stage.
+    workdir: Working directory of the run.
+
+  Raises:
+    UserError: The teacher is missing or of another network.
+  """
   if plan.teacher is None or not stage.objective.needs_teacher:
     return None
   # Teacher and student have the same architecture (Section 3.2).

@@ -6,6 +6,7 @@ import pathlib
 import numpy as np
 from jax.sharding import Mesh
 
+from atat_jax import checks
 from atat_jax.analyses import base
 from atat_jax.drawing import map_grid
 from atat_jax.evaluation.attention_views import Attacked, attention_views
@@ -62,6 +63,10 @@ def attention_maps(
   Raises:
     UserError: An argument of a wrong shape, dtype, range or name.
   """
+  checks.key(key)
+  checks.instance(
+    "protocol", protocol, Protocol, "what evaluation.parse returns"
+  )
   return attention_views(
     networks,
     images,

@@ -6,8 +6,8 @@ take one member; those over the registry are in `analyses/__init__.py`.
 
 import dataclasses
 import json
+import logging
 import pathlib
-import zipfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -18,11 +18,13 @@ from jax.sharding import Mesh
 
 from atat_jax import checks
 from atat_jax.attacks import balls
-from atat_jax.errors import UserError
+from atat_jax.errors import DamagedFileError, UserError
 from atat_jax.evaluation import Protocol
 from atat_jax.evaluation.networks import Networks
 from atat_jax.runs import files
 from atat_jax.typing import PyTree
+
+_log = logging.getLogger(__name__)
 
 
 class Finding(NamedTuple):
@@ -112,20 +114,23 @@ class FigureSettings:
       raise UserError(
         f"num_points: {self.num_points}; allowed: odd, at least 3"
       )
-    if not 0 <= self.seed < 2**31:
-      raise UserError(f"seed: {self.seed}; allowed: 0 to {2**31 - 1}")
+    checks.names("analyses", self.analyses, empty=True)
+    checks.instance(
+      "attack", self.attack, Protocol, "what evaluation.parse returns"
+    )
+    checks.integer("seed", self.seed, 0)
     checks.choice("norm", self.norm, balls.BALLS)
     checks.epsilon(self.epsilon, self.norm)
     checks.positive("step_size", self.step_size)
-    _check_increasing("rounds", self.rounds)
+    for number in _increasing("rounds", self.rounds):
+      checks.integer("rounds", number, 0)
     if not self.rounds or self.rounds[-1] < 1:
       raise UserError(f"rounds: {self.rounds}; allowed: at least one above 0")
-    _check_increasing("epsilons", self.epsilons)
-    for radius in self.epsilons:
+    for radius in _increasing("epsilons", self.epsilons):
       if radius:
         checks.epsilon(radius, self.norm, "epsilons")
-    if not self.indices or min(self.indices) < 0:
-      raise UserError(f"indices: {self.indices}; allowed: one or more, from 0")
+    for number in checks.sequence("indices", self.indices, "integers"):
+      checks.integer("indices", number, 0)
 
   def pgd(self) -> dict[str, Any]:
     """Returns `epsilon`, `step_size` and `norm`, as keyword arguments."""
@@ -136,9 +141,14 @@ class FigureSettings:
     }
 
 
-def _check_increasing(field: str, values: Sequence[float]) -> None:
-  if list(values) != sorted(set(values)) or any(x < 0 for x in values):
+def _increasing(field: str, values: Any) -> tuple[Any, ...]:
+  """Checks that numbers increase from 0 on, and returns them."""
+  values = checks.sequence(field, values, "numbers", empty=True)
+  for value in values:
+    checks.not_negative(field, value)
+  if list(values) != sorted(set(values)):
     raise UserError(f"{field}: {values}; allowed: from 0, increasing")
+  return values
 
 
 Indices = Callable[[FigureSettings, int], Sequence[int]]
@@ -169,6 +179,8 @@ class Analysis:
       order in which a reader wants them.
     find: Content of the file to its `Finding`. `data.path` is the file.
     wide: Whether its pictures need the whole width of a page.
+    unknown: Ends of the names of the arrays that may hold NaN, which stands for
+      a number that is not known; all others are finite.
   """
 
   stem: str
@@ -178,6 +190,7 @@ class Analysis:
   draw: Callable[[files.Arrays, pathlib.Path], list[pathlib.Path]]
   find: Callable[[files.Arrays], Finding]
   wide: bool = False
+  unknown: tuple[str, ...] = ()
 
   def path(self, directory: pathlib.Path) -> pathlib.Path:
     """Returns the path of its file in a directory."""
@@ -271,10 +284,11 @@ def _as_float(images: np.ndarray) -> np.ndarray:
 
 def _is_there(path: pathlib.Path, identity: str) -> bool:
   try:
-    with path.open("rb") as file, np.load(file) as old:
-      return str(old.get("identity")) == identity
-  except (AttributeError, EOFError, OSError, ValueError, zipfile.BadZipFile):
-    return False  # missing, or damaged: computed again
+    old = files.read_arrays(path)
+  except DamagedFileError as error:
+    _log.warning("%s; computed again", error)
+    return False
+  return old is not None and str(old.get("identity")) == identity
 
 
 def section(
@@ -293,8 +307,29 @@ def section(
   data = files.read_arrays(path)
   if data is None:
     return None
-  pictures = analysis.draw(data, directory)
-  return Section(*analysis.find(data), pictures, analysis.wide)
+  try:
+    _check_finite(analysis, data)
+    pictures = analysis.draw(data, directory)
+    return Section(*analysis.find(data), pictures, analysis.wide)
+  except UserError:
+    raise
+  except (IndexError, KeyError, TypeError, ValueError) as error:
+    raise DamagedFileError(
+      f"{path} cannot be read ({error}): delete it and evaluate again"
+    ) from error
+
+
+def _check_finite(analysis: Analysis, data: files.Arrays) -> None:
+  """Refuses numbers that no picture would show."""
+  for name, array in data.items():
+    if array.dtype.kind != "f" or name.endswith(analysis.unknown):
+      continue
+    bad = array.size - np.count_nonzero(np.isfinite(array))
+    if bad:
+      raise DamagedFileError(
+        f"{data.path} cannot be read ({bad:,} of {array.size:,} numbers of"
+        f" {name} are not finite): delete it and evaluate again"
+      )
 
 
 def network_names(data: files.Arrays) -> list[str]:

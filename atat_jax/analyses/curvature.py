@@ -36,7 +36,13 @@ from atat_jax.analyses import base
 from atat_jax.data import batches
 from atat_jax.drawing import style
 from atat_jax.drawing.style import Axes
-from atat_jax.evaluation.networks import Networks, classifiers
+from atat_jax.drawing.text import plain
+from atat_jax.evaluation.networks import (
+  Networks,
+  classifiers,
+  devices,
+  refuse_nonfinite,
+)
 from atat_jax.runs import files, intervals, wording
 from atat_jax.typing import Array, Classifier
 
@@ -161,11 +167,12 @@ def loss_curvature(
   Raises:
     UserError: An argument of a wrong shape, dtype or range, by name.
   """
+  checks.key(key)
   checks.positive("num_iterations", num_iterations, integer=True)
   checks.positive("batch_size", batch_size, integer=True)
   checks.positive("tolerance", tolerance)
   named, images, labels, _ = classifiers(networks, images, labels)
-  mesh = sharding.make_mesh() if mesh is None else mesh
+  mesh = devices(mesh)
   found = {
     "networks": np.array(list(named)),
     "num_examples": np.array(len(labels)),
@@ -187,11 +194,22 @@ def loss_curvature(
     eigenvalues, residuals = batches.map_batches(
       measure, images, labels, batch_size=size, mesh=mesh
     )
-    mean, interval = intervals.mean(eigenvalues)
-    found[f"{name}_eigenvalue"] = eigenvalues
-    found[f"{name}_residual"] = residuals
-    found[f"{name}_mean"], found[f"{name}_interval"] = mean, interval
+    found |= _statistics(name, eigenvalues, residuals)
   return found
+
+
+def _statistics(
+  name: str, eigenvalues: np.ndarray, residuals: np.ndarray
+) -> dict[str, np.ndarray]:
+  """Returns one network's arrays, its eigenvalues finite."""
+  refuse_nonfinite(name, "eigenvalues", eigenvalues)
+  mean, interval = intervals.mean(eigenvalues)
+  return {
+    f"{name}_eigenvalue": eigenvalues,
+    f"{name}_residual": residuals,
+    f"{name}_mean": mean,
+    f"{name}_interval": interval,
+  }
 
 
 def _draw(data: files.Arrays, directory: pathlib.Path) -> list[pathlib.Path]:
@@ -205,7 +223,7 @@ def _draw(data: files.Arrays, directory: pathlib.Path) -> list[pathlib.Path]:
     ax.set_xscale("log")
     for number, name in enumerate(names):
       _draw_row(ax, data, number, name, colors[name])
-    ax.set_yticks(range(len(names)), names)
+    ax.set_yticks(range(len(names)), [plain(name) for name in names])
     ax.set_ylim(len(names) - 0.5, -0.5)  # the first model on top
     ax.tick_params(axis="y", length=0)
     ax.grid(visible=False, axis="y")
@@ -288,4 +306,5 @@ ANALYSIS = base.Analysis(
   images=base.first("num_examples"),
   draw=_draw,
   find=_find,
+  unknown=("_interval", "_residual"),
 )

@@ -53,10 +53,12 @@ def default_epsilons(
 
 
 def _increasing(epsilons: Sequence[float], norm: str) -> list[float]:
-  radii = [float(radius) for radius in epsilons]
-  for radius in radii:
+  radii = []
+  for radius in checks.sequence("epsilons", epsilons, "radii", empty=True):
+    checks.not_negative("epsilons", radius)
     if radius != 0:
       checks.epsilon(radius, norm, "epsilons")
+    radii.append(float(radius))
   if not radii or radii != sorted(set(radii)):
     raise UserError(f"epsilons: {epsilons!r}; allowed: one or more, increasing")
   return radii
@@ -100,6 +102,7 @@ def attack_epsilons(
   Raises:
     UserError: An argument of a wrong shape, dtype or range, by name.
   """
+  checks.key(key)
   checks.choice("norm", norm, balls.BALLS)
   radii = _increasing(epsilons, norm)
   sweep = sweeps.prepare(

@@ -29,7 +29,11 @@ from atat_jax import checks, compilation, losses, rng
 from atat_jax.analyses import base
 from atat_jax.drawing import style, surfaces
 from atat_jax.errors import UserError
-from atat_jax.evaluation.networks import Networks, classifiers
+from atat_jax.evaluation.networks import (
+  Networks,
+  classifiers,
+  refuse_nonfinite,
+)
 from atat_jax.runs import files, wording
 from atat_jax.typing import Array, Classifier
 
@@ -109,6 +113,7 @@ def loss_landscape(
     UserError: An argument of a wrong shape, dtype or range, by name.
   """
   del mesh
+  checks.key(key)
   checks.positive("radius", radius)
   checks.positive("batch_size", batch_size, integer=True)
   checks.positive("num_points", num_points, integer=True)
@@ -126,13 +131,22 @@ def loss_landscape(
     "random_direction": signs,
   }
   for name, classifier in named.items():
-    value, margin, direction = _jitted(
-      classifier, images, labels, signs, coefficients, rows=rows
+    surface = jax.device_get(
+      _jitted(classifier, images, labels, signs, coefficients, rows=rows)
     )
-    found[f"{name}_loss"] = np.asarray(value)
-    found[f"{name}_margin"] = np.asarray(margin)
-    found[f"{name}_gradient_direction"] = np.asarray(direction).astype(np.int8)
+    found |= _named(name, *surface)
   return found
+
+
+def _named(
+  name: str, loss: np.ndarray, margin: np.ndarray, direction: np.ndarray
+) -> dict[str, np.ndarray]:
+  """Names the arrays of one network, all finite."""
+  found = {"gradient_direction": direction, "loss": loss, "margin": margin}
+  for what, array in found.items():
+    refuse_nonfinite(name, f"numbers ({what.replace('_', ' ')})", array)
+  found["gradient_direction"] = direction.astype(np.int8)
+  return {f"{name}_{what}": array for what, array in found.items()}
 
 
 def _plane(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from jax.sharding import Mesh
 
-from atat_jax import compilation
+from atat_jax import checks, compilation
 from atat_jax.analyses import base
 from atat_jax.analyses.attention import draw_maps, find_in_maps
 from atat_jax.evaluation import iterates
@@ -77,6 +77,7 @@ def attention_rounds(
   Raises:
     UserError: An argument of a wrong shape, dtype, range or name.
   """
+  checks.key(key)
   attack = iterates.WatchedAttack(
     rounds, epsilon, step_size, norm, loss, random_start
   )

@@ -31,13 +31,20 @@ from scipy import stats
 from atat_jax import attention, checks, compilation, models, rng, sharding
 from atat_jax.analyses import base
 from atat_jax.attacks import base as attacks_base
+from atat_jax.attacks import nonfinite
 from atat_jax.data import batches
 from atat_jax.drawing import panels, style
 from atat_jax.drawing.style import Figure
+from atat_jax.drawing.text import plain
 from atat_jax.evaluation import iterates
 from atat_jax.evaluation.attention_views import tapped_layers
 from atat_jax.evaluation.map_distances import DISTANCES
-from atat_jax.evaluation.networks import Networks, classifiers
+from atat_jax.evaluation.networks import (
+  Networks,
+  classifiers,
+  devices,
+  refuse_nonfinite,
+)
 from atat_jax.evaluation.ranking import auc
 from atat_jax.runs import files, intervals, wording
 from atat_jax.typing import Array, Variables
@@ -45,6 +52,7 @@ from atat_jax.typing import Array, Variables
 # Smaller groups of images say nothing of a network.
 _ENOUGH = 10
 _MOST_CLASSES = 20
+_FINITE = "finite"
 
 _CONFIDENCE = "95 %: 1.96 standard errors to either side"
 
@@ -59,28 +67,33 @@ def _shift(
   labels: Array,
   rounds: Array,
   *,
-  model: nn.Module | compilation.ByIdentity,
+  model: nn.Module | compilation.Opaque,
   layer: str,
   **attack: Any,
 ) -> dict[str, Array]:
-  """Returns predictions and distances [r + 1, B], the clean images first."""
+  """Returns predictions, whose logits are finite, and distances [r + 1, B].
+
+  The clean images come first.
+  """
   network = compilation.unwrap(model)
 
-  def view(seen: Array) -> tuple[Array, Array]:
+  def view(seen: Array) -> tuple[Array, Array, Array]:
     logits, maps, _ = attention.forward(
       network, variables, seen, labels, layers=(layer,)
     )
-    return logits.argmax(-1), maps[layer]
+    return logits.argmax(-1), nonfinite.usable(logits), maps[layer]
 
   kept = iterates.pgd_iterates(
     key, models.classifier(network, variables), images, labels, rounds, **attack
   )
   # One compiled network for all of them, and memory for one at a time.
-  predictions, maps = lax.map(view, jnp.concatenate([images[None], kept]))
+  predictions, finite, maps = lax.map(
+    view, jnp.concatenate([images[None], kept])
+  )
   distances = {
     name: distance(maps[:1], maps) for name, distance in DISTANCES.items()
   }
-  return {"prediction": predictions, **distances}
+  return {"prediction": predictions, _FINITE: finite, **distances}
 
 
 _jitted = compilation.jit(
@@ -153,6 +166,7 @@ def attention_shift(
   Raises:
     UserError: An argument of a wrong shape, dtype, range or name.
   """
+  checks.key(key)
   attack = iterates.WatchedAttack(
     rounds, epsilon, step_size, norm, loss, random_start
   )
@@ -162,15 +176,25 @@ def attention_shift(
   layers = tapped_layers(networks, images, layer)
   found = _facts(list(named), labels, layers, attack)
   walk: dict[str, Any] = {"batch_size": min(batch_size, len(labels))}
-  walk["mesh"] = sharding.make_mesh() if mesh is None else mesh
+  walk["mesh"] = devices(mesh)
   for name, (model, _) in networks.items():
     (variables,) = sharding.put_replicated(walk["mesh"], named[name].args)
     batch = {"variables": variables, "model": model, "layer": layers[name]}
     measure = functools.partial(_measure, key=key, attack=attack, **batch)
     measured = batches.map_batches(measure, images, labels, axis=-1, **walk)
-    statistics = summarize(measured, labels, num_classes)
+    statistics = summarize(_checked(name, measured), labels, num_classes)
     found |= {f"{name}_{what}": value for what, value in statistics.items()}
   return found
+
+
+def _checked(
+  name: str, measured: Mapping[str, np.ndarray]
+) -> Mapping[str, np.ndarray]:
+  """Returns one network's measurements, all finite."""
+  refuse_nonfinite(name, "images' logits", np.all(measured[_FINITE], 0))
+  for distance in DISTANCES:
+    refuse_nonfinite(name, f"distances ({distance})", measured[distance])
+  return measured
 
 
 def _facts(
@@ -372,7 +396,7 @@ def _rounds(data: files.Arrays) -> Figure:
         data[f"{name}_{distance}_{what}"] for what in ("mean", "low", "high")
       )
       line = style.line(look, marked=len(rounds) == 1)
-      ax.plot(rounds, mean, label=name, **line)
+      ax.plot(rounds, mean, label=plain(name), **line)
       ax.fill_between(
         rounds, low, high, color=look.color, alpha=0.2, linewidth=0
       )
@@ -592,4 +616,5 @@ ANALYSIS = base.Analysis(
   draw=_draw,
   find=_find,
   wide=True,
+  unknown=("_mean", "_low", "_high", "_auc", "_auc_error"),
 )

@@ -70,6 +70,7 @@ def attack_steps(
   Raises:
     UserError: An argument of a wrong shape, dtype or range, by name.
   """
+  checks.key(key)
   checks.choice("norm", norm, balls.BALLS)
   checks.epsilon(epsilon, norm)
   checks.positive("step_size", step_size)
@@ -85,9 +86,8 @@ def attack_steps(
   attack: dict[str, Any] = {"epsilon": epsilon, "step_size": step_size}
   attack |= {"num_steps": num_steps, "norm": norm, "loss": loss}
   for name in sweep.classifiers:
-    clean = sweep.clean_correct(name)
     correct = sweep.correct_by_step(name, key, **attack)
-    statistics = _statistics(clean, correct)
+    statistics = _statistics(sweep.clean_correct(name), correct)
     found |= {f"{name}_{what}": value for what, value in statistics.items()}
   return found
 
@@ -112,20 +112,49 @@ def _statistics(
   }
 
 
-def _autoattack(data: files.Arrays) -> dict[str, tables.Row]:
-  """Returns AutoAttack's rows of the networks, where a `results.json` has them."""
+def _autoattack(
+  data: files.Arrays, *, same_images: bool = True
+) -> dict[str, tables.Row]:
+  """Returns AutoAttack's rows of the networks, where a `results.json` has them.
+
+  Args:
+    data: Arrays of the sweep.
+    same_images: Whether on the images of the sweep only; elsewhere its accuracy
+      cannot be compared.
+  """
   rows = files.read_autoattack(
-    data.path.parent, float(data["epsilon"]), str(data["norm"])
+    data.path.parent,
+    float(data["epsilon"]),
+    str(data["norm"]),
+    int(data["num_examples"]) if same_images else None,
   )
   names = base.network_names(data)
   return {name: rows[name] for name in names if name in rows}
+
+
+def _left_out(data: files.Arrays) -> str:
+  """Says that AutoAttack is not shown, as it ran on other images; else ""."""
+  shown = _autoattack(data)
+  counts = [
+    row["num_examples"]
+    for name, row in _autoattack(data, same_images=False).items()
+    if name not in shown
+  ]
+  if not counts:
+    return ""
+  numbers = " and ".join(f"{count:,}" for count in dict.fromkeys(counts))
+  return (
+    f" AutoAttack is left out where it was run on {numbers} images, which are"
+    " not these."
+  )
 
 
 def _draw(data: files.Arrays, directory: pathlib.Path) -> list[pathlib.Path]:
   """Draws a line a network: accuracy at the iterate after each step.
 
   A thin dotted line of its colour is AutoAttack's accuracy, where a
-  `results.json` beside the file has it with the same norm and epsilon.
+  `results.json` beside the file has it with the same norm and epsilon, on the
+  same images.
   """
   names, steps = base.network_names(data), data["steps"]
   autoattack = _autoattack(data)
@@ -145,6 +174,7 @@ def _draw(data: files.Arrays, directory: pathlib.Path) -> list[pathlib.Path]:
     ax.set_xlabel("steps of PGD (0: the random start)")
     style.legend(fig, ax)
     notes = [f"{data['protocol']}.", panels.sample(int(data["num_examples"]))]
+    notes.append(_left_out(data).strip())
     if autoattack:
       # By its own name: a run may have had two of its attacks only.
       attacks = dict.fromkeys(
@@ -152,7 +182,7 @@ def _draw(data: files.Arrays, directory: pathlib.Path) -> list[pathlib.Path]:
         for row in autoattack.values()
       )
       notes.append(f"Dotted, in a model's colour: {' / '.join(attacks)}.")
-    style.caption(fig, " ".join(notes))
+    style.caption(fig, " ".join(filter(None, notes)))
     return [style.save(fig, directory / "attack_steps.png")]
 
 
@@ -188,6 +218,7 @@ def _find(data: files.Arrays) -> base.Finding:
   if stronger:
     sentence += f" AutoAttack leaves {wording.listed(stronger)}."
     caption += " Dotted lines: AutoAttack."
+  caption += _left_out(data)
   return base.Finding("Accuracy against the attack's steps", sentence, caption)
 
 

@@ -13,8 +13,10 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
+from atat_jax import checks
 from atat_jax.data import base
 from atat_jax.errors import UserError
+from atat_jax.runs import locations
 from atat_jax.untrusted import pickles, regular
 
 _PIXELS = 32 * 32 * 3
@@ -263,10 +265,13 @@ def read_archive(
   Raises:
     UserError: Not such an archive, damaged, incomplete or malformed.
   """
+  path = locations.expand("path", path)
+  known = ARCHIVES.get(getattr(spec, "name", None))  # type: ignore[arg-type]
+  if known is None:
+    raise UserError(f"spec: {spec!r}; allowed: cifar.CIFAR10, cifar.CIFAR100")
+  checks.choice("source", source, ("auto", *known))
   layouts = {
-    kind: layout
-    for kind, layout in ARCHIVES[spec.name].items()
-    if source in ("auto", kind)
+    kind: layout for kind, layout in known.items() if source in ("auto", kind)
   }
   decoded = {}
   try:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from atat_jax.errors import UserError
+from atat_jax.errors import DamagedFileError, UserError
 from atat_jax.runs import files, locations
 
 _CACHE_FORMAT = 1
@@ -241,6 +241,7 @@ def write_cache(
     "test_images": test.images,
     "test_labels": test.labels,
   }
+  files.remove_temporaries(path.parent, below=False)
   try:
     files.write_arrays(path, arrays)
   except UserError as error:
@@ -269,35 +270,36 @@ def read_cache(
     The official training and test splits.
 
   Raises:
-    UserError: Not readable, damaged, another data set or another origin.
+    UserError: Another data set or another origin.
+    DamagedFileError: Not readable, or not what was written.
   """
+  unusable = f"{path}: not a decoded copy of {spec.name} that can be used"
   try:
-    with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
-      header = json.loads(str(arrays["header"]))
-      if header["format"] != _CACHE_FORMAT or header["name"] != spec.name:
-        raise ValueError(
-          f"it holds {header['name']}, format {header['format']}"
-        )
-      # JSON turns tuples into lists.
-      if origin is not None and header["origin"] != json.loads(
-        json.dumps(origin)
-      ):
-        raise ValueError("it was made from other files")
-      train, test = (
-        checked_split(
-          spec,
-          arrays[f"{name}_images"],
-          arrays[f"{name}_labels"],
-          where=f"{path} ({name})",
-        )
-        for name in ("train", "test")
+    arrays = files.load_arrays(path)
+    header = json.loads(str(arrays["header"]))
+    if header["format"] != _CACHE_FORMAT or header["name"] != spec.name:
+      raise UserError(
+        f"{unusable} (it holds {header['name']}, format {header['format']})"
       )
+    # JSON turns tuples into lists.
+    if origin is not None and header["origin"] != json.loads(
+      json.dumps(origin)
+    ):
+      raise UserError(f"{unusable} (it was made from other files)")
+    train, test = (
+      checked_split(
+        spec,
+        arrays[f"{name}_images"],
+        arrays[f"{name}_labels"],
+        where=f"{path} ({name})",
+      )
+      for name in ("train", "test")
+    )
   except UserError:
     raise
   # A damaged file can raise anything in the zip reader or the header parser.
   except Exception as error:
-    raise UserError(
-      f"{path}: not a decoded copy of {spec.name} that can be used"
-      f" ({type(error).__name__}: {first_line(error)})"
+    raise DamagedFileError(
+      f"{unusable} ({type(error).__name__}: {first_line(error)})"
     ) from error
   return train, test

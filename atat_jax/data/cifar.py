@@ -16,18 +16,36 @@ import logging
 import os
 import pathlib
 import re
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 import tqdm
 
 from atat_jax.data import archives, base
-from atat_jax.errors import UserError
-from atat_jax.runs import locations
+from atat_jax.errors import DamagedFileError, UserError
+from atat_jax.runs import files, locations
+from atat_jax.untrusted import regular
 
 SOURCES = ("auto", "tfds", "binary", "python")
 _IMAGE_SHAPE = (32, 32, 3)
 _CHUNK = 1000  # records decoded at a time
+
+_SMALLEST_RECORD = 60  # bytes of a PNG picture
+_LARGEST_NOTE = 1 << 20  # bytes of a file of a tfds version without records
+# Entries of its JSON files that make tfds import or open something.
+_TFDS_VALUES = {
+  "pythonclassname": [
+    f"tensorflow_datasets.core.features.{name}"
+    for name in (
+      "class_label_feature.ClassLabel",
+      "features_dict.FeaturesDict",
+      "image_feature.Image",
+      "text_feature.Text",
+    )
+  ],
+  "filepathtemplate": ["{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"],
+}
 
 _log = logging.getLogger(__name__)
 
@@ -95,13 +113,56 @@ def tfds_records(directory: pathlib.Path, name: str) -> list[pathlib.Path]:
   return sorted(directory.glob(f"{name}-*.array_record*"))
 
 
+def _entries(tree: Any) -> Iterator[tuple[str, Any]]:
+  """Yields every key of a JSON tree with its value."""
+  if isinstance(tree, dict):
+    yield from tree.items()
+  if isinstance(tree, dict | list):
+    for value in tree.values() if isinstance(tree, dict) else tree:
+      yield from _entries(value)
+
+
+def _check_tfds(directory: pathlib.Path, name: str) -> int:
+  """Checks what tfds would believe of a prepared version.
+
+  Its files name classes, whose modules tfds imports, and paths, which it opens.
+
+  Returns:
+    Number of bytes of all record files.
+
+  Raises:
+    Exception: The version is not one of this data set, mostly `UserError`,
+      `ValueError` or `OSError`.
+  """
+  records = tfds_records(directory, name)
+  for path in directory.iterdir():
+    if not path.is_dir() and path not in records:
+      regular.read_bytes(path, _LARGEST_NOTE)
+  for path in sorted(directory.glob("*.json")):
+    for key, value in _entries(files.read_json(path)):
+      plain = key.replace("_", "").lower()
+      known = _TFDS_VALUES.get(plain)
+      if known is not None and value not in known:
+        raise ValueError(f"{path.name}: {key} is {value!r}")
+  return sum(regular.require_regular(path).st_size for path in records)
+
+
 def _decode_records(
-  records: Any, spec: base.DatasetSpec, split: str
+  records: Any, spec: base.DatasetSpec, split: str, size: int
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Decodes a data source of PNG bytes to images and labels `[N, 1]`."""
+  """Decodes a data source of PNG bytes to images and labels `[N, 1]`.
+
+  Args:
+    records: The data source.
+    spec: Description of the data set.
+    split: Name of the split, for the progress bar.
+    size: Number of bytes of the files of the data source.
+  """
   from PIL import Image
 
   total = len(records)
+  if total * _SMALLEST_RECORD > size:
+    raise ValueError(f"{total} records in {size} bytes")
   images = np.empty((total, *spec.image_shape), np.uint8)
   labels = np.empty((total, 1), np.int64)
   ids = []
@@ -116,7 +177,11 @@ def _decode_records(
       chunk = range(start, min(start + _CHUNK, total))
       found = records.__getitems__(list(chunk))
       for i, record in zip(chunk, found, strict=True):
-        image = np.asarray(Image.open(io.BytesIO(record["image"])))
+        picture = Image.open(io.BytesIO(record["image"]), formats=["PNG"])
+        # Nothing has been unpacked yet.
+        if picture.size != spec.image_shape[1::-1]:
+          raise ValueError(f"image {i} is {list(picture.size)}")
+        image = np.asarray(picture)
         if image.shape != spec.image_shape or image.dtype != np.uint8:
           raise ValueError(f"image {i} is {image.dtype} {list(image.shape)}")
         images[i], labels[i] = image, record["label"]
@@ -134,6 +199,7 @@ def _read_tfds(
   try:
     import tensorflow_datasets as tfds
 
+    size = _check_tfds(directory, spec.name)
     splits = {}
     for split in ("train", "test"):
       records = tfds.data_source(
@@ -145,7 +211,7 @@ def _read_tfds(
         decoders={"image": tfds.decode.SkipDecoding()},
         builder_kwargs={"file_format": "array_record"},
       )
-      splits[split] = _decode_records(records, spec, split)
+      splits[split] = _decode_records(records, spec, split, size)
   except ImportError as error:
     raise UserError(
       f"{directory}: reading it needs the Python packages tensorflow-datasets,"
@@ -238,10 +304,11 @@ def _read(
 ) -> tuple[base.Split, base.Split]:
   if source not in SOURCES:
     raise UserError(f"source={source!r}: must be one of {', '.join(SOURCES)}")
-  if data_dir is None:
-    root = default_data_dir()
-  else:
+  root = default_data_dir()
+  if data_dir is not None and data_dir != "":
     root = locations.expand("data_dir", data_dir)
+  if cache_dir is not None:
+    locations.expand("cache_dir", cache_dir)
   try:
     found = _find(spec, root, source)
     origin = found.origin() if found else {}
@@ -258,6 +325,8 @@ def _read(
   if cache and cache.is_file():
     try:
       return base.read_cache(cache, spec, origin=origin)
+    except DamagedFileError as error:
+      _log.warning("%s; decoding again", error)
     except UserError as error:
       _log.info("decoding again: %s", error)
 

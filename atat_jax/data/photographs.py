@@ -1,11 +1,34 @@
 """Reader of photographs for ImageNet networks."""
 
 import pathlib
+from typing import IO, Any
 
 import numpy as np
 
 from atat_jax import checks
 from atat_jax.errors import UserError
+from atat_jax.runs import locations
+from atat_jax.untrusted import regular
+
+# No format for which Pillow starts another program, as it does for PostScript.
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+_MOST_PIXELS = 178_956_970  # Pillow's own limit, 512 MiB of colours
+
+
+def _decode(file: IO[bytes], resize: int) -> Any:
+  """Decodes an image, upright and in colour; its size is checked before."""
+  from PIL import Image, ImageOps
+
+  with Image.open(file, formats=_FORMATS) as image:
+    width, height = image.size
+    scale = resize / min(width, height)
+    pixels = width * height * max(1.0, scale) ** 2
+    if pixels > _MOST_PIXELS:
+      raise ValueError(
+        f"{width} x {height}, with a shorter side of {resize} {pixels:.0f}"
+        f" pixels; allowed: at most {_MOST_PIXELS}"
+      )
+    return ImageOps.exif_transpose(image).convert("RGB")
 
 
 def read_photograph(
@@ -26,19 +49,27 @@ def read_photograph(
     The image, float32 [crop, crop, 3] in [0, 1]; the networks normalise it.
 
   Raises:
-    UserError: Not an image, or a crop larger than the image.
+    UserError: Not an image, one of too many pixels before or after it is
+      resized, or a crop larger than the image.
   """
-  from PIL import Image, ImageOps
+  from PIL import Image
+
+  path = locations.expand("path", path)
 
   checks.positive("resize", resize, integer=True)
   checks.positive("crop", crop, integer=True)
   if crop > resize:
     raise UserError(f"crop: {crop}; allowed: at most resize, {resize}")
   try:
-    with Image.open(path) as file:
-      image = ImageOps.exif_transpose(file).convert("RGB")
+    with regular.open_regular(path) as file:
+      image = _decode(file, resize)
+  except UserError:
+    raise
   except OSError as error:
     raise UserError(f"{path}: {error.strerror or 'not an image'}") from None
+  except Exception as error:  # a damaged file can raise anything in a decoder
+    reason = " ".join(f"{type(error).__name__}: {error}".split())
+    raise UserError(f"{path}: not an image ({reason})") from None
   shorter = min(image.size)
   width, height = (resize * side // shorter for side in image.size)
   image = image.resize((width, height), Image.Resampling.BILINEAR)

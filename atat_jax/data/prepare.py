@@ -105,7 +105,10 @@ def _fetch(wanted: Download, path: pathlib.Path, *, description: str) -> None:
   size = 0
   with (
     open(path, "wb") as file,
-    urllib.request.urlopen(wanted.url, timeout=_TIMEOUT_SECONDS) as response,
+    # The address is one of DOWNLOADS, and the content is compared with its SHA-256.
+    urllib.request.urlopen(  # noqa: S310
+      wanted.url, timeout=_TIMEOUT_SECONDS
+    ) as response,
     tqdm.tqdm(
       total=wanted.size, desc=description, unit="B", unit_scale=True
     ) as progress,
@@ -189,6 +192,21 @@ def _builder(
   return Builder(data_dir=str(data_dir), file_format="array_record")
 
 
+def _checked(
+  name: str, data_dir: str | None
+) -> tuple[base.DatasetSpec, pathlib.Path]:
+  """Checks the arguments; returns the data set and its directory."""
+  if not isinstance(name, str) or name not in _SPECS:
+    raise UserError(f"name={name!r}: must be one of {', '.join(_SPECS)}")
+  spec = _SPECS[name]
+  root = locations.expand("data_dir", data_dir) if data_dir else None
+  try:
+    root = (root or cifar.default_data_dir()).resolve()
+  except (OSError, RuntimeError) as error:  # links that lead in a circle
+    raise UserError(f"data_dir={data_dir}: {base.first_line(error)}") from None
+  return spec, root
+
+
 def prepare(
   name: str,
   *,
@@ -214,14 +232,7 @@ def prepare(
     UserError: Unknown name, a failed download, a damaged or wrong archive, or
       a directory that cannot be used.
   """
-  if name not in _SPECS:
-    raise UserError(f"name={name!r}: must be one of {', '.join(_SPECS)}")
-  spec = _SPECS[name]
-  if data_dir is None:
-    root = cifar.default_data_dir()
-  else:
-    root = locations.expand("data_dir", data_dir)
-  root = root.resolve()
+  spec, root = _checked(name, data_dir)
   for directory in cifar.tfds_versions(root, name):
     if cifar.tfds_records(directory, name):
       print(f"{directory} is prepared already, nothing to do")

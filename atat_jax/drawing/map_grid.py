@@ -8,6 +8,7 @@ import numpy as np
 
 from atat_jax.drawing import style
 from atat_jax.drawing.style import Axes, Figure
+from atat_jax.drawing.text import plain
 from atat_jax.runs import attention_file
 
 _ROWS_PER_FIGURE = 6  # rows of maps
@@ -177,7 +178,7 @@ def _pair(
 
 def _heading(ax: Axes, name: str) -> None:
   ax.annotate(
-    name,
+    plain(name),
     (0.5, 1),
     (0, 18),
     xycoords="axes fraction",
@@ -192,7 +193,7 @@ def _beside(ax: Axes, name: str) -> None:
   ax.text(
     -0.06,
     0.5,
-    name,
+    plain(name),
     rotation="vertical",
     ha="right",
     va="center",
@@ -237,7 +238,7 @@ def _legend(fig: Figure, first: str, marks: set[str]) -> None:
   ]
   for mark, label in (
     ("wrong", "wrong"),
-    ("corrected", f"right where {first} is wrong"),
+    ("corrected", f"right where {plain(first)} is wrong"),
   ):
     if mark in marks:
       handles.append(patches.Patch(fill=False, label=label, **_FRAMES[mark]))
@@ -335,5 +336,5 @@ def _frame(ax: Axes, mark: str, height: int, width: int) -> None:
 def _title(ax: Axes, text: str, color: str, weight: str = "normal") -> None:
   # Long names ("aquarium fish") in smaller type, or neighbours would touch.
   size = style.letters(9, text, 18)
-  text = text.replace("_", " ")
+  text = plain(text.replace("_", " "))
   ax.set_title(text, fontsize=size, pad=4, color=color, fontweight=weight)

@@ -7,6 +7,7 @@ import numpy as np
 
 from atat_jax.drawing import style
 from atat_jax.drawing.style import Axes, Figure
+from atat_jax.drawing.text import plain
 from atat_jax.runs import intervals
 
 
@@ -43,7 +44,7 @@ def lines(
     ax.plot(
       x,
       y[name],
-      label=name,
+      label=plain(name),
       markersize=4.5,
       clip_on=False,
       **style.line(look, marked=marked),
@@ -95,7 +96,8 @@ def four(
 
 def rows(ax: Axes, names: Sequence[str], *, named: bool = True) -> None:
   """Gives each of some models a row, the first on top."""
-  ax.set_yticks(range(len(names)), names if named else [""] * len(names))
+  shown = [plain(name) if named else "" for name in names]
+  ax.set_yticks(range(len(names)), shown)
   ax.set_ylim(len(names) - 0.4, -0.6)
   ax.tick_params(axis="y", length=0, labelsize=8)
   ax.grid(visible=False, axis="y")
@@ -178,10 +180,10 @@ def color_table(
   ax.invert_yaxis()
   ax.grid(visible=False)
   ax.tick_params(length=0, labelsize=8)
-  ax.set_yticks(np.arange(len(row_names)) + 0.5, row_names)
+  ax.set_yticks(np.arange(len(row_names)) + 0.5, [plain(n) for n in row_names])
   ax.set_xticks(
     np.arange(len(column_names)) + 0.5,
-    column_names,
+    [plain(name) for name in column_names],
     rotation=30,
     ha="right",
     rotation_mode="anchor",

@@ -10,6 +10,7 @@ import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from atat_jax.drawing.text import plain
 from atat_jax.process import stops
 from atat_jax.runs import files, roles
 
@@ -198,7 +199,7 @@ def caption(fig: Figure, text: str, size: float = 8) -> None:
   """
   width = int(fig.get_figwidth() * 72 / (0.52 * size))
   text = "\n".join(textwrap.wrap(text[0].upper() + text[1:], width))
-  fig.supxlabel(text, fontsize=size, color="#444444")
+  fig.supxlabel(plain(text), fontsize=size, color="#444444")
 
 
 def save(fig: Figure, path: pathlib.Path) -> pathlib.Path:

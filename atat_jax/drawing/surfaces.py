@@ -6,6 +6,7 @@ import numpy as np
 
 from atat_jax.drawing import style
 from atat_jax.drawing.style import Axes, Figure
+from atat_jax.drawing.text import plain
 
 _COLOR_MAP = "viridis"  # perceptually ordered
 _LEVELS = 6  # lines of a contour
@@ -59,7 +60,7 @@ def draw(
     _contours(fig, lower, surface)
     lower.set_xlabel(axis_names[0], fontsize=9)
     lower.set_ylabel(axis_names[1] if column == 0 else "", fontsize=9)
-  fig.suptitle(title, fontsize=11)
+  fig.suptitle(plain(title), fontsize=11)
   return fig
 
 
@@ -81,7 +82,7 @@ def _in_space(ax: Any, surface: Surface, norm: Any, unit: str) -> None:
     rasterized=True,  # thousands of faces: a PDF of them is slow to show
   )
   low, high = surface.values.min(), surface.values.max()
-  title = f"{surface.name}\n{low:.2g} to {high:.2g} {unit}"
+  title = f"{plain(surface.name)}\n{low:.2g} to {high:.2g} {unit}"
   ax.set_title(title, fontsize=10, pad=0)
   ax.set_zlim(norm.vmin, norm.vmax)
   ax.view_init(elev=22, azim=-120)

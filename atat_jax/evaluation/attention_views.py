@@ -16,7 +16,13 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from atat_jax import attention, checks, compilation, sharding
-from atat_jax.evaluation.networks import Networks, classifiers
+from atat_jax.attacks import nonfinite
+from atat_jax.evaluation.networks import (
+  Networks,
+  classifiers,
+  devices,
+  refuse_nonfinite,
+)
 from atat_jax.typing import Array, Classifier, Variables
 
 Attacked = Mapping[str, Array]
@@ -28,14 +34,19 @@ def _view(
   images: Array,
   labels: Array,
   *,
-  model: nn.Module | compilation.ByIdentity,
+  model: nn.Module | compilation.Opaque,
   layer: str,
 ) -> tuple[Array, Array]:
-  """Returns probabilities [n, K] and maps [n, h, w], in one forward pass."""
+  """Returns probabilities [n, K] and maps [n, h, w], in one forward pass.
+
+  The probabilities are not finite where one of the logits is not.
+  """
   logits, maps, _ = attention.forward(
     compilation.unwrap(model), variables, images, labels, layers=(layer,)
   )
-  return jax.nn.softmax(logits), maps[layer]
+  usable = nonfinite.usable(logits)[:, None]
+  probabilities = jnp.where(usable, jax.nn.softmax(logits), jnp.nan)
+  return probabilities, maps[layer]
 
 
 _jitted_view = compilation.jit(_view, static_argnames=("model", "layer"))
@@ -52,6 +63,8 @@ def tapped_layer(
   Raises:
     UserError: The network has no such layer.
   """
+  if layer is not None:
+    checks.instance("layer", layer, str, "the name of a layer, or None")
   layers = None if layer is None else (layer,)
   one = jnp.asarray(images[:1])
   return attention.chosen_layers(model, variables, one, layers)[0]
@@ -93,46 +106,61 @@ def attention_views(
     The arrays of `analyses.attention_maps`.
 
   Raises:
-    UserError: An argument of a wrong shape, dtype, range or name.
+    UserError: An argument of a wrong shape, dtype, range or name; logits or
+      maps that are not finite.
   """
   named, images, labels, _ = classifiers(networks, images, labels)
   if source is not None:
     checks.choice("source", source, named)
     description += f"; images made for {source}"
   layers = tapped_layers(networks, images, layer)
-  found = {
-    "networks": np.array(list(named)),
-    "images": images,
-    "labels": labels,
-    "layer": np.array(", ".join(dict.fromkeys(layers.values()))),
-    "protocol": np.array(description),
-  }
-  mesh = sharding.make_mesh() if mesh is None else mesh
+  found = {"images": images, "labels": labels}
+  found |= _facts(list(named), layers, description)
+  mesh = devices(mesh)
   x, y = (sharding.put_replicated(mesh, part) for part in (images, labels))
   placed = {
     name: sharding.put_replicated(mesh, classifier)
     for name, classifier in named.items()
   }
+
+  def view(name: str, kind: str, seen: Array) -> dict[str, np.ndarray]:
+    model = compilation.hashable(networks[name][0])
+    (variables,) = placed[name].args
+    views = _jitted_view(variables, seen, y, model=model, layer=layers[name])
+    return _named(name, kind, *sharding.to_host(mesh, views))
+
+  for name in named:  # before any attack: they may be refused
+    found |= view(name, "clean", x)
   shared = None if source is None else attack(placed[source], x, y)
-  for name, (model, _) in networks.items():
+  for name in named:
     attacked = attack(placed[name], x, y) if shared is None else shared
     found["kinds"] = np.array(["clean", *attacked])
-    (variables,) = placed[name].args
-    static = {"model": compilation.hashable(model), "layer": layers[name]}
-    for kind, seen in {"clean": x, **attacked}.items():
-      view = sharding.to_host(mesh, _jitted_view(variables, seen, y, **static))
-      found |= {f"{name}_{kind}_{what}": z for what, z in _named(*view).items()}
     for kind, seen in attacked.items():
+      found |= view(name, kind, seen)
       found[f"{name}_{kind}"] = sharding.to_host(mesh, seen)
   return found
 
 
-def _named(
-  probabilities: np.ndarray, maps: np.ndarray
+def _facts(
+  names: list[str], layers: Mapping[str, str], description: str
 ) -> dict[str, np.ndarray]:
-  """Names the arrays of one network and kind of input."""
+  """Returns the texts that a file has besides its maps."""
   return {
-    "map": maps,
-    "prediction": probabilities.argmax(-1),
-    "probability": probabilities.max(-1),
+    "networks": np.array(names),
+    "layer": np.array(", ".join(dict.fromkeys(layers.values()))),
+    "protocol": np.array(description),
+  }
+
+
+def _named(
+  network: str, kind: str, probabilities: np.ndarray, maps: np.ndarray
+) -> dict[str, np.ndarray]:
+  """Names the arrays of one network and kind of input, all finite."""
+  usable = np.isfinite(probabilities).all(-1)
+  refuse_nonfinite(network, "images' logits", usable)
+  refuse_nonfinite(network, "numbers of the maps", maps)
+  return {
+    f"{network}_{kind}_map": maps,
+    f"{network}_{kind}_prediction": probabilities.argmax(-1),
+    f"{network}_{kind}_probability": probabilities.max(-1),
   }

@@ -42,9 +42,13 @@ class WatchedAttack:
     checks.choice("loss", self.loss, losses.ATTACK_LOSSES)
     checks.epsilon(self.epsilon, self.norm)
     checks.positive("step_size", self.step_size)
-    rounds = list(self.rounds)
-    whole = all(isinstance(k, int | np.integer) and k >= 0 for k in rounds)
-    if not rounds or not whole or rounds != sorted(set(rounds)):
+    checks.boolean("random_start", self.random_start)
+    rounds = list(
+      checks.sequence("rounds", self.rounds, "integers", empty=True)
+    )
+    for number in rounds:
+      checks.integer("rounds", number, 0)
+    if not rounds or rounds != sorted(set(rounds)):
       raise UserError(
         f"rounds: {rounds!r}; allowed: one or more integers >= 0, increasing"
       )

@@ -4,15 +4,32 @@ All take maps [..., h, w] >= 0, clean and attacked, of shapes that broadcast, an
 return float32 [...]. 0 is the same attention. A map says where a network looks
 by its values' proportions or order, so multiplying one by a number changes
 nothing. Maps of zeros (Eq. (3) leaves nothing where nothing speaks for the
-class) and equal values are common; each function says how it counts them.
+class) and equal values are common; each function says how it counts them. From
+a map that is not finite every distance is NaN.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from atat_jax.typing import Array
+
+Distance = Callable[[Array, Array], Array]
+"""(clean, attacked) to distance."""
+
+
+def _known(distance: Distance) -> Distance:
+  """Makes a distance NaN where one of the maps is not finite."""
+
+  @functools.wraps(distance)
+  def checked(clean: Array, attacked: Array) -> Array:
+    finite = [jnp.isfinite(maps).all((-2, -1)) for maps in (clean, attacked)]
+    found = distance(clean, attacked)
+    return jnp.where(finite[0] & finite[1], found, jnp.nan)
+
+  return checked
 
 
 def _flat(clean: Array, attacked: Array) -> tuple[Array, Array]:
@@ -28,6 +45,7 @@ def _scaled(maps: Array) -> Array:
   return flat / jnp.where(peak > 0, peak, 1.0)
 
 
+@_known
 def cosine(clean: Array, attacked: Array) -> Array:
   """Returns 1 - a.b / (|a| |b|), in [0, 1].
 
@@ -65,6 +83,7 @@ def _ranks(values: Array) -> Array:
   return jax.vmap(one)(flat).reshape(values.shape)
 
 
+@_known
 def rank_correlation(clean: Array, attacked: Array) -> Array:
   """Returns 1 - Spearman's rank correlation, in [0, 2].
 
@@ -101,6 +120,7 @@ def _top(values: Array, count: int) -> Array:
   return jnp.where(above, 1.0, jnp.where(at, share, 0.0))
 
 
+@_known
 def top_decile(clean: Array, attacked: Array) -> Array:
   """Returns 1 - the overlap of both maps' highest tenth of positions, in [0, 1].
 
@@ -134,6 +154,7 @@ def _center(flat: Array, height: int, width: int) -> Array:
   return jnp.stack([rows, columns], -1)
 
 
+@_known
 def center_of_mass(clean: Array, attacked: Array) -> Array:
   """Returns how far the centre of mass moves, in diagonals of the map, in [0, 1).
 
@@ -153,7 +174,7 @@ def center_of_mass(clean: Array, attacked: Array) -> Array:
   return way / (height**2 + width**2) ** 0.5
 
 
-DISTANCES: dict[str, Callable[[Array, Array], Array]] = {
+DISTANCES: dict[str, Distance] = {
   "cosine": cosine,
   "rank_correlation": rank_correlation,
   "top_decile": top_decile,

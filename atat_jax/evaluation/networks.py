@@ -6,8 +6,9 @@ from typing import Any
 import jax
 import numpy as np
 from flax import linen as nn
+from jax.sharding import Mesh
 
-from atat_jax import checks, models
+from atat_jax import checks, models, sharding
 from atat_jax.attacks import base
 from atat_jax.errors import UserError, shown
 from atat_jax.typing import Variables
@@ -58,6 +59,18 @@ def _check(networks: Any, image_shape: tuple[int, ...]) -> None:
     checks.finite(f"networks[{name!r}]", variables)
 
 
+def devices(mesh: Mesh | None) -> Mesh:
+  """Checks the devices of a computation; None stands for all of them.
+
+  Raises:
+    UserError: Something else than a mesh.
+  """
+  if mesh is None:
+    return sharding.make_mesh()
+  sharding.check_mesh(mesh)
+  return mesh
+
+
 def refuse_nonfinite(name: str, what: str, array: np.ndarray) -> None:
   """Refuses results that are not finite, which no picture would show.
 
@@ -67,7 +80,7 @@ def refuse_nonfinite(name: str, what: str, array: np.ndarray) -> None:
     array: Results, or bool: which of them are finite.
 
   Raises:
-    UserError: With the name of the network and the number of bad entries.
+    UserError: Numbers that are not finite, with the network and their count.
   """
   finite = array if array.dtype == bool else np.isfinite(array)
   bad = finite.size - np.count_nonzero(finite)

@@ -5,13 +5,16 @@ the signatures of its functions: an attack that is listed there can be named.
 """
 
 import dataclasses
+import functools
 import inspect
 import re
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from atat_jax import attacks, checks, losses
 from atat_jax.attacks import balls, base
@@ -24,6 +27,9 @@ _NOMINAL, _AUTOATTACK = "nominal", "autoattack"
 
 # Parameters that the number in a name can set.
 _STEPS = ("num_steps", "num_queries")
+
+# Images on which a protocol is tried when it is made; a plan knows the real ones.
+_TRIED_SHAPE, _TRIED_CLASSES = (32, 32, 3), 10
 
 # Numbers of an attack that its function has no parameter for.
 _IMPLIED: dict[str, dict[str, Any]] = {
@@ -155,6 +161,18 @@ class Protocol:
       key, classifier, images, labels, **self.arguments()
     )
 
+  def check(self, image_shape: Sequence[int], num_classes: int) -> None:
+    """Checks that the attack takes its numbers, without computing anything.
+
+    Args:
+      image_shape: Shape [H, W, C] of the images.
+      num_classes: Number of classes, K.
+
+    Raises:
+      UserError: The attack refuses a number, or cannot attack such images.
+    """
+    _dry_run(self, tuple(image_shape), num_classes)
+
   def describe(self) -> str:
     """Describes the protocol on one line."""
     if self.attack == _NOMINAL:
@@ -172,6 +190,46 @@ class Protocol:
       options=self.options,
     )
     return f"{self.name}: {numbers}"
+
+
+def _mean_pixel(images: Array, weights: Array) -> Array:
+  """Maps images [B, H, W, C] to logits [B, K]: a classifier to be traced."""
+  return images.mean((1, 2, 3))[:, None] * weights
+
+
+@functools.lru_cache(maxsize=1024)
+def _dry_run(
+  protocol: Protocol, image_shape: tuple[int, ...], num_classes: int
+) -> None:
+  """Traces an attack's program; see `Protocol.check`."""
+  if protocol.attack == _NOMINAL:
+    return
+  arguments = protocol.arguments()
+  if protocol.attack == _AUTOATTACK:
+    versions.make(
+      arguments["version"], norm=arguments["norm"], num_classes=num_classes
+    )
+    return
+
+  def attack(key: Array, weights: Array, images: Array, labels: Array) -> Array:
+    classifier = jax.tree_util.Partial(_mean_pixel, weights=weights)
+    return protocol.run(key, classifier, images, labels)
+
+  try:
+    jax.eval_shape(
+      attack,
+      jax.eval_shape(lambda: jax.random.key(0)),
+      jax.ShapeDtypeStruct((num_classes,), np.float32),
+      jax.ShapeDtypeStruct((2, *image_shape), np.float32),
+      jax.ShapeDtypeStruct((2,), np.int32),
+    )
+  except UserError as error:
+    raise UserError(f"attack: {protocol.name!r}: {error}") from None
+  except (TypeError, ValueError, OverflowError) as error:
+    raise UserError(
+      f"attack: {protocol.name!r}: {error}; allowed: numbers that the attack"
+      " takes"
+    ) from None
 
 
 def _value(name: str, text: str, kind: Any) -> Any:
@@ -208,7 +266,7 @@ def _read(name: str) -> tuple[str, dict[str, Any]]:
   head, *texts = name.split(":")
   known = "|".join(map(re.escape, (_NOMINAL, *attacks.ATTACKS, _AUTOATTACK)))
   match = re.fullmatch(
-    rf"(?P<attack>{known})(?P<steps>[1-9]\d*)?(-(?P<variant>\w+))?", head
+    rf"(?P<attack>{known})(?P<steps>[1-9][0-9]*)?(-(?P<variant>\w+))?", head
   )
   if not match:
     raise _not_allowed(name)
@@ -220,7 +278,7 @@ def _read(name: str) -> tuple[str, dict[str, Any]]:
   signature = _signature(attack)
   given = _given(attack, name, texts)
   for value, parameter in (
-    (steps and int(steps), signature.steps),
+    (steps and _value(signature.steps or "steps", steps, int), signature.steps),
     (variant, signature.variant),
   ):
     if not value:
@@ -277,8 +335,10 @@ def parse(
     The protocol.
 
   Raises:
-    UserError: Unknown name, or numbers out of range.
+    UserError: Unknown name, numbers out of range, or numbers that the attack
+      refuses together, whatever the images.
   """
+  checks.instance("attack", name, str, allowed_names())
   attack, given = _read(name)
   if attack == _NOMINAL:
     return Protocol(name, attack)
@@ -294,7 +354,9 @@ def parse(
     if given[parameter] is inspect.Parameter.empty:
       raise _not_allowed(name)
   _check(attack, given)
-  return _protocol(name, attack, given)
+  made = _protocol(name, attack, given)
+  made.check(_TRIED_SHAPE, _TRIED_CLASSES)
+  return made
 
 
 def _protocol(name: str, attack: str, given: dict[str, Any]) -> Protocol:
@@ -325,6 +387,7 @@ def _protocol(name: str, attack: str, given: dict[str, Any]) -> Protocol:
 
 def parse_list(names: str, **numbers: object) -> tuple[Protocol, ...]:
   """Returns the protocols of a comma-separated list, see `parse`."""
+  checks.instance("attacks", names, str, f"a list of {allowed_names()}")
   found = [name.strip() for name in names.split(",") if name.strip()]
   if not found:
     raise UserError(f"attacks: {names!r}; allowed: a list of {allowed_names()}")

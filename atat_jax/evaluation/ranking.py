@@ -3,6 +3,9 @@
 import numpy as np
 from scipy import stats
 
+from atat_jax import checks
+from atat_jax.errors import UserError
+
 
 def auc(scores: np.ndarray, positive: np.ndarray) -> tuple[float, float]:
   """Returns the area under the ROC curve and its standard error.
@@ -21,9 +24,22 @@ def auc(scores: np.ndarray, positive: np.ndarray) -> tuple[float, float]:
     Area and error, float64. Both are NaN where one of the groups is empty: then
     there is nothing to tell apart. The error is NaN where one has a single
     example, whose variance is unknown.
+
+  Raises:
+    UserError: Scores that are not numbers, or of another shape.
   """
-  scores = np.asarray(scores, np.float64)
-  positive = np.asarray(positive, bool)
+  scores = np.asarray(checks.array(scores, "scores"), np.float64)
+  positive = np.asarray(checks.array(positive, "positive"), bool)
+  if scores.ndim != 1 or positive.shape != scores.shape:
+    raise UserError(
+      f"positive: shape {positive.shape} for scores of shape {scores.shape};"
+      " allowed: [n] both"
+    )
+  if np.isnan(scores).any():
+    raise UserError(
+      f"scores: {int(np.isnan(scores).sum())} of {len(scores)} are not numbers;"
+      " allowed: numbers, which have an order"
+    )
   m, n = int(positive.sum()), int((~positive).sum())
   if not m or not n:
     return float("nan"), float("nan")

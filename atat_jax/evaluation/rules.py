@@ -246,7 +246,9 @@ def _of_attacks(rows: Sequence[Row]) -> dict[str, Diagnostic]:
     if row["batch_norm"] != "running":
       continue
     for name, check in row.get("diagnostics", {}).items():
-      key = f"{row['attack']}_{name}"
+      # Many attacks share a loss: it is told once.
+      shared = name == "blind_loss"
+      key = f"{row['loss'] if shared else row['attack']}_{name}"
       if key not in found or check["flag"]:
         found[key] = cast(Diagnostic, dict(check))
   return found

@@ -14,6 +14,7 @@ from atat_jax.evaluation.accuracies import score
 from atat_jax.evaluation.networks import (
   Networks,
   classifiers,
+  devices,
   refuse_nonfinite,
 )
 from atat_jax.typing import Array, Classifier
@@ -172,7 +173,7 @@ def prepare(
     checks.positive(name, value, integer=True)
   named, images, labels, num_classes = classifiers(networks, images, labels)
   base.check_loss(loss, num_classes)
-  mesh = sharding.make_mesh() if mesh is None else mesh
+  mesh = devices(mesh)
   return Sweep(
     classifiers={
       name: sharding.put_replicated(mesh, classifier)

@@ -3,11 +3,13 @@
 import itertools
 import math
 import pathlib
+import re
 from typing import Any, NamedTuple
 
 from matplotlib import axes, lines, ticker
 
 from atat_jax.drawing import style
+from atat_jax.drawing.text import plain
 from atat_jax.errors import UserError
 from atat_jax.runs import files, tables
 
@@ -70,7 +72,7 @@ def draw(
     _draw(
       [row for row in rows if row["dataset"] == dataset],
       f"{dataset}: accuracy by method",
-      directory / f"{path.stem}_{dataset}.png",
+      directory / f"{path.stem}_{_file_name(dataset)}.png",
     )
     for dataset in dict.fromkeys(row["dataset"] for row in rows)
   ]
@@ -94,10 +96,15 @@ def draw_batch_statistics(
     _draw(
       [row for row in rows if row["dataset"] == dataset],
       f"{dataset}: what batch statistics change",
-      directory / f"batch_statistics_{dataset}.png",
+      directory / f"batch_statistics_{_file_name(dataset)}.png",
     )
     for dataset in dict.fromkeys(row["dataset"] for row in rows)
   ]
+
+
+def _file_name(dataset: str) -> str:
+  """Returns a name as a part of a file's: a file may claim any."""
+  return re.sub(r"[^\w=.-]", "_", dataset)[:100]
 
 
 def _draw(
@@ -125,7 +132,7 @@ def _draw(
         if all(row[f] == panel.protocol[f] for f in tables.COLUMN_FIELDS)
       ]
       _panel(ax, panel.label, shown, methods)
-    fig.suptitle(title)
+    fig.suptitle(plain(title))
     fig.legend(handles=_legend(rows), loc="outside lower center", ncols=3)
     return style.save(fig, path)
 
@@ -133,9 +140,9 @@ def _draw(
 def _panel(
   ax: axes.Axes, title: str, rows: list[tables.Row], methods: list[str]
 ) -> None:
-  ax.set_title(title)
+  ax.set_title(plain(title))
   ax.set_xlabel("accuracy (%)")
-  ax.set_yticks(range(len(methods)), methods)
+  ax.set_yticks(range(len(methods)), [plain(m) for m in methods])
   ax.set_ylim(len(methods) - 0.5, -0.5)  # the first method on top
   ax.tick_params(axis="y", length=0)
   ax.grid(visible=False, axis="y")

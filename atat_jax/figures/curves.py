@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib import axes, ticker
 
 from atat_jax.drawing import style
+from atat_jax.drawing.text import plain
 from atat_jax.runs import files, roles, tables
 
 Lines = list[dict[str, Any]]
@@ -80,7 +81,7 @@ def draw(workdir: pathlib.Path) -> list[pathlib.Path]:
         ax = fig.add_subplot()
         if not draw_panel(ax, splits, colors[names[role]]):
           continue
-        ax.set_title(f"{names[role]}: {title}")
+        ax.set_title(f"{plain(names[role])}: {title}")
         ax.set_xlabel("epoch")
         ax.xaxis.set_major_locator(ticker.MaxNLocator(6, steps=[1, 2, 5, 10]))
         path = workdir / files.FIGURES / f"curves_{role}_{panel}.png"
@@ -112,7 +113,7 @@ def _validation(ax: axes.Axes, splits: dict[str, Lines], color: str) -> bool:
   _percent(ax)
   attack = next((line["attack"] for line in lines if line.get("attack")), None)
   robust = f"under {attack}" if attack else "attacked images"
-  robust = textwrap.fill(robust, 50)  # the width of the figure
+  robust = plain(textwrap.fill(robust, 50))  # the width of the figure
   curves = (_CLEAN, _ATTACKED._replace(label=robust))
   return _plot(ax, lines, curves, color, scale=100)
 
@@ -129,6 +130,10 @@ def _percent(ax: axes.Axes) -> None:
   ax.set_ylim(-2, 102)
 
 
+def _is_number(value: object) -> bool:
+  return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _plot(
   ax: axes.Axes,
   lines: Lines,
@@ -142,17 +147,20 @@ def _plot(
     points = [
       (line["epoch"], scale * line[curve.key])
       for line in lines
-      if line.get(curve.key) is not None
+      if _is_number(line.get(curve.key)) and _is_number(line.get("epoch"))
     ]
     if not points:
       continue
     epochs, values = np.array(points, float).T
+    finite = np.isfinite(values) & np.isfinite(epochs)
+    # A gap in a line is easily overlooked.
+    gaps = "" if finite.all() else f" ({(~finite).sum()} not finite)"
     # A few points need marks to be seen.
     marker = "o" if len(points) <= 30 else ""
     ax.plot(
       epochs,
-      np.where(np.isfinite(values), values, np.nan),
-      label=curve.label,
+      np.where(finite, values, np.nan),
+      label=curve.label + gaps,
       color=curve.color or color,
       linestyle=curve.line,
       linewidth=curve.width,

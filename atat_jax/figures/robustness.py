@@ -6,8 +6,13 @@ from typing import Any
 from matplotlib import axes, patches
 
 from atat_jax.drawing import style
+from atat_jax.drawing.text import plain
 from atat_jax.runs import comparable, files, tables
 
+_MIXED = (
+  "Not all attacks had the same images and ball: the names tell them. Only those"
+  " of the same can be compared."
+)
 _THICKNESS = {"running": 0.84, "batch": 0.5}  # height of a bar, in rows
 
 
@@ -24,7 +29,7 @@ def draw(workdir: pathlib.Path) -> list[pathlib.Path]:
   Returns:
     Path of `figures/robustness.png`; empty if there are no results.
   """
-  results = files.read_results(workdir)
+  results = files.read_results(workdir, tables.SHOWN)
   if results is None or not results["rows"]:
     return []
   columns = tables.in_paper_order(tables.columns(results["rows"]))
@@ -45,14 +50,14 @@ def draw(workdir: pathlib.Path) -> list[pathlib.Path]:
     ax.grid(visible=False, axis="y")
     handles = [
       patches.Patch(
-        label=f"{model}, {tables.BATCH_NORM_NAMES[batch_norm]}",
+        label=f"{plain(model)}, {tables.BATCH_NORM_NAMES[batch_norm]}",
         **_bar(colors[model], batch_norm),
       )
       for model, batch_norm in series
     ]
     fig.legend(handles=handles, loc="outside upper left", ncols=2)
-    if note := comparable.note(columns):
-      style.caption(fig, note)
+    if comparable.note(columns):
+      style.caption(fig, _MIXED)
     return [style.save(fig, workdir / files.FIGURES / "robustness.png")]
 
 
@@ -85,7 +90,7 @@ def _draw_bars(
       y += 1
     centers.append((top + y - 1) / 2)
     y += 1  # an empty row between two attacks
-  labels = [column.label.replace(" (", "\n(") for column in columns]
+  labels = [plain(column.label).replace(" (", "\n(") for column in columns]
   ax.set_yticks(centers, labels)
   ax.set_ylim(y - 1, -1)  # the first attack on top
 

@@ -9,10 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from atat_jax import checks
 from atat_jax.errors import UserError
 from atat_jax.interop import safetensors_file, torch_file, torch_names
 from atat_jax.runs import locations
 from atat_jax.typing import Variables
+
+_MOST_CHANNELS = 1 << 16
 
 _LEAVES = {
   "kernel": "weight",
@@ -42,7 +45,7 @@ def read_state_dict(path: pathlib.Path | str) -> dict[str, np.ndarray]:
     UserError: No such file, a damaged one, another format, or a pickle that
       asks for more than tensors in dicts.
   """
-  path = locations.expand("weights", path)
+  path = locations.expand("path", path)
   is_safetensors = path.suffix == ".safetensors"
   reader = safetensors_file if is_safetensors else torch_file
   try:
@@ -63,6 +66,14 @@ def _to_flax(x: np.ndarray, leaf: str) -> np.ndarray:
   if leaf == "kernel" and x.ndim in (2, 4):
     return x.T if x.ndim == 2 else x.transpose(2, 3, 1, 0)
   return x
+
+
+def _check_channels(number: int) -> None:
+  checks.positive("num_channels", number, integer=True)
+  if number > _MOST_CHANNELS:
+    raise UserError(
+      f"num_channels: {number}; allowed: at most {_MOST_CHANNELS}"
+    )
 
 
 def load_torch(
@@ -90,10 +101,13 @@ def load_torch(
     UserError: See `read_state_dict`. Tensors that are missing, left over or of
       another shape are all named.
   """
+  _check_channels(num_channels)
   names = torch_names.layer_names(model)
   tensors = read_state_dict(path)
   expected = jax.eval_shape(
-    model.init, jax.random.key(0), jnp.zeros((1, 64, 64, num_channels))
+    model.init,
+    jax.random.key(0),
+    jax.ShapeDtypeStruct((1, 64, 64, num_channels), jnp.float32),
   )
   missing, misshapen = [], []
 
@@ -111,15 +125,12 @@ def load_torch(
 
   variables = jax.tree_util.tree_map_with_path(take, expected)
   left = [name for name in tensors if not _UNUSED.fullmatch(name)]
-  problems = [
-    f"{problem} {', '.join(tensor_names)}"
-    for problem, tensor_names in (
-      ("missing:", missing),
-      ("not of this network:", left),
-      ("of another shape (as flax has it):", misshapen),
-    )
-    if tensor_names
-  ]
+  lists = {
+    "missing:": missing,
+    "not of this network:": left,
+    "of another shape (as flax has it):": misshapen,
+  }
+  problems = [f"{what} {', '.join(x)}" for what, x in lists.items() if x]
   if problems:
     raise UserError(
       f"{path}: does not fit {type(model).__name__}; {'; '.join(problems)}"

@@ -16,6 +16,7 @@ list). `base.Network` brings the fields and the layers of the networks here.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -76,7 +77,7 @@ def create(name: str, **fields: Any) -> nn.Module:
 class _Forward:
   """Forward pass that compares by value: new weights do not recompile it."""
 
-  model: nn.Module | compilation.ByIdentity
+  model: nn.Module | compilation.Opaque
   batch_norm: BatchNormMode
 
   def __call__(self, variables: Variables, images: Array) -> Array:
@@ -105,6 +106,10 @@ def classifier(
   Raises:
     UserError: Unknown mode.
   """
+  checks.module(model)
+  checks.instance(
+    "variables", variables, Mapping, "the network's collections by name"
+  )
   checks.choice("batch_norm", batch_norm, ("running", "batch"))
   return jax.tree_util.Partial(
     _Forward(compilation.hashable(model), batch_norm), variables

@@ -304,7 +304,7 @@ def _ranking(comparison: dict[str, Any], dataset: str) -> str:
   sentence = (
     f"{dataset}, running statistics, {strongest.label} (of the attacks run on"
     f" every method{where} the one that leaves least; {asked.norm}, epsilon"
-    f" {wording.pixels(asked.epsilon)}, {asked.num_examples:,} images):"
+    f" {rows_lib.exact_pixels(asked.epsilon)}, {asked.num_examples:,} images):"
     f" {listed}. {left_out}"
   )
   return f"{sentence.rstrip()} An attack only bounds robustness from above."

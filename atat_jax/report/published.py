@@ -71,6 +71,6 @@ def _same_protocol(row: dict[str, Any]) -> bool:
     and row["loss"] == "cross_entropy"
     and row["num_restarts"] == 1
     and not row.get("options")
-    and math.isclose(row["epsilon"], _EPSILON, rel_tol=1e-6)
-    and math.isclose(row["step_size"], step, rel_tol=1e-6)
+    and math.isclose(row["epsilon"] or 0, _EPSILON, rel_tol=1e-6)
+    and math.isclose(row["step_size"] or 0, step, rel_tol=1e-6)
   )

@@ -3,6 +3,7 @@
 import math
 from typing import Any, NamedTuple
 
+from atat_jax.errors import UserError
 from atat_jax.runs import comparable, intervals, tables, wording
 
 _SHOWN_CLASSES = 20
@@ -149,6 +150,9 @@ def by_class(
     Accuracies of the trained network with running statistics, of all classes or,
     where there are many, of the least robust ones; None if no attack's row has
     accuracies by class.
+
+  Raises:
+    UserError: Numbers of accuracies and of classes that differ.
   """
   model = tables.trained(rows)
   columns = [
@@ -166,6 +170,11 @@ def by_class(
   if unattacked is not None:
     clean = unattacked.rows[model, "running"]["class_accuracy"]
   names = class_names or [f"class {number}" for number in range(len(robust))]
+  if not len(names) == len(clean) == len(robust):
+    raise UserError(
+      f"class_accuracy: {len(robust)} and {len(clean)} numbers for"
+      f" {len(names)} classes; allowed: one for each class"
+    )
   lines = list(zip(names, clean, robust, strict=True))
   sentence = (
     f"Accuracy of the {model} by class on clean images and under"
@@ -224,8 +233,9 @@ def results_table(results: dict[str, Any]) -> str:
     ]
     lines.append([f"{model}, {tables.BATCH_NORM_NAMES[batch_norm]}", *numbers])
   text = [tables.markdown(lines, "l" + "r" * len(columns)), ""]
-  text += [f"{c.label}: {tables.protocol(c)}" for c in columns]
-  text += filter(None, [comparable.note(columns), _nonfinite(rows)])
+  notes = [f"{c.label}: {tables.protocol(c)}" for c in columns]
+  notes += filter(None, [comparable.note(columns), _nonfinite(rows)])
+  text += map(tables.escaped, notes)
   if any(batch_norm == "batch" for _, batch_norm in tables.series(rows)):
     text.append(f"batch statistics: {tables.BATCH_WARNING}")
   return "\n".join(text)

@@ -39,7 +39,7 @@ def write_report(workdir: str | os.PathLike[str]) -> pathlib.Path:
   from atat_jax import analyses  # it imports JAX, which takes long
 
   workdir = locations.expand("workdir", workdir)
-  found = files.read_results(workdir)
+  found = files.read_results(workdir, tables.SHOWN)
   if found is None:
     raise UserError(
       f"{workdir / files.RESULTS} does not exist: evaluate first, with "

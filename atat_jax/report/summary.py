@@ -53,7 +53,7 @@ def _robust_accuracy(
   low, high = intervals.proportion(row["accuracy"], row["num_examples"])
   sentence = (
     f"Under {found.strongest.label}, {rank} ({row['norm']}, epsilon "
-    f"{wording.pixels(row['epsilon'])}), the {model} classifies "
+    f"{tables.exact_pixels(row['epsilon'])}), the {model} classifies "
     f"{wording.percent(row['accuracy'])} of {row['num_examples']:,} "
     f"{row['dataset']} {row['split']} images correctly (95% confidence: "
     f"{wording.percent(low)} to {wording.percent(high)})"

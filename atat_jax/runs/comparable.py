@@ -10,13 +10,13 @@ says what it leaves out.
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
-from atat_jax.runs import tables, wording
+from atat_jax.runs import tables
 
 T = TypeVar("T")
 
 
 class Question(NamedTuple):
-  """What an accuracy under attack is about; equal for comparable rows.
+  """Images, ball and classifier of an accuracy; equal for comparable rows.
 
   Attributes:
     dataset: Name of the data set.
@@ -45,7 +45,8 @@ class Question(NamedTuple):
     count = f"{self.num_examples:,} {images}"
     if self.norm is None:
       return count
-    return f"{count} ({self.norm}, epsilon {wording.pixels(self.epsilon)})"
+    radius = tables.exact_pixels(self.epsilon)
+    return f"{count} ({self.norm}, epsilon {radius})"
 
 
 def question(row: Mapping[str, Any]) -> Question:

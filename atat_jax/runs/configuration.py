@@ -5,8 +5,8 @@ import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from atat_jax.errors import UserError
-from atat_jax.runs import files
+from atat_jax.errors import DamagedFileError, UserError
+from atat_jax.runs import files, roles
 
 # Fields that the trained weights do not depend on.
 _FREE = (
@@ -28,6 +28,9 @@ _BOUND = (
   "evaluation.epsilon",
   "evaluation.step_size",
 )
+
+# Fields that a run's teacher does not depend on.
+_STUDENTS = ("train.", "objective.", "recipe")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,10 +104,29 @@ def read(workdir: pathlib.Path) -> Configuration:
   for directory in (workdir, workdir.parent):
     tree = files.read_json(directory / files.CONFIG)
     if tree is not None:
+      _compare_with_results(tree, directory)
       return parse(tree, directory)
   raise UserError(
     f"{workdir}: no run, it has no config.json; allowed: a --workdir of main.py"
   )
+
+
+def _compare_with_results(
+  tree: Mapping[str, Any], workdir: pathlib.Path
+) -> None:
+  """Compares `config.json`, which has no checksum, with the copy that has one.
+
+  Raises:
+    DamagedFileError: A field that results depend on is not that of the copy.
+  """
+  results = files.read_results(workdir) or {}
+  copy = training_fields(results.get("run", {}).get("config", {}))
+  for field, value in training_fields(tree).items():
+    if copy.get(field, value) != value:
+      raise DamagedFileError(
+        f"{workdir / files.CONFIG}: {field} is {value!r}, but"
+        f" {copy.get(field)!r} in {files.RESULTS}; allowed: the same"
+      )
 
 
 def training_fields(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -146,12 +168,23 @@ def check(tree: Mapping[str, Any], workdir: pathlib.Path) -> None:
   if stored is None:
     return
   found = training_fields(stored)
+  # A student that diverged before its first checkpoint leaves a teacher that
+  # does not depend on the student's numbers.
+  teacher_only = _has_state(workdir / roles.TEACHER) and not _has_state(workdir)
   for field, value in training_fields(tree).items():
+    if teacher_only and field.startswith(_STUDENTS):
+      continue
     if found.get(field) != value:
       raise UserError(
         f"config.{field}: {value!r}, but {workdir} holds a run with"
         f" {found.get(field)!r}; use that or another --workdir"
       )
+
+
+def _has_state(directory: pathlib.Path) -> bool:
+  """Whether a training has a checkpoint there."""
+  place = directory / files.CHECKPOINTS
+  return place.is_dir() and any(x.name.isdigit() for x in place.iterdir())
 
 
 def write(tree: Mapping[str, Any], workdir: pathlib.Path) -> None:
@@ -164,4 +197,4 @@ def write(tree: Mapping[str, Any], workdir: pathlib.Path) -> None:
   Raises:
     UserError: The directory cannot be written.
   """
-  files.write_json(workdir / files.CONFIG, tree, sealed=True)
+  files.write_json(workdir / files.CONFIG, tree)

@@ -16,15 +16,17 @@ import logging
 import os
 import pathlib
 import re
-import stat
+import shutil
 import uuid
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from atat_jax.errors import DamagedFileError, UserError
+from atat_jax.runs import results_format
+from atat_jax.untrusted import arrays, regular, zips
 
 try:
   import fcntl
@@ -46,8 +48,6 @@ MAX_JSON = 256 * 2**20
 """Largest JSON file that is read, bytes."""
 MAX_LINE = 2**20
 """Longest line of a `metrics.jsonl` that is read, bytes."""
-MAX_EXPANSION = 2**30
-"""Most bytes that the members of an `.npz` may have beyond its own size."""
 
 _SEAL = "checksum"
 _SEALED = re.compile(rb'"sha256:[0-9a-f]{64}"')
@@ -73,6 +73,8 @@ def plain_errors(path: pathlib.Path) -> Iterator[None]:
   try:
     yield
   except OSError as error:
+    if error.errno is None or isinstance(error, ConnectionError | TimeoutError):
+      raise  # the network failed, not the file
     raise UserError(f"{path}: {error.strerror or error}") from error
 
 
@@ -133,14 +135,17 @@ def _sync_folder(folder: pathlib.Path) -> None:
       os.close(descriptor)
 
 
-def remove_temporaries(directory: pathlib.Path) -> None:
-  """Removes what killed processes left half written, in folders below, too.
+def remove_temporaries(directory: pathlib.Path, *, below: bool = True) -> None:
+  """Removes what killed processes left half written.
 
   Args:
-    directory: Working directory. A file that a live process holds stays, and
-      all stay where the file system has no locks.
+    directory: Folder. A file that a live process holds stays, and all stay
+      where the file system has no locks.
+    below: Whether the folders below are searched, too.
   """
-  for folder, _, names in os.walk(directory):
+  for folder, folders, names in os.walk(directory):
+    if not below:
+      folders.clear()
     for name in filter(_TEMPORARY.fullmatch, names):
       path = pathlib.Path(folder) / name
       with contextlib.suppress(OSError), path.open("rb") as file:
@@ -172,8 +177,8 @@ def write_json(
   Args:
     path: The file.
     value: JSON value with finite numbers; an object if it is sealed.
-    sealed: Whether the object gets an entry "checksum" of all others, which
-      `read_json` checks and takes off.
+    sealed: Whether the object gets an entry "checksum" of all others, in its
+      record "run" if it has one. `read_json` checks it and takes it off.
 
   Raises:
     ValueError: A number is not finite.
@@ -181,7 +186,11 @@ def write_json(
   """
   text = json.dumps(value, indent=1, allow_nan=False)
   if sealed:
-    value = {**value, _SEAL: _checksum(json.loads(text))}
+    seal = {_SEAL: _checksum(json.loads(text))}
+    if isinstance(value.get("run"), dict):
+      value = {**value, "run": {**value["run"], **seal}}
+    else:
+      value = {**value, **seal}
     text = json.dumps(value, indent=1, allow_nan=False)
   return write_text(path, text + "\n")
 
@@ -207,7 +216,7 @@ def write_arrays(
     with temporary.open("wb") as file:
       np.savez(file, **arrays)  # type: ignore[arg-type]
     with zipfile.ZipFile(temporary, "a") as archive:
-      marks = np.array(json.dumps(_marks(archive)))
+      marks = np.array(json.dumps(_marks(archive.infolist())))
       with archive.open(_MARKS, "w") as member:
         np.lib.format.write_array(member, marks)
   return path
@@ -216,20 +225,21 @@ def write_arrays(
 _MARKS = "checksums.npy"
 
 
-def _marks(archive: zipfile.ZipFile) -> dict[str, int]:
+def _marks(members: Iterable[zipfile.ZipInfo]) -> dict[str, int]:
   return {
-    info.filename: info.CRC
-    for info in archive.infolist()
-    if info.filename != _MARKS
+    info.filename: info.CRC for info in members if info.filename != _MARKS
   }
 
 
-def set_aside(path: pathlib.Path, workdir: pathlib.Path) -> pathlib.Path:
+def set_aside(
+  path: pathlib.Path, workdir: pathlib.Path, *, copy: bool = False
+) -> pathlib.Path:
   """Moves a damaged file or folder to `<workdir>/damaged`; nothing is deleted.
 
   Args:
     path: File or folder below `workdir`.
     workdir: Working directory of the run.
+    copy: Whether the file stays in its place as well.
 
   Returns:
     Its new path, which no other file had.
@@ -243,7 +253,10 @@ def set_aside(path: pathlib.Path, workdir: pathlib.Path) -> pathlib.Path:
     for number in itertools.count():
       target = workdir / DAMAGED / (f"{name}.{number}" if number else name)
       if not target.exists():
-        os.rename(path, target)
+        if copy:
+          shutil.copyfile(path, target)
+        else:
+          os.rename(path, target)
         return target
   raise AssertionError
 
@@ -263,16 +276,9 @@ def read_bytes(path: pathlib.Path, limit: int = MAX_JSON) -> bytes | None:
   """
   with plain_errors(path):
     try:
-      # A pipe would block, and a device has no end.
-      if not stat.S_ISREG(path.stat().st_mode):
-        raise UserError(f"{path}: not a file")
-      with path.open("rb") as file:
-        content = file.read(limit + 1)
+      return regular.read_bytes(path, limit)
     except FileNotFoundError:
       return None
-  if len(content) > limit:
-    raise UserError(f"{path}: larger than {limit // 2**20} MiB")
-  return content
 
 
 def parse_json(content: bytes, where: object, *, nan: bool = False) -> Any:
@@ -341,7 +347,8 @@ def read_json(path: pathlib.Path) -> dict[str, Any] | None:
     raise DamagedFileError(
       f"{path} must hold a JSON object, not a {type(value).__name__}"
     )
-  seal = value.pop(_SEAL, None)
+  run = value.get("run")
+  seal = (run if isinstance(run, dict) else value).pop(_SEAL, None)
   # A value without its name: the damage is in the name.
   if seal is None and not _SEALED.search(content):
     return value  # as earlier versions wrote it
@@ -353,12 +360,14 @@ def read_json(path: pathlib.Path) -> dict[str, Any] | None:
   return value
 
 
-_NAMES = ("model", "attack", "batch_norm")
-_NUMBERS = ("norm", "epsilon", "num_examples")  # some are None
-
-
-def read_results(workdir: pathlib.Path) -> dict[str, Any] | None:
+def read_results(
+  workdir: pathlib.Path, needed: Sequence[str] = ()
+) -> dict[str, Any] | None:
   """Reads `results.json`; None if the run has not been evaluated.
+
+  Args:
+    workdir: Directory of the file.
+    needed: Fields that each row must have besides those that all have.
 
   Raises:
     UserError: The file is damaged or of another format.
@@ -371,25 +380,18 @@ def read_results(workdir: pathlib.Path) -> dict[str, Any] | None:
     raise UserError(
       f"{path}: format is {results.get('format')!r}, only 1 can be read"
     )
-  rows = results.get("rows")
-  if not isinstance(rows, list) or not all(map(_is_row, rows)):
+  if found := results_format.fault(results, needed):
     raise DamagedFileError(
-      f"{path}: not a results file; move it away to evaluate again"
+      f"{path}: not a results file ({found}); move it away to evaluate again"
     )
   return results
 
 
-def _is_row(row: Any) -> bool:
-  return (
-    isinstance(row, dict)
-    and all(isinstance(row.get(name), str) for name in _NAMES)
-    and all(name in row for name in _NUMBERS)
-    and type(row.get("accuracy")) in (int, float)
-  )
-
-
 def read_autoattack(
-  workdir: pathlib.Path, epsilon: float, norm: str
+  workdir: pathlib.Path,
+  epsilon: float,
+  norm: str,
+  num_examples: int | None = None,
 ) -> dict[str, dict[str, Any]]:
   """Reads AutoAttack's rows of `results.json`, running statistics only.
 
@@ -397,6 +399,7 @@ def read_autoattack(
     workdir: Directory of the file.
     epsilon: Radius that the rows must have, pixels in [0, 1].
     norm: Norm that the rows must have.
+    num_examples: Number of images that the rows must have; None: any.
 
   Returns:
     {model: row}. Of several rows of a model, the one with the most images; of
@@ -413,6 +416,7 @@ def read_autoattack(
       and row["batch_norm"] == "running"
       and row["norm"] == norm
       and abs(row["epsilon"] - epsilon) < 1e-6
+      and num_examples in (None, row["num_examples"])
     ):
       best = found.setdefault(row["model"], row)
       found[row["model"]] = min(
@@ -453,7 +457,7 @@ def read_lines(path: pathlib.Path) -> Lines:
   bad: list[int] = []
   number = 0
   with plain_errors(path), contextlib.suppress(FileNotFoundError):
-    with path.open("rb") as file:
+    with regular.open_regular(path) as file:
       while text := _read_line(file):
         number += 1
         try:
@@ -539,87 +543,39 @@ def load_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
       checked all the same.
 
   Returns:
-    The arrays by name. Nothing is unpickled, and no more memory is taken than
-    the file has bytes and `MAX_EXPANSION`.
+    The arrays by name. Nothing is unpickled, and memory stays in proportion to
+    the file (`untrusted.zips`).
 
   Raises:
     ValueError: Damaged, or not such a file.
     OSError: Not readable.
     Exception: Others that a damaged archive raises in the zip reader.
   """
-  with path.open("rb") as file, zipfile.ZipFile(file) as archive:
-    members = archive.infolist()
-    size = os.fstat(file.fileno()).st_size
-    if sum(info.file_size for info in members) > size + MAX_EXPANSION:
-      raise ValueError("it unpacks to more than 1 GiB")
-    if len({info.filename for info in members}) < len(members):
-      raise ValueError("two arrays have one name")
-    arrays = {
-      info.filename.removesuffix(".npy"): _read_array(archive, info)
-      for info in members
-    }
-    marks = arrays.pop(_MARKS.removesuffix(".npy"), None)
-    if marks is not None and json.loads(str(marks)) != _marks(archive):
+  with zips.open_zip(path) as archive:
+    found = arrays.read_members(archive)
+    marks = found.pop(_MARKS.removesuffix(".npy"), None)
+    infos = archive.members.values()
+    if marks is not None and json.loads(str(marks)) != _marks(infos):
       raise ValueError("its checksums differ")
-  return arrays
-
-
-def _read_array(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
-  with archive.open(info) as member:
-    read_header = {
-      (1, 0): np.lib.format.read_array_header_1_0,
-      (2, 0): np.lib.format.read_array_header_2_0,
-    }[np.lib.format.read_magic(member)]
-    shape, _, dtype = read_header(member)
-    count = int(np.prod(shape, dtype=object))
-    if dtype.hasobject or count * dtype.itemsize != (
-      info.file_size - member.tell()
-    ):
-      raise ValueError(f"{info.filename} is not as long as it says")
-  with archive.open(info) as member:  # its end compares the CRC-32
-    return np.lib.format.read_array(member, allow_pickle=False)
+  return found
 
 
 def read_arrays(path: pathlib.Path) -> Arrays | None:
   """Reads an `.npz` of arrays; None if there is no such file.
 
   Raises:
-    DamagedFileError: The file is damaged.
+    UserError: The file may not be read.
+    DamagedFileError: It is not what was written.
   """
   try:
     return Arrays(path, load_arrays(path))
   except FileNotFoundError:
     return None
+  except PermissionError as error:
+    raise UserError(f"{path}: {error.strerror}") from error
   # A damaged file can raise anything in the zip reader or the header parser.
   except Exception as error:
     reason = " ".join(str(error).split()) or type(error).__name__
     raise DamagedFileError(
       f"{path} cannot be read ({reason}): delete it and evaluate again"
     ) from error
-
-
-def check_members(path: pathlib.Path, names: Sequence[str]) -> None:
-  """Compares members of a zip file with their CRC-32, without keeping them.
-
-  An array that is mapped into memory is not checked by anything else.
-
-  Args:
-    path: The archive.
-    names: Names of the members, as in "image.npy".
-
-  Raises:
-    DamagedFileError: A member is missing or not what was written.
-    UserError: The file cannot be read.
-  """
-  with plain_errors(path):
-    try:
-      with path.open("rb") as file, zipfile.ZipFile(file) as archive:
-        for name in names:
-          with archive.open(name) as member:
-            while member.read(_CHUNK):
-              pass
-    except OSError:
-      raise
-    except Exception as error:
-      reason = " ".join(str(error).split()) or type(error).__name__
-      raise DamagedFileError(f"{path}: damaged ({reason})") from error

@@ -6,7 +6,7 @@ import os
 import pathlib
 import sys
 
-from atat_jax.errors import UserError
+from atat_jax.errors import UserError, shown
 
 _log = logging.getLogger(__name__)
 
@@ -19,10 +19,12 @@ def expand(field: str, path: str | os.PathLike[str]) -> pathlib.Path:
     path: The path, as it was given.
 
   Raises:
-    UserError: "" or "None", as from an unset variable; a home folder that is
-      not known; a character that no path can have.
+    UserError: No path; "" or "None", as from an unset variable; a home folder
+      that is not known; a name that is too long; a null byte.
   """
-  text = os.fspath(path)
+  if not isinstance(path, str | os.PathLike):
+    raise UserError(f"{field}: {shown(path)}; allowed: a path")
+  text = str(path)
   if not text.strip() or text == "None":  # an unset variable
     raise UserError(f"{field}: {text!r}; allowed: a path")
   if "\0" in text:
@@ -39,6 +41,10 @@ def expand(field: str, path: str | os.PathLike[str]) -> pathlib.Path:
       f" {pathlib.Path(text).parts[0]} is not known"
     )
   found = pathlib.Path(expanded)
+  try:
+    found.exists()
+  except OSError as error:  # the longest name is the system's
+    raise UserError(f"{field}: {shown(text)}: {error.strerror}") from None
   # "./~" and "./None" stay what they are, however often they come here.
   return (
     found.absolute() if str(found)[0] == "~" or str(found) == "None" else found

@@ -1,6 +1,8 @@
 """Rows of `results.json` arranged by attack, and tables in Markdown."""
 
 import dataclasses
+import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,6 +39,9 @@ COLUMN_FIELDS = (
   "seed",
 )
 """Fields on which the rows of a column agree."""
+
+SHOWN = ("dataset", "split", "step_size", "num_steps", "num_restarts", "loss")
+"""Fields that a row must have, besides those that all have, to be on a page."""
 
 # Columns of the paper's Tables 1 and 2.
 _PAPER_ORDER = ("nominal", "fgsm", "ifgsm20", "pgd7", "pgd10", "pgd20")
@@ -171,7 +176,7 @@ def markdown(lines: Sequence[Sequence[str]], align: str | None = None) -> str:
   Returns:
     Table, without a line break at its end.
   """
-  cells = [[_escaped(cell) for cell in line] for line in lines]
+  cells = [[escaped(cell) for cell in line] for line in lines]
   columns = list(zip(*cells, strict=True))
   if align is None:
     align = "".join(
@@ -193,8 +198,14 @@ def markdown(lines: Sequence[Sequence[str]], align: str | None = None) -> str:
   return "\n".join(f"| {' | '.join(line)} |" for line in [head, rule, *rows])
 
 
-def _escaped(cell: str) -> str:
-  return cell.replace("|", "\\|").replace("\n", " ")
+# Letters that Markdown takes for marks. An underscore within a word is none.
+_MARKS = re.compile(r"[\\`*<&|~$]|(?<=\])\(|(?<!\w)_|_(?!\w)")
+
+
+def escaped(text: str) -> str:
+  """Returns text that Markdown, and a terminal, show as it is, on one line."""
+  line = "".join(letter if letter.isprintable() else " " for letter in text)
+  return _MARKS.sub(r"\\\g<0>", line)
 
 
 def attack(column: Column) -> str:
@@ -298,7 +309,20 @@ def _differ(field: str, rows: list[Row]) -> bool:
 
 
 def _value(field: str, value: Any) -> str:
-  return wording.pixels(value) if field in _LENGTHS else _text(value)
+  return exact_pixels(value) if field in _LENGTHS else _text(value)
+
+
+def exact_pixels(value: float | None) -> str:
+  """Writes a distance, in more digits where the usual text hides them.
+
+  Two radii that differ must not look the same: 0.0314 is not 8/255.
+  """
+  text = wording.pixels(value)
+  if value is None:
+    return text
+  above, _, below = text.partition("/")
+  meaning = float(above) / float(below or 1)
+  return text if math.isclose(meaning, value, rel_tol=1e-5) else f"{value:.6g}"
 
 
 def _text(value: object) -> str:

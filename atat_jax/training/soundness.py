@@ -170,6 +170,14 @@ def skipped(current: TrainState) -> tuple[list[tuple[int, list[str]]], int]:
   return found, count
 
 
+def forget(current: TrainState) -> TrainState:
+  """Forgets the skipped steps that a state has noted, once they are read."""
+  if current.guard is None:
+    return current
+  count = 0 * current.guard.count  # stays where it is on the devices
+  return current.replace(guard=current.guard.replace(count=count))
+
+
 def first_wrong(current: TrainState) -> tuple[int, list[str]] | None:
   """Reads the first step that was not finite, on the host.
 

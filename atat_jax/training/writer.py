@@ -4,8 +4,11 @@ Only process 0 writes metrics and progress.
 """
 
 import contextlib
+import errno
 import json
+import logging
 import math
+import os
 import pathlib
 import time
 from collections.abc import Mapping
@@ -22,6 +25,8 @@ from atat_jax.training.incidents import Incidents
 from atat_jax.training.interrupts import Interrupted
 from atat_jax.training.outline import Outline
 
+_log = logging.getLogger(__name__)
+
 
 class MetricsWriter(contextlib.AbstractContextManager[Any]):
   """Writer of `metrics.jsonl` and `tensorboard/`, a context manager.
@@ -29,7 +34,8 @@ class MetricsWriter(contextlib.AbstractContextManager[Any]):
   Args:
     directory: Directory that holds both.
     step: Step that the training starts or resumes from; later lines, left by an
-      interrupted run, are dropped, as they will be computed again.
+      interrupted run, are dropped, as they will be computed again. So is a last
+      line that a kill has cut off; the others stay.
   """
 
   def __init__(self, directory: pathlib.Path, step: int):
@@ -37,16 +43,15 @@ class MetricsWriter(contextlib.AbstractContextManager[Any]):
     if not self._writes:
       return
     path = directory / files.METRICS
-    kept = []
-    if path.exists():
-      for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-          if json.loads(line)["step"] <= step:
-            kept.append(line + "\n")
-        except (json.JSONDecodeError, KeyError):
-          break  # a kill has cut this line off
-    files.write_text(path, "".join(kept))
-    self._file = path.open("a", encoding="utf-8")
+    lines = files.read_lines(path)
+    if lines.bad:
+      copy = files.set_aside(path, directory, copy=True)
+      _log.warning("%s: all of it was copied to %s", path, copy)
+    kept = [text for text, line in lines.found if line["step"] <= step]
+    files.write_bytes(path, b"".join(kept))
+    with files.plain_errors(path):
+      # Without a buffer: what a full disk refuses is not tried again.
+      self._file = path.open("ab", buffering=0)
     self._board = tensorboardX.SummaryWriter(
       str(directory / files.TENSORBOARD), purge_step=step + 1
     )
@@ -60,12 +65,18 @@ class MetricsWriter(contextlib.AbstractContextManager[Any]):
       split: "train" or "validation".
       step: Number of steps made.
       values: Metrics and remarks by name.
+
+    Raises:
+      UserError: The operating system refuses.
     """
     if not self._writes:
       return
-    line = {"split": split, "step": step, **values}
-    self._file.write(json.dumps(line) + "\n")
-    self._file.flush()
+    line = json.dumps({"split": split, "step": step, **values}) + "\n"
+    with files.plain_errors(pathlib.Path(self._file.name)):
+      if self._file.write(line.encode()) < len(line):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+      if split == "validation":  # a checkpoint follows, which counts on it
+        os.fsync(self._file.fileno())
     for name, value in values.items():
       if isinstance(value, float):
         self._board.add_scalar(f"{split}/{name}", value, step)

@@ -55,7 +55,7 @@ def autoattack_row(**changes):
     "norm": "linf",
     "epsilon": 8 / 255,
     "batch_norm": "running",
-    "num_examples": 100,
+    "num_examples": 360,
     "accuracy": 0.5,
   }
   return row | changes

@@ -136,6 +136,13 @@ def test_labels_tell_the_images_and_the_ball_where_any_differ():
   assert labels(row("pgd20", 0.1), row("nominal", 1)) == ["pgd20", "nominal"]
 
 
+def test_radii_that_differ_look_different():
+  rows = [row("pgd20", 0.5), row("pgd20", 0.4, epsilon=0.0314)]
+  labels = [column.label for column in tables.columns(rows)]
+  assert labels == ["pgd20 (epsilon=8/255)", "pgd20 (epsilon=0.0314)"]
+  assert "(linf, epsilon 0.0314)" in report.verdict(results(*rows))
+
+
 def test_the_printed_table_says_what_cannot_be_compared():
   text = report.results_table(results(*IN_PARTS))
   assert re.search(

@@ -121,13 +121,13 @@ def test_other_trainings_are_other_rows(tmp_path):
   found = merge.compare(
     [
       write_run(tmp_path / "a", rows(), weight=1.0),
-      write_run(tmp_path / "b", rows(shifted(0.1)), weight=0.5, seed=1),
-      write_run(tmp_path / "c", rows(shifted(0.2)), weight=0.5, seed=2),
+      write_run(tmp_path / "b", rows(shifted(-0.1)), weight=0.5, seed=1),
+      write_run(tmp_path / "c", rows(shifted(-0.2)), weight=0.5, seed=2),
     ]
   )
   assert find(found, "at (weight=1.0)", "pgd20")["accuracy"] == 0.4
   other = find(found, "at (weight=0.5)", "pgd20")
-  assert other["accuracy"] == pytest.approx(0.55) and other["num_runs"] == 2
+  assert other["accuracy"] == pytest.approx(0.25) and other["num_runs"] == 2
   assert found["training"] == {
     "objective.weight": {"at (weight=1.0)": "1.0", "at (weight=0.5)": "0.5"}
   }
@@ -224,7 +224,7 @@ def test_runs_that_are_not_finished_are_refused(tmp_path):
 
 def test_a_run_counts_once(tmp_path):
   a = write_run(tmp_path / "a", rows())
-  b = write_run(tmp_path / "b", rows(shifted(0.1)))
+  b = write_run(tmp_path / "b", rows(shifted(-0.1)))
   with pytest.raises(UserError, match=f"{b} is the same training as {a}"):
     merge.compare([a, b])
 
@@ -441,7 +441,7 @@ def test_markdown_has_the_same_numbers(made):
   assert [line[0] for line in lines[2:]] == [
     "at [2 runs]",
     "atat [2 runs]",
-    "toy<b>\\| [2 runs]",
+    "toy\\<b>\\| [2 runs]",
   ]
   assert lines[3][3] == "40.50 ± 0.50 [paper 63.81]"
 

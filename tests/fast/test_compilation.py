@@ -1,7 +1,6 @@
 """Compiler options: only where they may stand, and only where they exist."""
 
 import os
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -146,7 +145,7 @@ def test_the_compilation_cache_is_in_the_users_directory(
   assert cache_directory() == str(tmp_path / "atat_jax" / "compiled")
 
   monkeypatch.delenv("XDG_CACHE_HOME")
-  monkeypatch.setattr(pathlib.Path, "home", lambda: tmp_path / "home")
+  monkeypatch.setenv("HOME", str(tmp_path / "home"))
   compilation.enable_persistent_cache()
   expected = tmp_path / "home" / ".cache" / "atat_jax" / "compiled"
   assert cache_directory() == str(expected)

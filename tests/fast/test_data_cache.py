@@ -219,7 +219,7 @@ def test_missing_data_points_at_a_copy_of_it(source, tmp_path):
   [
     ("gone.npz", r"gone\.npz: no such file"),
     ("cifar-10-binary.tar.gz", r"cifar-10-binary\.tar\.gz: no such file"),
-    ("x" * 300, "data_dir=.*: File name too long"),
+    ("x" * 300, "data_dir: .*: File name too long"),
   ],
 )
 def test_paths_of_no_file_are_named(tmp_path, data_dir, message):

@@ -36,17 +36,26 @@ def test_steps(find, tmp_path):
     "norm": "linf",
     "epsilon": 8 / 255,
     "batch_norm": "running",
-    "num_examples": 100,
+    "num_examples": 360,
     "accuracy": 0.25,
   }
-  results = {"format": 1, "rows": [row]}
-  (tmp_path / "results.json").write_text(json.dumps(results))
+
+  def write(**changes):
+    results = {"format": 1, "rows": [row | changes]}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+
+  write()
   sentence, caption = find("steps", arrays)
   # 0.6 - 0.3 * 20 / 100 is left after 20 steps.
   assert "atat 85.0%, 54.0% and 30.0%" in sentence
   assert "24.0 points at most: PGD had not converged after 20" in sentence
-  assert "AutoAttack leaves atat 25.0% (autoattack, 100 images)" in sentence
+  assert "AutoAttack leaves atat 25.0% (autoattack, 360 images)" in sentence
   assert "Dotted lines" in caption and "360 images, PGD, linf" in caption
+  # Of other images it says nothing beside these.
+  write(num_examples=100)
+  sentence, caption = find("steps", arrays)
+  assert "AutoAttack" not in sentence and "Dotted" not in caption
+  assert "AutoAttack is left out where it was run on 100 images" in caption
 
 
 def test_epsilons(find):

@@ -14,7 +14,8 @@ LAYERS = (
   "process",  # of a command
   "untrusted",  # files of others
   "runs",  # a working directory on disk
-  "rng checks fields compilation sharding metrics",
+  "sharding",
+  "rng checks fields compilation metrics",
   "batch_norm",
   "losses attention optim data models",
   "interop",
@@ -32,6 +33,7 @@ LAYERS = (
   "report",
   "train",  # modes
   "evaluate",
+  "rehearsal replay",
   "pipeline explain",
 )
 RANKS = {name: rank for rank, row in enumerate(LAYERS) for name in row.split()}

@@ -103,17 +103,17 @@ def assert_equal(a, b):
     np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
 
 
-def test_best_and_last_are_kept(tmp_path, spec, make_state):
-  accuracies = [0.2, 0.5, 0.6, 0.4, 0.3]
+def test_best_and_last_two_are_kept(tmp_path, spec, make_state):
+  accuracies = [0.2, 0.6, 0.5, 0.4, 0.3]
   states = [
     (5 * i, make_state(i), accuracy)
     for i, accuracy in enumerate(accuracies, start=1)
   ]
   save(tmp_path, spec, states)
-  assert steps_of(tmp_path) == [15, 25]
-  assert checkpoints.checkpoint_step(tmp_path) == 15
+  assert steps_of(tmp_path) == [10, 20, 25]
+  assert checkpoints.checkpoint_step(tmp_path) == 10
   assert checkpoints.checkpoint_step(tmp_path, which="last") == 25
-  for which, seed in (("best", 3), ("last", 5)):
+  for which, seed in (("best", 2), ("last", 5)):
     _, variables = checkpoints.restore_model(tmp_path, which=which)
     assert_equal(variables, state.variables(make_state(seed)))
   with checkpoints.Checkpointer(tmp_path, spec) as checkpointer:
@@ -122,11 +122,14 @@ def test_best_and_last_are_kept(tmp_path, spec, make_state):
 
 def test_the_best_may_be_the_last_or_the_first(tmp_path, spec, make_state):
   saved = make_state(1)
-  save(tmp_path / "rising", spec, [(1, saved, 0.1), (2, saved, 0.2)])
-  assert steps_of(tmp_path / "rising") == [2]
+  rising = [(1, saved, 0.1), (2, saved, 0.2), (3, saved, 0.3)]
+  save(tmp_path / "rising", spec, rising)
+  # The one before stays, should the last be damaged.
+  assert steps_of(tmp_path / "rising") == [2, 3]
+  assert checkpoints.checkpoint_step(tmp_path / "rising") == 3
   falling = [(1, saved, 0.3), (2, saved, 0.2), (3, saved, 0.1)]
   save(tmp_path / "falling", spec, falling)
-  assert steps_of(tmp_path / "falling") == [1, 3]
+  assert steps_of(tmp_path / "falling") == [1, 2, 3]
   assert checkpoints.checkpoint_step(tmp_path / "falling") == 1
 
 
@@ -135,9 +138,9 @@ def test_an_unmeasured_checkpoint_is_never_the_best(tmp_path, spec, make_state):
   assert steps_of(tmp_path) == [5, 7]
   assert checkpoints.checkpoint_step(tmp_path) == 5
   assert checkpoints.checkpoint_step(tmp_path, which="last") == 7
-  # The next measured one takes its place as the last.
-  save(tmp_path, spec, [(10, make_state(3), 0.4)])
-  assert steps_of(tmp_path) == [10]
+  # It goes as soon as it is none of the last two.
+  save(tmp_path, spec, [(10, make_state(3), 0.4), (15, make_state(4), 0.3)])
+  assert steps_of(tmp_path) == [10, 15]
 
 
 def test_before_the_first_validation_the_last_will_do(

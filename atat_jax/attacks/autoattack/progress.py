@@ -3,14 +3,14 @@
 import contextlib
 import dataclasses
 import pathlib
-import zipfile
 from collections.abc import Sequence
 
 import jax
 import numpy as np
 
+from atat_jax.attacks import diagnostics
 from atat_jax.attacks.autoattack.slots import InFlight, Job
-from atat_jax.errors import UserError
+from atat_jax.errors import DamagedFileError, UserError
 from atat_jax.runs import files, lock
 
 
@@ -27,6 +27,8 @@ class EnsembleProgress:
     accuracies: "clean" and finished attacks to the accuracy after them.
     seconds: Attack to its run time.
     done: Attack to its finished runs, bool [N, runs].
+    nonfinite: Attack to its evaluations that were not finite, int64 [3]:
+      points, gradients, and images that were judged.
     in_flight: Unfinished runs.
   """
 
@@ -37,6 +39,7 @@ class EnsembleProgress:
   accuracies: dict[str, float]
   seconds: dict[str, float]
   done: dict[str, np.ndarray]
+  nonfinite: dict[str, np.ndarray]
   in_flight: InFlight | None = None
 
   @classmethod
@@ -48,7 +51,7 @@ class EnsembleProgress:
     jobs: Sequence[Job],
   ) -> "EnsembleProgress":
     """Returns the progress before the first attack."""
-    robust = logits.argmax(-1) == labels
+    robust = diagnostics.correct(logits, labels)
     return cls(
       logits=logits,
       robust=robust,
@@ -59,6 +62,7 @@ class EnsembleProgress:
       done={
         job.name: np.zeros((len(labels), job.num_runs), bool) for job in jobs
       },
+      nonfinite={},
     )
 
 
@@ -82,6 +86,7 @@ class Store:
       raise UserError(f"state_path: {path}: {error.strerror}") from None
     if path.is_dir():
       raise UserError(f"state_path: {path} is a folder; allowed: a file")
+    files.remove_temporaries(path.parent, below=False)
 
   def lock(self) -> contextlib.AbstractContextManager[object]:
     """Locks the file against other evaluations (process 0 only).
@@ -108,7 +113,7 @@ class Store:
       "claimed": progress.claimed,
       "fallen": progress.adversarial[~progress.robust | progress.claimed],
     }
-    for field in ("accuracies", "seconds", "done"):
+    for field in ("accuracies", "seconds", "done", "nonfinite"):
       for name, value in getattr(progress, field).items():
         arrays[f"{field}/{name}"] = np.asarray(value)
     if in_flight is not None:
@@ -123,34 +128,60 @@ class Store:
     """Reads the file; returns `fresh` if there is none.
 
     Raises:
-      UserError: Not such a file, or that of another evaluation.
+      UserError: The file belongs to another evaluation, or cannot be read.
+      DamagedFileError: It is not such a file, or not what was written. It stays
+        where it is.
     """
     if not self._path.exists():
       return fresh
     try:
-      with np.load(self._path, allow_pickle=False) as file:
-        arrays = dict(file)
+      arrays = files.load_arrays(self._path)
       identity, logits = str(arrays["identity"]), arrays["logits"]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-      raise UserError(
-        f"state_path: {self._path} is not a state of autoattack; move it away"
-        " to start anew"
-      ) from None
+    except PermissionError as error:
+      raise UserError(f"state_path: {self._path}: {error.strerror}") from error
+    # A damaged file can raise anything in the zip reader or the header parser.
+    except Exception as error:
+      raise self._damaged(error) from error
     if identity != self._identity:
       raise UserError(
         f"state_path: {self._path} belongs to other images, labels, epsilon,"
         " norm, attacks or seed; use another path or move it away"
       )
-    scale = float(np.abs(fresh.logits).max()) + 1e-12
-    if (
-      logits.shape != fresh.logits.shape
-      or np.abs(logits - fresh.logits).max() > 1e-3 * scale
-    ):
+    if not _same_logits(logits, fresh.logits):
       raise UserError(
         f"state_path: {self._path} belongs to another classifier; use another"
         " path or move it away"
       )
-    return _from_arrays(fresh, arrays)
+    try:
+      progress = _from_arrays(fresh, arrays)
+    except (IndexError, KeyError, TypeError, ValueError) as error:
+      raise self._damaged(error) from error
+    if (progress.robust & ~np.isfinite(logits).all(-1)).any():
+      raise UserError(
+        f"state_path: {self._path} is of an earlier version, which took images"
+        " with logits that are not finite for robust; move it away"
+      )
+    return progress
+
+  def _damaged(self, error: Exception) -> DamagedFileError:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return DamagedFileError(
+      f"state_path: {self._path} is not a state of autoattack ({reason}); move"
+      " it away to start anew"
+    )
+
+
+def _same_logits(stored: np.ndarray, found: np.ndarray) -> bool:
+  """Whether two classifiers agree up to rounding, in what is not finite, too."""
+  if stored.shape != found.shape or stored.dtype.kind != "f":
+    return False
+  finite = np.isfinite(found)
+  if not np.array_equal(stored[~finite], found[~finite], equal_nan=True):
+    return False
+  scale = float(np.abs(found[finite]).max(initial=0)) + 1e-12
+  # NaN on one side only: the comparison is False, as it has to be.
+  distance = np.abs(stored[finite] - found[finite]).max(initial=0)
+  return bool(distance <= 1e-3 * scale)
 
 
 def _group(arrays: dict[str, np.ndarray], field: str) -> dict[str, np.ndarray]:
@@ -163,11 +194,30 @@ def _group(arrays: dict[str, np.ndarray], field: str) -> dict[str, np.ndarray]:
   }
 
 
+def _check_like(array: np.ndarray, like: np.ndarray, name: str) -> None:
+  if (array.shape, array.dtype) != (like.shape, like.dtype):
+    raise ValueError(f"{name}: {array.dtype} {list(array.shape)}")
+
+
 def _from_arrays(
   fresh: EnsembleProgress, arrays: dict[str, np.ndarray]
 ) -> EnsembleProgress:
+  for name in ("robust", "claimed"):
+    _check_like(arrays[name], getattr(fresh, name), name)
+  done = _group(arrays, "done")
+  if set(done) != set(fresh.done):
+    raise ValueError(f"attacks: {', '.join(done)}")
+  for name, runs in done.items():
+    _check_like(runs, fresh.done[name], name)
+  nonfinite = _group(arrays, "nonfinite")
+  for name, counts in nonfinite.items():
+    _check_like(counts, np.zeros(3, np.int64), name)
+  where = ~arrays["robust"] | arrays["claimed"]
   adversarial = fresh.adversarial.copy()
-  adversarial[~arrays["robust"] | arrays["claimed"]] = arrays["fallen"]
+  _check_like(arrays["fallen"], adversarial[where], "fallen")
+  if not np.isfinite(arrays["fallen"]).all():
+    raise ValueError("images are not finite")
+  adversarial[where] = arrays["fallen"]
   running = _group(arrays, "in_flight")
   in_flight = None
   if running:
@@ -185,6 +235,7 @@ def _from_arrays(
     adversarial=adversarial,
     accuracies={k: float(v) for k, v in _group(arrays, "accuracies").items()},
     seconds={k: float(v) for k, v in _group(arrays, "seconds").items()},
-    done=_group(arrays, "done"),
+    done=done,
+    nonfinite=nonfinite,
     in_flight=in_flight,
   )

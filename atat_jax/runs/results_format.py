@@ -1,0 +1,192 @@
+"""The format of `results.json`: which fields it has, and what they may hold.
+
+Fields that this version does not know are free, and most may be missing, as
+files of earlier versions lack some. What is there must be of its kind and
+range: a page must not show, nor compare, a number that is none.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+from atat_jax.errors import shown
+
+_MOST = 1e12  # more than any number of images, steps or seconds
+
+
+class _Kind(NamedTuple):
+  """Kind of value that a field may hold.
+
+  Attributes:
+    allowed: Its description.
+    holds: Whether a value is allowed.
+  """
+
+  allowed: str
+  holds: Callable[[Any], bool]
+
+
+def _is_number(value: Any) -> bool:
+  return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _number(least: float, most: float = _MOST) -> _Kind:
+  limits = f"{least:g} to {most:g}"
+  return _Kind(
+    f"a number from {limits}",
+    lambda value: _is_number(value) and least <= value <= most,
+  )
+
+
+def _integer(least: int) -> _Kind:
+  return _Kind(
+    f"an integer from {least} to {_MOST:g}",
+    lambda value: type(value) is int and least <= value <= _MOST,
+  )
+
+
+def _or_none(kind: _Kind) -> _Kind:
+  return _Kind(
+    f"{kind.allowed}, or null",
+    lambda value: value is None or kind.holds(value),
+  )
+
+
+def _list_of(kind: _Kind) -> _Kind:
+  return _Kind(
+    f"a list, each {kind.allowed}",
+    lambda value: isinstance(value, list) and all(map(kind.holds, value)),
+  )
+
+
+def _named(kind: _Kind) -> _Kind:
+  return _Kind(
+    f"an object, each entry {kind.allowed}",
+    lambda value: (
+      isinstance(value, dict) and all(map(kind.holds, value.values()))
+    ),
+  )
+
+
+def _object(
+  fields: Mapping[str, _Kind], needed: Iterable[str] | None = None
+) -> _Kind:
+  needed = tuple(fields if needed is None else needed)
+  return _Kind(
+    f"an object with {', '.join(needed) or 'certain fields'}",
+    lambda value: _fault(value, fields, needed) == "",
+  )
+
+
+def _fault(
+  value: Any, fields: Mapping[str, _Kind], needed: Iterable[str]
+) -> str:
+  """Says what is wrong with an object; "" if nothing is."""
+  if not isinstance(value, dict):
+    return f"{shown(value)}; allowed: an object"
+  for name in needed:
+    if name not in value:
+      return f"no {name}"
+  for name, kind in fields.items():
+    if name in value and not kind.holds(value[name]):
+      return f"{name}: {shown(value[name])}; allowed: {kind.allowed}"
+  return ""
+
+
+_TEXT = _Kind("text", lambda value: isinstance(value, str))
+_SHARE = _number(0, 1)
+_FREE = _Kind("a number, text, Boolean or null", lambda v: not _is_compound(v))
+
+
+def _is_compound(value: Any) -> bool:
+  return isinstance(value, dict | list)
+
+
+_DIAGNOSTIC = _object(
+  {
+    "rule": _TEXT,
+    "value": _or_none(_number(-_MOST)),
+    "flag": _Kind("true or false", lambda value: isinstance(value, bool)),
+    "message": _TEXT,
+    "title": _TEXT,
+  },
+  ("rule", "value", "flag", "message"),
+)
+
+_ROW = {
+  "model": _TEXT,
+  "attack": _TEXT,
+  "batch_norm": _Kind(
+    "running or batch", lambda value: value in ("running", "batch")
+  ),
+  "norm": _or_none(_TEXT),
+  "epsilon": _or_none(_number(0)),
+  "num_examples": _integer(1),
+  "accuracy": _SHARE,
+  "dataset": _TEXT,
+  "split": _TEXT,
+  "step_size": _or_none(_number(0)),
+  "num_steps": _or_none(_integer(0)),
+  "num_restarts": _or_none(_integer(0)),
+  "loss": _or_none(_TEXT),
+  "batch_size": _or_none(_integer(1)),
+  "seed": _or_none(_integer(0)),
+  "checkpoint_step": _or_none(_integer(0)),
+  "seconds": _or_none(_number(0)),
+  "class_accuracy": _or_none(_list_of(_or_none(_SHARE))),
+  "nonfinite": _or_none(_integer(0)),
+  "nonfinite_points": _or_none(_integer(0)),
+  "nonfinite_gradients": _or_none(_integer(0)),
+  "options": _named(_FREE),
+  "attacks": _list_of(
+    _object(
+      {"attack": _TEXT, "numbers": _TEXT, "accuracy": _SHARE},
+      ("attack", "numbers"),
+    )
+  ),
+  "diagnostics": _named(_DIAGNOSTIC),
+}
+_NEEDED = (
+  "model",
+  "attack",
+  "batch_norm",
+  "norm",
+  "epsilon",
+  "num_examples",
+  "accuracy",
+)
+
+_RUN = {
+  "config": _or_none(_Kind("an object", lambda v: isinstance(v, dict))),
+  "class_names": _or_none(_list_of(_TEXT)),
+  "commit": _or_none(_TEXT),
+  "command": _or_none(_TEXT),
+  "date": _or_none(_TEXT),
+  "devices": _list_of(_TEXT),
+  "versions": _named(_FREE),
+  "num_parameters": _named(_integer(0)),
+  "checkpoints": _named(_object({"step": _integer(0), "which": _TEXT})),
+}
+
+
+def fault(results: Mapping[str, Any], needed: Iterable[str] = ()) -> str:
+  """Says what is wrong with the content of a `results.json`.
+
+  Args:
+    results: The object.
+    needed: Fields that each row must have besides those that all have.
+
+  Returns:
+    The first fault, as "row 3: accuracy: 1.5; allowed: ..."; "" if there is
+    none.
+  """
+  rows = results.get("rows")
+  if not isinstance(rows, list):
+    return "no list of rows"
+  for number, row in enumerate(rows, 1):
+    if found := _fault(row, _ROW, (*_NEEDED, *needed)):
+      return f"row {number}: {found}"
+  if found := _fault(results.get("run", {}), _RUN, ()):
+    return f"run: {found}"
+  if not _named(_DIAGNOSTIC).holds(results.get("diagnostics", {})):
+    return f"diagnostics; allowed: {_named(_DIAGNOSTIC).allowed}"
+  return ""

@@ -925,7 +925,7 @@ def test_a_deleted_current_folder_and_a_broken_pipe(tmp_path, plain):
   (tmp_path / "hidden" / "torch.py").write_text("raise ImportError\n")
   env = {"PYTHONPATH": f"{tmp_path / 'hidden'}:{ROOT}"}
   status, out, _ = main(workdir, wrapper=wrapper, cwd=tmp_path, env=env)
-  assert status == 0 and len(out.splitlines()) == 1
+  assert status == 0 and out.count("\n") == 1, out
   assert results(workdir) == results(plain)
 
 
@@ -953,3 +953,43 @@ def test_a_copy_with_windows_line_ends(tmp_path, plain):
   )
   assert status == 0, errors
   assert results(workdir) == results(plain)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_processes_of_a_job_stop_at_the_same_step(tmp_path, signum):
+  """The signal goes to one of them."""
+  workdir = tmp_path / "run"
+  words = tiny.flags(workdir, method="standard", mode="train")
+  words += ["--config.train.num_epochs=400", "--distributed"]
+  words += ["--config.train.validate_every_epochs=400"]
+  processes = [
+    subprocess.Popen(
+      [*LISTENING, sys.executable, "main.py", *words],
+      cwd=ROOT,
+      env={
+        **_SHELL,
+        **tiny.QUICK,
+        "JAX_PLATFORMS": "cpu",
+        "SLURM_JOB_ID": str(os.getpid()),
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_NTASKS": "2",
+        "SLURM_PROCID": str(rank),
+        "SLURM_LOCALID": str(rank),
+      },
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
+    )
+    for rank in range(2)
+  ]
+  path = workdir / "metrics.jsonl"
+  while not path.exists() or path.read_text().count("\n") < 2:
+    assert [process.poll() for process in processes] == [None, None]
+    time.sleep(0.1)
+  processes[signum == signal.SIGTERM].send_signal(signum)
+  outputs = [process.communicate(timeout=120)[0] for process in processes]
+  lasts = {output.strip().splitlines()[-1] for output in outputs}
+  assert len(lasts) == 1 and "stopped at step" in lasts.pop(), outputs
+  statuses = {process.returncode for process in processes}
+  assert statuses <= {128 + signum, 128 + signal.SIGTERM}

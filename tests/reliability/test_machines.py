@@ -189,6 +189,26 @@ def test_a_workdir_that_cannot_be_is_refused(command_line, workdir, parts):
   refused(command_line(*tiny.flags(workdir)), *parts)
 
 
+@pytest.mark.parametrize(
+  ("content", "part"),
+  [
+    (b"def get_config(:", "line 1"),
+    (b"import no_such_module", "no_such_module"),
+    (b"x = 1", "get_config"),
+    (b"def get_config():\n  return undefined", "'undefined' is not defined"),
+    (b"\xff\xfe", "cannot be read"),
+  ],
+  ids=["syntax", "import", "empty", "name", "binary"],
+)
+def test_a_configuration_with_a_mistake_is_one_line(
+  command_line, tmp_path, content, part
+):
+  path = tmp_path / "mine.py"
+  path.write_bytes(content)
+  flags = [f"--config={path}", f"--workdir={tmp_path / 'run'}"]
+  refused(command_line(*flags), "--config", part)
+
+
 def test_other_commands_refuse_an_empty_out(tmp_path):
   module = [sys.executable, "-m", "atat_jax.report"]
   refused(run(*module, tmp_path, "--out="), "out: ''")

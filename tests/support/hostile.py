@@ -234,9 +234,9 @@ _PROGRAMS = {
   "a number of 2 GB": b"\x80\x02\x8b\xff\xff\xff\x7f\1.",
   "a number of a million digits": b"I" + b"9" * 1_000_000 + b"\n.",
   "a frame beyond memory": b"\x80\x04\x95" + struct.pack("<Q", 1 << 60) + b"N.",
-  "lists in lists": b"]" * 500_000 + b"a" * 499_999 + b".",
-  "tuples in tuples": b")" + b"\x85" * 500_000 + b".",
-  "tuples in tuples as a key": b"})" + b"\x85" * 500_000 + b"Ns.",
+  "lists in lists": b"]" * 150_000 + b"a" * 149_999 + b".",
+  "tuples in tuples": b")" + b"\x85" * 150_000 + b".",
+  "tuples in tuples as a key": b"})" + b"\x85" * 150_000 + b"Ns.",
   "a list that holds itself": b"]q\0h\0a.",
   "a dict that holds itself": b"}q\0" + _text("model") + b"h\0s.",
   "doubled sixty times": b"}q\0"
@@ -246,7 +246,7 @@ _PROGRAMS = {
     for i in range(1, 61)
   )
   + b".",
-  "four million instructions": b"\x80\x02" + b"N0" * 2_000_000 + b"N.",
+  "three million instructions": b"\x80\x02" + b"N0" * 1_600_000 + b"N.",
   "an empty stack": b"0.",
   "nothing": b"",
   "keys that are numbers": b"\x80\x02}K\1"
@@ -460,6 +460,7 @@ _TEXTS = {
   "one key twice": b'{"method": "at", "method": "atat"}',
   "an endless number": b'{"a": ' + b"9" * 1_000_000 + b"}",
   "no object": b"[1]",
+  "three million lists": b'{"a": [' + b"[]," * 3_000_000 + b"0]}",
   "no text": b"\xff\xfe\x00",
   "nothing": b"",
   "a control sequence": b"\x1b[2J\x1b]0;x\x07",
@@ -708,6 +709,24 @@ def _piped(place: pathlib.Path) -> None:
   os.mkfifo(place / "label.labels.txt")
 
 
+def _bomb(options: str, *records: bytes) -> Callable[[pathlib.Path], None]:
+  def write(place: pathlib.Path) -> None:
+    from array_record.python import array_record_module
+
+    (path,) = place.glob("*train*")
+    writer = array_record_module.ArrayRecordWriter(str(path), options)
+    for record in records:
+      writer.write(record)
+    writer.close()
+
+  return write
+
+
+def _noise(place: pathlib.Path) -> None:
+  (path,) = place.glob("*train*")
+  path.write_bytes(np.random.default_rng(0).bytes(1 << 17))
+
+
 HARMLESS["records of one picture"] = "records", _records()
 for _name, _make in {
   "a class of another module": _records(change=_foreign),
@@ -716,6 +735,11 @@ for _name, _make in {
   "a trillion pictures": _records(change=_million),
   "a picture of 60,000 x 60,000": _records(picture=_png(60_000, 60_000)),
   "no picture": _records(picture=b"%!PS-Adobe-3.0 EPSF-3.0\n"),
+  "a record of 200 MB": _records(more=_bomb("group_size:1", bytes(200 << 20))),
+  "columns of records": _records(
+    more=_bomb("group_size:2,transpose", *[_example(_PICTURE)] * 2)
+  ),
+  "noise": _records(more=_noise),
   "labels of a terabyte": _records(more=_holes),
   "labels from a pipe": _records(more=_piped),
 }.items():

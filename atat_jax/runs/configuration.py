@@ -5,7 +5,7 @@ import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from atat_jax.errors import DamagedFileError, UserError
+from atat_jax.errors import DamagedFileError, UserError, shown
 from atat_jax.runs import files, roles
 
 # Fields that the trained weights do not depend on.
@@ -55,6 +55,15 @@ class Configuration:
   attack: dict[str, Any]
 
 
+_KINDS: dict[str, type] = {
+  "method": str,
+  "seed": int,
+  "train": Mapping,
+  "data": Mapping,
+  "evaluation": Mapping,
+}
+
+
 def parse(tree: Mapping[str, Any], where: pathlib.Path) -> Configuration:
   """Reads the configuration of a run.
 
@@ -70,6 +79,12 @@ def parse(tree: Mapping[str, Any], where: pathlib.Path) -> Configuration:
   """
   if "method" not in tree:
     raise UserError(f"workdir: {where} has no configuration of a run")
+  for field, kind in _KINDS.items():
+    if field in tree and not isinstance(tree[field], kind):
+      raise UserError(
+        f"config.{field}: {shown(tree[field])} in {where}; allowed: as main.py"
+        " has written it"
+      )
   data, evaluation = tree.get("data", {}), tree.get("evaluation", {})
   arguments = {
     "name": "name",

@@ -620,6 +620,44 @@ def _png(
 _PICTURE = _png(32, 32, rows=bytes(32 * 97))
 
 
+_TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
+
+
+def _notes(version: str) -> tuple[dict[str, Any], dict[str, Any]]:
+  """The JSON files of a prepared version with one picture in each split."""
+  names = "features_dict.FeaturesDict text_feature.Text image_feature.Image"
+  classes = [
+    f"tensorflow_datasets.core.features.{name}"
+    for name in (*names.split(), "class_label_feature.ClassLabel")
+  ]
+  info = {
+    "fileFormat": "array_record",
+    "moduleName": "tensorflow_datasets.image_classification.cifar",
+    "name": "cifar10",
+    "version": version,
+    "splits": [
+      {
+        "name": split,
+        "numBytes": "99",
+        "shardLengths": ["1"],
+        "filepathTemplate": _TEMPLATE,
+      }
+      for split in ("train", "test")
+    ],
+  }
+  image = {"dtype": "uint8", "shape": {"dimensions": ["32", "32", "3"]}}
+  features = {
+    "id": {"pythonClassName": classes[1], "text": {}},
+    "image": {"pythonClassName": classes[2], "image": image},
+    "label": {
+      "pythonClassName": classes[3],
+      "classLabel": {"numClasses": "10"},
+    },
+  }
+  top = {"pythonClassName": classes[0], "featuresDict": {"features": features}}
+  return info, top
+
+
 def _records(
   *,
   picture: bytes = _PICTURE,
@@ -630,62 +668,31 @@ def _records(
   """A prepared version with one picture in each split."""
 
   def make(folder: pathlib.Path) -> pathlib.Path:
-    from array_record.python import array_record_module
-
     place = folder / "cifar10" / version
     place.mkdir(parents=True)
-    names = "features_dict.FeaturesDict text_feature.Text image_feature.Image"
-    classes = [
-      f"tensorflow_datasets.core.features.{name}"
-      for name in (*names.split(), "class_label_feature.ClassLabel")
-    ]
-    template = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
-    info = {
-      "fileFormat": "array_record",
-      "moduleName": "tensorflow_datasets.image_classification.cifar",
-      "name": "cifar10",
-      "version": version,
-      "splits": [
-        {
-          "name": split,
-          "numBytes": "99",
-          "shardLengths": ["1"],
-          "filepathTemplate": template,
-        }
-        for split in ("train", "test")
-      ],
-    }
-    dimensions = {"dimensions": ["32", "32", "3"]}
-    features = {
-      "pythonClassName": classes[0],
-      "featuresDict": {
-        "features": {
-          "id": {"pythonClassName": classes[1], "text": {}},
-          "image": {
-            "pythonClassName": classes[2],
-            "image": {"dtype": "uint8", "shape": dimensions},
-          },
-          "label": {
-            "pythonClassName": classes[3],
-            "classLabel": {"numClasses": "10"},
-          },
-        }
-      },
-    }
+    info, features = _notes(version)
     change(info, features)
     (place / "dataset_info.json").write_text(json.dumps(info))
     (place / "features.json").write_text(json.dumps(features))
     for split in ("train", "test"):
-      writer = array_record_module.ArrayRecordWriter(
-        str(place / f"cifar10-{split}.array_record-00000-of-00001"),
+      _write_records(
+        place / f"cifar10-{split}.array_record-00000-of-00001",
         "group_size:1",
+        _example(picture),
       )
-      writer.write(_example(picture))
-      writer.close()
     more(place)
     return folder
 
   return make
+
+
+def _write_records(path: pathlib.Path, options: str, *records: bytes) -> None:
+  from array_record.python import array_record_module
+
+  writer = array_record_module.ArrayRecordWriter(str(path), options)
+  for record in records:
+    writer.write(record)
+  writer.close()
 
 
 def _foreign(info: dict[str, Any], features: dict[str, Any]) -> None:
@@ -711,13 +718,8 @@ def _piped(place: pathlib.Path) -> None:
 
 def _bomb(options: str, *records: bytes) -> Callable[[pathlib.Path], None]:
   def write(place: pathlib.Path) -> None:
-    from array_record.python import array_record_module
-
     (path,) = place.glob("*train*")
-    writer = array_record_module.ArrayRecordWriter(str(path), options)
-    for record in records:
-      writer.write(record)
-    writer.close()
+    _write_records(path, options, *records)
 
   return write
 

@@ -150,9 +150,10 @@ def remove_temporaries(directory: pathlib.Path, *, below: bool = True) -> None:
       folders.clear()
     for name in filter(_TEMPORARY.fullmatch, names):
       path = pathlib.Path(folder) / name
-      with contextlib.suppress(OSError), path.open("rb") as file:
-        if _lock(file.fileno()):
-          path.unlink()
+      with contextlib.suppress(OSError, UserError):
+        with regular.open_regular(path) as file:
+          if _lock(file.fileno()):
+            path.unlink()
 
 
 def write_bytes(path: pathlib.Path, content: bytes) -> pathlib.Path:

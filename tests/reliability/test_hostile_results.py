@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import random
 
 import pytest
@@ -10,7 +11,7 @@ import run_files
 from atat_jax import analyses, figures
 from atat_jax.errors import UserError
 from atat_jax.report import comparison, results, run_page
-from atat_jax.runs import configuration, files
+from atat_jax.runs import configuration, files, lock
 
 SCRIPT = "<script>alert(1)</script>"
 VALUES = [
@@ -96,3 +97,31 @@ def test_a_configuration_of_another_kind_is_refused(tmp_path, field):
     tree = {"method": "at", field: value}
     with pytest.raises(UserError, match=f"config.{field}: "):
       configuration.parse(tree, tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling link", "hard link", "pipe"])
+def test_a_planted_lock_leads_to_no_other_file(tmp_path, kind):
+  mine, workdir = tmp_path / "mine.txt", tmp_path / "run"
+  mine.write_text("precious")
+  workdir.mkdir()
+  with lock.directory("workdir", workdir) as held:
+    place = held.path
+  if kind == "pipe":
+    os.mkfifo(place)
+  elif kind == "hard link":
+    os.link(mine, place)
+  else:
+    place.symlink_to(mine if kind == "link" else tmp_path / "new")
+  with pytest.raises(UserError, match="workdir: "):
+    with lock.directory("workdir", workdir):
+      pass
+  assert mine.read_text() == "precious"
+  assert not (tmp_path / "new").exists()
+
+
+def test_a_planted_pipe_holds_up_no_cleaning(tmp_path):
+  """Its name is that of a file which a killed process has left."""
+  with files.replacing(tmp_path / "a.txt") as temporary:
+    temporary.touch()
+  os.mkfifo(temporary)
+  files.remove_temporaries(tmp_path)

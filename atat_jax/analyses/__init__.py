@@ -75,6 +75,7 @@ def parse(names: str) -> tuple[str, ...]:
   Raises:
     UserError: A name is not one of `ANALYSES`, or is there twice.
   """
+  checks.instance("analyses", names, str, "names between commas")
   found = tuple(name.strip() for name in names.split(",") if name.strip())
   _check_names(found)
   return found

@@ -44,7 +44,7 @@ def read(
   """
   del data_dir, cache_dir
   if source != "auto":
-    raise UserError(f"source={source!r}: must be 'auto' for digits")
+    raise UserError(f"source: {source!r}; allowed: 'auto' for digits")
   # Slow to import, and other data sets do not need it.
   from sklearn import datasets
 

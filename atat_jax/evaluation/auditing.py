@@ -95,7 +95,7 @@ def audit(
     UserError: A wrong argument, by name; or no image is classified correctly.
   """
   base.check_norm(norm, epsilon)
-  _check_counts(batch_size, num_examples, num_noise)
+  _check_options(key, batch_size, num_examples, num_noise, progress)
   num_steps = _increasing(num_steps)
   data = base.on_host(classifier, images, labels)[:3]
   adversarial = _as_images(adversarial, data[1].shape)
@@ -123,7 +123,7 @@ class _Audited:
   ):
     self._key, self._images, self._labels = key, images, labels
     self._norm, self._batch_size = norm, min(batch_size, len(images))
-    self._mesh = sharding.make_mesh() if mesh is None else mesh
+    self._mesh = sharding.mesh_or_all(mesh)
     self._classifier = sharding.put_replicated(self._mesh, classifier)
     self._predict = diagnostics.Scorer(self._classifier, self._mesh)
     self._logits = self._predict(
@@ -461,10 +461,14 @@ def growing(epsilon: float, norm: str, num_pixels: int) -> list[float]:
   return [*radii, whole]
 
 
-def _check_counts(batch_size: Any, num_examples: Any, num_noise: Any) -> None:
-  checks.positive("batch_size", batch_size, integer=True)
-  checks.positive("num_examples", num_examples, integer=True)
+def _check_options(
+  key: Any, batch_size: Any, num_examples: Any, num_noise: Any, progress: Any
+) -> None:
+  checks.key(key)
+  checks.count("batch_size", batch_size)
+  checks.count("num_examples", num_examples)
   checks.positive("num_noise", num_noise, integer=True)
+  checks.boolean("progress", progress)
 
 
 def _increasing(num_steps: Any) -> tuple[int, ...]:
@@ -479,7 +483,7 @@ def _increasing(num_steps: Any) -> tuple[int, ...]:
 
 
 def _as_images(adversarial: Any, shape: tuple[int, ...]) -> np.ndarray:
-  adversarial = np.asarray(adversarial)
+  adversarial = checks.host("adversarial", adversarial)
   if adversarial.shape != shape:
     raise UserError(
       f"adversarial: shape {adversarial.shape}; allowed: {shape}, that of the"

@@ -14,7 +14,8 @@ LAYERS = (
   "process",  # of a command
   "untrusted",  # files of others
   "runs",  # a working directory on disk
-  "rng checks fields compilation sharding metrics",
+  "checks",
+  "rng fields compilation sharding metrics",
   "batch_norm",
   "losses attention optim data models",
   "interop",

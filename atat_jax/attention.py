@@ -94,7 +94,7 @@ def check_layers(layers: Iterable[str], names: Iterable[str]) -> None:
   Raises:
     UserError: A layer that the network does not have.
   """
-  names = checks.names("names", names, empty=True)
+  names = tuple(names)
   for layer in checks.names("layers", layers):
     if layer not in names:
       raise UserError(f"layers: {layer!r}; allowed: {', '.join(names)}")
@@ -276,7 +276,7 @@ def _maps(
   images: Array,
   labels: Array,
   *,
-  model: nn.Module | compilation.ByIdentity,
+  model: nn.Module | compilation.Opaque,
   layers: tuple[str, ...] | None,
   batch_norm: BatchNormMode,
 ) -> tuple[dict[str, Array], dict[str, Array]]:
@@ -313,7 +313,7 @@ def _forward(
   variables: Variables,
   images: Array,
   *,
-  model: nn.Module | compilation.ByIdentity,
+  model: nn.Module | compilation.Opaque,
   batch_norm: BatchNormMode,
 ) -> Array:
   network = compilation.unwrap(model)
@@ -379,8 +379,10 @@ def _refuse_nonfinite(bad: dict[str, Array], model: nn.Module) -> None:
   """Raises a `UserError` if a count is not 0; counts inside jit pass."""
   if any(isinstance(count, jax.core.Tracer) for count in bad.values()):
     return
-  for what, count in jax.device_get(bad).items():
-    if count:
+  counts = jax.device_get(bad)
+  # The cause before what follows from it.
+  for what in dict.fromkeys(["variables", "logits", *counts]):
+    if count := counts[what]:
       raise UserError(
         f"{what}: {count:,} numbers of {type(model).__name__} are not finite;"
         " allowed: finite variables, and logits and maps that are"

@@ -45,7 +45,7 @@ def apply(
   checks.instance(
     "variables", variables, Mapping, "the network's collections by name"
   )
-  images = checks.batch(images, "images", ndim=4)
+  images = checks.batch(images, "images")
   stats = variables.get("batch_stats", {})
   takes_train = "train" in inspect.signature(type(model).__call__).parameters
   kwargs: dict[str, Any] = (

@@ -21,12 +21,15 @@ import math
 import pathlib
 import re
 import shutil
+import sys
+import time
 from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from etils import epath
 from flax import linen as nn
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
@@ -43,7 +46,7 @@ METRIC = "accuracy"
 
 MAX_SIDE, MAX_CHANNELS = 4096, 64
 """Largest image of a network that is read from disk."""
-MAX_FIELD, MAX_DEPTH = 100_000, 2_000
+MAX_FIELD, MAX_DEPTH = 100_000, 1_300
 """Largest integer among its fields, and the largest number of layers."""
 MAX_SIZE = 2**31
 """Most numbers in its variables."""
@@ -75,6 +78,11 @@ def model_spec(
     "name", "fields" and "image_shape"; `restore_model` rebuilds the network
     from them.
   """
+  checks.instance("name", name, str, "a name in models.MODELS")
+  checks.module(model)
+  shape = checks.numbers("image_shape", image_shape, 1, integers=True)
+  if len(shape) != 3:
+    raise UserError(f"image_shape: {shape}; allowed: (H, W, C)")
   fields = {
     f.name: getattr(model, f.name)
     for f in dataclasses.fields(model)
@@ -371,13 +379,61 @@ def _read_accuracy(folder: pathlib.Path) -> float | None:
 def _read_item(path: pathlib.Path, target: PyTree | None) -> PyTree:
   """Reads an item; None: as it is stored."""
   try:
-    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
+    with _quiet(), ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
       return reader.restore(path, args=ocp.args.StandardRestore(target))
   # A damaged file can raise anything in Orbax and below it.
   except Exception as error:
     raise DamagedFileError(
       f"{path}: cannot be read ({_reason(error)})"
     ) from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+  """Keeps the reads that a failed one leaves behind from printing tracebacks.
+
+  Orbax closes its event loop at the first error, while other arrays are still
+  being read; each of them then finds the loop closed.
+  """
+  hook = sys.unraisablehook
+
+  def filtered(found: Any) -> None:
+    if "Event loop is closed" not in str(found.exc_value):
+      hook(found)
+
+  sys.unraisablehook = filtered
+  try:
+    yield
+  except Exception:
+    time.sleep(0.2)  # until they have ended
+    raise
+  finally:
+    sys.unraisablehook = hook
+
+
+def _check_shapes(path: pathlib.Path, target: PyTree) -> None:
+  """Compares shapes before anything is read or allocated."""
+
+  def shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
+    return {
+      jax.tree_util.keystr(where): tuple(leaf.shape)
+      for where, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+  try:
+    stored = ocp.StandardCheckpointHandler().metadata(epath.Path(path))
+    found = shapes(getattr(stored, "tree", stored))
+  except Exception as error:
+    raise DamagedFileError(
+      f"{path}: cannot be read ({_reason(error)})"
+    ) from error
+  wanted = shapes(target)
+  for name in sorted(found.keys() | wanted.keys()):
+    if found.get(name) != wanted.get(name):
+      raise DamagedFileError(
+        f"{path}: {name} has shape {found.get(name)}, but the network of"
+        f" {path.parent / _MODEL} has {wanted.get(name)}"
+      )
 
 
 def _read_items(
@@ -580,6 +636,8 @@ def checkpoint_step(
     UserError: There is no checkpoint, or none at that step.
     DamagedFileError: None is intact, or that at the step is damaged.
   """
+  if step is not None:
+    checks.integer("step", step)
   return find(workdir, step=step, which=which).step
 
 
@@ -610,6 +668,9 @@ def restore_model(
     UserError: There is no such checkpoint, or it is of another network.
     DamagedFileError: None is intact, or that at the step is damaged.
   """
+  if expected is not None:
+    checks.instance("expected", expected, dict, "what model_spec returns")
+  checks.boolean("averaged", averaged)
   step = checkpoint_step(workdir, step=step, which=which)
   folder = _directory(workdir) / str(step)
   spec = _read_spec(folder)
@@ -623,7 +684,11 @@ def restore_model(
   )
   if averaged and _has_average(folder):
     # A single item, whose part without BatchNorm is empty.
-    found = _read_item(folder / _AVERAGE, {"batch_stats": {}, **abstract})
+    items = {_AVERAGE: {"batch_stats": {}, **abstract}}
   else:
-    found = _read_items(folder, abstract)
+    items = abstract
+  for name, target in items.items():
+    _check_shapes(folder / name, target)
+  found = _read_items(folder, items)
+  found = found.get(_AVERAGE, found)
   return model, {name: found[name] for name in abstract}

@@ -470,7 +470,7 @@ def batch(x: Array, name: str, ndim: int | None = None) -> Array:
   Raises:
     UserError: Another shape or dtype.
   """
-  found = array(x, name)
+  found = x if isinstance(x, jax.ShapeDtypeStruct) else array(x, name)
   wanted = {None: "[B, ...]", 2: "[B, K]", 4: "[B, H, W, C]"}[ndim]
   wrong = found.ndim < 1 if ndim is None else found.ndim != ndim
   if wrong or 0 in found.shape:

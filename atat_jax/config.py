@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from flax import linen as nn
@@ -61,6 +61,8 @@ _EVALUATION: dict[str, Any] = {
   "num_examples": int,
   "seed": int,
 }
+# Numbers of attacks that have a field of their own.
+_SHARED = ("epsilon", "step_size", "norm", "num_restarts")
 _FIELDS = (*_SECTIONS, *_TEXTS, "seed", "profile_steps", "teacher_workdir")
 
 # What would fill the memory, or draw a picture that no program opens.
@@ -124,6 +126,9 @@ def _read(config: ConfigDict) -> Fields:
       raise UserError(
         f"{section}: {typed.shown(fields[section])}; allowed: a section of fields"
       )
+    for name, value in fields[section].items():
+      _check_length(f"{section}.{name}", value)
+  _check_length("seed", fields["seed"])
   _forget_none(fields)
   for name in _TEXTS:
     if not isinstance(fields[name], str):
@@ -138,6 +143,13 @@ def _read(config: ConfigDict) -> Fields:
         f"{section}.{name}: {typed.shown(value)}; allowed: at most {largest}"
       )
   return fields
+
+
+def _check_length(name: str, value: Any) -> None:
+  """Refuses an integer that Python would not even print in a message."""
+  for one in value if isinstance(value, tuple) else (value,):
+    if isinstance(one, int) and abs(one) >= 2**64:
+      typed.check_value(name, int, one)
 
 
 def _forget_none(tree: Fields) -> None:
@@ -175,6 +187,7 @@ def _make_model(
     typed.check_names(fields, _model_fields(), ("name", "dtype"))
     name = fields["name"]
     typed.check_value("name", str, name)
+    checks.choice("name", name, models.MODELS)
     checks.choice("dtype", fields["dtype"], ("float32", "bfloat16"))
   if fields.get("normalization") == "dataset":
     fields = fields | {"mean": spec.mean, "std": spec.std}
@@ -259,9 +272,15 @@ def _make_evaluation(fields: Fields) -> EvaluationPlan:
     _check_section(fields, _EVALUATION, bits=False)
     attack = _attack(fields)
     made = EvaluationPlan(
-      validation=evaluation.parse(fields["validation_attack"], **attack),
-      protocols=evaluation.parse_list(
-        fields["attacks"], num_restarts=fields["num_restarts"], **attack
+      validation=_parsed(
+        "validation_attack", evaluation.parse, fields, **attack
+      ),
+      protocols=_parsed(
+        "attacks",
+        evaluation.parse_list,
+        fields,
+        num_restarts=fields["num_restarts"],
+        **attack,
       ),
       batch_norm=fields["batch_norm"],
       batch_size=fields["batch_size"],
@@ -286,7 +305,7 @@ def _make_figures(fields: Fields, evaluated: Fields) -> analyses.FigureSettings:
     _check_section(fields, kinds, bits=False)
     given = fields | {
       "analyses": analyses.parse(fields["analyses"]),
-      "attack": evaluation.parse(fields["attack"], **attack),
+      "attack": _parsed("attack", evaluation.parse, fields, **attack),
     }
     made = analyses.FigureSettings(
       batch_size=evaluated["batch_size"],
@@ -296,6 +315,20 @@ def _make_figures(fields: Fields, evaluated: Fields) -> analyses.FigureSettings:
     )
     _check_section(fields, kinds, bits=True)
     return made
+
+
+def _parsed(
+  field: str, parse: Callable[..., Any], fields: Fields, **numbers: Any
+) -> Any:
+  """Parses the names of attacks in a field, which a message then names."""
+  try:
+    return parse(fields[field], **numbers)
+  except UserError as error:
+    named, _, rest = str(error).partition(": ")
+    if named in (field, *_SHARED):
+      raise
+    text = rest if named == "attack" else str(error)
+    raise UserError(f"{field}: {text}") from None
 
 
 def _check_section(

@@ -28,8 +28,13 @@ def _check_schedule(
   checks.fraction("warmup_fraction", warmup_fraction)
   if name == "piecewise":
     checks.positive("factor", factor)
-    checks.numbers(
-      "boundaries", boundaries, 1, integers=True, increasing=True
+    checks.numbers("boundaries", boundaries, 1, integers=True, increasing=True)
+  # optax needs a step after the rise, and one_cycle one in each of its parts.
+  rise = warmup_fraction * total_steps
+  if name == "cosine" and round(rise) >= total_steps:
+    raise UserError(
+      f"warmup_fraction: {warmup_fraction}; allowed: less than the whole run of"
+      f" {total_steps} steps for cosine"
     )
   if name == "one_cycle" and not warmup_fraction:
     raise UserError(

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import jax
 from ml_collections import ConfigDict
 
-from atat_jax import evaluate, report, sharding, train
+from atat_jax import evaluate, rehearsal, report, sharding, train
 from atat_jax.config import make_plan
 from atat_jax.plan import Plan
 from atat_jax.process import stops
@@ -73,6 +73,7 @@ def _work(
   if mode in ("run", "train"):
     extra = plan.data.open_extra()
     train.check_sizes(plan, dataset, extra)
+    rehearsal.rehearse(plan, workdir, dataset, mesh)
   check()
   if mode in ("run", "train"):
     # Writes the configuration with the first checkpoint, not before: a start

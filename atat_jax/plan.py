@@ -235,7 +235,7 @@ class StagePlan:
         raise UserError(
           f"{field}: {share}; allowed: a share of the run, [0, 1)"
         )
-    any_length = 1000
+    any_length = 1_000_000  # the number of steps is not known before the data
     self.make_optimizer(any_length)
     self.make_options(any_length)
     if self.batch_size % self.accumulate_steps:
@@ -388,7 +388,9 @@ class Plan:
       try:
         attention.check_layers(layers or (layer,), names)
       except UserError as error:
-        raise UserError(f"objective.{error}") from None
+        field = "layers" if layers else "layer"
+        rest = str(error).removeprefix("layers")
+        raise UserError(f"objective.{field}{rest}") from None
 
   @property
   def objective(self) -> Objective:

@@ -23,7 +23,9 @@ def set_up(*, distributed: bool) -> None:
   log.setLevel(logging.INFO)
   log.addHandler(logging.StreamHandler())
   log.propagate = False
-  absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax logs every save
+  # Orbax logs every save, and the traceback of every error that it raises.
+  absl_logging.set_verbosity(absl_logging.FATAL)
+  logging.getLogger("asyncio").setLevel(logging.CRITICAL)
   compilation.enable_persistent_cache()
   if distributed:
     jax.distributed.initialize()

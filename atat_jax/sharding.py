@@ -76,6 +76,7 @@ def batch_sharding(
   """
   check_mesh(mesh)
   checks.count("batch_size", batch_size)
+  checks.count("axis", axis, 0)
   if batch_size % mesh.size:
     return replicated(mesh)
   return NamedSharding(mesh, PartitionSpec(*[None] * axis, "data"))
@@ -108,9 +109,9 @@ def put_batch(mesh: Mesh, array: np.ndarray, *, axis: int = 0) -> jax.Array:
   Returns:
     The global array, split along that axis.
   """
-  if not isinstance(array, np.ndarray | jax.Array):
-    array = checks.host("array", array)
-  if axis not in range(array.ndim):
+  array = checks.array(array, "array")  # type: ignore[assignment]
+  checks.count("axis", axis, 0)
+  if axis >= array.ndim:
     raise UserError(
       f"axis: {shown(axis)}; allowed: 0 to {array.ndim - 1}, an axis of the"
       f" array of shape {array.shape}"

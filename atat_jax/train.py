@@ -23,7 +23,7 @@ from atat_jax import (
   steps,
 )
 from atat_jax.data import Dataset, Extra, Split, augment, batches
-from atat_jax.errors import UserError
+from atat_jax.errors import UserError, in_section
 from atat_jax.plan import Plan, StagePlan
 from atat_jax.runs import configuration
 from atat_jax.state import TrainState
@@ -51,7 +51,7 @@ def check_sizes(
 
   Raises:
     UserError: A batch is larger than the training split, or its extra part than
-      the extra images.
+      the extra images; or the schedule has no place in so few or many steps.
   """
   for stage in plan.stages:
     if stage.batch_size > len(dataset.train.labels):
@@ -59,6 +59,14 @@ def check_sizes(
         f"{stage.section}.batch_size: {stage.batch_size}; allowed: at most the"
         f" {len(dataset.train.labels)} training images"
       )
+    per_epoch = len(dataset.train.labels) // stage.batch_size
+    if stage.num_epochs * per_epoch >= 2**31:
+      raise UserError(
+        f"{stage.section}.num_epochs: {stage.num_epochs}; allowed: at most"
+        f" {(2**31 - 1) // per_epoch}, as steps are counted in 32 bits"
+      )
+    with in_section(stage.section):
+      stage.make_optimizer(stage.num_epochs * per_epoch)
     if extra is not None and stage.num_extra > len(extra):
       raise UserError(
         f"data.extra_fraction: {stage.num_extra} images in a batch of"

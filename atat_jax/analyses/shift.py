@@ -67,7 +67,7 @@ def _shift(
   labels: Array,
   rounds: Array,
   *,
-  model: nn.Module | compilation.ByIdentity,
+  model: nn.Module | compilation.Opaque,
   layer: str,
   **attack: Any,
 ) -> dict[str, Array]:

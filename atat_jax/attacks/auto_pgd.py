@@ -39,7 +39,7 @@ class APGDState(NamedTuple):
     previous: Iterate before x.
     best: Point of highest loss.
     best_gradient: Gradient at `best`.
-    best_loss: Loss at `best`, [B].
+    best_loss: Loss at `best`, [B]; minus infinity where it is not finite.
     last_loss: Loss of the last point, [B]; 0 before there is one.
     checked_loss: `best_loss` at the last checkpoint.
     halved: bool [B]: whether the last checkpoint halved the step.
@@ -52,6 +52,8 @@ class APGDState(NamedTuple):
       last checkpoint.
     adversarial: Images that the attack returns.
     fooled: bool [B]: whether they are misclassified.
+    bad_points: int32 [B]: evaluations whose logits or loss were not finite.
+    bad_gradients: int32 [B]: other evaluations whose gradient was not finite.
   """
 
   x: Array
@@ -70,6 +72,8 @@ class APGDState(NamedTuple):
   support: Array
   adversarial: Array
   fooled: Array
+  bad_points: Array
+  bad_gradients: Array
 
 
 def _percent(share: int, steps: Array) -> Array:
@@ -77,7 +81,9 @@ def _percent(share: int, steps: Array) -> Array:
 
 
 def _unit(x: Array) -> Array:
-  return x / (balls.l2_length(x) + 1e-12)
+  size = balls.l2_length(x)
+  usable = (size >= 1e-12) & jnp.isfinite(size)
+  return jnp.where(usable, x / (size + 1e-12), balls.unit("l2", x))
 
 
 def _into_l2(x: Array, images: Array, epsilon: Array) -> Array:
@@ -158,6 +164,8 @@ class APGD:
       support=integers + images[0].size,
       adversarial=x,
       fooled=jnp.zeros_like(rows, bool),
+      bad_points=integers,
+      bad_gradients=integers,
     )
 
   def _continue(
@@ -200,7 +208,7 @@ class APGD:
     i: Array,
   ) -> APGDState:
     """Evaluates x, keeps the best point, adapts the step size and moves."""
-    logits, loss, gradient = base.evaluate(
+    logits, loss, gradient, counts = base.evaluate(
       classifier,
       key,
       state.x,
@@ -209,12 +217,16 @@ class APGD:
       ),
       eot_samples=self.eot_samples,
     )
-    wrong = logits.argmax(-1) != problem.labels
+    # A loss of minus infinity stands for numbers that are not finite.
+    wrong = (logits.argmax(-1) != problem.labels) & (loss > -jnp.inf)
     radius, within, _, last = self._part(i, settings)
     state = self._observe(state, loss, gradient, first=within == 0)
     fooled = wrong & last
     state = state._replace(
-      adversarial=search.select(fooled, state.x, state.best), fooled=fooled
+      adversarial=search.select(fooled, state.x, state.best),
+      fooled=fooled,
+      bad_points=state.bad_points + counts.points,
+      bad_gradients=state.bad_gradients + counts.gradients,
     )
     moved = self._move(
       state, gradient, problem.images, radius, within, settings.num_steps
@@ -357,7 +369,9 @@ class APGD:
     """Starts the next part at the best point where a part has ended."""
     _, within, steps, last = self._part(i, settings)
     radius, _, next_steps, _ = self._part(i + 1, settings)
-    begun = self._continue(state.best, images, radius, next_steps)
+    begun = self._continue(state.best, images, radius, next_steps)._replace(
+      bad_points=moved.bad_points, bad_gradients=moved.bad_gradients
+    )
     return search.select(~last & (within == steps), begun, moved)
 
 

@@ -14,6 +14,12 @@ from jax import lax
 from atat_jax.attacks.simplex import project_l1
 from atat_jax.typing import Array, Scalar
 
+_SMALLEST = 1e-12
+"""Length below which an example is enlarged before it is scaled to length 1."""
+
+_TINY = 1e-30
+"""Divisor in the place of 0: an image of one pixel may draw a direction of 0."""
+
 
 class Ball(NamedTuple):
   """Operations on the ball of a norm.
@@ -52,6 +58,39 @@ def l1_length(x: Array) -> Array:
   return length("l1", x).reshape(-1, 1, 1, 1)
 
 
+def unit(norm: str, x: Array) -> Array:
+  """Scales each example to length 1; 0 stays 0.
+
+  In float32 the l2 length of numbers above 1e19 is infinite and that of numbers
+  below 1e-19 is 0. Where a length is not usable, the example is divided by its
+  largest entry first.
+
+  Args:
+    norm: "linf", "l2" or "l1".
+    x: Finite, [B, H, W, C].
+
+  Returns:
+    [B, H, W, C].
+  """
+
+  def scaled(x: Array) -> tuple[Array, Array]:
+    size = length(norm, x).reshape(-1, 1, 1, 1)
+    return x / jnp.maximum(size, _SMALLEST), size
+
+  result, size = scaled(x)
+  largest = length("linf", x).reshape(-1, 1, 1, 1)
+  inside, _ = scaled(x / jnp.where(largest > 0, largest, 1))
+  return jnp.where((size >= _SMALLEST) & jnp.isfinite(size), result, inside)
+
+
+def _project_l2(delta: Array, images: Array, epsilon: Scalar) -> Array:
+  del images
+  size = l2_length(delta)
+  # The maximum avoids dividing by zero where the perturbation is zero.
+  shorter = delta * (epsilon / jnp.maximum(size, epsilon))
+  return jnp.where(jnp.isfinite(size), shorter, epsilon * unit("l2", delta))
+
+
 def _linf_start(key: Array, images: Array, epsilon: Scalar) -> Array:
   return epsilon * jax.random.uniform(
     key, images.shape, images.dtype, minval=-1.0, maxval=1.0
@@ -64,7 +103,7 @@ def _l2_start(key: Array, images: Array, epsilon: Scalar) -> Array:
   shape = (images.shape[0], 1, 1, 1)
   radius = jax.random.uniform(radius_key, shape, images.dtype)
   radius = radius ** (1.0 / images[0].size)
-  return epsilon * radius * direction / l2_length(direction)
+  return epsilon * radius * direction / jnp.maximum(l2_length(direction), _TINY)
 
 
 def _l1_start(key: Array, images: Array, epsilon: Scalar) -> Array:
@@ -73,7 +112,7 @@ def _l1_start(key: Array, images: Array, epsilon: Scalar) -> Array:
   shape = (images.shape[0], 1, 1, 1)
   radius = jax.random.uniform(radius_key, shape, images.dtype)
   radius = radius ** (1.0 / images[0].size)
-  return epsilon * radius * direction / l1_length(direction)
+  return epsilon * radius * direction / jnp.maximum(l1_length(direction), _TINY)
 
 
 def kth_smallest(x: Array, k: Array) -> Array:
@@ -135,12 +174,7 @@ BALLS: dict[str, Ball] = {
     direction=jnp.sign,
   ),
   "l2": Ball(
-    # The maximum avoids dividing by zero where the perturbation is zero.
-    project=lambda delta, images, epsilon: (
-      delta * (epsilon / jnp.maximum(l2_length(delta), epsilon))
-    ),
-    start=_l2_start,
-    direction=lambda g: g / jnp.maximum(l2_length(g), 1e-12),
+    project=_project_l2, start=_l2_start, direction=lambda g: unit("l2", g)
   ),
   "l1": Ball(project=project_l1, start=_l1_start, direction=_slide),
 }

@@ -3,7 +3,7 @@
 import inspect
 import typing
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +11,17 @@ import numpy as np
 from flax import linen as nn
 
 from atat_jax import checks, losses
-from atat_jax.attacks import balls
+from atat_jax.attacks import balls, classifiers, nonfinite
 from atat_jax.attacks.classifiers import Randomized, as_pytree
 from atat_jax.errors import UserError
 from atat_jax.typing import Array, Classifier
+
+MOST_STEPS = checks.LARGEST_INTEGER // 100
+"""Largest number of steps, as shares of them are computed in hundredths."""
+
+LARGEST_LENGTH = 1e6
+"""Largest radius and step size: more than any image needs, and so little that
+its square, and its distance from a pixel, can be told in float32."""
 
 LOSSES = (*losses.ATTACK_LOSSES, *losses.TARGETED_LOSSES)
 """Names of the losses that attacks can increase."""
@@ -42,10 +49,32 @@ def norms(attack: Callable[..., Any]) -> tuple[str, ...]:
 
 
 def apply(classifier: Classifier, key: Array, images: Array) -> Array:
-  """Computes logits [B, K]; a `Randomized` classifier draws from `key`."""
+  """Computes logits [B, K]; a `Randomized` classifier draws from `key`.
+
+  Logits of 16 bits become float32, as losses and comparisons need more.
+  """
   if isinstance(classifier, Randomized):
-    return classifier(images, key)
-  return classifier(images)
+    logits = classifier(images, key)
+  else:
+    logits = classifier(images)
+  return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+
+
+class Evaluation(NamedTuple):
+  """Result of one evaluation of a classifier, as attacks see it.
+
+  Attributes:
+    logits: [B, K].
+    loss: [B]; minus infinity where logits or loss are not finite.
+    gradient: Gradient of the loss, [B, H, W, C]; 0 in entries that are not
+      finite.
+    counts: Evaluations that were not finite, int32 [B] each.
+  """
+
+  logits: Array
+  loss: Array
+  gradient: Array
+  counts: nonfinite.Counts
 
 
 def evaluate(
@@ -55,7 +84,7 @@ def evaluate(
   loss_fn: Callable[[Array], Array],
   *,
   eot_samples: int = 1,
-) -> tuple[Array, Array, Array]:
+) -> Evaluation:
   """Evaluates the classifier once: logits, loss and gradient.
 
   Args:
@@ -65,10 +94,11 @@ def evaluate(
     loss_fn: Logits [B, K] to losses [B].
     eot_samples: Number of gradients to average (expectation over
       transformation; Athalye et al., 2018). Logits and losses are those of the
-      last sample.
+      last sample. An entry of one sample's gradient that is not finite counts
+      as 0 in the mean.
 
   Returns:
-    Logits [B, K], losses [B], gradient of their sum [B, H, W, C].
+    Logits, loss and gradient of its sum; the counts of all samples.
   """
 
   def objective(x: Array, key: Array) -> tuple[Array, tuple[Array, Array]]:
@@ -76,37 +106,29 @@ def evaluate(
     loss = loss_fn(logits)
     return loss.sum(), (logits, loss)
 
-  gradient_fn = jax.grad(objective, has_aux=True)
-  gradient, (logits, loss) = gradient_fn(images, key)
-  if eot_samples > 1:
-
-    def body(sample: Array, carry: Any) -> Any:
-      total, _ = carry
-      gradient, aux = gradient_fn(images, jax.random.fold_in(key, sample))
-      return total + gradient, aux
-
-    gradient, (logits, loss) = jax.lax.fori_loop(
-      1, eot_samples, body, (gradient, (logits, loss))
+  def sample(key: Array) -> Evaluation:
+    gradient, (logits, loss) = jax.grad(objective, has_aux=True)(images, key)
+    usable = nonfinite.usable(logits, loss)
+    return Evaluation(
+      logits,
+      jnp.where(usable, loss, -jnp.inf),
+      nonfinite.clean(gradient),
+      nonfinite.count(usable, gradient),
     )
-    gradient = gradient / eot_samples
-  return logits, loss, gradient
 
+  first = sample(key)
+  if eot_samples == 1:
+    return first
 
-# Only used for its shape; unlike eval_shape of a plain function, the traces of
-# a jitted one are cached.
-@jax.jit
-def _logits(classifier: Classifier, images: Array) -> Any:
-  logits = classifier(images)
-  if not all(map(_is_array, jax.tree.leaves(logits))):
-    raise UserError(
-      f"classifier: returns a {type(logits).__name__}; allowed: one array of"
-      f" logits [{images.shape[0]}, K]"
+  def body(number: Array, before: Evaluation) -> Evaluation:
+    new = sample(jax.random.fold_in(key, number))
+    return new._replace(
+      gradient=before.gradient + new.gradient,
+      counts=nonfinite.add(before.counts, new.counts),
     )
-  return logits
 
-
-def _is_array(value: Any) -> bool:
-  return isinstance(value, jax.Array | np.ndarray | np.generic | int | float)
+  found = jax.lax.fori_loop(1, eot_samples, body, first)
+  return found._replace(gradient=found.gradient / eot_samples)
 
 
 def check_arguments(
@@ -121,13 +143,17 @@ def check_arguments(
     **positive: Arguments that must be > 0, integers but for `step_size`.
 
   Returns:
-    The classifier as a pytree, images, int32 labels, and K.
+    The classifier as a pytree, images (16 bits become float32), int32 labels,
+    and K.
 
   Raises:
     UserError: Naming the argument, its value and what is allowed.
   """
   for name, value in positive.items():
-    checks.positive(name, value, integer=name != "step_size")
+    if name == "step_size":
+      checks.number(name, value, 0, LARGEST_LENGTH, above=True)
+    else:
+      checks.integer(name, value, 1, MOST_STEPS)
   if isinstance(classifier, nn.Module) and classifier.scope is None:
     raise UserError(
       f"classifier: a {type(classifier).__name__} without its variables;"
@@ -135,24 +161,11 @@ def check_arguments(
     )
   classifier = as_pytree(classifier)
   images = checks.images(images)
-  logits = _logits.eval_shape(classifier, images)
-  shape = getattr(logits, "shape", None)
-  if shape is None:
-    raise UserError(
-      f"classifier: returns a {type(logits).__name__}; allowed: one array of"
-      f" logits [{images.shape[0]}, K]"
-    )
-  if len(shape) != 2 or shape[0] != images.shape[0] or shape[1] < 1:
-    raise UserError(
-      f"classifier: returns shape {shape} for {images.shape[0]} images;"
-      f" allowed: logits [{images.shape[0]}, K]"
-    )
-  if not jnp.issubdtype(logits.dtype, jnp.floating):
-    raise UserError(
-      f"classifier: returns {logits.dtype}; allowed: logits, floating point"
-    )
-  labels = checks.labels(labels, images.shape[0], shape[1])
-  return classifier, images, labels, shape[1]
+  # Balls and perturbations are too coarse in 16 bits.
+  images = images.astype(jnp.promote_types(images.dtype, jnp.float32))
+  num_classes = classifiers.num_classes(classifier, images)
+  labels = checks.labels(labels, images.shape[0], num_classes)
+  return classifier, images, labels, num_classes
 
 
 def on_host(
@@ -166,7 +179,8 @@ def on_host(
     labels: Integers [N] in [0, K).
 
   Returns:
-    The classifier as a pytree, float32 images, int32 labels, and K.
+    The classifier as a pytree, float32 images (float64 ones stay so under
+    jax_enable_x64), int32 labels, and K.
 
   Raises:
     UserError: Naming the argument, its value and what is allowed.
@@ -177,8 +191,24 @@ def on_host(
     classifier, jnp.asarray(images[:2]), jnp.zeros(len(images[:2]), jnp.int32)
   )
   checks.inspect_labels(labels, len(images), num_classes)
-  images, labels = images.astype(np.float32), labels.astype(np.int32)
-  return classifier, images, labels, num_classes
+  dtype = jax.dtypes.canonicalize_dtype(images.dtype)  # float32 without x64
+  images = images.astype(jnp.promote_types(dtype, jnp.float32))
+  return classifier, images, labels.astype(np.int32), num_classes
+
+
+def check_runs(num_restarts: Any, num_targets: Any) -> None:
+  """Checks that the number of runs of an attack fits into int32.
+
+  Raises:
+    UserError: Too many restarts.
+  """
+  if isinstance(num_restarts, jax.core.Tracer):
+    return
+  if num_restarts * num_targets > checks.LARGEST_INTEGER:
+    raise UserError(
+      f"num_restarts: {num_restarts} for each of {num_targets} targets;"
+      f" allowed: at most {checks.LARGEST_INTEGER} runs"
+    )
 
 
 def check_norm(norm: str, epsilon: Any) -> None:
@@ -189,6 +219,7 @@ def check_norm(norm: str, epsilon: Any) -> None:
   """
   checks.choice("norm", norm, balls.BALLS)
   checks.epsilon(epsilon, norm)
+  checks.number("epsilon", epsilon, 0, LARGEST_LENGTH, above=True)
 
 
 def check_loss(loss: str, num_classes: int) -> bool:

@@ -4,8 +4,10 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from atat_jax import compilation
+from atat_jax.compilation import captures
 from atat_jax.errors import UserError
 from atat_jax.typing import Array, Classifier
 
@@ -19,7 +21,7 @@ class Randomized:
   new key at every evaluation. Called without a key it always draws the same.
 
   Attributes:
-    function: A pytree callable, e.g. a `jax.tree_util.Partial`.
+    function: A callable of a key and images, e.g. a `jax.tree_util.Partial`.
   """
 
   function: Any
@@ -32,24 +34,91 @@ class Randomized:
 def as_pytree(classifier: Classifier) -> Classifier:
   """Turns a classifier into one that jit takes as an argument.
 
-  A `jax.tree_util.Partial` or a registered pytree passes through; its arrays
-  become arguments of the compiled program. A plain function becomes part of the
-  program: the same function object is compiled once.
+  Its arrays become arguments of the compiled program, wherever they are: leaves
+  of a pytree, attributes of an object, captured by a function. They are read
+  when this is called or shortly after, so that an attack sees the weights of
+  its call; see `captures`.
 
   Args:
     classifier: Any callable from images to logits.
 
   Returns:
-    A pytree callable.
+    A pytree callable, for one call of an attack or one evaluation.
 
   Raises:
     UserError: Not callable.
   """
-  if not callable(classifier):
+  function = classifier
+  if isinstance(classifier, Randomized):
+    function = classifier.function
+  if not callable(function) or isinstance(function, type):
     raise UserError(
-      f"classifier: {type(classifier).__name__}; allowed: a callable from"
-      " images [B, H, W, C] to logits [B, K]"
+      f"classifier: {_kind(function)}; allowed: a callable from images"
+      " [B, H, W, C] to logits [B, K]"
     )
-  if not jax.tree_util.all_leaves([classifier]):
-    return classifier
-  return jax.tree_util.Partial(compilation.hashable(classifier))
+  return captures.argument(classifier, _check_result)
+
+
+def _kind(value: Any) -> str:
+  if isinstance(value, type):
+    return f"the class {value.__name__}, not an instance"
+  return type(value).__name__
+
+
+def check_logits(logits: Any, num_images: int) -> None:
+  """Checks by its shape that a result is an array of logits.
+
+  Args:
+    logits: Result of a classifier, or its shapes.
+    num_images: Number of images that were classified.
+
+  Raises:
+    UserError: Anything but real floating-point numbers [B, K] with K > 1.
+  """
+  allowed = f"allowed: logits [{num_images}, K], floating point, K > 1"
+  if not (hasattr(logits, "shape") and hasattr(logits, "dtype")):
+    raise UserError(
+      f"classifier: returns a {type(logits).__name__}; allowed: one array of"
+      f" logits [{num_images}, K]"
+    )
+  shape = tuple(logits.shape)
+  if len(shape) != 2 or shape[0] != num_images or shape[1] < 2:
+    raise UserError(
+      f"classifier: returns shape {shape} for {num_images} images; {allowed}"
+    )
+  if not jnp.issubdtype(logits.dtype, jnp.floating):
+    raise UserError(f"classifier: returns {logits.dtype} numbers; {allowed}")
+
+
+def _check_result(args: tuple[Any, ...], result: Any) -> None:
+  check_logits(result, args[-1].shape[0])
+
+
+def _apply(classifier: Classifier, images: Array) -> Array:
+  return classifier(images)
+
+
+# Only used for its shape; unlike eval_shape of a plain function, the traces of
+# a jitted one are cached.
+_jitted = compilation.jit(_apply)
+
+
+def num_classes(classifier: Classifier, images: Array) -> int:
+  """Returns the number of classes, K, of a classifier.
+
+  Args:
+    classifier: A callable made by `as_pytree`.
+    images: Images [B, H, W, C]; used for their shape and dtype.
+
+  Raises:
+    UserError: The classifier cannot be traced by JAX, or its result is not an
+      array of logits.
+  """
+  try:
+    logits = _jitted.eval_shape(classifier, images)  # type: ignore[attr-defined]
+  except UserError:
+    raise
+  except Exception as error:
+    raise UserError(captures.reason(error)) from error
+  check_logits(logits, images.shape[0])
+  return int(logits.shape[1])

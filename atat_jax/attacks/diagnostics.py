@@ -3,19 +3,22 @@
 Each diagnostic states the rule by which it judged. The first five are those of
 the AutoAttack reference (its `flags_doc.md`), which has none for a classifier
 whose prediction for an image depends on the other images of the batch.
+`blind_loss` looks at the loss that an attack increases; it is for single
+attacks, too. Images whose logits are not finite are left out of the numbers,
+and raise the flag of every check that they leave undecided.
 """
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypedDict
+from typing import NamedTuple, TypedDict
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from atat_jax import compilation, losses, rng, sharding
-from atat_jax.attacks import base
+from atat_jax import checks, compilation, losses, rng, sharding
+from atat_jax.attacks import base, nonfinite
 from atat_jax.data import batches
 from atat_jax.runs import wording
 from atat_jax.typing import Array, Classifier
@@ -59,14 +62,53 @@ def diagnostic(
   Returns:
     The diagnostic.
   """
+  decided = bool(np.isfinite(value))
+  flag = bool(flag) or not decided
   title, message = flagged if flag else passed
   return Diagnostic(
     title=title,
     rule=rule,
-    value=float(value),
-    flag=bool(flag),
+    # JSON has no NaN and no infinity.
+    value=float(value if decided else np.nan_to_num(float(value))),
+    flag=flag,
     message=message,
   )
+
+
+def _finite(logits: np.ndarray) -> np.ndarray:
+  """Marks the rows [N] of logits [N, K] that are all finite."""
+  return np.isfinite(logits).all(-1)
+
+
+def correct(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+  """Marks the images that are classified as their label.
+
+  Args:
+    logits: [N, K], on the host.
+    labels: int [N].
+
+  Returns:
+    bool [N]; False where logits are not finite.
+  """
+  return (logits.argmax(-1) == labels) & _finite(logits)
+
+
+def _undecided(found: Diagnostic, unusable: int, count: int) -> Diagnostic:
+  """Raises the flag of a check that could not judge some images."""
+  if not unusable:
+    return found
+  left_out = (
+    f"{unusable} of {wording.plural(count, 'image')} left out: their logits are"
+    " not finite."
+  )
+  if found["flag"]:
+    return {**found, "message": f"{found['message']} {left_out}"}
+  return {
+    **found,
+    "title": f"{found['title']}, where logits are finite",
+    "flag": True,
+    "message": f"{found['message']} {left_out}",
+  }
 
 
 Predict = Callable[[np.ndarray, int, Array], np.ndarray]
@@ -109,6 +151,14 @@ def _shuffled(key: Array, count: int) -> np.ndarray:
   ).permutation(count)
 
 
+def _unit(logits: np.ndarray) -> np.ndarray:
+  """Scales logits [N, K] to length 1."""
+  largest = np.abs(logits).max(-1, keepdims=True)
+  # Squares of larger numbers do not fit into float32.
+  logits = logits / np.where(largest > 1e15, largest, 1)
+  return logits / (np.linalg.norm(logits, axis=-1, keepdims=True) + 1e-10)
+
+
 def randomized(
   evaluations: Sequence[np.ndarray], labels: np.ndarray
 ) -> Diagnostic:
@@ -121,18 +171,19 @@ def randomized(
   Returns:
     The diagnostic.
   """
-  correct = [int((x.argmax(-1) == labels).sum()) for x in evaluations]
-  unit = [
-    logits / (np.linalg.norm(logits, axis=-1, keepdims=True) + 1e-10)
-    for logits in evaluations
-  ]
+  finite = np.stack([_finite(x) for x in evaluations])
+  always = finite.all(0)
+  right = [int(correct(x, labels).sum()) for x in evaluations]
+  unit = [_unit(logits[always]) for logits in evaluations]
   distance = max(
-    float(np.linalg.norm(a - b, axis=-1).max())
+    float(np.linalg.norm(a - b, axis=-1).max(initial=0.0))
     for n, a in enumerate(unit)
     for b in unit[:n]
   )
-  return diagnostic(
-    len(set(correct)) > 1 or distance > 1e-4,
+  found = diagnostic(
+    len(set(right)) > 1
+    or distance > 1e-4
+    or bool((finite.any(0) & ~always).any()),
     flagged=(
       "The classifier is randomised",
       "The classifier is randomised: an attack must average its gradients over"
@@ -147,6 +198,7 @@ def randomized(
     " than 1e-4",
     value=distance,
   )
+  return _undecided(found, int((~always).sum()), len(labels))
 
 
 def probabilities(logits: np.ndarray) -> Diagnostic:
@@ -158,9 +210,11 @@ def probabilities(logits: np.ndarray) -> Diagnostic:
   Returns:
     The diagnostic.
   """
-  off = float(np.abs(logits.sum(-1) - 1.0).max())
-  return diagnostic(
-    bool(logits.max() < 1 + 1e-5 and logits.min() > -1e-5 and off < 1e-5),
+  finite = logits[_finite(logits)]
+  off = float(np.abs(finite.sum(-1) - 1.0).max(initial=0.0))
+  found = diagnostic(
+    len(finite) > 0
+    and bool(finite.max() < 1 + 1e-5 and finite.min() > -1e-5 and off < 1e-5),
     flagged=(
       "The outputs are probabilities",
       "The outputs are probabilities: a softmax saturates and hides gradients;"
@@ -171,6 +225,7 @@ def probabilities(logits: np.ndarray) -> Diagnostic:
     " value: the largest deviation of a sum from 1",
     value=off,
   )
+  return _undecided(found, len(logits) - len(finite), len(logits))
 
 
 def num_classes(
@@ -210,20 +265,121 @@ def num_classes(
   )
 
 
-def _has_no_gradient(
-  classifier: Classifier, images: Array, labels: Array
-) -> Array:
-  _, _, gradient = base.evaluate(
-    classifier,
-    jax.random.key(0),
-    images,
-    lambda logits: losses.margin(logits, labels),
+class _Sight(NamedTuple):
+  """Gradients of losses at one point of each image.
+
+  Attributes:
+    blind: bool [L, B]: the gradient is 0 in every pixel, or logits, loss or
+      gradient are not finite.
+    saturated: bool [L, B]: the loss does not change with the true class's
+      logit, in floating point.
+    fooled: bool [B]: the point is misclassified.
+  """
+
+  blind: Array
+  saturated: Array
+  fooled: Array
+
+
+def _sight(
+  classifier: Classifier,
+  images: Array,
+  labels: Array,
+  *,
+  names: tuple[str, ...],
+) -> _Sight:
+  """Evaluates the classifier once, and the gradients of all losses."""
+  logits, pullback = jax.vjp(
+    lambda x: base.apply(classifier, jax.random.key(0), x), images
   )
-  largest = jnp.abs(gradient).max((1, 2, 3))  # NaN if any of them is
-  return ~((largest > 0) & jnp.isfinite(largest))
+  is_label = jnp.arange(logits.shape[-1]) == labels[:, None]
+  runner_up = jnp.where(is_label, -jnp.inf, logits).argmax(-1)
+
+  def total(logits: Array, name: str) -> tuple[Array, Array]:
+    value = losses.attack_loss(name, logits, labels, runner_up)
+    return value.sum(), value
+
+  found = [jax.grad(total, has_aux=True)(logits, name) for name in names]
+  slopes, values = (jnp.stack(x) for x in zip(*found, strict=True))
+
+  def has_gradient(slope: Array) -> Array:
+    gradient = pullback(slope)[0].reshape(len(labels), -1)
+    return jnp.isfinite(gradient).all(-1) & (gradient != 0).any(-1)
+
+  usable = jax.vmap(functools.partial(nonfinite.usable, logits))(values)
+  # One backward pass is compiled, however many losses there are.
+  blind = ~(jax.lax.map(has_gradient, slopes) & usable)
+  saturated = jnp.where(is_label, slopes, 0).sum(-1) == 0
+  return _Sight(blind, saturated, nonfinite.misses(logits, labels))
 
 
-_jitted_has_no_gradient = compilation.jit(_has_no_gradient)
+_jitted_sight = compilation.jit(_sight, static_argnames="names")
+
+
+def _look(
+  key: Array,
+  classifier: Classifier,
+  images: np.ndarray,
+  labels: np.ndarray,
+  *,
+  names: tuple[str, ...],
+  radius: float,
+) -> _Sight:
+  """Looks at the gradients of losses where gradient attacks start."""
+  noise = jax.random.uniform(key, images.shape, images.dtype, -radius, radius)
+  start = jnp.clip(images + noise, 0.0, 1.0)
+  sight = _jitted_sight(classifier, start, labels, names=names)
+  return _Sight(*map(np.asarray, sight))  # type: ignore[arg-type]
+
+
+def _judge_margin(zero: np.ndarray) -> Diagnostic:
+  """Judges the gradient of the margin: `zero_gradients`."""
+  return diagnostic(
+    bool(zero.any()),
+    flagged=(
+      "Gradients vanish at some images",
+      f"{int(zero.sum())} of {len(zero)} images have no gradient: gradient"
+      " attacks are blind there and the result cannot be trusted.",
+    ),
+    passed=("Gradients reach the images", "Gradients reach the images."),
+    rule="share of images at whose random start the gradient of the margin is"
+    " zero in every pixel, or not finite; flag if there is any",
+    value=zero.mean(),
+  )
+
+
+def _judge_loss(loss: str, sight: _Sight, index: int) -> Diagnostic:
+  """Judges the gradient of a loss: `blind_loss`."""
+  blind = np.asarray(sight.blind[index] & ~sight.fooled)
+  saturated = np.asarray(sight.saturated[index] & ~sight.fooled) & ~blind
+  none, lost, count = int(blind.sum()), int(saturated.sum()), len(blind)
+  text = []
+  if none:
+    text.append(
+      f"has no gradient at {none} of {wording.plural(count, 'image')}"
+    )
+  if lost:
+    text.append(
+      f"has saturated at {lost} of {wording.plural(count, 'image')}, where it"
+      " no longer depends on the true class's logit"
+    )
+  return diagnostic(
+    bool(text),
+    flagged=(
+      f"The loss {loss} is blind at some images",
+      f"The loss {loss} {' and '.join(text)}: an attack that increases it does"
+      " not show that these images are robust. Attack with another loss, too.",
+    ),
+    passed=(
+      f"The loss {loss} sees every image",
+      f"The gradient of the loss {loss} reaches every image.",
+    ),
+    rule="share of images, correctly classified at their random start, at which"
+    f" the gradient of {loss} is zero in every pixel or not finite, or its"
+    " derivative by the true class's logit is zero in floating point; flag if"
+    " there is any",
+    value=(none + lost) / count,
+  )
 
 
 def zero_gradients(
@@ -246,20 +402,85 @@ def zero_gradients(
   Returns:
     The diagnostic.
   """
-  noise = jax.random.uniform(key, images.shape, images.dtype, -radius, radius)
-  start = jnp.clip(images + noise, 0.0, 1.0)
-  zero = np.asarray(_jitted_has_no_gradient(classifier, start, labels))
+  sight = _look(
+    key, classifier, images, labels, names=("margin",), radius=radius
+  )
+  return _judge_margin(np.asarray(sight.blind[0]))
+
+
+def blind_loss(
+  key: Array,
+  classifier: Classifier,
+  images: np.ndarray,
+  labels: np.ndarray,
+  *,
+  loss: str,
+  radius: float,
+) -> Diagnostic:
+  """Checks whether the gradient of a loss vanishes where attacks start.
+
+  Cross-entropy in float32 saturates where the margin exceeds about 17: the
+  softmax of the true class is 1, and the gradient is that of the other classes
+  or 0, whatever the margin's gradient is.
+
+  Args:
+    key: Random key of the starts.
+    classifier: Callable from images to logits.
+    images: Clean images [B, H, W, C] in [0, 1], as many as fit in a batch.
+    labels: True classes, int32 [B].
+    loss: One of `losses.ATTACK_LOSSES`, or of `losses.TARGETED_LOSSES`, whose
+      target is then the highest logit besides the true class's.
+    radius: Half-width of the box of the starts.
+
+  Returns:
+    The diagnostic.
+
+  Raises:
+    UserError: Unknown loss.
+  """
+  checks.choice("loss", loss, base.LOSSES)
+  classifier = base.as_pytree(classifier)
+  sight = _look(key, classifier, images, labels, names=(loss,), radius=radius)
+  return _judge_loss(loss, sight, 0)
+
+
+def finite_numbers(
+  *, clean: int, judged: int, points: int, gradients: int
+) -> Diagnostic:
+  """Checks whether all numbers of an evaluation were finite.
+
+  Args:
+    clean: Number of clean images whose logits are not finite.
+    judged: Number of adversarial images whose logits were not finite when they
+      were classified again.
+    points: Number of the attacks' evaluations whose logits or loss were not
+      finite.
+    gradients: Number of the attacks' gradients that were not finite.
+
+  Returns:
+    The diagnostic.
+  """
+  text = []
+  if clean:
+    text.append(
+      f"{wording.plural(clean, 'clean image')} with logits that are not finite"
+      f" {'counts' if clean == 1 else 'count'} as not robust."
+    )
+  if judged:
+    text.append(
+      f"{wording.plural(judged, 'adversarial image')} with logits that are not"
+      f" finite {'counts' if judged == 1 else 'count'} as not fooled."
+    )
+  if points or gradients:
+    text.append(f"In the attacks {nonfinite.describe(points, gradients)}")
   return diagnostic(
-    bool(zero.any()),
-    flagged=(
-      "Gradients vanish at some images",
-      f"{int(zero.sum())} of {len(zero)} images have no gradient: gradient"
-      " attacks are blind there and the result cannot be trusted.",
-    ),
-    passed=("Gradients reach the images", "Gradients reach the images."),
-    rule="share of images at whose random start the gradient of the margin is"
-    " zero in every pixel, or not finite; flag if there is any",
-    value=zero.mean(),
+    bool(text),
+    flagged=("Some numbers are not finite", " ".join(text)),
+    passed=("All numbers are finite", "Logits and gradients are finite."),
+    rule="clean images, adversarial images judged and evaluations of the"
+    " attacks whose logits, loss or gradient are not finite; flag if there is"
+    " any",
+    value=clean + judged + points + gradients,
   )
 
 
@@ -277,7 +498,7 @@ def masking(accuracies: Mapping[str, float]) -> Diagnostic | None:
     return None
   gain = min(before) - accuracies["square"]
   return diagnostic(
-    gain > 0.002 + 1e-9,  # tolerates the rounding of 0.002
+    not gain <= 0.002 + 1e-9,  # tolerates the rounding of 0.002
     flagged=(
       "Square found what gradients had not",
       f"Square lowers the robust accuracy by another {100 * gain:.2f} points:"
@@ -313,12 +534,17 @@ def batch_dependence(
   count = min(len(images), batch_size)
   order = _shuffled(key, len(images))[:count]
   again = predict(images[order], max(1, batch_size // 2), key)
-  scale = float(np.abs(logits).max()) + 1e-12
-  change = float(np.abs(again - logits[order]).max()) / scale
-  moved = int((again.argmax(-1) != logits[order].argmax(-1)).sum())
-  return diagnostic(
+  before = logits[order]
+  both = _finite(again) & _finite(before)
+  appear = _finite(again) != _finite(before)
+  largest = np.abs(logits[_finite(logits)]).max(initial=0.0)
+  scale = float(largest) + 1e-12
+  change = float(np.abs(again[both] - before[both]).max(initial=0.0)) / scale
+  moved = int(((again.argmax(-1) != before.argmax(-1)) & both).sum())
+  moved += int(appear.sum())
+  found = diagnostic(
     # One prediction may be a tie that rounding decides.
-    change > 1e-2 or moved > max(1.0, 0.01 * count),
+    change > 1e-2 or moved > max(1.0, 0.01 * count) or bool(appear.any()),
     flagged=(
       "Predictions depend on the batch",
       "The prediction for an image depends on the images beside it"
@@ -335,6 +561,7 @@ def batch_dependence(
     " 0.01, or if more than 1 prediction and more than 1% of them change",
     value=change,
   )
+  return _undecided(found, int((~both & ~appear).sum()), count)
 
 
 def rescored(
@@ -360,17 +587,17 @@ def rescored(
     The diagnostic.
   """
   order = _shuffled(key, len(labels))
-  correct = predict(adversarial[order], batch_size, key).argmax(-1)
-  correct = correct == labels[order]
-  accuracy, reported = float(correct.mean()), float(robust.mean())
-  differ = int((correct != robust[order]).sum())
+  logits = predict(adversarial[order], batch_size, key)
+  right = correct(logits, labels[order])
+  accuracy, reported = float(right.mean()), float(robust.mean())
+  differ = int((right != robust[order]).sum())
   numbers = (
     f"Scored again the images give {wording.percent(accuracy, 2)}, not"
     f" {wording.percent(reported, 2)} ({wording.plural(differ, 'image')}"
     f" differ{'s' if differ == 1 else ''})."
   )
   same = "The returned images score the same in another order and batch size."
-  return diagnostic(
+  found = diagnostic(
     # One of 1000 images may differ, however the accuracies are rounded.
     abs(accuracy - reported) > 1e-3 + 1e-9 or differ > 2e-3 * len(labels),
     flagged=("The reported accuracy was not reproduced", numbers),
@@ -383,6 +610,7 @@ def rescored(
     " than 0.2% of the images",
     value=accuracy - reported,
   )
+  return _undecided(found, int((~_finite(logits)).sum()), len(labels))
 
 
 def diagnose_classifier(
@@ -395,6 +623,7 @@ def diagnose_classifier(
   *,
   batch_size: int,
   radius: float,
+  attack_losses: Sequence[str] = (),
 ) -> dict[str, Diagnostic]:
   """Checks a classifier before any attack, mostly on its first batch.
 
@@ -407,6 +636,7 @@ def diagnose_classifier(
     logits: Logits [N, K] of the images in their own order.
     batch_size: Batch size with which `logits` were computed.
     radius: Half-width of the box in which gradients are computed.
+    attack_losses: Losses that attacks will increase, see `blind_loss`.
 
   Returns:
     Name of the check to its diagnostic.
@@ -416,17 +646,23 @@ def diagnose_classifier(
     predict(first, batch_size, rng.stream(key, "looks", number))
     for number in range(5)
   ]
+  # The margin's own check is `zero_gradients`.
+  names = tuple(dict.fromkeys(("margin", *attack_losses)))
+  sight = _look(
+    rng.stream(key, "gradients"),
+    classifier,
+    first,
+    first_labels,
+    names=names,
+    radius=radius,
+  )
   found = {
     "probabilities": probabilities(logits[:batch_size]),
-    "zero_gradients": zero_gradients(
-      rng.stream(key, "gradients"),
-      classifier,
-      first,
-      first_labels,
-      radius=radius,
-    ),
+    "zero_gradients": _judge_margin(np.asarray(sight.blind[0])),
     "randomized": randomized(evaluations, first_labels),
   }
+  for index, name in enumerate(names[1:], 1):
+    found[f"blind_{name}"] = _judge_loss(name, sight, index)
   if not isinstance(classifier, base.Randomized):
     found["batch_dependence"] = batch_dependence(
       rng.stream(key, "others"), predict, images, logits, batch_size=batch_size

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from atat_jax import checks
-from atat_jax.attacks import balls, base, hyperplane, search
+from atat_jax.attacks import balls, base, hyperplane, nonfinite, search
+from atat_jax.attacks.nonfinite import Counts
 from atat_jax.attacks.search import Problem, SearchSettings
 from atat_jax.errors import UserError
 from atat_jax.typing import Array, Classifier
@@ -21,6 +22,9 @@ from atat_jax.typing import Array, Classifier
 ALPHA_MAX = 0.1
 ETA = 1.05
 BETA = 0.9
+
+# The square of a larger number, summed over an image, may not fit into float32.
+_LARGEST = 1e15
 
 
 class FABState(NamedTuple):
@@ -34,6 +38,8 @@ class FABState(NamedTuple):
     adversarial: Images that the attack returns: `closest`, or a point in the
       ball towards it.
     fooled: bool [B]: whether `closest` is in the ball.
+    bad_points: int32 [B]: evaluations whose logits were not finite.
+    bad_gradients: int32 [B]: other evaluations whose gradient was not finite.
   """
 
   x: Array
@@ -41,6 +47,8 @@ class FABState(NamedTuple):
   distance: Array
   adversarial: Array
   fooled: Array
+  bad_points: Array
+  bad_gradients: Array
 
 
 _DUAL = {"linf": "l1", "l2": "l2", "l1": "linf"}
@@ -55,6 +63,16 @@ def _into_ball(norm: str, x: Array, images: Array, epsilon: Array) -> Array:
     length = search.rows(balls.length(norm, delta), x)
     delta = delta * (epsilon / jnp.maximum(length, epsilon))
   return jnp.clip(images + delta, 0.0, 1.0)
+
+
+def _in_range(value: Array, gradient: Array) -> tuple[Array, Array]:
+  """Scales f and its gradient where lengths and products would overflow.
+
+  The boundary f = 0 of the linearised classifier stays where it is.
+  """
+  largest = balls.length("linf", gradient)
+  scale = jnp.where(largest > _LARGEST, largest, 1)
+  return value / scale, gradient / search.rows(scale, gradient)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +104,9 @@ class FAB:
       problem.keys
     )
     t = 2 * t - 1 if self.norm == "linf" else t
-    t = t / search.rows(balls.length(self.norm, t), t)
+    # An image of one pixel may draw 0.
+    size = jnp.maximum(balls.length(self.norm, t), 1e-30)
+    t = t / search.rows(size, t)
     random = jnp.clip(images + 0.5 * settings.epsilon * t, 0.0, 1.0)
     x = search.select(problem.restart > 0, random, images)
     rows = jnp.zeros(images.shape[0], images.dtype)
@@ -96,33 +116,40 @@ class FAB:
       distance=rows + jnp.inf,
       adversarial=images,
       fooled=jnp.zeros_like(rows, bool),
+      bad_points=jnp.zeros_like(problem.labels),
+      bad_gradients=jnp.zeros_like(problem.labels),
     )
 
   def _boundary(
     self, classifier: Classifier, key: Array, problem: Problem, x: Array
-  ) -> tuple[Array, Array]:
-    """Computes f [B] and its gradient; f < 0 where the true class wins."""
+  ) -> tuple[Array, Array, Counts]:
+    """Computes f [B], its gradient and counts; f < 0 where the label wins."""
     labels = problem.labels
     rows = jnp.arange(len(labels))
 
-    def difference(x: Array, classes: Array) -> tuple[Array, Array]:
+    def difference(x: Array, classes: Array) -> tuple[Array, Any]:
       logits = base.apply(classifier, key, x)
       value = logits[rows, classes] - logits[rows, labels]
-      return value.sum(), value
+      return value.sum(), (value, nonfinite.usable(logits, value))
 
     if self.targeted:
-      gradient, value = jax.grad(difference, has_aux=True)(x, problem.targets)
-      return value, gradient
+      gradient, (value, usable) = jax.grad(difference, has_aux=True)(
+        x, problem.targets
+      )
+      counts = nonfinite.count(usable, gradient)
+      return *_in_range(value, nonfinite.clean(gradient)), counts
     logits, pullback = jax.vjp(lambda x: base.apply(classifier, key, x), x)
     own = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
-    values = logits - (logits * own).sum(-1, keepdims=True)
+    values = logits - logits[rows, labels][:, None]
+    usable = nonfinite.usable(logits, values.max(-1) - values.min(-1))
 
     def body(k: Array, carry: Any) -> Any:
-      nearest, best_value, best_gradient = carry
+      nearest, best_value, best_gradient, counts = carry
       (gradient,) = pullback(
         jax.nn.one_hot(k, logits.shape[-1], dtype=logits.dtype) - own
       )
-      value = values[:, k]
+      new = nonfinite.count(usable, gradient)
+      value, gradient = _in_range(values[:, k], nonfinite.clean(gradient))
       size = balls.length(_DUAL[self.norm], gradient) + 1e-12
       distance = jnp.where(labels == k, jnp.inf, jnp.abs(value) / size)
       better = distance < nearest
@@ -130,15 +157,17 @@ class FAB:
         jnp.where(better, distance, nearest),
         jnp.where(better, value, best_value),
         search.select(better, gradient, best_gradient),
+        # One evaluation, however many of its gradients are not finite.
+        jax.tree.map(jnp.maximum, counts, new),
       )
 
     start = (
       jnp.full_like(values[:, 0], jnp.inf),
       values[:, 0],
       jnp.zeros_like(x),
+      nonfinite.count(usable),
     )
-    _, value, gradient = lax.fori_loop(0, logits.shape[-1], body, start)
-    return value, gradient
+    return lax.fori_loop(0, logits.shape[-1], body, start)[1:]
 
   def step(
     self,
@@ -153,7 +182,9 @@ class FAB:
     del i
     images, count = problem.images, len(problem.labels)
     first_key, second_key = jax.random.split(key)
-    value, gradient = self._boundary(classifier, first_key, problem, state.x)
+    value, gradient, counts = self._boundary(
+      classifier, first_key, problem, state.x
+    )
     offset = (gradient * state.x).reshape(count, -1).sum(-1) - value
     ways = hyperplane.project(
       self.norm,
@@ -172,7 +203,8 @@ class FAB:
       1.0,
     )
     logits = base.apply(classifier, second_key, x)
-    wrong = logits.argmax(-1) != problem.labels
+    wrong = nonfinite.misses(logits, problem.labels)
+    at_x = nonfinite.count(nonfinite.usable(logits))
     distance = balls.length(self.norm, x - images)
     closer = wrong & (distance < state.distance)
     closest = search.select(closer, x, state.closest)
@@ -188,6 +220,8 @@ class FAB:
       distance=distance,
       adversarial=search.select(fooled, closest, attempt),
       fooled=fooled,
+      bad_points=state.bad_points + counts.points + at_x.points,
+      bad_gradients=state.bad_gradients + counts.gradients,
     )
 
 

@@ -17,13 +17,17 @@ import jax.numpy as jnp
 from jax import lax
 
 from atat_jax import checks, compilation, losses, rng
-from atat_jax.attacks import balls, base, search
+from atat_jax.attacks import balls, base, nonfinite, search
+from atat_jax.attacks.nonfinite import Counts
 from atat_jax.attacks.search import Attempt
 from atat_jax.errors import UserError
 from atat_jax.typing import Array, Classifier, Scalar
 
+_LARGEST_SUM = 1e30
+
 State = TypeVar("State")
-GradientFn = Callable[[Array, State], tuple[Array, State]]
+GradientFn = Callable[[Array, State], tuple[Array, State, Counts]]
+"""(images, state) to the gradient, the state, and counts [B]."""
 
 
 def _averaged(
@@ -33,13 +37,15 @@ def _averaged(
   if samples == 1:
     return gradient_fn
 
-  def averaged(images_adv: Array, state: State) -> tuple[Array, State]:
-    def sample(_: Array, carry: tuple[Array, State]) -> tuple[Array, State]:
-      total, state = carry
-      gradient, state = gradient_fn(images_adv, state)
-      return total + gradient / samples, state
+  def averaged(images_adv: Array, state: State) -> tuple[Array, State, Counts]:
+    def sample(_: Array, carry: Any) -> Any:
+      total, state, counts = carry
+      gradient, state, new = gradient_fn(images_adv, state)
+      total = total + gradient / samples
+      return total, state, nonfinite.add(counts, new)
 
-    first = jnp.zeros_like(images_adv), state
+    none = nonfinite.zeros(images_adv.shape[:1])
+    first = jnp.zeros_like(images_adv), state, none
     return lax.fori_loop(0, samples, sample, first)
 
   return averaged
@@ -58,8 +64,9 @@ def _loss(
 
 def _accumulate(momentum: Scalar, total: Array, gradient: Array) -> Array:
   """Adds a gradient to the decaying sum (Dong et al., 2018, Eq. 6)."""
-  size = balls.l1_length(gradient)
-  return momentum * total + gradient / jnp.maximum(size, 1e-12)
+  total = momentum * total + balls.unit("l1", gradient)
+  # A sum that does not decay must not grow to infinity.
+  return jnp.clip(total, -_LARGEST_SUM, _LARGEST_SUM)
 
 
 def ascend(
@@ -81,6 +88,9 @@ def ascend(
 ) -> tuple[Array, State]:
   """Runs the loop of PGD; for use inside jit.
 
+  An entry of a gradient that is not finite counts as 0, so that the iterates
+  are finite, whatever the network is.
+
   Args:
     logits_fn: (state, images) to (logits, state). The state is what a forward
       pass may change, e.g. running statistics; () for a fixed classifier.
@@ -97,31 +107,82 @@ def ascend(
     targeted: Whether labels are to be reached, by descending the loss.
     targets: Classes that a targeted loss aims at, int32 [B].
     momentum: Decay of the sum of gradients (see `pgd`); None: no sum.
-    eot_samples: Number of gradients averaged at each point.
+    eot_samples: Number of gradients averaged at each point; an entry of one
+      of them that is not finite counts as 0 in the mean.
 
   Returns:
     The last iterate [B, H, W, C] and the last state.
   """
+  return _ascend(
+    logits_fn,
+    state,
+    start,
+    images,
+    labels,
+    epsilon=epsilon,
+    step_size=step_size,
+    num_steps=num_steps,
+    norm=norm,
+    loss=loss,
+    targeted=targeted,
+    targets=targets,
+    momentum=momentum,
+    eot_samples=eot_samples,
+  )[:2]
+
+
+def _ascend(
+  logits_fn: Callable[[State, Array], tuple[Array, State]],
+  state: State,
+  start: Array,
+  images: Array,
+  labels: Array,
+  *,
+  epsilon: Scalar,
+  step_size: Scalar,
+  num_steps: Array | int,
+  norm: str,
+  loss: str | Callable[[Array], Array],
+  targeted: bool,
+  targets: Array | None,
+  momentum: Scalar | None,
+  eot_samples: int,
+) -> tuple[Array, State, Counts]:
+  """Makes `ascend`, and counts the evaluations that are not finite."""
   ball = balls.BALLS[norm]
 
-  def objective(images_adv: Array, state: State) -> tuple[Array, State]:
+  def objective(images_adv: Array, state: State) -> tuple[Array, Any]:
     logits, state = logits_fn(state, images_adv)
     value = _loss(loss, logits, labels, targets)
-    return (-1.0 if targeted else 1.0) * value.sum(), state
+    sign = -1.0 if targeted else 1.0
+    return sign * value.sum(), (state, nonfinite.usable(logits, value))
 
-  gradient_fn = _averaged(jax.grad(objective, has_aux=True), eot_samples)
+  def gradient_fn(
+    images_adv: Array, state: State
+  ) -> tuple[Array, State, Counts]:
+    gradient, (state, usable) = jax.grad(objective, has_aux=True)(
+      images_adv, state
+    )
+    counts = nonfinite.count(usable, gradient)
+    return nonfinite.clean(gradient), state, counts
+
+  averaged_fn = _averaged(gradient_fn, eot_samples)
 
   def body(_: Array, carry: Any) -> Any:
-    images_adv, state, total = carry
-    gradient, state = gradient_fn(images_adv, state)
+    images_adv, state, total, counts = carry
+    gradient, state, new = averaged_fn(images_adv, state)
     if momentum is not None:
       gradient = total = _accumulate(momentum, total, gradient)
     step = step_size * ball.direction(gradient)
     images_adv = balls.project(ball, images_adv + step, images, epsilon)
-    return images_adv, state, total
+    return images_adv, state, total, nonfinite.add(counts, new)
 
   total = () if momentum is None else jnp.zeros_like(start)
-  return lax.fori_loop(0, num_steps, body, (start, state, total))[:2]
+  none = nonfinite.zeros(images.shape[:1])
+  images_adv, state, _, counts = lax.fori_loop(
+    0, num_steps, body, (start, state, total, none)
+  )
+  return images_adv, state, counts
 
 
 def random_start(
@@ -170,13 +231,13 @@ def _attempt(
   *,
   run: Array | int,
   ranked: Array | None,
-) -> Array:
-  """Makes one run and returns its last iterate."""
+) -> tuple[Array, Counts]:
+  """Makes one run; returns its last iterate and its counts, [B] each."""
   randomized = isinstance(classifier, base.Randomized)
 
   def logits_fn(state: Any, x: Array) -> tuple[Array, Any]:
     if not randomized:
-      return classifier(x), state
+      return base.apply(classifier, key, x), state
     now, later = jax.random.split(state)
     return base.apply(classifier, now, x), later
 
@@ -195,7 +256,7 @@ def _attempt(
   if ranked is not None:
     targets = jnp.take(ranked, run // options.num_restarts, axis=1)
   noise_key = rng.stream(key, "noise")
-  return ascend(
+  images_adv, _, counts = _ascend(
     logits_fn,
     rng.stream(noise_key, "run", run) if randomized else (),
     start,
@@ -210,7 +271,8 @@ def _attempt(
     targets=targets,
     momentum=numbers.momentum,
     eot_samples=options.eot_samples,
-  )[0]
+  )
+  return images_adv, counts
 
 
 def _pgd(
@@ -221,28 +283,31 @@ def _pgd(
   numbers: _PGDNumbers,
   *,
   options: _PGDOptions,
-) -> Array:
+) -> tuple[Array, Counts]:
   """Makes all runs and keeps each example's strongest."""
   noise_key = rng.stream(key, "noise")
   ranked = None
   if options.several_targets:
     clean = base.apply(classifier, rng.stream(noise_key, "clean"), images)
-    ranked = search.ranked(clean)
+    ranked = search.ranked(clean, labels)
   attempt = functools.partial(
     _attempt, key, classifier, images, labels, numbers, options, ranked=ranked
   )
   num_runs = options.num_restarts * options.num_targets
   if num_runs == 1:
-    return attempt(run=0)
+    images_adv, counts = attempt(run=0)
+    return images_adv, nonfinite.total(counts)
   loss = "margin" if options.several_targets else options.loss
 
   def scored(run: Array | int, *_: Array) -> Attempt:
-    images_adv = attempt(run=run)
+    images_adv, counts = attempt(run=run)
     score_key = rng.stream(noise_key, "score", run)
     logits = base.apply(classifier, score_key, images_adv)
     fooled = (logits.argmax(-1) == labels) == options.targeted
     value = losses.ATTACK_LOSSES[loss](logits, labels)
-    return Attempt(images_adv, fooled, -value if options.targeted else value)
+    if options.targeted:
+      value = -value
+    return search.judged(images_adv, logits, value, fooled, counts)
 
   return search.strongest(scored, scored(0), runs=(1, num_runs))
 
@@ -251,6 +316,7 @@ _jitted = compilation.jit(_pgd, static_argnames="options")
 
 
 def _checked_pgd(
+  name: str,
   key: Array,
   classifier: Classifier,
   images: Array,
@@ -259,7 +325,7 @@ def _checked_pgd(
   numbers: _PGDNumbers,
   options: _PGDOptions,
 ) -> Array:
-  """Checks the arguments of `pgd` and runs it."""
+  """Checks the arguments of `pgd`, runs it and reports by its name."""
   checks.key(key)
   checks.boolean("random_start", numbers.random_start)
   for name in ("num_restarts", "num_targets", "eot_samples"):
@@ -284,7 +350,8 @@ def _checked_pgd(
   momentum = numbers.momentum
   use_momentum = not isinstance(momentum, int | float) or momentum > 0
   num_targets = min(options.num_targets, num_classes - 1)
-  return _jitted(
+  base.check_runs(options.num_restarts, num_targets)
+  images_adv, counts = _jitted(
     key,
     classifier,
     images,
@@ -302,6 +369,8 @@ def _checked_pgd(
       targeted=targets is not None,
     ),
   )
+  nonfinite.report(name, *counts)
+  return images_adv
 
 
 def pgd(
@@ -359,7 +428,22 @@ def pgd(
   numbers = _PGDNumbers(epsilon, step_size, num_steps, random_start, momentum)
   options = _PGDOptions(norm, loss, num_restarts, num_targets, eot_samples)
   return _checked_pgd(
-    key, classifier, images, labels, targets, numbers, options
+    "pgd", key, classifier, images, labels, targets, numbers, options
+  )
+
+
+def _from_images(
+  name: str,
+  key: Array,
+  classifier: Classifier,
+  images: Array,
+  labels: Array,
+  numbers: _PGDNumbers,
+) -> Array:
+  """Makes one run in linf from the clean images: the program of `pgd`."""
+  options = _PGDOptions("linf", "cross_entropy", 1, 1, 1)
+  return _checked_pgd(
+    name, key, classifier, images, labels, None, numbers, options
   )
 
 
@@ -390,16 +474,8 @@ def ifgsm(
   Raises:
     UserError: An argument of a wrong shape, dtype or range, by name.
   """
-  return pgd(
-    key,
-    classifier,
-    images,
-    labels,
-    epsilon=epsilon,
-    step_size=step_size,
-    num_steps=num_steps,
-    random_start=False,
-  )
+  numbers = _PGDNumbers(epsilon, step_size, num_steps, False, 0.0)
+  return _from_images("ifgsm", key, classifier, images, labels, numbers)
 
 
 def fgsm(
@@ -425,12 +501,5 @@ def fgsm(
   Raises:
     UserError: An argument of a wrong shape, dtype or range, by name.
   """
-  return ifgsm(
-    key,
-    classifier,
-    images,
-    labels,
-    epsilon=epsilon,
-    step_size=epsilon,
-    num_steps=1,
-  )
+  numbers = _PGDNumbers(epsilon, epsilon, 1, False, 0.0)
+  return _from_images("fgsm", key, classifier, images, labels, numbers)

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from atat_jax import checks, compilation, losses, rng
-from atat_jax.attacks import base
+from atat_jax.attacks import base, nonfinite
+from atat_jax.attacks.nonfinite import Counts
 from atat_jax.typing import Array, Classifier
 
 
@@ -60,6 +61,14 @@ class SearchState(Protocol):
   @property
   def fooled(self) -> Array:
     """bool [B]: whether `adversarial` is misclassified."""
+
+  @property
+  def bad_points(self) -> Array:
+    """int32 [B]: evaluations whose logits or loss were not finite."""
+
+  @property
+  def bad_gradients(self) -> Array:
+    """int32 [B]: other evaluations whose gradient was not finite."""
 
 
 AnyState = TypeVar("AnyState", bound=Any)
@@ -181,9 +190,22 @@ def advance(
   return state, i
 
 
-def ranked(logits: Array) -> Array:
-  """Sorts the classes by their logits, the first left out: int32 [B, K - 1]."""
-  return jnp.argsort(-logits, axis=-1)[:, 1:].astype(jnp.int32)
+def ranked(logits: Array, labels: Array) -> Array:
+  """Sorts the classes by their logits, the first left out.
+
+  Args:
+    logits: [B, K].
+    labels: int32 [B]; the class that is left out where logits are not finite.
+
+  Returns:
+    int32 [B, K - 1].
+  """
+  largest = jnp.finfo(logits.dtype).max
+  finite = jnp.nan_to_num(logits, nan=-largest, posinf=largest, neginf=-largest)
+  is_label = jnp.arange(logits.shape[-1]) == labels[:, None]
+  usable = nonfinite.usable(logits)[:, None]
+  order = jnp.where(~usable & is_label, jnp.inf, finite)
+  return jnp.argsort(-order, axis=-1)[:, 1:].astype(jnp.int32)
 
 
 class Attempt(NamedTuple):
@@ -193,11 +215,43 @@ class Attempt(NamedTuple):
     images: [B, H, W, C].
     fooled: bool [B].
     value: Loss [B], larger for a stronger attempt.
+    counts: Evaluations that were not finite in it, scalars.
   """
 
   images: Array
   fooled: Array
   value: Array
+  counts: Counts
+
+
+def judged(
+  images: Array,
+  logits: Array,
+  value: Array,
+  fooled: Array,
+  counts: Counts,
+) -> Attempt:
+  """Builds an attempt from an evaluation of the images that it returns.
+
+  Args:
+    images: [B, H, W, C].
+    logits: Their logits, [B, K].
+    value: Their loss, [B].
+    fooled: Whether they are where the attack leads, bool [B].
+    counts: Evaluations that were not finite before this one, [B] each.
+
+  Returns:
+    The attempt. One of logits or loss that are not finite has not fooled and
+    is weaker than any other.
+  """
+  usable = nonfinite.usable(logits, value)
+  counts = nonfinite.add(counts, nonfinite.count(usable))
+  return Attempt(
+    images,
+    fooled & usable,
+    jnp.where(usable, value, -jnp.inf),
+    nonfinite.total(counts),
+  )
 
 
 def strongest(
@@ -206,7 +260,7 @@ def strongest(
   *,
   runs: tuple[int, Array | int],
   stop_when_fooled: bool = False,
-) -> Array:
+) -> tuple[Array, Counts]:
   """Makes runs one after the other and keeps each example's strongest.
 
   A fooled example is stronger than one that is not, whatever its loss.
@@ -219,7 +273,8 @@ def strongest(
     stop_when_fooled: Whether to stop once every example is fooled.
 
   Returns:
-    Images of the strongest attempts, [B, H, W, C].
+    Images of the strongest attempts, [B, H, W, C], and the evaluations that
+    were not finite in all of them.
   """
 
   def body(carry: tuple[Array, Attempt]) -> tuple[Array, Attempt]:
@@ -228,7 +283,9 @@ def strongest(
     better = jnp.where(
       new.fooled == best.fooled, new.value > best.value, new.fooled
     )
-    return run + 1, select(better, new, best)
+    counts = nonfinite.add(best.counts, new.counts)
+    kept = select(better, new[:3], best[:3])
+    return run + 1, Attempt(*kept, counts)
 
   def continues(carry: tuple[Array, Attempt]) -> Array:
     run, best = carry
@@ -236,7 +293,8 @@ def strongest(
     return more & ~best.fooled.all() if stop_when_fooled else more
 
   carry = jnp.int32(runs[0]), first
-  return lax.while_loop(continues, body, carry)[1].images
+  best = lax.while_loop(continues, body, carry)[1]
+  return best.images, best.counts
 
 
 def _run(
@@ -251,7 +309,7 @@ def _run(
   *,
   search: Search[Any],
   loss: str,
-) -> Array:
+) -> tuple[Array, Counts]:
   """Makes all runs of an attack, one after the other."""
   batch = jnp.arange(images.shape[0], dtype=jnp.int32)
   noise_key = rng.stream(key, "noise")
@@ -261,7 +319,7 @@ def _run(
     return logits, losses.ATTACK_LOSSES[loss](logits, labels)
 
   logits, value = score(images, 0)
-  targets = ranked(logits)
+  targets = ranked(logits, labels)
 
   def attempt(run: Array, fooled: Array) -> Attempt:
     problem = make_problem(
@@ -284,11 +342,16 @@ def _run(
       limit=limit,
       count=limit,
     )
-    value = score(state.adversarial, run + 1)[1]
-    return Attempt(state.adversarial, state.fooled, value)
+    return judged(
+      state.adversarial,
+      *score(state.adversarial, run + 1),
+      state.fooled,
+      Counts(state.bad_points, state.bad_gradients),
+    )
 
   # An image that is misclassified without any attack stays as it is.
-  clean = Attempt(images, logits.argmax(-1) != labels, value)
+  none = nonfinite.zeros(labels.shape)
+  clean = judged(images, logits, value, logits.argmax(-1) != labels, none)
   num_runs = num_targets * num_restarts
   return strongest(attempt, clean, runs=(0, num_runs), stop_when_fooled=True)
 
@@ -316,7 +379,7 @@ def run(
     classifier: A pytree callable.
     images: Clean images [B, H, W, C] in [0, 1].
     labels: True classes, int32 [B].
-    search: Attack algorithm.
+    search: Attack algorithm; its type names the attack in warnings.
     epsilon: Radius.
     num_steps: Number of steps of a run.
     num_restarts: Number of runs for each target.
@@ -331,7 +394,8 @@ def run(
   Raises:
     UserError: Not a random key.
   """
-  return _jitted(
+  base.check_runs(num_restarts, num_targets)
+  adversarial, counts = _jitted(
     checks.key(key),
     classifier,
     images,
@@ -345,3 +409,5 @@ def run(
     search=search,
     loss=loss,
   )
+  nonfinite.report(type(search).__name__.lower(), *counts)
+  return adversarial

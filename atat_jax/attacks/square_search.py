@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 
 from atat_jax import losses
-from atat_jax.attacks import base, search
+from atat_jax.attacks import base, nonfinite, search
 from atat_jax.attacks.search import Problem, SearchSettings
 from atat_jax.attacks.simplex import project_l1
 from atat_jax.typing import Array, Classifier, Scalar
@@ -37,11 +37,15 @@ class SquareState(NamedTuple):
     adversarial: Best point so far; before step 0 the initial one.
     margin: z_y - max_{i != y} z_i at that point, [B].
     fooled: bool [B]: whether the margin is not positive.
+    bad_points: int32 [B]: evaluations whose logits were not finite.
+    bad_gradients: 0, as no gradient is computed.
   """
 
   adversarial: Array
   margin: Array
   fooled: Array
+  bad_points: Array | int = 0
+  bad_gradients: Array | int = 0
 
 
 class Draws(NamedTuple):
@@ -206,9 +210,9 @@ class Square:
     else:
       x = self._into(delta, images, settings.epsilon)
     margin = jnp.full(images.shape[0], jnp.inf, _wide(images))
-    return SquareState(
-      x.astype(images.dtype), margin, jnp.zeros_like(margin, bool)
-    )
+    none = nonfinite.zeros(margin.shape)
+    fooled = jnp.zeros_like(margin, bool)
+    return SquareState(x.astype(images.dtype), margin, fooled, *none)
 
   def step(
     self,
@@ -227,10 +231,13 @@ class Square:
     x = search.select(initial, state.adversarial, x)
     logits = base.apply(classifier, key, x)
     margin = -losses.margin(logits, problem.labels).astype(state.margin.dtype)
+    usable = nonfinite.usable(logits, margin)
+    margin = jnp.where(usable, margin, jnp.inf)
     kept = initial | (margin < state.margin) | (margin <= 0)
     margin = jnp.where(kept, margin, state.margin)
     x = search.select(kept, x, state.adversarial)
-    return SquareState(x, margin, margin <= 0)
+    bad = state.bad_points + nonfinite.count(usable).points
+    return SquareState(x, margin, margin <= 0, bad, state.bad_gradients)
 
   def _sides(self, i: Array, images: Array) -> Array:
     sides = schedule(images.shape[1:3], self.norm, self.p_init)

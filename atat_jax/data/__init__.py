@@ -5,6 +5,11 @@ Adding a data set is one file and one line in `DATASETS`: a module with a
 the official training and test splits (see `base.Source`).
 """
 
+from atat_jax.process import commands
+
+if commands.is_running("atat_jax.data.prepare"):
+  commands.begin("stopped; the same command starts again")
+
 from atat_jax import checks
 from atat_jax.data import base, cifar, digits, extra
 from atat_jax.data.base import Dataset, DatasetSpec, Split

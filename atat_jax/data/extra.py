@@ -20,6 +20,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from atat_jax import checks
 from atat_jax.data import base
 from atat_jax.data.base import DatasetSpec, Split
 from atat_jax.errors import UserError
@@ -85,6 +86,7 @@ def read(
   Raises:
     UserError: No such file, compressed, damaged, wrong shape, dtype or label.
   """
+  checks.instance("spec", spec, DatasetSpec, "see data.spec")
   path = locations.expand("extra", path)
   if path.is_dir():
     shards = sorted((*path.glob("*.npz"), *path.glob("image*.npy")))
@@ -224,10 +226,10 @@ def _is_known(
 def _remember(
   path: pathlib.Path, identity: dict[str, Any], cache_dir: str | None
 ) -> None:
-  note = _note(path, cache_dir)
-  if identity["size"] < _LARGE or note is None:
+  if identity["size"] < _LARGE:
     return
   try:
-    files.write_json(note, identity)
+    if note := _note(path, cache_dir):
+      files.write_json(note, identity)
   except (OSError, UserError) as error:
     _log.info("extra: no note of its checksum (%s)", error)

@@ -8,11 +8,6 @@ everything else (features, names, keys, order, files) is left to the stock
 builder, so that `tfds.data_source` reads the result like any other.
 """
 
-from atat_jax.process import commands
-
-if __name__ == "__main__":
-  commands.begin("stopped; the same command starts again")
-
 import argparse
 import hashlib
 import http.client
@@ -27,7 +22,7 @@ import tqdm
 
 from atat_jax.data import archives, base, cifar
 from atat_jax.errors import UserError
-from atat_jax.process import stops
+from atat_jax.process import commands, stops
 from atat_jax.runs import files, locations, lock
 
 _BLOCK = 1 << 18
@@ -92,15 +87,15 @@ def download(wanted: Download, directory: pathlib.Path) -> pathlib.Path:
   if _is_complete(path, wanted):
     print(f"{path} is there already, its checksum is right")
     return path
-  try:
-    with files.replacing(path) as partial:
+  with files.replacing(path) as partial:
+    try:
       _fetch(wanted, partial, description=f"downloading {path.name}")
-  except (OSError, http.client.HTTPException) as error:
-    raise UserError(
-      f"{wanted.url}: cannot be downloaded to {directory}"
-      f" ({base.first_line(error)}); download it elsewhere and pass it with"
-      " --archive=PATH"
-    ) from error
+    except (OSError, http.client.HTTPException) as error:
+      raise UserError(
+        f"{wanted.url}: cannot be downloaded to {directory}"
+        f" ({base.first_line(error)}); download it elsewhere and pass it with"
+        " --archive=PATH"
+      ) from error
   return path
 
 
@@ -110,7 +105,10 @@ def _fetch(wanted: Download, path: pathlib.Path, *, description: str) -> None:
   size = 0
   with (
     open(path, "wb") as file,
-    urllib.request.urlopen(wanted.url, timeout=_TIMEOUT_SECONDS) as response,
+    # The address is one of DOWNLOADS, and the content is compared with its SHA-256.
+    urllib.request.urlopen(  # noqa: S310
+      wanted.url, timeout=_TIMEOUT_SECONDS
+    ) as response,
     tqdm.tqdm(
       total=wanted.size, desc=description, unit="B", unit_scale=True
     ) as progress,
@@ -194,6 +192,21 @@ def _builder(
   return Builder(data_dir=str(data_dir), file_format="array_record")
 
 
+def _checked(
+  name: str, data_dir: str | None
+) -> tuple[base.DatasetSpec, pathlib.Path]:
+  """Checks the arguments; returns the data set and its directory."""
+  if not isinstance(name, str) or name not in _SPECS:
+    raise UserError(f"name={name!r}: must be one of {', '.join(_SPECS)}")
+  spec = _SPECS[name]
+  root = locations.expand("data_dir", data_dir) if data_dir else None
+  try:
+    root = (root or cifar.default_data_dir()).resolve()
+  except (OSError, RuntimeError) as error:  # links that lead in a circle
+    raise UserError(f"data_dir={data_dir}: {base.first_line(error)}") from None
+  return spec, root
+
+
 def prepare(
   name: str,
   *,
@@ -219,14 +232,7 @@ def prepare(
     UserError: Unknown name, a failed download, a damaged or wrong archive, or
       a directory that cannot be used.
   """
-  if not isinstance(name, str) or name not in _SPECS:
-    raise UserError(f"name={name!r}: must be one of {', '.join(_SPECS)}")
-  spec = _SPECS[name]
-  root = locations.expand("data_dir", data_dir) if data_dir else None
-  try:
-    root = (root or cifar.default_data_dir()).resolve()
-  except (OSError, RuntimeError) as error:  # links that lead in a circle
-    raise UserError(f"data_dir={data_dir}: {base.first_line(error)}") from None
+  spec, root = _checked(name, data_dir)
   for directory in cifar.tfds_versions(root, name):
     if cifar.tfds_records(directory, name):
       print(f"{directory} is prepared already, nothing to do")

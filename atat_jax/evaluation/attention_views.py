@@ -34,7 +34,7 @@ def _view(
   images: Array,
   labels: Array,
   *,
-  model: nn.Module | compilation.ByIdentity,
+  model: nn.Module | compilation.Opaque,
   layer: str,
 ) -> tuple[Array, Array]:
   """Returns probabilities [n, K] and maps [n, h, w], in one forward pass.

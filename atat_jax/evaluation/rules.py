@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
+from atat_jax import checks
 from atat_jax.attacks.diagnostics import Diagnostic, diagnostic
 from atat_jax.runs import comparable, tables, wording
 
@@ -228,6 +229,8 @@ def diagnose(rows: Sequence[Row], model: str) -> dict[str, Diagnostic]:
     Name of the rule to its diagnostic; those that attacks made themselves come
     first, as `<attack>_<check>`. Of two attacks of one name a flag counts.
   """
+  checks.instance("model", model, str, "the name of a model")
+  tables.check_rows(rows)
   rows = [row for row in rows if row["model"] == model]
   found = _of_attacks(rows)
   alike = _comparable(rows)

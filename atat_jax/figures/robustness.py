@@ -9,6 +9,10 @@ from atat_jax.drawing import style
 from atat_jax.drawing.text import plain
 from atat_jax.runs import comparable, files, tables
 
+_MIXED = (
+  "Not all attacks had the same images and ball: the names tell them. Only those"
+  " of the same can be compared."
+)
 _THICKNESS = {"running": 0.84, "batch": 0.5}  # height of a bar, in rows
 
 
@@ -52,8 +56,8 @@ def draw(workdir: pathlib.Path) -> list[pathlib.Path]:
       for model, batch_norm in series
     ]
     fig.legend(handles=handles, loc="outside upper left", ncols=2)
-    if note := comparable.note(columns):
-      style.caption(fig, note)
+    if comparable.note(columns):
+      style.caption(fig, _MIXED)
     return [style.save(fig, workdir / files.FIGURES / "robustness.png")]
 
 

@@ -68,6 +68,14 @@ def _to_flax(x: np.ndarray, leaf: str) -> np.ndarray:
   return x
 
 
+def _check_channels(number: int) -> None:
+  checks.positive("num_channels", number, integer=True)
+  if number > _MOST_CHANNELS:
+    raise UserError(
+      f"num_channels: {number}; allowed: at most {_MOST_CHANNELS}"
+    )
+
+
 def load_torch(
   path: pathlib.Path | str, model: nn.Module, *, num_channels: int = 3
 ) -> Variables:
@@ -93,11 +101,7 @@ def load_torch(
     UserError: See `read_state_dict`. Tensors that are missing, left over or of
       another shape are all named.
   """
-  checks.positive("num_channels", num_channels, integer=True)
-  if num_channels > _MOST_CHANNELS:
-    raise UserError(
-      f"num_channels: {num_channels}; allowed: at most {_MOST_CHANNELS}"
-    )
+  _check_channels(num_channels)
   names = torch_names.layer_names(model)
   tensors = read_state_dict(path)
   expected = jax.eval_shape(

@@ -77,7 +77,7 @@ def create(name: str, **fields: Any) -> nn.Module:
 class _Forward:
   """Forward pass that compares by value: new weights do not recompile it."""
 
-  model: nn.Module | compilation.ByIdentity
+  model: nn.Module | compilation.Opaque
   batch_norm: BatchNormMode
 
   def __call__(self, variables: Variables, images: Array) -> Array:

@@ -37,6 +37,7 @@ def standardize_images(images: Array) -> Array:
   Returns:
     [B, H, W, C].
   """
+  images = checks.batch(images, "images", ndim=4)
   # On CPU reducing one long axis takes a fifth of the time of three short ones.
   flat = images.reshape(images.shape[0], -1)
   centred = flat - flat.mean(-1, keepdims=True)
@@ -72,8 +73,8 @@ def check_sizes(name: str, sizes: Sequence[int]) -> None:
       check_size(name, size)
   except UserError:
     raise UserError(
-      f"{name}: {shown(sizes)}; allowed: integers from 1 to {LARGEST}, one for"
-      " each stage"
+      f"{name}: {shown(sizes)}; allowed: integers >= 1 and <= {LARGEST}, one"
+      " for each stage"
     ) from None
 
 

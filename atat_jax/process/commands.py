@@ -43,7 +43,7 @@ _LOST = (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # of what was to be written
 _OUT_OF_MEMORY = re.compile(r"RESOURCE_EXHAUSTED|[Oo]ut of memory")
 # Temporary files beside those that they replace (`runs.files.replacing`).
 _TEMPORARY = re.compile(r"\.([^/]+)\.[0-9a-f]{32}\.tmp((?:\.[^/.]*)?)$")
-_QUOTED_PATH = re.compile(r"""["']?(/[^"']+?)["']?(?=["':;,\s\])]|$)""")
+_QUOTED_PATH = re.compile(r'"(/[^"]+)"')
 
 
 class _Output:
@@ -88,6 +88,19 @@ class _Output:
     return getattr(self._stream, name)
 
 
+def is_running(module: str) -> bool:
+  """Returns whether this process is `python -m module`, whose parent asks.
+
+  Python imports the packages around a module before it.
+
+  Args:
+    module: Full name of the module, or of the package with a `__main__`.
+  """
+  words = sys.orig_argv
+  at = words.index("-m") + 1 if "-m" in words else len(words)
+  return sys.argv[:1] == ["-m"] and words[at : at + 1] == [module]
+
+
 def begin(message: str) -> None:
   """Begins the process of a command, before the imports that take seconds.
 
@@ -109,8 +122,11 @@ def begin(message: str) -> None:
 
 def _calm_warnings() -> None:
   """Keeps warnings of other packages from ending a run (`python -W error`)."""
-  if sys.warnoptions:
-    warnings.filterwarnings("default", module=r"(?!atat_jax)")
+  if any(option.startswith("error") for option in sys.warnoptions):
+    others = r"(?!atat_jax)"
+    warnings.filterwarnings("default", module=others)
+    for kind in (DeprecationWarning, ImportWarning, ResourceWarning):
+      warnings.filterwarnings("ignore", category=kind, module=others)
   # One for each program; a cache that cannot be used is told once.
   warnings.filterwarnings("ignore", message=".*persistent compilation cache")
 
@@ -150,8 +166,9 @@ def describe(error: BaseException, place: object = None) -> str | None:
     return _memory(text)
   found = _SYSTEM_ERRORS.search(text)
   if found and isinstance(error, ValueError | RuntimeError):
-    path_found = _QUOTED_PATH.search(text)
-    where = path_found[1] if path_found else place
+    where = place
+    if where is None and (path_found := _QUOTED_PATH.search(text)):
+      where = path_found[1]
     return one_line(f"{where}: {found[0]}" if where else found[0])
   if isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(text):
     return _memory(text)
@@ -181,6 +198,8 @@ def _on_thread_error(args: threading.ExceptHookArgs) -> None:
 def _on_unraisable(args: "sys.UnraisableHookArgs") -> None:
   """Ends the process when a file cannot be closed where nobody can catch it."""
   error = args.exc_value
+  if isinstance(error, RuntimeError) and "loop is closed" in str(error):
+    return  # a callback of a checkpoint whose writing has failed, and been told
   if isinstance(error, OSError) and error.errno in _LOST:
     stops.fail(f"error: {describe(error)}")
   else:

@@ -1,5 +1,10 @@
 """Pages that people read: one run's report, and several runs compared."""
 
+from atat_jax.process import commands
+
+if commands.is_running("atat_jax.report"):
+  commands.begin("stopped; nothing is half written")
+
 from atat_jax.report.comparison import write_comparison
 from atat_jax.report.results import results_table
 from atat_jax.report.run_page import is_old, write_report

@@ -3,16 +3,11 @@
 python -m atat_jax.report runs/at runs/atat --out comparison
 """
 
-from atat_jax.process import commands
-
-if __name__ == "__main__":
-  commands.begin("stopped; nothing is half written")
-
 import argparse
 import sys
 from collections.abc import Sequence
 
-from atat_jax.process import stops
+from atat_jax.process import commands, stops
 from atat_jax.report import write_comparison
 from atat_jax.runs import locations
 

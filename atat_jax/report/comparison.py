@@ -7,7 +7,7 @@ from typing import Any
 
 from atat_jax import figures
 from atat_jax.report import layout, merge, page
-from atat_jax.runs import files, locations
+from atat_jax.runs import files, locations, tables
 
 _CAPTION = (
   "Mean over training seeds, with one standard error to either side where there"
@@ -32,8 +32,8 @@ def write_comparison(
   Raises:
     UserError: A directory has no results, or a run is given twice.
   """
-  found = merge.compare(workdirs)
   out = locations.expand("out", out)
+  found = merge.compare(workdirs)
   html, text, json = (
     out.with_name(out.name + suffix) for suffix in (".html", ".md", ".json")
   )
@@ -44,20 +44,21 @@ def write_comparison(
   return [html, text, json]
 
 
+def _listed(sentences: Sequence[str]) -> str:
+  return "\n".join(f"- {tables.escaped(sentence)}" for sentence in sentences)
+
+
 def as_markdown(comparison: dict[str, Any]) -> str:
   """Lays out a whole comparison as Markdown."""
-  parts = ["# Comparison", *layout.verdict(comparison)]
+  parts = ["# Comparison", *map(tables.escaped, layout.verdict(comparison))]
   for found in [*layout.tables(comparison), *layout.other_tables(comparison)]:
     parts += [
-      f"## {found.heading}",
+      f"## {tables.escaped(found.heading)}",
       layout.table_as_markdown(found),
-      "\n".join(f"- {note}" for note in found.notes),
+      _listed(found.notes),
     ]
   if comparison["missing"]:
-    parts += [
-      "## Missing",
-      "\n".join(f"- {sentence}" for sentence in comparison["missing"]),
-    ]
+    parts += ["## Missing", _listed(comparison["missing"])]
   return "\n\n".join(filter(None, parts)) + "\n"
 
 

@@ -6,6 +6,7 @@ the same.
 
 import dataclasses
 import json
+import math
 import pathlib
 import statistics
 from typing import Any
@@ -109,8 +110,11 @@ def _seconds_per_step(
   workdir: pathlib.Path, batch_size: int | None
 ) -> float | None:
   lines = files.read_metrics(workdir / files.METRICS).get("train", [])
+  found = [line.get("images_per_second") for line in lines]
   rates = [
-    line["images_per_second"] for line in lines if line.get("images_per_second")
+    rate
+    for rate in found
+    if isinstance(rate, int | float) and 0 < rate < math.inf
   ]
   if not rates or not batch_size:
     return None

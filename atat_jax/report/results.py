@@ -224,6 +224,7 @@ def results_table(results: dict[str, Any]) -> str:
     Table with a line for each model and BatchNorm mode, a column for each
     attack, accuracies in percent; under it the protocol of each column.
   """
+  tables.check_results(results)
   rows = results["rows"]
   columns = tables.in_paper_order(tables.columns(rows))
   lines = [["accuracy (%)", *(column.label for column in columns)]]
@@ -233,8 +234,9 @@ def results_table(results: dict[str, Any]) -> str:
     ]
     lines.append([f"{model}, {tables.BATCH_NORM_NAMES[batch_norm]}", *numbers])
   text = [tables.markdown(lines, "l" + "r" * len(columns)), ""]
-  text += [f"{c.label}: {tables.protocol(c)}" for c in columns]
-  text += filter(None, [comparable.note(columns), _nonfinite(rows)])
+  notes = [f"{c.label}: {tables.protocol(c)}" for c in columns]
+  notes += filter(None, [comparable.note(columns), _nonfinite(rows)])
+  text += map(tables.escaped, notes)
   if any(batch_norm == "batch" for _, batch_norm in tables.series(rows)):
     text.append(f"batch statistics: {tables.BATCH_WARNING}")
   return "\n".join(text)

@@ -18,6 +18,7 @@ def verdict(results: dict[str, Any]) -> str:
   Returns:
     One paragraph of plain text.
   """
+  tables.check_results(results)
   columns = tables.columns(results["rows"])
   model = tables.trained(results["rows"])
   groups = comparable.attacks(columns, model)

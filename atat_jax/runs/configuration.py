@@ -5,8 +5,8 @@ import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from atat_jax.errors import UserError
-from atat_jax.runs import files, roles
+from atat_jax.errors import DamagedFileError, UserError
+from atat_jax.runs import files, locations, roles
 
 # Fields that the trained weights do not depend on.
 _FREE = (
@@ -101,13 +101,33 @@ def read(workdir: pathlib.Path) -> Configuration:
   Raises:
     UserError: There is no such file, or it is damaged.
   """
+  workdir = locations.expand("workdir", workdir)
   for directory in (workdir, workdir.parent):
     tree = files.read_json(directory / files.CONFIG)
     if tree is not None:
+      _compare_with_results(tree, directory)
       return parse(tree, directory)
   raise UserError(
     f"{workdir}: no run, it has no config.json; allowed: a --workdir of main.py"
   )
+
+
+def _compare_with_results(
+  tree: Mapping[str, Any], workdir: pathlib.Path
+) -> None:
+  """Compares `config.json`, which has no checksum, with the copy that has one.
+
+  Raises:
+    DamagedFileError: A field that results depend on is not that of the copy.
+  """
+  results = files.read_results(workdir) or {}
+  copy = training_fields(results.get("run", {}).get("config", {}))
+  for field, value in training_fields(tree).items():
+    if copy.get(field, value) != value:
+      raise DamagedFileError(
+        f"{workdir / files.CONFIG}: {field} is {value!r}, but"
+        f" {copy.get(field)!r} in {files.RESULTS}; allowed: the same"
+      )
 
 
 def training_fields(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -178,4 +198,4 @@ def write(tree: Mapping[str, Any], workdir: pathlib.Path) -> None:
   Raises:
     UserError: The directory cannot be written.
   """
-  files.write_json(workdir / files.CONFIG, tree, sealed=True)
+  files.write_json(workdir / files.CONFIG, tree)

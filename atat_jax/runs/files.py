@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from atat_jax.errors import DamagedFileError, UserError
-from atat_jax.runs import results_format
+from atat_jax.runs import locations, results_format
 
 try:
   import fcntl
@@ -179,8 +179,8 @@ def write_json(
   Args:
     path: The file.
     value: JSON value with finite numbers; an object if it is sealed.
-    sealed: Whether the object gets an entry "checksum" of all others, which
-      `read_json` checks and takes off.
+    sealed: Whether the object gets an entry "checksum" of all others, in its
+      record "run" if it has one. `read_json` checks it and takes it off.
 
   Raises:
     ValueError: A number is not finite.
@@ -188,7 +188,11 @@ def write_json(
   """
   text = json.dumps(value, indent=1, allow_nan=False)
   if sealed:
-    value = {**value, _SEAL: _checksum(json.loads(text))}
+    seal = {_SEAL: _checksum(json.loads(text))}
+    if isinstance(value.get("run"), dict):
+      value = {**value, "run": {**value["run"], **seal}}
+    else:
+      value = {**value, **seal}
     text = json.dumps(value, indent=1, allow_nan=False)
   return write_text(path, text + "\n")
 
@@ -346,6 +350,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any] | None:
     DamagedFileError: It does not hold a JSON object, or another one than was
       written.
   """
+  path = locations.expand("path", path)
   content = read_bytes(path)
   if content is None:
     return None
@@ -354,7 +359,8 @@ def read_json(path: pathlib.Path) -> dict[str, Any] | None:
     raise DamagedFileError(
       f"{path} must hold a JSON object, not a {type(value).__name__}"
     )
-  seal = value.pop(_SEAL, None)
+  run = value.get("run")
+  seal = (run if isinstance(run, dict) else value).pop(_SEAL, None)
   # A value without its name: the damage is in the name.
   if seal is None and not _SEALED.search(content):
     return value  # as earlier versions wrote it
@@ -378,7 +384,7 @@ def read_results(
   Raises:
     UserError: The file is damaged or of another format.
   """
-  path = workdir / RESULTS
+  path = locations.expand("workdir", workdir) / RESULTS
   results = read_json(path)
   if results is None:
     return None
@@ -511,6 +517,7 @@ def read_metrics(path: pathlib.Path) -> dict[str, list[dict[str, Any]]]:
   Raises:
     UserError: The file cannot be read.
   """
+  path = locations.expand("path", path)
   splits: dict[str, dict[int, dict[str, Any]]] = {}
   for _, line in read_lines(path).found:
     splits.setdefault(line["split"], {})[line["step"]] = line
@@ -597,6 +604,7 @@ def read_arrays(path: pathlib.Path) -> Arrays | None:
     UserError: The file may not be read.
     DamagedFileError: It is not what was written.
   """
+  path = locations.expand("path", path)
   try:
     return Arrays(path, load_arrays(path))
   except FileNotFoundError:

@@ -4,6 +4,7 @@ import functools
 import logging
 import os
 import pathlib
+import sys
 
 from atat_jax.errors import UserError, shown
 
@@ -28,6 +29,11 @@ def expand(field: str, path: str | os.PathLike[str]) -> pathlib.Path:
     raise UserError(f"{field}: {text!r}; allowed: a path")
   if "\0" in text:
     raise UserError(f"{field}: {text!r}; allowed: a path without a null byte")
+  if not _is_text(text):  # checkpoints cannot be written there
+    raise UserError(
+      f"{field}: {text!r}; allowed: a path of letters in this locale's encoding,"
+      f" {sys.getfilesystemencoding()}; PYTHONUTF8=1 makes that UTF-8"
+    )
   try:
     found = pathlib.Path(text).expanduser()
     found.exists()
@@ -39,6 +45,15 @@ def expand(field: str, path: str | os.PathLike[str]) -> pathlib.Path:
       f"{field}: {text!r}; allowed: a path without ~, the home folder of"
       f" {pathlib.Path(text).parts[0]} is not known"
     ) from None
+
+
+def _is_text(path: str) -> bool:
+  """Returns whether a path has no bytes that are no letters."""
+  try:
+    path.encode()
+  except UnicodeEncodeError:
+    return False
+  return True
 
 
 def cache(name: str) -> pathlib.Path | None:

@@ -33,8 +33,9 @@ def _git(*arguments: str) -> str:
   """Returns what git prints about this source tree, which it leaves alone."""
   # Within a hook of git, variables point to the repository of the hook.
   kept = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
-  return subprocess.run(
-    ["git", *arguments],
+  # The arguments are those of `commit`; git is the user's own, wherever it is.
+  return subprocess.run(  # noqa: S603
+    ["git", *arguments],  # noqa: S607
     cwd=pathlib.Path(__file__).parent,
     env={**kept, "GIT_OPTIONAL_LOCKS": "0"},
     stdin=subprocess.DEVNULL,

@@ -1,10 +1,12 @@
 """Rows of `results.json` arranged by attack, and tables in Markdown."""
 
 import dataclasses
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from atat_jax.runs import roles, wording
+from atat_jax.errors import UserError, shown
+from atat_jax.runs import results_format, roles, wording
 
 Row = dict[str, Any]
 
@@ -72,6 +74,42 @@ class Column:
     """Returns an accuracy in [0, 1]; None if it was not measured."""
     row = self.rows.get((model, batch_norm))
     return None if row is None else row["accuracy"]
+
+
+def check_rows(rows: Any) -> None:
+  """Checks that rows have the fields that all rows have.
+
+  Raises:
+    UserError: Something else, or a row without one of these fields.
+  """
+  needed = ("model", "attack", "batch_norm", "accuracy", "num_examples")
+  ok = isinstance(rows, list | tuple) and all(
+    isinstance(row, Mapping) and all(name in row for name in needed)
+    for row in rows
+  )
+  if not ok:
+    raise UserError(
+      f"rows: {shown(rows)}; allowed: rows of a results.json, each with"
+      f" {', '.join(needed)}"
+    )
+
+
+def check_results(results: Any) -> None:
+  """Checks that a value is the content of a `results.json`.
+
+  Raises:
+    UserError: Anything else.
+  """
+  fault = "no results"
+  if isinstance(results, dict):
+    fault = results_format.fault(results) or ""
+    if results.get("format", 1) != 1:
+      fault = "of another format"
+  if fault:
+    raise UserError(
+      f"results: {shown(results)} ({fault}); allowed: the content of a"
+      " results.json"
+    )
 
 
 def columns(
@@ -174,7 +212,7 @@ def markdown(lines: Sequence[Sequence[str]], align: str | None = None) -> str:
   Returns:
     Table, without a line break at its end.
   """
-  cells = [[_escaped(cell) for cell in line] for line in lines]
+  cells = [[escaped(cell) for cell in line] for line in lines]
   columns = list(zip(*cells, strict=True))
   if align is None:
     align = "".join(
@@ -196,8 +234,14 @@ def markdown(lines: Sequence[Sequence[str]], align: str | None = None) -> str:
   return "\n".join(f"| {' | '.join(line)} |" for line in [head, rule, *rows])
 
 
-def _escaped(cell: str) -> str:
-  return cell.replace("|", "\\|").replace("\n", " ")
+# What Markdown would take for marks; an underscore within a word is none.
+_MARKS = re.compile(r"[\\`*<&|~$]|(?<=\])\(|(?<!\w)_|_(?!\w)")
+
+
+def escaped(text: str) -> str:
+  """Returns text that Markdown, and a terminal, show as it is, on one line."""
+  line = "".join(letter if letter.isprintable() else " " for letter in text)
+  return _MARKS.sub(r"\\\g<0>", line)
 
 
 def attack(column: Column) -> str:

@@ -158,7 +158,7 @@ class Incidents:
       step, terms = found[-1]
       raise self.diverged(step + 1, terms, kept)
     guard = current.guard
-    assert guard is not None
+    assert guard is not None  # noqa: S101 - narrows the type, cannot fail
     return current.replace(guard=guard.replace(count=0 * guard.count))
 
   def _check_row(self, kept: str) -> None:

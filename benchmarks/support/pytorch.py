@@ -290,7 +290,7 @@ class Step:
     images_adv = attack(self._network, images, labels, **self._attack_options)
     if self._method == "at":
       return functional.cross_entropy(self._network(images_adv), labels)
-    assert self._teacher is not None
+    assert self._teacher is not None  # noqa: S101 - a check of the benchmark itself, never run with -O
     return atat_loss(
       self._student,
       self._teacher,

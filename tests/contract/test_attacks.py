@@ -756,9 +756,6 @@ def test_margin_loss_fools_at_the_margin(case):
 SAME_PROGRAM = ("fgsm", "ifgsm")
 # These run in the loop of `search.run`, as apgd does.
 SAME_LOOP = ("fab", "square")
-# These compute in float32 what 16 bits would not hold, see `test_hyperplane`
-# and `test_square`.
-ONE_HALF_PRECISION = ("fab", "square")
 
 every_attack = pytest.mark.parametrize("name", attacks.ATTACKS)
 every_program = pytest.mark.parametrize(
@@ -840,14 +837,64 @@ def test_never_lowers_the_loss_of_a_linear_model(name, case):
   assert (after > before).all()
 
 
+HALVES = (jnp.bfloat16, jnp.float16)
+
+
 @every_program
-def test_dtype_is_kept(name, case):
-  dtypes = (jnp.bfloat16, jnp.float16)
-  for dtype in dtypes[: 1 if name in ONE_HALF_PRECISION else 2]:
-    adversarial = _attack(name, case, images=case.images.astype(dtype))
-    assert adversarial.dtype == dtype
-    assert (adversarial >= 0).all() and (adversarial <= 1).all()
-    assert (adversarial != case.images.astype(dtype)).any()
+def test_images_of_16_bits_are_attacked_in_float32(name, case):
+  """Seen in float64: the ball around the image that came in, and the box.
+
+  8/255 is not a number of 16 bits, nor is an image plus 8/255.
+  """
+  for norm, radius in (("linf", 8 / 255), ("l2", 0.3), ("l1", 0.9)):
+    if norm not in _norms(name):
+      continue
+    changes = {} if norm == "linf" else {"norm": norm}
+    arguments = _arguments(name, radius) | changes
+    for dtype in HALVES:
+      for module in (jnp, np):  # numpy has bfloat16 by ml_dtypes
+        images = module.asarray(case.images.astype(dtype))
+        adversarial = _attack(name, case, images=images, **arguments)
+        assert adversarial.dtype == np.float32
+        assert (adversarial >= 0).all() and (adversarial <= 1).all()
+        wide = np.asarray(images, np.float64)
+        length = _length(np.asarray(adversarial, np.float64) - wide, norm)
+        rounding = 3e-8 * _length(np.ones((1, 24)), norm)[0]
+        assert (length <= radius * (1 + 1e-6) + rounding).all()
+        assert length.max() > (0.2 if name == "fab" else 0.5) * radius
+        # The same as of the same image in float32.
+        np.testing.assert_array_equal(
+          adversarial,
+          _attack(name, case, images=images.astype(np.float32), **arguments),
+        )
+
+
+def _as_dtype(dtype, params, images):
+  return _network(params, images).astype(dtype)
+
+
+@every_program
+def test_logits_of_16_bits_are_compared_in_float32(name, case):
+  """What a network computes in 16 bits is right as far as these go."""
+  for dtype in HALVES[: 1 if name == "fab" else 2]:
+    classifier = Partial(functools.partial(_as_dtype, dtype), *case.mlp.args)
+    adversarial = _attack(name, case, classifier)
+    assert adversarial.dtype == np.float32
+    assert np.isfinite(adversarial).all()
+    delta = np.asarray(adversarial, np.float64) - np.asarray(case.images)
+    assert _length(delta, "linf").max() <= EPSILON + 1e-7
+
+
+@pytest.mark.parametrize("dtype", [jnp.int32, bool, jnp.complex64])
+def test_logits_that_are_no_floats_are_refused(dtype, case):
+  classifier = Partial(functools.partial(_as_dtype, dtype), *case.mlp.args)
+  name = jnp.dtype(dtype).name
+  with pytest.raises(UserError, match=rf"^classifier: returns {name}; "):
+    _attack("square", case, classifier)
+  with pytest.raises(UserError, match=rf"^classifier: returns {name}; "):
+    attacks.autoattack(
+      KEY, classifier, case.images, case.predicted, epsilon=0.1
+    )
 
 
 @every_program
@@ -1282,7 +1329,8 @@ def test_a_toy_attack_for_one_norm_passes_the_contract(
   test_signature(toy)
   test_stays_in_ball_and_box(toy, case)
   test_never_lowers_the_loss_of_a_linear_model(toy, case)
-  test_dtype_is_kept(toy, case)
+  test_images_of_16_bits_are_attacked_in_float32(toy, case)
+  test_logits_of_16_bits_are_compared_in_float32(toy, case)
   with jax.enable_x64(True):
     test_float64_is_kept(toy, case, None)
   test_no_second_compilation(toy, case, compilations)

@@ -64,5 +64,5 @@ def test_a_validation_size_out_of_range_is_named(size):
 
 
 def test_other_sources_are_refused():
-  with pytest.raises(UserError, match="source: 'tfds'; allowed: 'auto'"):
+  with pytest.raises(UserError, match="source: 'tfds'; allowed: auto"):
     data.load("digits", source="tfds")

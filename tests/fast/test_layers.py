@@ -15,7 +15,8 @@ LAYERS = (
   "untrusted",  # files of others
   "runs",  # a working directory on disk
   "checks",
-  "rng fields compilation sharding metrics",
+  "sharding",
+  "rng fields compilation metrics",
   "batch_norm",
   "losses attention optim data models",
   "interop",
@@ -33,6 +34,7 @@ LAYERS = (
   "report",
   "train",  # modes
   "evaluate",
+  "rehearsal replay",
   "pipeline explain",
 )
 RANKS = {name: rank for rank, row in enumerate(LAYERS) for name in row.split()}

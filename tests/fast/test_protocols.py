@@ -165,3 +165,41 @@ def test_a_list_of_protocols():
       evaluation.parse_list(names, **NUMBERS)
   with pytest.raises(UserError, match=r"'pgd2,fgsm,pgd2'; .*once"):
     evaluation.parse_list("pgd2,fgsm,pgd2", **NUMBERS)
+
+
+@pytest.mark.parametrize(
+  ("name", "named"),
+  [
+    (
+      "apgd5:enlarged=true",
+      "enlarged: True with norm 'linf'; allowed: with l1",
+    ),
+    ("pgd99999999999", "num_steps: 99999999999; allowed: 1 to"),
+    ("square99999999999", "num_queries: 99999999999; allowed: 1 to"),
+    ("pgd" + "9" * 5000, "num_steps: "),
+    ("pgd20:num_restarts=99999999999", "num_restarts: 99999999999"),
+    ("pgd20:step_size=1e39", "step_size: 1e.39"),
+    ("pgd20:momentum=nan", "momentum: nan"),
+    ("pgd２0", "attack: 'pgd２0'"),
+    (None, "attack: None"),
+    (5, "attack: 5"),
+  ],
+  ids=lambda value: str(value)[:30],
+)
+def test_what_an_attack_refuses_is_found_when_it_is_named(name, named):
+  with pytest.raises(UserError, match=named) as error:
+    evaluation.parse(name, **NUMBERS)
+  assert "\n" not in str(error.value)
+
+
+def test_numbers_that_only_some_images_allow_are_found_with_their_classes():
+  protocol = evaluation.parse("pgd20-targeted_dlr", **NUMBERS)
+  protocol.check((8, 8, 1), num_classes=4)
+  with pytest.raises(UserError, match="'targeted_dlr' with 3 classes"):
+    protocol.check((8, 8, 1), num_classes=3)
+
+
+def test_trying_an_attack_computes_nothing(compilations):
+  before = compilations()
+  evaluation.parse("apgd77-targeted_dlr", epsilon=0.123, step_size=0.1)
+  assert compilations() == before

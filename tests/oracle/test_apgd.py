@@ -987,7 +987,7 @@ def test_evaluate_averages_gradients_of_different_draws(samples, x64):
   images = generator.uniform(size=(3, *SHAPE))
   labels = np.array([0, 3, 1])
   classifier, seen = _spying(weights)
-  logits, loss, gradient = compilation.jit(
+  logits, loss, gradient, _ = compilation.jit(
     lambda key: base.evaluate(
       classifier,
       key,

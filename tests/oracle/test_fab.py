@@ -12,7 +12,7 @@ from jax.tree_util import Partial
 from atat_jax import compilation
 from atat_jax.attacks import base, search
 from atat_jax.attacks.fast_boundary import FAB, fab
-from atat_jax.errors import UserError
+from atat_jax.errors import NonFiniteWarning, UserError
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -495,16 +495,17 @@ def test_gradients_that_are_no_numbers_move_nothing(norm, targeted):
     )
 
   images = jnp.linspace(0.1, 0.9, 16).reshape(4, 2, 2, 1)
-  adversarial = fab(
-    KEY,
-    classifier,
-    images,
-    jnp.zeros(4, jnp.int32),
-    epsilon=0.1,
-    num_steps=3,
-    norm=norm,
-    targeted=targeted,
-  )
+  with pytest.warns(NonFiniteWarning, match="^fab: "):
+    adversarial = fab(
+      KEY,
+      classifier,
+      images,
+      jnp.zeros(4, jnp.int32),
+      epsilon=0.1,
+      num_steps=3,
+      norm=norm,
+      targeted=targeted,
+    )
   np.testing.assert_array_equal(adversarial, images)
 
 

@@ -458,6 +458,9 @@ BANKS["attacked images"] = {
   and "above 1" not in label
 }
 
+FILES = ("missing", "a folder")
+"""Labels of paths that lead to no file."""
+
 _WEIGHTS = _values(
   None, "1", True, [1.0], {}, 1j, -0.5, 1e39, float("nan"), float("inf")
 )
@@ -634,4 +637,34 @@ BANKS |= {
   "label list": _values(
     None, 5, "1", [], ["1"], [1.5], [True], [-1], [1000], [2**32], {}, [None]
   ),
+}
+
+BANKS["seed of a run"] = _values(
+  None, "1", 1.5, True, -1, 2**64, [1], {}, float("nan")
+)
+BANKS["text or name"] = BANKS["text"]
+
+BANKS["subject"] = _values(None, 5, "x", {}, [], ())
+BANKS["host arrays"] = {
+  k: v for k, v in BANKS["arrays"].items() if "key" not in k
+}
+
+BANKS["no function"] = _values(None, 5, "net", [], {}, 0.5)
+BANKS["number of an axis"] = _values(None, "0", 1.5, True, -1, [0], {})
+BANKS["maps"] = NO_ARRAYS | {
+  "a vector": lambda w: np.zeros(3),
+  "complex": lambda w: np.zeros((2, 3, 3), complex),
+  "other shape": lambda w: np.zeros((2, 4, 4)),
+  "integers": lambda w: np.zeros((2, 3, 3), int),
+}
+BANKS["scores"] = NO_ARRAYS | {
+  "a number": lambda w: 1.0,
+  "another length": lambda w: np.zeros(3),
+  "two axes": lambda w: np.zeros((2, 2)),
+  "complex": lambda w: np.zeros(4, complex),
+}
+BANKS["four Booleans"] = NO_ARRAYS | {
+  "integers": lambda w: np.zeros(4, int),
+  "another length": lambda w: np.zeros(3, bool),
+  "two axes": lambda w: np.zeros((2, 2), bool),
 }

@@ -28,10 +28,12 @@ from atat_jax import (
   rng,
   sharding,
 )
+from atat_jax.attacks import classifiers
 from atat_jax.attacks.autoattack import versions
-from atat_jax.data import augment, batches, mixing, photographs
+from atat_jax.data import augment, batches, cifar, digits, mixing, photographs
 from atat_jax.evaluation import iterates
-from atat_jax.runs import configuration, files, intervals
+from atat_jax.models import base as base_networks
+from atat_jax.runs import configuration, files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -454,6 +456,8 @@ def _kind(name: str, value: Any) -> str:
 def _created(create: Any, name: str, fields: dict[str, Any]) -> Entry:
   """Entry of a registered member whose fields are given to `create`."""
   kinds = {field: _kind(field, value) for field, value in fields.items()}
+  if "layer" in kinds:  # of a network that is not known yet
+    kinds["layer"] = "text"
   fixed = {"mean": (0.5,), "std": (0.5,)} if "mean" in fields else {}
   return Entry(
     create,
@@ -639,12 +643,12 @@ ENTRIES += [
   Entry(
     sharding.batch_sharding,
     lambda w: {"mesh": w.mesh, "batch_size": 2},
-    {"mesh": "mesh", "batch_size": "count"},
+    {"mesh": "mesh", "batch_size": "count", "axis": "number of an axis"},
   ),
   Entry(
     sharding.put_batch,
     lambda w: {"mesh": w.mesh, "array": np.zeros((2, 3))},
-    {"mesh": "mesh", "array": "arrays", "axis": "axis"},
+    {"mesh": "mesh", "array": "host arrays", "axis": "axis"},
   ),
   Entry(
     sharding.put_replicated,
@@ -677,7 +681,7 @@ ENTRIES += [
   Entry(
     attention.layer_names,
     lambda w: {"model": w.model, "variables": w.variables, "images": w.images},
-    {"model": "model", "variables": "variables", "images": "images"},
+    {"model": "model", "variables": "variables", "images": "image batch"},
   ),
   Entry(
     attention.chosen_layers,
@@ -690,7 +694,7 @@ ENTRIES += [
     {
       "model": "model",
       "variables": "variables",
-      "images": "images",
+      "images": "image batch",
       "layers": "layers",
     },
   ),
@@ -732,7 +736,7 @@ ENTRIES += [
   Entry(
     attention.check_layers,
     lambda _: {"layers": ["a"], "names": ["a"]},
-    {"layers": "layers", "names": "metric names"},
+    {"layers": "layers"},
   ),
   Entry(
     batch_norm.apply,
@@ -740,7 +744,7 @@ ENTRIES += [
     {
       "model": "model",
       "variables": "collections",
-      "images": "image batch",
+      "images": "arrays",
       "batch_norm": "name",
     },
   ),
@@ -827,7 +831,7 @@ ENTRIES += [
     batches.train_indices,
     lambda _: {"seed": 0, "step": 0, "num_examples": 10, "batch_size": 2},
     {
-      "seed": "step",
+      "seed": "seed of a run",
       "step": "step",
       "num_examples": "count",
       "batch_size": "count",
@@ -916,6 +920,7 @@ ENTRIES += [
     report.write_comparison,
     lambda w: {"workdirs": [w.folder], "out": w.folder / "out"},
     {"workdirs": "paths", "out": "place"},
+    {"workdirs": "workdir"},
   ),
   Entry(report.is_old, lambda w: {"workdir": w.folder}, {"workdir": "place"}),
   Entry(
@@ -963,7 +968,7 @@ ENTRIES += [
       "class_names": "class names",
       "mesh": "mesh",
     },
-    {"settings": "analyses|indices"},
+    {"settings": "analyses|indices", "class_names": "labels"},
   ),
   Entry(
     analyses.check_images,
@@ -986,43 +991,10 @@ ENTRIES += [
     {"directory": "place", "figures_directory": "place"},
   ),
   Entry(
-    intervals.proportion,
-    lambda _: {"share": 0.5, "count": 10},
-    {"share": "share", "count": "count"},
-  ),
-  Entry(
-    intervals.mean,
-    lambda _: {"values": np.zeros((2, 3))},
-    {"values": "arrays", "axis": "axis"},
-  ),
-  Entry(
-    configuration.parse,
-    lambda w: {"tree": {"method": "at"}, "where": w.folder},
-    {"tree": "trees", "where": "place"},
-    {"tree": "workdir|config"},
-  ),
-  Entry(
     configuration.read,
     lambda w: {"workdir": w.folder},
     {"workdir": "folder"},
     {"workdir": "missing"},
-  ),
-  Entry(
-    configuration.check,
-    lambda w: {"tree": {"method": "at"}, "workdir": w.folder},
-    {"tree": "trees", "workdir": "place"},
-    {"tree": "workdir|config"},
-  ),
-  Entry(
-    configuration.write,
-    lambda w: {"tree": {"method": "at"}, "workdir": w.folder / "new"},
-    {"tree": "trees", "workdir": "place"},
-    {"tree": "workdir|config"},
-  ),
-  Entry(
-    configuration.training_fields,
-    lambda _: {"tree": {"method": "at"}},
-    {"tree": "mapping"},
   ),
   *(
     Entry(function, lambda w: {"path": w.folder / "x"}, {"path": "place"})
@@ -1030,11 +1002,6 @@ ENTRIES += [
   ),
   Entry(
     files.read_results, lambda w: {"workdir": w.folder}, {"workdir": "place"}
-  ),
-  Entry(
-    files.read_autoattack,
-    lambda w: {"workdir": w.folder, "epsilon": 0.1, "norm": "linf"},
-    {"workdir": "place", "epsilon": "epsilon", "norm": "name"},
   ),
   Entry(
     explain.load_photographs,
@@ -1054,30 +1021,223 @@ ENTRIES += [
     },
     {
       "names": "model",
-      "photographs": "images",
+      "weights": "path",
+      "photographs": "images|path",
       "class_names": "labels|weights",
     },
   ),
   Entry(
     explain.load_runs,
     lambda w: {"workdirs": [w.folder]},
-    {"workdirs": "paths", "data_dir": "place?"},
-    {"workdirs": "workdir"},
+    {"workdirs": "paths"},
+    {"workdirs": "workdir|runs"},
   ),
   Entry(
     explain.run_names,
     lambda w: {"workdirs": [w.folder]},
     {"workdirs": "paths"},
-    {"workdirs": "workdir"},
+    {"workdirs": "workdir|runs"},
   ),
   Entry(
     explain.explain,
     lambda w: {"subject": w.subject, "settings": w.settings, "out": w.folder},
     {
-      "subject": "settings",
+      "subject": "subject",
       "settings": "settings",
       "out": "place",
       "command": "text",
     },
+    {"settings": "analyses|indices"},
   ),
 ]
+
+ENTRIES += [
+  Entry(
+    classifiers.as_pytree,
+    lambda w: {"classifier": w.classifier},
+    {"classifier": "no function"},
+  ),
+  Entry(sharding.mesh_or_all, lambda w: {"mesh": w.mesh}, {"mesh": "mesh?"}),
+  Entry(sharding.check_mesh, lambda w: {"mesh": w.mesh}, {"mesh": "mesh"}),
+  *(
+    Entry(
+      read,
+      lambda _: {"data_dir": "nowhere"},
+      {"source": "name"},
+      title=f"{read.__module__.removeprefix('atat_jax.')}.{read.__name__}",
+    )
+    for read in (digits.read, cifar.read_cifar10, cifar.read_cifar100)
+  ),
+  Entry(
+    base_networks.standardize_images,
+    lambda w: {"images": w.images},
+    {"images": "image batch"},
+  ),
+  Entry(
+    explain.attack_of_runs,
+    lambda w: {"workdirs": [w.folder], "given": {}},
+    {"workdirs": "paths", "given": "mapping"},
+    {"workdirs": "workdir|runs"},
+  ),
+]
+
+
+PARTS = (
+  # Loops, programs, files and pictures of the package itself: whatever they get
+  # has been checked by a function of the table, or by `config.make_plan`, whose
+  # fields have a test of their own.
+  "checks",
+  "compilation",
+  "config",
+  "drawing",
+  "errors",
+  "evaluate",
+  "fields",
+  "pipeline",
+  "plan",
+  "process",
+  "rehearsal",
+  "runtime",
+  "state",
+  "steps",
+  "train",
+  "training",
+  "untrusted",
+  "attacks.autoattack.progress",
+  "attacks.autoattack.slots",
+  "attacks.balls",
+  "attacks.base",
+  "attacks.diagnostics",
+  "attacks.hyperplane",
+  "attacks.nonfinite",
+  "attacks.search",
+  "attacks.simplex",
+  "data.archives",
+  "data.base",
+  "data.prepare",
+  "evaluation.map_distances",
+  "evaluation.networks",
+  "evaluation.ranking",
+  "evaluation.sweeps",
+  "figures.comparison",
+  "figures.curves",
+  "figures.robustness",
+  "interop.safetensors_file",
+  "interop.torch_file",
+  "interop.torch_names",
+  "models.convolution",
+  "models.winograd",
+  "report.groups",
+  "report.layout",
+  "report.merge",
+  "report.page",
+  "report.published",
+  "runs.attention_file",
+  "runs.comparable",
+  "runs.intervals",
+  "runs.inventory",
+  "runs.locations",
+  "runs.lock",
+  "runs.provenance",
+  "runs.results_format",
+  "runs.tables",
+  "runs.wording",
+  # What `objectives.create` and `models.create` make, each in the table.
+  "models.base.Network",
+  "models.base.ResidualNetwork",
+  "models.densenet.DenseNet121",
+  "models.vgg.VGG16",
+  "models.wide_resnet.WideResNet",
+  "objectives.adversarial.InnerAttack",
+  "objectives.adversarial.PairedPasses",
+  "objectives.alp.ALP",
+  "objectives.atat.ATAT",
+  "objectives.atat_released.ATATReleased",
+  "objectives.mart.MART",
+  "objectives.tla.TLA",
+  "objectives.trades.TRADES",
+  # Parts of modules that have entries.
+  "analyses.attention.draw_maps",
+  "analyses.attention.find_in_maps",
+  "analyses.base.digest",
+  "analyses.base.first",
+  "analyses.base.network_names",
+  "analyses.base.section",
+  "analyses.base.write",
+  "analyses.shift.mean_band",
+  "analyses.shift.summarize",
+  "analyses.shift.telling_round",
+  "analyses.shift.verdict",
+  "attacks.auto_pgd.APGD",
+  "attacks.autoattack.versions.as_json",
+  "attacks.autoattack.versions.describe",
+  "attacks.classifiers.check_logits",
+  "attacks.classifiers.num_classes",
+  "attacks.fast_boundary.FAB",
+  "attacks.projected_gradient.ascend",
+  "attacks.projected_gradient.random_start",
+  "attacks.square_search.level",
+  "attacks.square_search.schedule",
+  "checkpoints.Checkpointer",
+  "checkpoints.find",
+  "data.batches.map_batches",
+  "data.cifar.default_data_dir",
+  "data.cifar.tfds_records",
+  "data.cifar.tfds_versions",
+  "data.extra.Extra",
+  "data.mixing.boxes",
+  "data.prefetch.Prefetcher",
+  "evaluation.accuracies.count_classes",
+  "evaluation.accuracies.judge",
+  "evaluation.accuracies.score",
+  "evaluation.attention_views",
+  "evaluation.auditing.against_noise",
+  "evaluation.auditing.attack_strength",
+  "evaluation.auditing.growing",
+  "evaluation.auditing.in_ball",
+  "evaluation.auditing.larger_balls",
+  "evaluation.auditing.more_steps",
+  "evaluation.iterates.pgd_iterates",
+  "evaluation.iterates.watch",
+  "evaluation.protocols.allowed_names",
+  "evaluation.rules.batch_statistics",
+  "evaluation.rules.iterations_beat_one_step",
+  "evaluation.rules.margin_loss",
+  "evaluation.rules.nonfinite",
+  "evaluation.rules.steps_converged",
+  "explain.main",
+  "models.base.check_size",
+  "models.base.check_sizes",
+  "models.wide_resnet.average_pool",
+  "objectives.adversarial.check_weights",
+  "objectives.tla.hardest_negatives",
+  "optim.decay_mask",
+  "report.comparison.as_html",
+  "report.comparison.as_markdown",
+  "report.results.blocks",
+  "report.results.by_class",
+  "report.results.images",
+  "report.results.models",
+  "report.results.titled",
+  "report.results.total_time",
+  "runs.configuration.check",
+  "runs.configuration.parse",
+  "runs.configuration.training_fields",
+  "runs.configuration.write",
+  "runs.files.Arrays",
+  "runs.files.check_members",
+  "runs.files.load_arrays",
+  "runs.files.parse_json",
+  "runs.files.plain_errors",
+  "runs.files.read_autoattack",
+  "runs.files.read_bytes",
+  "runs.files.read_lines",
+  "runs.files.remove_temporaries",
+  "runs.files.replacing",
+  "runs.files.set_aside",
+  "runs.files.write_arrays",
+  "runs.files.write_bytes",
+  "runs.files.write_json",
+  "runs.files.write_text",
+)
+"""Modules and names that only the package itself calls, after its checks."""

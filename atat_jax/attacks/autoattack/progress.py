@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
+from atat_jax.attacks import diagnostics
 from atat_jax.attacks.autoattack.slots import InFlight, Job
 from atat_jax.errors import DamagedFileError, UserError
 from atat_jax.runs import files, lock
@@ -26,6 +27,8 @@ class EnsembleProgress:
     accuracies: "clean" and finished attacks to the accuracy after them.
     seconds: Attack to its run time.
     done: Attack to its finished runs, bool [N, runs].
+    nonfinite: Attack to its evaluations that were not finite, int64 [3]:
+      points, gradients, and images that were judged.
     in_flight: Unfinished runs.
   """
 
@@ -36,6 +39,7 @@ class EnsembleProgress:
   accuracies: dict[str, float]
   seconds: dict[str, float]
   done: dict[str, np.ndarray]
+  nonfinite: dict[str, np.ndarray]
   in_flight: InFlight | None = None
 
   @classmethod
@@ -47,7 +51,7 @@ class EnsembleProgress:
     jobs: Sequence[Job],
   ) -> "EnsembleProgress":
     """Returns the progress before the first attack."""
-    robust = logits.argmax(-1) == labels
+    robust = diagnostics.correct(logits, labels)
     return cls(
       logits=logits,
       robust=robust,
@@ -58,6 +62,7 @@ class EnsembleProgress:
       done={
         job.name: np.zeros((len(labels), job.num_runs), bool) for job in jobs
       },
+      nonfinite={},
     )
 
 
@@ -108,7 +113,7 @@ class Store:
       "claimed": progress.claimed,
       "fallen": progress.adversarial[~progress.robust | progress.claimed],
     }
-    for field in ("accuracies", "seconds", "done"):
+    for field in ("accuracies", "seconds", "done", "nonfinite"):
       for name, value in getattr(progress, field).items():
         arrays[f"{field}/{name}"] = np.asarray(value)
     if in_flight is not None:
@@ -148,9 +153,15 @@ class Store:
         " path or move it away"
       )
     try:
-      return _from_arrays(fresh, arrays)
+      progress = _from_arrays(fresh, arrays)
     except (IndexError, KeyError, TypeError, ValueError) as error:
       raise self._damaged(error) from error
+    if (progress.robust & ~np.isfinite(logits).all(-1)).any():
+      raise UserError(
+        f"state_path: {self._path} is of an earlier version, which took images"
+        " with logits that are not finite for robust; move it away"
+      )
+    return progress
 
   def _damaged(self, error: Exception) -> DamagedFileError:
     reason = " ".join(str(error).split()) or type(error).__name__
@@ -198,6 +209,9 @@ def _from_arrays(
     raise ValueError(f"attacks: {', '.join(done)}")
   for name, runs in done.items():
     _check_like(runs, fresh.done[name], name)
+  nonfinite = _group(arrays, "nonfinite")
+  for name, counts in nonfinite.items():
+    _check_like(counts, np.zeros(3, np.int64), name)
   if not np.isfinite(arrays["fallen"]).all():
     raise ValueError("images are not finite")
   adversarial = fresh.adversarial.copy()
@@ -220,5 +234,6 @@ def _from_arrays(
     accuracies={k: float(v) for k, v in _group(arrays, "accuracies").items()},
     seconds={k: float(v) for k, v in _group(arrays, "seconds").items()},
     done=done,
+    nonfinite=nonfinite,
     in_flight=in_flight,
   )

@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from atat_jax import checks, rng, sharding
-from atat_jax.attacks import base, diagnostics
+from atat_jax.attacks import base, diagnostics, nonfinite
 from atat_jax.attacks.autoattack import versions
 from atat_jax.attacks.autoattack.progress import EnsembleProgress, Store
 from atat_jax.attacks.autoattack.slots import InFlight, Job, Slots
@@ -37,7 +37,8 @@ class AutoAttackResult:
   """Result of an AutoAttack evaluation.
 
   Attributes:
-    adversarial: float32 [N, H, W, C]: images that fool the classifier, and the
+    adversarial: float32 [N, H, W, C] (float64 where the images are, under
+      jax_enable_x64): images that fool the classifier, and the
       clean ones of examples that no attack fooled.
     robust: bool [N]: examples that are classified correctly after every attack.
     robust_accuracy: Attack to the accuracy after it, pointwise worst case; the
@@ -236,12 +237,19 @@ class _Evaluation:
     before = self._diagnose_before()
     self._run_attacks(progress=progress)
     done = self._progress
+    found = before | self._diagnose_after()
+    bad = self._nonfinite()
+    nonfinite.report(
+      "autoattack",
+      bad["clean"] + bad["points"] + bad["judged"],
+      bad["gradients"],
+    )
     return AutoAttackResult(
       adversarial=done.adversarial,
       robust=done.robust,
       robust_accuracy=dict(done.accuracies),
       seconds={name: round(s, 3) for name, s in done.seconds.items()},
-      diagnostics=before | self._diagnose_after(),
+      diagnostics=found,
       protocol=self._protocol(),
     )
 
@@ -250,7 +258,8 @@ class _Evaluation:
     self._logits = self._predict(
       self._images, self._batch_size, rng.stream(self._key, "clean")
     )
-    # The highest logit of a robust example is that of its true class.
+    # The highest logit of a robust example is that of its true class; those of
+    # logits that are not finite are not attacked.
     order = np.argsort(-self._logits, axis=-1, kind="stable")
     self._ranking = order[:, 1:]
     self._progress = EnsembleProgress.fresh(
@@ -286,6 +295,7 @@ class _Evaluation:
       self._logits,
       batch_size=self._batch_size,
       radius=self._epsilon if self._norm == "linf" else 8 / 255,
+      attack_losses=self._ensemble.losses,
     )
     found["num_classes"] = diagnostics.num_classes(
       self._num_classes, self._ensemble.needed, self._ensemble.wanted
@@ -295,7 +305,7 @@ class _Evaluation:
     return found
 
   def _diagnose_after(self) -> dict[str, Diagnostic]:
-    found = {}
+    found = {"nonfinite": diagnostics.finite_numbers(**self._nonfinite())}
     masking = diagnostics.masking(self._progress.accuracies)
     if masking is not None:
       found["masking"] = masking
@@ -309,6 +319,18 @@ class _Evaluation:
         batch_size=max(1, self._batch_size // 2),
       )
     return found
+
+  def _nonfinite(self) -> dict[str, int]:
+    """Counts what was not finite, by the names of `finite_numbers`."""
+    counts = np.zeros(3, np.int64)
+    for more in self._progress.nonfinite.values():
+      counts += more
+    return {
+      "clean": int((~np.isfinite(self._logits).all(-1)).sum()),
+      "points": int(counts[0]),
+      "gradients": int(counts[1]),
+      "judged": int(counts[2]),
+    }
 
   def _run_attacks(self, *, progress: bool) -> None:
     """Runs the attacks that are not done yet."""
@@ -332,11 +354,13 @@ class _Evaluation:
     began = saved = time.perf_counter()
     before = progress.seconds.get(job.name, 0.0)
     robust, done = progress.robust & ~progress.claimed, progress.done[job.name]
+    earlier = progress.nonfinite.get(job.name, np.zeros(3, np.int64))
 
     def save(in_flight: InFlight | None = None) -> None:
       nonlocal saved
       saved = time.perf_counter()
       progress.seconds[job.name] = before + saved - began
+      progress.nonfinite[job.name] = np.add(earlier, [*slots.nonfinite, judged])
       if self._store is not None:
         self._store.save(progress, in_flight)
 
@@ -356,7 +380,7 @@ class _Evaluation:
         save(snapshot())
       stops.check()
 
-    slots = self._slots(job)
+    slots, judged = self._slots(job), 0
     slots.run(
       done,
       robust,
@@ -365,7 +389,7 @@ class _Evaluation:
       in_flight=progress.in_flight,
     )
     progress.in_flight = None
-    self._verify(job.name)
+    judged = self._verify(job.name)
     progress.accuracies[job.name] = float(progress.robust.mean())
     save()
 
@@ -382,19 +406,25 @@ class _Evaluation:
       batch_size=self._batch_size,
     )
 
-  def _verify(self, name: str) -> None:
-    """Classifies the returned images again, whatever the attack claims."""
+  def _verify(self, name: str) -> int:
+    """Classifies the returned images again, whatever the attack claims.
+
+    Returns:
+      The number of images whose logits are not finite; they are not fooled.
+    """
     progress = self._progress
     claimed = np.flatnonzero(progress.claimed)
     if not len(claimed):
-      return
+      return 0
     logits = self._predict(
       progress.adversarial[claimed],
       min(self._batch_size, len(self._labels)),
       rng.stream(self._key, f"judge {name}"),
     )
-    wrong = logits.argmax(-1) != self._labels[claimed]
+    finite = np.isfinite(logits).all(-1)
+    wrong = (logits.argmax(-1) != self._labels[claimed]) & finite
     progress.robust[claimed[wrong]] = False
     still_robust = claimed[~wrong]
     progress.adversarial[still_robust] = self._images[still_robust]
     progress.claimed[:] = False
+    return int((~finite).sum())

@@ -226,6 +226,8 @@ class Slots:
 
   Attributes:
     under_way: Work done in unfinished runs, in units of whole runs.
+    nonfinite: Evaluations of runs that have left their rows, int64 [2]: those
+      whose logits or loss, and those whose gradient was not finite.
 
   Args:
     key: Random key of the job.
@@ -254,6 +256,7 @@ class Slots:
     batch_size: int,
   ):
     self.under_way = 0.0
+    self.nonfinite = np.zeros(2, np.int64)
     self._mesh, self._job = mesh, job
     settings = SearchSettings(
       jnp.asarray(epsilon, images.dtype), jnp.asarray(job.num_steps, jnp.int32)
@@ -302,15 +305,14 @@ class Slots:
       if fresh.any():
         self._load(batch, fresh)
       self._advance(batch, turn)
-      self._harvest(batch, done, on_fooled)
-      batch.release(robust)
+      self._harvest(batch, done, robust, on_fooled)
       on_steps(functools.partial(self._snapshot, batch))
 
   def _put(self, array: np.ndarray) -> Array:
     return sharding.put_batch(self._mesh, array)
 
   def _snapshot(self, batch: _Rows) -> InFlight:
-    assert batch.device is not None
+    assert batch.device is not None  # noqa: S101 - narrows the type, cannot fail
     state, i = sharding.to_host(self._mesh, batch.device[1:])
     leaves = jax.tree.leaves(state)
     return InFlight(batch.examples.copy(), batch.runs.copy(), i, leaves)
@@ -324,9 +326,12 @@ class Slots:
       return None
     problem, state, _ = self._load(batch, np.ones(len(batch.runs), bool))
     leaves, structure = jax.tree.flatten(state)
-    if [x.shape for x in leaves] != [x.shape for x in in_flight.leaves]:
+    # States of earlier versions end before the counts, which start at 0.
+    stored = [*in_flight.leaves]
+    stored += [np.asarray(leaf) for leaf in leaves[len(stored) :]]
+    if [x.shape for x in leaves] != [x.shape for x in stored]:
       return None
-    leaves = [self._put(leaf) for leaf in in_flight.leaves]
+    leaves = [self._put(leaf) for leaf in stored]
     state = jax.tree.unflatten(structure, leaves)
     batch.device = problem, state, self._put(in_flight.i)
     return batch
@@ -389,7 +394,7 @@ class Slots:
 
   def _advance(self, batch: _Rows, turn: int) -> None:
     """Makes the next few steps of all rows."""
-    assert batch.device is not None
+    assert batch.device is not None  # noqa: S101 - narrows the type, cannot fail
     problem, state, i = batch.device
     # Free rows count as finished, so that they rest.
     i = jnp.where(self._put(~batch.active), self._limit, i)
@@ -410,12 +415,15 @@ class Slots:
     self,
     batch: _Rows,
     done: np.ndarray,
+    robust: np.ndarray,
     on_fooled: Callable[[np.ndarray, np.ndarray], None],
   ) -> None:
-    """Takes finished runs out of their rows."""
-    assert batch.device is not None
+    """Takes finished runs, and those of fooled examples, out of their rows."""
+    assert batch.device is not None  # noqa: S101 - narrows the type, cannot fail
     _, state, i = batch.device
-    i, fooled = sharding.to_host(self._mesh, (i, state.fooled))
+    i, fooled, *counts = sharding.to_host(
+      self._mesh, (i, state.fooled, state.bad_points, state.bad_gradients)
+    )
     examples, active = batch.examples, batch.active
     if (active & fooled).any():
       # Several runs may fool the same example at once; the first one counts.
@@ -427,4 +435,6 @@ class Slots:
     over = active & (fooled | (i >= self._limit))
     done[examples[over], batch.runs[over]] = True
     examples[over] = -1
+    batch.release(robust)
+    self.nonfinite += np.stack(counts)[:, active & ~batch.active].sum(-1)
     self.under_way = float((i[batch.active] / self._limit).sum())

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from atat_jax import checks, losses
+from atat_jax.attacks import balls, base
 from atat_jax.attacks.auto_pgd import APGD
 from atat_jax.attacks.autoattack.slots import Job
 from atat_jax.attacks.fast_boundary import FAB
@@ -61,6 +62,7 @@ _OPTIONS = {
   "fab-t": ("num_steps", "num_targets", "num_restarts"),
   "square": ("num_queries", "num_restarts"),
 }
+_MOST_RUNS = 10_000
 _MARGINS = {"dlr": "margin", "targeted_dlr": "targeted_margin"}
 
 
@@ -80,6 +82,12 @@ class Ensemble(NamedTuple):
   needed: dict[str, int]
   wanted: dict[str, int]
   randomized: bool = False
+
+  @property
+  def losses(self) -> tuple[str, ...]:
+    """Losses whose gradients the attacks follow."""
+    searches = [job.search for job in self.jobs]
+    return tuple(x.loss for x in searches if isinstance(x, APGD))
 
 
 def _defaults(name: str, version: Version, norm: str) -> dict[str, int]:
@@ -160,6 +168,8 @@ def make(
   Raises:
     UserError: An unknown name or number.
   """
+  checks.choice("norm", norm, balls.BALLS)
+  checks.count("num_classes", num_classes)
   options = {} if options is None else options
   checks.instance("options", options, Mapping, "attack to numbers, or None")
   label, chosen = _named(version)
@@ -170,9 +180,12 @@ def make(
     )
     for option, value in changes.items():
       checks.choice(f"options[{name!r}]", option, _OPTIONS[name])
-      checks.positive(f"options[{name!r}].{option}", value, integer=True)
+      # Each run of each image is kept account of.
+      most = _MOST_RUNS if option.startswith("num_r") else base.MOST_STEPS
+      checks.integer(f"options[{name!r}].{option}", value, 1, most)
   numbers = {
-    name: _defaults(name, chosen, norm) | dict(options.get(name, {}))
+    name: _defaults(name, chosen, norm)
+    | {option: int(value) for option, value in options.get(name, {}).items()}
     for name in chosen.attacks
   }
   return Ensemble(

@@ -201,10 +201,15 @@ def markdown(lines: Sequence[Sequence[str]], align: str | None = None) -> str:
 # Letters that Markdown takes for marks. An underscore within a word is none.
 _MARKS = re.compile(r"[\\`*<&|~$]|(?<=\])\(|(?<!\w)_|_(?!\w)")
 
+# A span of code, in which nothing is a mark.
+_CODE = re.compile(r"`[^`|]+`")
+
 
 def escaped(text: str) -> str:
   """Returns text that Markdown, and a terminal, show as it is, on one line."""
   line = "".join(letter if letter.isprintable() else " " for letter in text)
+  if _CODE.fullmatch(line):
+    return line
   return _MARKS.sub(r"\\\g<0>", line)
 
 

@@ -4,7 +4,9 @@ An attack sees a callable from images to logits and nothing else. Adding one is
 one file and one line in `ATTACKS`: protocols read its name, parameters, norms
 and losses from its signature (see `base.norms`), and the contract tests run on
 everything that is listed. `autoattack` runs an ensemble of attacks on any
-number of images and returns an `AutoAttackResult`.
+number of images and returns an `AutoAttackResult`. Numbers that are not finite
+follow one rule, see `nonfinite`: images stay finite and in ball and box, and a
+`NonFiniteWarning` tells how often it was needed.
 """
 
 from collections.abc import Callable

@@ -72,7 +72,9 @@ def _in_range(value: Array, gradient: Array) -> tuple[Array, Array]:
   """
   largest = balls.length("linf", gradient)
   scale = jnp.where(largest > _LARGEST, largest, 1)
-  return value / scale, gradient / search.rows(scale, gradient)
+  # An infinite f says nothing of where the boundary is: NaN moves nothing.
+  value = jnp.where(jnp.isfinite(value), value / scale, jnp.nan)
+  return value, gradient / search.rows(scale, gradient)
 
 
 @dataclasses.dataclass(frozen=True)

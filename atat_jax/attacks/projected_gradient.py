@@ -420,7 +420,8 @@ def pgd(
     num_targets: Number of classes that a targeted loss aims at: those of the
       highest clean logits, the true one excepted; lowered to K - 1.
     momentum: Decay of the sum of normalised gradients; 0: the gradient alone.
-    eot_samples: Gradients averaged at each point, for `Randomized` classifiers.
+    eot_samples: Gradients averaged at each point, for `Randomized` classifiers;
+      entries that are not finite count as 0 in the mean.
 
   Returns:
     Last iterates of the strongest runs, [B, H, W, C] in the ball and in [0, 1].

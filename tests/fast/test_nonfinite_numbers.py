@@ -117,10 +117,12 @@ def test_equal_logits_have_a_finite_ratio():
   logits = jnp.array([[2.0, 2.0, 2.0, 2.0], [0.0, 3.0, 3.0, 3.0]])
   labels = jnp.array([0, 0])
   for name in (*losses.ATTACK_LOSSES, *losses.TARGETED_LOSSES):
-    value, slope = jax.value_and_grad(
-      lambda z, name=name: losses.attack_loss(
-        name, z, labels, jnp.array([1, 1])
-      ).sum()
+    value, slope = jax.jit(
+      jax.value_and_grad(
+        lambda z, name=name: losses.attack_loss(
+          name, z, labels, jnp.array([1, 1])
+        ).sum()
+      )
     )(logits)
     assert np.isfinite(value) and np.isfinite(slope).all(), name
 

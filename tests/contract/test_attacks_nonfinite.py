@@ -16,7 +16,7 @@ import pytest
 from diagnostic import check
 from jax.tree_util import Partial
 
-from atat_jax import attacks, rng
+from atat_jax import attacks, compilation, rng
 from atat_jax.attacks import base, diagnostics, nonfinite, search
 from atat_jax.attacks.autoattack import slots
 from atat_jax.attacks.autoattack.progress import Store
@@ -206,7 +206,7 @@ def test_one_warning_a_call_at_the_line_of_the_caller(name):
 @pytest.mark.parametrize("name", ["pgd", "apgd"])
 def test_traced_attacks_are_silent_and_finite(name):
   classifier, images, labels, _ = _problem("nan_everywhere")
-  adversarial = jax.jit(
+  adversarial = compilation.jit(
     lambda x: attacks.ATTACKS[name](
       KEY,
       classifier,
@@ -351,41 +351,45 @@ def test_unusable_clean_logits_do_not_decide_what_is_aimed_at():
   assert sorted(ranked[3].tolist()) == [0, 1, 3]
 
 
-@pytest.mark.parametrize("scale", [1e-20, 1e-14, 1.0, 1e14, 1e25, 1e33])
-@pytest.mark.parametrize("name", ["pgd", "apgd", "fab"])
-def test_the_scale_of_the_logits_moves_no_step_to_zero(name, scale):
+def _centred(weights: Any, bias: Any, images: jax.Array) -> jax.Array:
+  return (images - 0.5).reshape(len(images), -1) @ weights + bias
+
+
+@pytest.mark.parametrize(
+  ("name", "numbers"),
+  [
+    ("pgd", dict(step_size=0.3, num_steps=1, random_start=False)),
+    ("apgd", dict(num_steps=2)),
+    ("fab", dict(num_steps=2)),
+  ],
+)
+def test_the_scale_of_the_logits_moves_no_step_to_zero(name, numbers):
   """In float32 the squares of slopes above 1e19 are infinite."""
   weights = np.random.default_rng(1).normal(size=(PIXELS, 2))
-  images = jnp.full(SHAPE, 0.5)
-  labels = jnp.asarray(
-    (images.reshape(6, -1) @ jnp.asarray(weights)).argmax(-1), jnp.int32
-  )
-  classifier = Partial(
-    lambda w, x: (
-      (x - 0.5).reshape(len(x), -1) @ w
-      - 0.01 * scale * jax.nn.one_hot(1 - labels, 2)
-    ),
-    jnp.asarray(weights * scale, jnp.float32),
-  )
-  arguments = dict(epsilon=0.3, norm="l2")
-  if name == "pgd":
-    arguments |= dict(
-      step_size=0.3, num_steps=1, loss="margin", random_start=False
+  bias = np.array([0.01, 0.0])
+  images, labels = jnp.full(SHAPE, 0.5), jnp.zeros(6, jnp.int32)
+  loss = {} if name == "fab" else {"loss": "margin"}
+  for scale in (1e-20, 1e-14, 1.0, 1e14, 1e25, 1e33):
+    classifier = Partial(
+      _centred, jnp.float32(weights * scale), jnp.float32(bias * scale)
     )
-  elif name == "apgd":
-    arguments |= dict(num_steps=2, loss="margin")
-  else:
-    arguments |= dict(num_steps=2)
-  adversarial = attacks.ATTACKS[name](
-    KEY, classifier, images, labels, **arguments
-  )
-  if name == "pgd":
-    slope = weights[:, 1 - labels[0]] - weights[:, labels[0]]
-    expected = 0.5 + 0.3 * slope / np.linalg.norm(slope)
-    np.testing.assert_allclose(
-      adversarial.reshape(6, -1), np.tile(expected, (6, 1)), atol=1e-6
+    adversarial = attacks.ATTACKS[name](
+      KEY,
+      classifier,
+      images,
+      labels,
+      epsilon=0.3,
+      norm="l2",
+      **numbers,
+      **loss,
     )
-  assert (classifier(adversarial).argmax(-1) != labels).all()
+    if name == "pgd":
+      slope = weights[:, 1] - weights[:, 0]
+      expected = 0.5 + 0.3 * slope / np.linalg.norm(slope)
+      np.testing.assert_allclose(
+        adversarial.reshape(6, -1), np.tile(expected, (6, 1)), atol=1e-6
+      )
+    assert (classifier(adversarial).argmax(-1) == 1).all(), scale
 
 
 # AutoAttack.

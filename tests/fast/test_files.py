@@ -74,7 +74,7 @@ def test_a_pipe_a_folder_and_a_huge_file_are_no_json(tmp_path):
   path = tmp_path / "a.json"
   with path.open("wb") as file:
     file.truncate(files.MAX_JSON + 1)  # takes no space
-  refused(path, "larger than 256 MiB")
+  refused(path, "allowed: at most|larger than")
 
 
 @pytest.mark.parametrize("run", [{}, {"run": {"commit": "0123"}}])
@@ -334,6 +334,38 @@ def test_a_line_that_is_too_long_is_left_out(tmp_path):
   path.write_text(long + '{"split": "train", "step": 2}\n')
   assert files.read_lines(path).bad == [1]
   assert [x["step"] for x in files.read_metrics(path)["train"]] == [2]
+
+
+_FULL_METRICS = """
+import pathlib, resource, sys
+from atat_jax.errors import UserError
+from atat_jax.training.writer import MetricsWriter
+folder, limit = pathlib.Path(sys.argv[1]), int(sys.argv[2])
+try:
+  with MetricsWriter(folder, 0) as writer:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    for step in range(1, 200):
+      writer.write("train", step, {f"value{n}": 1.0 for n in range(9)})
+except UserError as error:
+  print(error)
+"""
+
+
+def test_a_disk_that_is_full_ends_a_training_in_one_line(tmp_path):
+  done = subprocess.run(
+    [sys.executable, "-c", _FULL_METRICS, str(tmp_path), "2900"],
+    capture_output=True,
+    text=True,
+    timeout=60,
+    check=True,
+  )
+  assert done.stdout == f"{tmp_path / files.TENSORBOARD}: File too large\n"
+  assert done.stderr == ""
+  # What was cut off does not stop the next start.
+  with MetricsWriter(tmp_path, 2) as writer:
+    writer.write("train", 3, {"loss": 0.5})
+  lines = (tmp_path / files.METRICS).read_text().splitlines()
+  assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
 
 
 # --- Decoded copies and states -----------------------------------------------

@@ -15,7 +15,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import tensorboardX
+from tensorboardX import event_file_writer, summary
+from tensorboardX.proto import event_pb2
 from tqdm import tqdm
 
 from atat_jax import checkpoints, metrics
@@ -52,9 +53,7 @@ class MetricsWriter(contextlib.AbstractContextManager[Any]):
     with files.plain_errors(path):
       # Without a buffer: what a full disk refuses is not tried again.
       self._file = path.open("ab", buffering=0)
-    self._board = tensorboardX.SummaryWriter(
-      str(directory / files.TENSORBOARD), purge_step=step + 1
-    )
+    self._board = _Board(directory / files.TENSORBOARD, step)
 
   def write(
     self, split: str, step: int, values: Mapping[str, float | str]
@@ -77,16 +76,63 @@ class MetricsWriter(contextlib.AbstractContextManager[Any]):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
       if split == "validation":  # a checkpoint follows, which counts on it
         os.fsync(self._file.fileno())
-    for name, value in values.items():
-      if isinstance(value, float):
-        self._board.add_scalar(f"{split}/{name}", value, step)
-    self._board.flush()
+    self._board.write(
+      {f"{split}/{k}": v for k, v in values.items() if isinstance(v, float)},
+      step,
+    )
 
   def __exit__(self, *error: object) -> None:
     """Closes both files."""
     if self._writes:
       self._file.close()
       self._board.close()
+
+
+class _Board:
+  """Scalars for TensorBoard, on the disk when a call returns.
+
+  `tensorboardX.SummaryWriter` writes in a thread, which a full disk ends with a
+  traceback; whoever writes next would wait for it for ever.
+
+  Args:
+    directory: Directory of the files.
+    step: Step that the training starts or resumes from; TensorBoard leaves out
+      what earlier files have beyond it.
+  """
+
+  def __init__(self, directory: pathlib.Path, step: int):
+    self._directory = directory
+    with files.plain_errors(directory):
+      directory.mkdir(parents=True, exist_ok=True)
+      self._events = event_file_writer.EventsWriter(str(directory / "events"))
+    start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+    self._add(step + 1, session_log=start)
+    self._flush()
+
+  def write(self, values: Mapping[str, float], step: int) -> None:
+    """Writes numbers by name.
+
+    Raises:
+      UserError: The operating system refuses.
+    """
+    for name, value in values.items():
+      self._add(step, summary=summary.scalar(name, value))
+    self._flush()
+
+  def _add(self, step: int, **content: Any) -> None:
+    with files.plain_errors(self._directory):
+      self._events.write_event(
+        event_pb2.Event(wall_time=time.time(), step=step, **content)
+      )
+
+  def _flush(self) -> None:
+    with files.plain_errors(self._directory):
+      self._events.flush()
+
+  def close(self) -> None:
+    """Closes the file, which holds everything already."""
+    with contextlib.suppress(OSError):  # it was said when it was written
+      self._events.close()
 
 
 # Metrics that the bar shows, under shorter names.

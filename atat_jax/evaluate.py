@@ -150,6 +150,22 @@ class _Table:
       for row in self.content["rows"]
       if steps.get(row["model"]) == row.get("checkpoint_step")
     }
+    if jax.process_index() == 0:
+      self._keep_rows_of_damaged()
+
+  def _keep_rows_of_damaged(self) -> None:
+    """Copies the file where rows go because their checkpoint is damaged."""
+    damaged = {
+      role
+      for role, chosen in self._record["checkpoints"].items()
+      if "intact" in chosen["which"]
+    }
+    if any(
+      row["model"] in damaged and _identity(row) not in self._rows
+      for row in self.content["rows"]
+    ):
+      copy = files.set_aside(self.path, self.path.parent, copy=True)
+      _log.warning("rows of a damaged checkpoint are kept in %s", copy)
 
   def __contains__(self, row: Row) -> bool:
     """Whether a row has been measured."""

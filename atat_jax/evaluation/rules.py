@@ -251,6 +251,7 @@ def diagnose(rows: Sequence[Row], model: str) -> dict[str, Diagnostic]:
   Raises:
     UserError: Rows that lack what the rules compare.
   """
+  checks.instance("model", model, str, "the name of a model")
   for row in checks.sequence("rows", rows, "rows", empty=True):
     if lacking := [field for field in _NEEDED if field not in row]:
       raise UserError(

@@ -327,7 +327,8 @@ def _look(
 ) -> _Sight:
   """Looks at the gradients of losses where gradient attacks start."""
   noise = jax.random.uniform(key, images.shape, images.dtype, -radius, radius)
-  start = jnp.clip(images + noise, 0.0, 1.0)
+  # On the host: the classifier may lie on the devices of several processes.
+  start = np.asarray(jnp.clip(images + noise, 0.0, 1.0))
   sight = _jitted_sight(classifier, start, labels, names=names)
   return _Sight(*map(np.asarray, sight))  # type: ignore[arg-type]
 

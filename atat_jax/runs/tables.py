@@ -284,22 +284,20 @@ def _batch_norms(column: Column) -> str:
 def _label(row: Row, firsts: list[Row], fields: tuple[str, ...]) -> str:
   """Returns the attack's name, with the fields that tell it from others.
 
-  Those are the fields in which namesakes differ; images and ball wherever any
-  two columns differ in them, as such accuracies must not be compared.
+  Those are the fields in which namesakes differ; and images and ball where they
+  are not those of the attack on the most images, as such accuracies must not be
+  compared.
   """
   namesakes = [other for other in firsts if other["attack"] == row["attack"]]
   attacked = [other for other in firsts if other["attack"] != "nominal"]
+  usual = max(attacked or firsts, key=lambda one: one.get("num_examples") or 0)
 
   def is_told(field: str) -> bool:
     if _differ(field, namesakes):
       return True
-    if row.get(field) is None or f":{field}=" in row["attack"]:
-      return False
-    others = {
-      **dict.fromkeys(_IMAGES, firsts),
-      **dict.fromkeys(_BALL, attacked),
-    }
-    return _differ(field, others.get(field, []))
+    in_name = f":{field}=" in row["attack"]
+    unusual = row.get(field) not in (None, usual.get(field))
+    return field in (*_IMAGES, *_BALL) and unusual and not in_name
 
   marks = [
     f"{field}={_value(field, row.get(field))}"

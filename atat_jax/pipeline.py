@@ -71,6 +71,7 @@ def _locked(workdir: pathlib.Path) -> Iterator[Callable[[], None]]:
     yield stops.check
     return
   with lock.directory("workdir", workdir) as held:
+    files.remove_temporaries(workdir)
 
     def check() -> None:
       held.check()

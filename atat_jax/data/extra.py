@@ -20,9 +20,10 @@ from typing import IO, Any
 
 import numpy as np
 
+from atat_jax import checks
 from atat_jax.data import base
 from atat_jax.data.base import DatasetSpec, Split
-from atat_jax.errors import UserError
+from atat_jax.errors import UserError, printable
 from atat_jax.runs import files, locations
 from atat_jax.untrusted import arrays, regular, zips
 
@@ -85,6 +86,7 @@ def read(
   Raises:
     UserError: No such file, compressed, damaged, wrong shape, dtype or label.
   """
+  checks.instance("spec", spec, DatasetSpec, "see data.spec")
   path = locations.expand("extra", path)
   if path.is_dir():
     shards = sorted((*path.glob("*.npz"), *path.glob("image*.npy")))
@@ -156,6 +158,7 @@ def _read_npz(
       if not _is_known(path, identity, cache_dir):
         while file.read(_CHUNK):  # its end compares the checksum
           pass
+    labels = arrays.read_members(archive, {"label"})["label"]
   with regular.open_regular(path) as file:
     file.seek(member.header_offset)
     # Name and extra field of the local header may differ in length from those
@@ -165,7 +168,6 @@ def _read_npz(
       raise ValueError("no zip header where there should be one")
     file.seek(sum(lengths) + header.offset, 1)
     images = _map(path, file, header)
-  labels = arrays.read_npz(path, {"label"})["label"]
   _remember(path, identity, cache_dir)
   return images, labels
 
@@ -217,7 +219,7 @@ def _is_known(
       return True
   except (OSError, UserError):
     pass  # it costs only the time to read the file
-  _log.info("extra: comparing %s with its checksum, once", path)
+  _log.info("extra: comparing %s with its checksum, once", printable(str(path)))
   return False
 
 

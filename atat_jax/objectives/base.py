@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from atat_jax import checks
 from atat_jax.typing import Array, PyTree, Scalar, Variables
 
 
@@ -44,7 +45,13 @@ def make_batch(images: Array, labels: Array, num_classes: int) -> Batch:
 
   Returns:
     The batch.
+
+  Raises:
+    UserError: An argument of a wrong shape or dtype.
   """
+  images = checks.batch(images, "images", ndim=4)
+  labels = checks.classes(labels, images.shape[0])
+  checks.count("num_classes", num_classes)
   targets = jax.nn.one_hot(labels, num_classes, dtype=images.dtype)
   return Batch(images, labels, targets, jnp.ones((), images.dtype))
 

@@ -19,6 +19,7 @@ from atat_jax.errors import TrainingDivergedError
 from atat_jax.runs import files
 from atat_jax.state import TrainState
 from atat_jax.training import soundness
+from atat_jax.untrusted import regular
 
 _log = logging.getLogger(__name__)
 
@@ -235,11 +236,11 @@ def _read(path: pathlib.Path) -> list[dict[str, Any]]:
   if not path.exists():
     return []
   found = []
-  for text in path.read_text(encoding="utf-8").splitlines():
+  for text in regular.read_text(path).splitlines():
     try:
       line = json.loads(text)
       if isinstance(line["step"], int) and isinstance(line["action"], str):
         found.append(line)
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
       continue
   return found

@@ -79,15 +79,16 @@ def run(body, *, grace=5.0):
   code = f"""
 import os, signal, sys
 from atat_jax.process import commands, stops
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # this session may ignore it
 commands.begin("stopped; here")
 stops.GRACE_SECONDS = {grace}
 def kill(signum): os.kill(os.getpid(), signum)
 with commands.plain_exits():
 {textwrap.indent(textwrap.dedent(body), "  ")}
 """
+  # Whatever this session ignores, as under nohup.
+  listening = ["env", "--default-signal=INT,TERM,HUP"]
   made = subprocess.run(
-    [sys.executable, "-c", code],
+    [*listening, sys.executable, "-c", code],
     capture_output=True,
     text=True,
     timeout=60,

@@ -234,15 +234,7 @@ def prepare(
   teacher, images, validation_images = sharding.put_replicated(
     mesh, (teacher, dataset.train, dataset.validation)
   )
-  draws = BatchDraws(
-    stage.seed,
-    num_examples=len(images.labels),
-    batch_size=stage.batch_size,
-    num_extra=stage.num_extra,
-    extra=extra,
-    mesh=mesh,
-  )
-
+  draws = _make_draws(stage, len(images.labels), extra, mesh)
   take = functools.partial(
     _take_steps, train_step, teacher, images, draws, outline.per_dispatch
   )
@@ -269,6 +261,19 @@ def prepare(
     programs,
     draws,
     functools.partial(_differentiate, gradient_fn, teacher, images, draws),
+  )
+
+
+def _make_draws(
+  stage: StagePlan, num_examples: int, extra: Extra | None, mesh: Mesh
+) -> BatchDraws:
+  return BatchDraws(
+    stage.seed,
+    num_examples=num_examples,
+    batch_size=stage.batch_size,
+    num_extra=stage.num_extra,
+    extra=extra,
+    mesh=mesh,
   )
 
 

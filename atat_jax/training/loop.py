@@ -101,13 +101,24 @@ def run(
           current = _look(current, programs, outline, journal, step)
         if checkpointer.should_stop(step, interrupt.signum):
           if not outline.validates(step):
-            current = journal.check_finite(current)
-            current = programs.estimate_statistics(current)
-            programs.before_saving()
-            checkpointer.save(current, step, None)
+            _save(current, programs, checkpointer, journal, step)
           raise journal.interrupted(step, interrupt.signum)
         if due:
           journal.bar.restart()
+
+
+def _save(
+  current: TrainState,
+  programs: Programs,
+  checkpointer: checkpoints.Checkpointer,
+  journal: Journal,
+  step: int,
+) -> None:
+  """Saves the state of a training that is asked to stop."""
+  current = journal.check_finite(current)
+  current = programs.estimate_statistics(current)
+  programs.before_saving()
+  checkpointer.save(current, step, None)
 
 
 def _look(

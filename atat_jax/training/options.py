@@ -12,7 +12,7 @@ from atat_jax.data import mixing
 from atat_jax.errors import UserError
 
 POLICIES = ("stop", "skip", "rollback")
-"""What becomes of a step that is not finite (`training.soundness`)."""
+"""Policies on a step that is not finite (`training.soundness`)."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -62,11 +62,7 @@ def replay(
     UserError: There is no such step; the teacher is missing.
   """
   stage, outline = _choose(plan, workdir, dataset)
-  fields.check_value("step", int, step)
-  if not 1 <= step <= outline.total:
-    raise UserError(
-      f"step: {step}; allowed: 1 to {outline.total}, the steps of {stage.name}"
-    )
+  _check_step(step, outline)
   teacher = train.restore_teacher(plan, stage, workdir)
   prepared = train.prepare(plan, stage, teacher, dataset, mesh, extra, outline)
   left_out = incidents.read_left_out(outline.directory, stage.nonfinite)
@@ -81,15 +77,14 @@ def replay(
   computed = prepared.differentiate(
     before, number, prepared.draws.images(number)
   )
+  means = metrics.compute(after.sums)
   content = {
     "format": 1,
     "training": stage.name,
     "step": step,
     "from_checkpoint": saved or None,
     "batch": prepared.draws.describe(step - 1),
-    "metrics": {
-      name: _number(mean) for name, mean in metrics.compute(after.sums).items()
-    },
+    "metrics": {name: _number(mean) for name, mean in means.items()},
     "equals_checkpoint": _equals_checkpoint(after, outline, step),
     **_report(before, *computed, after),
   }
@@ -97,6 +92,15 @@ def replay(
   if jax.process_index() == 0:
     files.write_json(path, content)
   return path
+
+
+def _check_step(step: int, outline: Outline) -> None:
+  fields.check_value("step", int, step)
+  if not 1 <= step <= outline.total:
+    raise UserError(
+      f"step: {step}; allowed: 1 to {outline.total}, the steps of"
+      f" {outline.name}"
+    )
 
 
 def _take(

@@ -110,33 +110,6 @@ def test_another_process_and_its_surroundings_change_nothing(
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-  not hasattr(os, "sched_setaffinity"), reason="needs affinities"
-)
-@pytest.mark.parametrize("method", ["atat", "mart"])
-def test_the_number_of_cores_changes_nothing(method, tmp_path):
-  """XLA takes as many threads as a process may use cores.
-
-  Its convolutions split a sum by the number of threads, unless they are told to
-  take one; docs/training.md says so.
-  """
-  cores = os.sched_getaffinity(0)
-  if len(cores) < 2:
-    pytest.skip("needs two cores")
-  flags = tiny.QUICK["XLA_FLAGS"] + " --xla_cpu_multi_thread_eigen=false"
-  fixed = {"XLA_FLAGS": flags}
-  everywhere = run(tmp_path / "two", method=method, mode="run", env=fixed)
-  try:
-    os.sched_setaffinity(0, {min(cores)})
-    one = run(tmp_path / "one", method=method, mode="run", env=fixed)
-  finally:
-    os.sched_setaffinity(0, cores)
-  assert_same(one, everywhere)
-  assert metrics(one) == metrics(everywhere)
-  assert results(one)[:2] == results(everywhere)[:2]
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("method", ["atat", "tla"])
 def test_two_whole_runs_are_the_same(method, tmp_path):
   first = run(

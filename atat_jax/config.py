@@ -65,7 +65,7 @@ _EVALUATION: dict[str, Any] = {
 _SHARED = ("epsilon", "step_size", "norm", "num_restarts")
 _FIELDS = (*_SECTIONS, *_TEXTS, "seed", "profile_steps", "teacher_workdir")
 
-# What would fill the memory, or draw a picture that no program opens.
+# Larger numbers would fill the memory, or draw pictures that no program opens.
 _LARGEST = {
   ("evaluation", "batch_size"): 65_536,
   ("evaluation", "batch_statistics_size"): 65_536,

@@ -46,7 +46,7 @@ def _number(value: object) -> object:
 
 
 def _problem(kind: Any, value: object, bits: bool) -> str | None:
-  """What a value must be by an annotation; None: it is all right.
+  """Says which values an annotation allows; None: this one is all right.
 
   Args:
     kind: The annotation.

@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterator
 import jax
 from ml_collections import ConfigDict
 
-from atat_jax import evaluate, rehearsal, replay, report, sharding, train
+from atat_jax import evaluate, report, sharding, train
 from atat_jax.config import make_plan
 from atat_jax.errors import UserError
 from atat_jax.plan import Plan
 from atat_jax.process import stops
 from atat_jax.runs import configuration, files, lock
+from atat_jax.trial import rehearsal, replay
 
 MODES = ("run", "train", "evaluate", "figures", "replay")
 

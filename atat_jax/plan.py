@@ -20,7 +20,7 @@ from atat_jax.errors import UserError
 from atat_jax.evaluation import Protocol
 from atat_jax.objectives import Objective
 from atat_jax.runs import roles
-from atat_jax.training.options import Options
+from atat_jax.training.options import POLICIES, Options
 from atat_jax.typing import BatchNormMode
 
 _MOST_PARAMETERS = 10**10
@@ -235,6 +235,7 @@ class StagePlan:
         raise UserError(
           f"{field}: {share}; allowed: a share of the run, [0, 1)"
         )
+    checks.choice("nonfinite", self.nonfinite, POLICIES)
     any_length = 1_000_000  # the number of steps is not known before the data
     self.make_optimizer(any_length)
     self.make_options(any_length)
@@ -299,7 +300,8 @@ class StagePlan:
       remat=self.remat,
       mix=self.mix,
       mix_alpha=self.mix_alpha,
-      nonfinite=self.nonfinite,
+      skips_nonfinite=self.nonfinite == "skip",
+      leaves_steps_out=self.nonfinite == "rollback",
     )
 
 

@@ -20,7 +20,7 @@ LEFT_BEHIND = (
   "optimizer state",
   "averages",
 )
-"""What a step leaves behind, and must be finite besides terms and gradient."""
+"""Results of a step that must be finite, besides terms and gradient."""
 
 ATTACK = "inner attack"
 """Name of the inner attack, whose gradients must be finite as well."""

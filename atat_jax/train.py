@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh
 
 from atat_jax import (
@@ -227,45 +228,13 @@ def prepare(
   options = stage.make_options(outline.total)
   schedule, optimizer = stage.make_optimizer(outline.total)
   initial = teacher if stage.objective.starts_from_teacher else None
-  bound: dict[str, Any] = {
-    "model": plan.model,
-    "objective": stage.objective,
-    "mesh": mesh,
-    "num_classes": plan.data.spec.num_classes,
-    "padding": plan.data.padding,
-    "flip": plan.data.flip,
-    "options": options,
-  }
+  bound = _bind(plan, stage, options, mesh)
   train_step = steps.make_train_step(optimizer=optimizer, **bound)
   statistics_pass = averaging.make_statistics_pass(**bound)
   teacher, images, validation_images = sharding.put_replicated(
     mesh, (teacher, dataset.train, dataset.validation)
   )
-  draws = BatchDraws(
-    stage.seed,
-    num_examples=len(images.labels),
-    batch_size=stage.batch_size,
-    num_extra=stage.num_extra,
-    extra=extra,
-    mesh=mesh,
-  )
-
-  def start(left_out: Sequence[int]) -> TrainState:
-    fresh = state.create(
-      plan.model,
-      optimizer,
-      jax.random.key(stage.seed),
-      jnp.zeros((1, *plan.data.spec.image_shape)),
-      metric_names=steps.metric_names(stage.objective),
-      term_names=steps.term_names(stage.objective),
-      initial=initial,
-      averages=options.averages,
-      guarded=options.guards,
-    )
-    if options.guards:
-      fresh = fresh.replace(guard=soundness.fresh_guard(left_out))
-    return sharding.put_replicated(mesh, fresh)
-
+  draws = _make_draws(stage, len(images.labels), extra, mesh)
   take = functools.partial(
     _take_steps, train_step, teacher, images, draws, outline.per_dispatch
   )
@@ -287,17 +256,80 @@ def prepare(
   gradient_fn = compilation.jit(
     functools.partial(steps.differentiate, **bound), once=True
   )
+  return Prepared(
+    functools.partial(_start, plan, stage, optimizer, options, initial, mesh),
+    programs,
+    draws,
+    functools.partial(_differentiate, gradient_fn, teacher, images, draws),
+  )
 
-  def differentiate(
-    current: TrainState, numbers: range, extra: Split | None
-  ) -> tuple[Batch, PyTree, Outcome]:
-    indices = draws.indices(numbers)
-    found: tuple[Batch, PyTree, Outcome] = gradient_fn(
-      current, teacher, images, indices, extra
-    )
-    return found
 
-  return Prepared(start, programs, draws, differentiate)
+def _make_draws(
+  stage: StagePlan, num_examples: int, extra: Extra | None, mesh: Mesh
+) -> BatchDraws:
+  return BatchDraws(
+    stage.seed,
+    num_examples=num_examples,
+    batch_size=stage.batch_size,
+    num_extra=stage.num_extra,
+    extra=extra,
+    mesh=mesh,
+  )
+
+
+def _bind(
+  plan: Plan, stage: StagePlan, options: Options, mesh: Mesh
+) -> dict[str, Any]:
+  """Arguments that all programs of a stage have in common."""
+  return {
+    "model": plan.model,
+    "objective": stage.objective,
+    "mesh": mesh,
+    "num_classes": plan.data.spec.num_classes,
+    "padding": plan.data.padding,
+    "flip": plan.data.flip,
+    "options": options,
+  }
+
+
+def _start(
+  plan: Plan,
+  stage: StagePlan,
+  optimizer: optax.GradientTransformation,
+  options: Options,
+  initial: Variables | None,
+  mesh: Mesh,
+  left_out: Sequence[int],
+) -> TrainState:
+  """Makes the state before the first step, with steps to leave out."""
+  fresh = state.create(
+    plan.model,
+    optimizer,
+    jax.random.key(stage.seed),
+    jnp.zeros((1, *plan.data.spec.image_shape)),
+    metric_names=steps.metric_names(stage.objective),
+    term_names=steps.term_names(stage.objective),
+    initial=initial,
+    averages=options.averages,
+    guarded=options.guards,
+  )
+  if options.guards:
+    fresh = fresh.replace(guard=soundness.fresh_guard(left_out))
+  placed: TrainState = sharding.put_replicated(mesh, fresh)
+  return placed
+
+
+def _differentiate(
+  gradient_fn: Callable[..., tuple[Batch, PyTree, Outcome]],
+  teacher: Variables | None,
+  images: Split,
+  draws: BatchDraws,
+  current: TrainState,
+  numbers: range,
+  extra: Split | None,
+) -> tuple[Batch, PyTree, Outcome]:
+  """Makes the batch of one step and differentiates its loss."""
+  return gradient_fn(current, teacher, images, draws.indices(numbers), extra)
 
 
 def restore_teacher(

@@ -102,7 +102,7 @@ class Incidents:
     Args:
       step: Number of the step, from 1.
       terms: Names of what was not finite.
-      action: What was done about it.
+      action: Name of the measure taken.
     """
     found = {"step": step, "terms": list(terms), "action": action}
     self._lines.append({**found, "batch": self._batch(step - 1)})
@@ -202,7 +202,7 @@ class Incidents:
       in_a_row: Number of steps in a row that were left out.
     """
     later = {state.ATTACK, *state.LEFT_BEHIND}
-    # What a step leaves behind is only news where all before it was finite.
+    # Later results are only news where all before them was finite.
     shown = [term for term in terms if term not in later] or terms
     row = f", the first of {in_a_row} in a row" if in_a_row > 1 else ""
     return TrainingDivergedError(

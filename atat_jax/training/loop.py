@@ -96,25 +96,47 @@ def run(
           jax.block_until_ready(current)
           interrupt.hold()
           journal.bar.restart()  # the first step compiles
-        log, validate = outline.logs(step), outline.validates(step)
-        if log or validate:  # otherwise the host does not wait for the device
-          current = journal.check_finite(current)
-        if log:
-          updates = step - incidents.count(1, step)
-          rate = programs.learning_rate(max(0, updates - 1))
-          journal.log(current, step, float(rate))
-          current = programs.reset_metrics(current)
-        if validate:
-          current = programs.estimate_statistics(current)
-          journal.check_logits(*programs.wrong_logits(current), step)
-          programs.before_saving()
-          journal.save(current, step, programs.validate(current))
+        due = outline.logs(step) or outline.validates(step)
+        if due:  # otherwise the host does not wait for the device
+          current = _look(current, programs, outline, journal, step)
         if checkpointer.should_stop(step, interrupt.signum):
-          if not validate:
-            current = journal.check_finite(current)
-            current = programs.estimate_statistics(current)
-            programs.before_saving()
-            checkpointer.save(current, step, None)
+          if not outline.validates(step):
+            _save(current, programs, checkpointer, journal, step)
           raise journal.interrupted(step, interrupt.signum)
-        if log or validate:
+        if due:
           journal.bar.restart()
+
+
+def _save(
+  current: TrainState,
+  programs: Programs,
+  checkpointer: checkpoints.Checkpointer,
+  journal: Journal,
+  step: int,
+) -> None:
+  """Saves the state of a training that is asked to stop."""
+  current = journal.check_finite(current)
+  current = programs.estimate_statistics(current)
+  programs.before_saving()
+  checkpointer.save(current, step, None)
+
+
+def _look(
+  current: TrainState,
+  programs: Programs,
+  outline: Outline,
+  journal: Journal,
+  step: int,
+) -> TrainState:
+  """Looks at the state after a step: logs, validates and saves what is due."""
+  current = journal.check_finite(current)
+  if outline.logs(step):
+    rate = programs.learning_rate(journal.updates(step) - 1)
+    journal.log(current, step, float(rate))
+    current = programs.reset_metrics(current)
+  if outline.validates(step):
+    current = programs.estimate_statistics(current)
+    journal.check_logits(*programs.wrong_logits(current), step)
+    programs.before_saving()
+    journal.save(current, step, programs.validate(current))
+  return current

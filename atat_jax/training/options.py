@@ -12,7 +12,7 @@ from atat_jax.data import mixing
 from atat_jax.errors import UserError
 
 POLICIES = ("stop", "skip", "rollback")
-"""What becomes of a step that is not finite (`training.soundness`)."""
+"""Policies on a step that is not finite (`training.soundness`)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,8 @@ class Options:
       convolutions and matrix products and recomputes the rest, to save memory.
     mix: Mixing of images, one of `mixing.MIXES`.
     mix_alpha: Parameter of the Beta distribution of the mixing weight.
-    nonfinite: Policy on a step that is not finite, one of `POLICIES`.
+    skips_nonfinite: Whether a step that is not finite changes nothing.
+    leaves_steps_out: Whether the host can have steps change nothing.
   """
 
   awp_gamma: float = 0.0
@@ -49,7 +50,8 @@ class Options:
   remat: bool = False
   mix: str = "none"
   mix_alpha: float = 1.0
-  nonfinite: str = "stop"
+  skips_nonfinite: bool = False
+  leaves_steps_out: bool = False
 
   def __post_init__(self) -> None:
     """Refuses values out of range and options that exclude each other."""
@@ -77,12 +79,11 @@ class Options:
         " an average of far apart weights has statistics of its own"
       )
     mixing.check(self.mix, self.mix_alpha)
-    checks.choice("nonfinite", self.nonfinite, POLICIES)
 
   @property
   def guards(self) -> bool:
     """Whether steps can be left out."""
-    return self.nonfinite != "stop"
+    return self.skips_nonfinite or self.leaves_steps_out
 
   @property
   def averages(self) -> bool:

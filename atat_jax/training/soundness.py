@@ -92,7 +92,7 @@ def decide(
   left_out: Array | bool = False
   if guard is not None:
     left_out = (guard.left_out == step).any()
-  if options.nonfinite != "skip":
+  if not options.skips_nonfinite:
     after = after.replace(
       **{
         field: _first(getattr(before, field), finite, step, left_out)
@@ -102,7 +102,7 @@ def decide(
   if guard is None:
     return after
   leaves = left_out
-  if options.nonfinite == "skip":
+  if options.skips_nonfinite:
     sound = jnp.stack([finite[name] for name in sorted(finite)])
     bad = ~sound.all() & ~left_out
     leaves |= bad

@@ -284,6 +284,10 @@ class Journal(contextlib.AbstractContextManager[Any]):
     self._metrics.write("train", step, values)
     self.bar.show_metrics(values)
 
+  def updates(self, step: int) -> int:
+    """Returns the number of updates until a step, at least 1."""
+    return max(1, step - self._incidents.count(1, step))
+
   def _left_out(self, step: int) -> dict[str, float]:
     """Number of steps since the last log line that changed nothing."""
     if not self._incidents.leaves_out:

@@ -34,7 +34,7 @@ LAYERS = (
   "report",
   "train",  # modes
   "evaluate",
-  "rehearsal replay",
+  "trial",
   "pipeline explain",
 )
 RANKS = {name: rank for rank, row in enumerate(LAYERS) for name in row.split()}

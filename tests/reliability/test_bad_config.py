@@ -11,8 +11,9 @@ import jax
 import pytest
 import tiny
 
-from atat_jax import config, fields, objectives, rehearsal, sharding, train
+from atat_jax import config, fields, objectives, sharding, train
 from atat_jax.errors import UserError
+from atat_jax.trial import rehearsal
 
 HUGE = 10**5000
 

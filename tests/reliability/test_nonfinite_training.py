@@ -147,7 +147,7 @@ def test_a_bad_step_is_noted_or_leaves_everything_as_it_was(place, small, data):
     options = {"ema_decay": 0.9}
   # A rate is that of the number of updates, which a skipped step is not.
   skipped = [1, 2, 3] if place == "updated parameters" else [1]
-  step, current = made(small, place, nonfinite="skip", **options)
+  step, current = made(small, place, skips_nonfinite=True, **options)
   for number in range(4):
     before = parts(current)
     current = step(current, None, data, indices(number))
@@ -177,7 +177,7 @@ def test_a_bad_step_is_noted_or_leaves_everything_as_it_was(place, small, data):
 
 @pytest.mark.usefixtures("quick_compilation")
 def test_a_step_that_the_host_leaves_out_changes_nothing(small, data):
-  step, current = made(small, "cross_entropy", nonfinite="rollback")
+  step, current = made(small, "cross_entropy", leaves_steps_out=True)
   current = current.replace(guard=soundness.fresh_guard([1]))
   for number in range(3):
     before = parts(current)

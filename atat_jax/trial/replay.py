@@ -62,11 +62,7 @@ def replay(
     UserError: There is no such step; the teacher is missing.
   """
   stage, outline = _choose(plan, workdir, dataset)
-  fields.check_value("step", int, step)
-  if not 1 <= step <= outline.total:
-    raise UserError(
-      f"step: {step}; allowed: 1 to {outline.total}, the steps of {stage.name}"
-    )
+  _check_step(step, outline)
   teacher = train.restore_teacher(plan, stage, workdir)
   prepared = train.prepare(plan, stage, teacher, dataset, mesh, extra, outline)
   left_out = incidents.read_left_out(outline.directory, stage.nonfinite)
@@ -76,37 +72,56 @@ def replay(
     step,
   )
   _log.info("%s: replays step %d from step %d", stage.name, step, saved)
-  draw = prepared.programs.draw_extra or (lambda numbers: None)
-  for numbers in outline.groups(saved, (step - 1,)):
-    if numbers.start >= step - 1:
-      break
-    current = prepared.programs.take_steps(current, numbers, draw(numbers))
-  before: TrainState = jax.tree.map(
-    jnp.copy, prepared.programs.reset_metrics(current)
-  )
+  before, after = _take(current, prepared, outline, saved, step)
   number = range(step - 1, step)
-  after = prepared.programs.take_steps(
-    jax.tree.map(jnp.copy, before), number, draw(number)
+  computed = prepared.differentiate(
+    before, number, prepared.draws.images(number)
   )
-  one = prepared.draws.images(number)
-  batch, gradient, outcome = prepared.differentiate(before, number, one)
-  found = _report(before, batch, outcome, gradient, after)
+  means = metrics.compute(after.sums)
   content = {
     "format": 1,
     "training": stage.name,
     "step": step,
     "from_checkpoint": saved or None,
     "batch": prepared.draws.describe(step - 1),
-    "metrics": {
-      name: _number(mean) for name, mean in metrics.compute(after.sums).items()
-    },
+    "metrics": {name: _number(mean) for name, mean in means.items()},
     "equals_checkpoint": _equals_checkpoint(after, outline, step),
-    **found,
+    **_report(before, *computed, after),
   }
   path = outline.directory / f"replay-{step}.json"
   if jax.process_index() == 0:
     files.write_json(path, content)
   return path
+
+
+def _check_step(step: int, outline: Outline) -> None:
+  fields.check_value("step", int, step)
+  if not 1 <= step <= outline.total:
+    raise UserError(
+      f"step: {step}; allowed: 1 to {outline.total}, the steps of"
+      f" {outline.name}"
+    )
+
+
+def _take(
+  current: TrainState,
+  prepared: train.Prepared,
+  outline: Outline,
+  saved: int,
+  step: int,
+) -> tuple[TrainState, TrainState]:
+  """Takes the steps up to one; the states before and after that one."""
+  programs = prepared.programs
+  draw = programs.draw_extra or (lambda numbers: None)
+  for numbers in outline.groups(saved, (step - 1,)):
+    if numbers.start >= step - 1:
+      break
+    current = programs.take_steps(current, numbers, draw(numbers))
+  # Each program donates its state.
+  before: TrainState = jax.tree.map(jnp.copy, programs.reset_metrics(current))
+  number = range(step - 1, step)
+  given = jax.tree.map(jnp.copy, before)
+  return before, programs.take_steps(given, number, draw(number))
 
 
 def _equals_checkpoint(
@@ -140,11 +155,11 @@ def _choose(
 def _report(
   before: TrainState,
   batch: Batch,
-  outcome: Outcome,
   gradient: PyTree,
+  outcome: Outcome,
   after: TrainState,
 ) -> dict[str, Any]:
-  """What a step computed, in the order in which it was computed."""
+  """Numbers that a step computed, in the order in which it computed them."""
   values = {**outcome.terms, "loss": outcome.total}
   stages: dict[str, PyTree] = {
     "parameters before": before.params,

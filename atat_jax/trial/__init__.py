@@ -1,0 +1,1 @@
+"""A run before it begins, and a step of it once more."""

@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import tqdm
 
-from atat_jax.data import archives, base
+from atat_jax import checks
+from atat_jax.data import archives, base, record_files
 from atat_jax.errors import DamagedFileError, UserError
 from atat_jax.runs import files, locations
 from atat_jax.untrusted import regular
@@ -144,7 +145,9 @@ def _check_tfds(directory: pathlib.Path, name: str) -> int:
       known = _TFDS_VALUES.get(plain)
       if known is not None and value not in known:
         raise ValueError(f"{path.name}: {key} is {value!r}")
-  return sum(regular.require_regular(path).st_size for path in records)
+  for path in records:
+    record_files.check(path)
+  return sum(path.stat().st_size for path in records)
 
 
 def _decode_records(
@@ -302,8 +305,7 @@ def _read(
   cache_dir: str | None,
   source: str,
 ) -> tuple[base.Split, base.Split]:
-  if source not in SOURCES:
-    raise UserError(f"source={source!r}: must be one of {', '.join(SOURCES)}")
+  checks.choice("source", source, SOURCES)
   root = default_data_dir()
   if data_dir is not None and data_dir != "":
     root = locations.expand("data_dir", data_dir)

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from atat_jax.errors import DamagedFileError, UserError
-from atat_jax.runs import results_format
+from atat_jax.runs import locations, results_format
 from atat_jax.untrusted import arrays, regular, zips
 
 try:
@@ -44,8 +44,10 @@ TENSORBOARD = "tensorboard"
 DAMAGED = "damaged"
 """Folder of a working directory for what was found damaged."""
 
-MAX_JSON = 256 * 2**20
+MAX_JSON = 64 * 2**20
 """Largest JSON file that is read, bytes."""
+MAX_CONTAINERS = 2**21
+"""Most lists and objects in a JSON file that is read."""
 MAX_LINE = 2**20
 """Longest line of a `metrics.jsonl` that is read, bytes."""
 
@@ -148,9 +150,10 @@ def remove_temporaries(directory: pathlib.Path, *, below: bool = True) -> None:
       folders.clear()
     for name in filter(_TEMPORARY.fullmatch, names):
       path = pathlib.Path(folder) / name
-      with contextlib.suppress(OSError), path.open("rb") as file:
-        if _lock(file.fileno()):
-          path.unlink()
+      with contextlib.suppress(OSError, UserError):
+        with regular.open_regular(path) as file:
+          if _lock(file.fileno()):
+            path.unlink()
 
 
 def write_bytes(path: pathlib.Path, content: bytes) -> pathlib.Path:
@@ -296,6 +299,11 @@ def parse_json(content: bytes, where: object, *, nan: bool = False) -> Any:
   Raises:
     DamagedFileError: Anything else.
   """
+  # An empty list of two bytes takes thirty times as much memory.
+  if content.count(b"[") + content.count(b"{") > MAX_CONTAINERS:
+    raise DamagedFileError(
+      f"{where}: more than {MAX_CONTAINERS} lists and objects"
+    )
   try:
     return json.loads(
       content.decode("utf-8-sig"),
@@ -339,6 +347,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any] | None:
     DamagedFileError: It does not hold a JSON object, or another one than was
       written.
   """
+  path = locations.expand("path", path)
   content = read_bytes(path)
   if content is None:
     return None
@@ -372,7 +381,7 @@ def read_results(
   Raises:
     UserError: The file is damaged or of another format.
   """
-  path = workdir / RESULTS
+  path = locations.expand("workdir", workdir) / RESULTS
   results = read_json(path)
   if results is None:
     return None
@@ -505,6 +514,7 @@ def read_metrics(path: pathlib.Path) -> dict[str, list[dict[str, Any]]]:
   Raises:
     UserError: The file cannot be read.
   """
+  path = locations.expand("path", path)
   splits: dict[str, dict[int, dict[str, Any]]] = {}
   for _, line in read_lines(path).found:
     splits.setdefault(line["split"], {})[line["step"]] = line
@@ -567,6 +577,7 @@ def read_arrays(path: pathlib.Path) -> Arrays | None:
     UserError: The file may not be read.
     DamagedFileError: It is not what was written.
   """
+  path = locations.expand("path", path)
   try:
     return Arrays(path, load_arrays(path))
   except FileNotFoundError:

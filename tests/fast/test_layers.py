@@ -14,8 +14,9 @@ LAYERS = (
   "process",  # of a command
   "untrusted",  # files of others
   "runs",  # a working directory on disk
+  "checks",
   "sharding",
-  "rng checks fields compilation metrics",
+  "rng fields compilation metrics",
   "batch_norm",
   "losses attention optim data models",
   "interop",
@@ -47,6 +48,11 @@ PLACES = {
   "PIL": ("data",),
   "matplotlib": ("drawing", "figures"),
   "tensorboardX": ("training",),
+  "safetensors": ("interop",),
+  "pickletools": ("untrusted",),
+  "pickle": (),  # it runs what a file says
+  "marshal": (),
+  "shelve": (),
   "absl": ("runtime",),
   "tensorflow": (),
   "torch": (),

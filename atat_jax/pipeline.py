@@ -84,6 +84,7 @@ def _work(
   mode: str, plan: Plan, workdir: pathlib.Path, check: Callable[[], None]
 ) -> None:
   """Does the work of "run", "train" and "evaluate"."""
+  before = _shown(workdir)
   mesh = sharding.make_mesh()
   dataset = plan.data.load()
   extra = None
@@ -108,8 +109,18 @@ def _work(
       sys.stdout.write(f"\n{report.results_table(results)}\n")
       sys.stdout.write(f"results: {workdir / files.RESULTS}\n")
   if mode == "run":
-    _figures(workdir, redraw=report.is_old(workdir))
+    # A clock that was set back makes a page look newer than what it lacks.
+    changed = _shown(workdir) != before
+    _figures(workdir, redraw=changed or report.is_old(workdir))
     check()
+
+
+def _shown(workdir: pathlib.Path) -> dict[pathlib.Path, tuple[int, int]]:
+  """Returns the files that the page shows, with their time and size."""
+  names = (files.RESULTS, files.METRICS, f"*/{files.METRICS}", "*.npz")
+  found = [path for name in names for path in workdir.glob(name)]
+  stats = {path: path.stat() for path in found}
+  return {path: (s.st_mtime_ns, s.st_size) for path, s in stats.items()}
 
 
 def _replay(plan: Plan, workdir: pathlib.Path, step: int) -> None:

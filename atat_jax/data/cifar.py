@@ -306,8 +306,9 @@ def _read(
   source: str,
 ) -> tuple[base.Split, base.Split]:
   checks.choice("source", source, SOURCES)
-  root = default_data_dir()
-  if data_dir is not None and data_dir != "":
+  if data_dir is None or data_dir == "":
+    root = default_data_dir()
+  else:
     root = locations.expand("data_dir", data_dir)
   if cache_dir is not None:
     locations.expand("cache_dir", cache_dir)

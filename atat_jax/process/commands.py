@@ -40,7 +40,8 @@ _SYSTEM_ERRORS = re.compile(
     )
   )
 )
-_LOST = (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # of what was to be written
+# Errors of a write whose data are lost.
+_LOST = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 _OUT_OF_MEMORY = re.compile(r"RESOURCE_EXHAUSTED|[Oo]ut of memory")
 # Temporary files beside those that they replace (`runs.files.replacing`).
 _TEMPORARY = re.compile(r"\.([^/]+)\.[0-9a-f]{32}\.tmp((?:\.[^/.]*)?)$")
@@ -209,7 +210,7 @@ def plain_exits(
     kept: Remark on what such an error leaves in place.
 
   Raises:
-    SystemExit: With status 1, or 128 and the number of the signal.
+    SystemExit: The end, status 1, or 128 and the number of the signal.
   """
   try:
     yield

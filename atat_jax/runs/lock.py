@@ -88,7 +88,7 @@ def file(field: str, path: pathlib.Path, what: pathlib.Path) -> Iterator[Lock]:
   Args:
     field: Name of the argument, for the message.
     path: The file; its folder exists.
-    what: What it locks, for the message.
+    what: Thing that it locks, for the message.
 
   Yields:
     The lock.

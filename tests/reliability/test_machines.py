@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import tiny
 
-from atat_jax import compilation, data
+from atat_jax import compilation, data, report
 from atat_jax.data import base, cifar
 from atat_jax.errors import UserError
 from atat_jax.process import commands
@@ -1013,3 +1013,17 @@ def test_processes_of_a_job_stop_at_the_same_step(tmp_path, signum):
   assert len(lasts) == 1 and "stopped at step" in lasts.pop(), outputs
   statuses = {process.returncode for process in processes}
   assert statuses <= {128 + signum, 128 + signal.SIGTERM}
+
+
+@pytest.mark.slow
+def test_a_clock_that_was_set_back_leaves_no_old_page(
+  finished, tmp_path, monkeypatch
+):
+  workdir = finished.copy(tmp_path / "run")
+  os.utime(workdir / "report.html", (2**31, 2**31))
+  written = []
+  monkeypatch.setattr(report, "write_report", written.append)
+  more = tiny.config(evaluation__attacks="nominal,fgsm,pgd2,ifgsm2")
+  for _ in range(2):  # the second time nothing is new
+    tiny.run(workdir, "run", more)
+    assert written == [workdir]

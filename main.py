@@ -11,6 +11,7 @@ if __name__ == "__main__":
   commands.begin("stopped; the same command goes on from here")
 
 import sys
+import traceback
 from collections.abc import Sequence
 
 from absl import app, flags
@@ -57,14 +58,28 @@ def _parse(argv: Sequence[str]) -> list[str]:
     return rest
   except UserError as error:
     sys.exit(f"error: {error}")
-  except (AttributeError, KeyError) as error:  # ml_collections: no such field
-    inner = error.args[0]
-    text = inner.args[0] if isinstance(inner, Exception) else inner
-    reason = " ".join(str(text).split())
-    sys.exit(f"error: --config has no field {reason}")
   except (flags.Error, OSError) as error:
     lines = [line for line in str(error).splitlines() if line.strip()]
     sys.exit(f"error: {lines[-1].strip()}")
+  except Exception as error:
+    sys.exit(f"error: --config {_reason(error)}")
+
+
+def _reason(error: Exception) -> str:
+  """Puts an error in reading the configuration on one line."""
+  place = traceback.extract_tb(error.__traceback__)[-1]
+  inner = error.args[0] if error.args else ""
+  text = inner.args[0] if isinstance(inner, Exception) else inner
+  text = " ".join(str(text).split())
+  if isinstance(error, AttributeError | KeyError):
+    # Those that Python raises itself know the name that is missing.
+    named = getattr(error, "name", None) is not None
+    if "ml_collections" in place.filename and not named:
+      return f"has no field {text}"
+  where = f"{place.filename}, line {place.lineno}"
+  if isinstance(error, SyntaxError):
+    where = f"{error.filename}, line {error.lineno}"
+  return f"cannot be read: {type(error).__name__}: {text} ({where})"
 
 
 def main(argv: Sequence[str]) -> None:

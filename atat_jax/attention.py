@@ -52,6 +52,8 @@ def _tensors(
   batch_norm: BatchNormMode,
 ) -> dict[str, jax.ShapeDtypeStruct]:
   """Outputs [B, h, w, C] of all submodules, in the order of computation."""
+  images = checks.batch(images, "images", ndim=4)
+  checks.variables(model, variables, images.shape)
   found: dict[str, jax.ShapeDtypeStruct] = {}
 
   def visit(path: str, output: Any) -> Any:
@@ -93,7 +95,7 @@ def check_layers(layers: Iterable[str], names: Iterable[str]) -> None:
     UserError: A layer that the network does not have.
   """
   names = tuple(names)
-  for layer in layers:
+  for layer in checks.names("layers", layers):
     if layer not in names:
       raise UserError(f"layers: {layer!r}; allowed: {', '.join(names)}")
 
@@ -106,8 +108,6 @@ def layer_names(
   Raises:
     UserError: Not a network, or variables of another one.
   """
-  checks.module(model)
-  checks.variables(model, variables, images.shape)
   return tuple(_tensors(model, variables, images, "running"))
 
 
@@ -206,6 +206,7 @@ def channel_sum(tensor: Array) -> Array:
   Returns:
     [B, h, w] >= 0, float32 or wider.
   """
+  tensor = checks.batch(tensor, "tensor", ndim=4)
   wide = tensor.astype(jnp.promote_types(tensor.dtype, jnp.float32))
   return (wide * jnp.sign(wide)).sum(-1)  # the gradient of jnp.abs at 0 is 1
 
@@ -240,6 +241,8 @@ def forward(
     UserError: A layer that the model does not have.
   """
   checks.choice("maps", maps, MAPS)
+  images = checks.batch(images, "images", ndim=4)
+  labels = checks.classes(labels, images.shape[0])
   if maps == "channel_sum":
     logits, found, stats = activations(
       model, variables, images, layers=layers, batch_norm=batch_norm

@@ -8,6 +8,7 @@ outside training.
 """
 
 import inspect
+from collections.abc import Mapping
 from typing import Any, get_args
 
 from flax import linen as nn
@@ -40,6 +41,11 @@ def apply(
     UserError: Unknown mode.
   """
   checks.choice("batch_norm", batch_norm, get_args(BatchNormMode))
+  checks.module(model)
+  checks.instance(
+    "variables", variables, Mapping, "the network's collections by name"
+  )
+  images = checks.batch(images, "images")
   stats = variables.get("batch_stats", {})
   takes_train = "train" in inspect.signature(type(model).__call__).parameters
   kwargs: dict[str, Any] = (

@@ -78,6 +78,11 @@ def model_spec(
     "name", "fields" and "image_shape"; `restore_model` rebuilds the network
     from them.
   """
+  checks.instance("name", name, str, "a name in models.MODELS")
+  checks.module(model)
+  shape = checks.numbers("image_shape", image_shape, 1, integers=True)
+  if len(shape) != 3:
+    raise UserError(f"image_shape: {shape}; allowed: (H, W, C)")
   fields = {
     f.name: getattr(model, f.name)
     for f in dataclasses.fields(model)
@@ -664,6 +669,8 @@ def checkpoint_step(
     UserError: There is no checkpoint, or none at that step.
     DamagedFileError: None is intact, or that at the step is damaged.
   """
+  if step is not None:
+    checks.integer("step", step)
   return find(workdir, step=step, which=which).step
 
 
@@ -694,6 +701,9 @@ def restore_model(
     UserError: There is no such checkpoint, or it is of another network.
     DamagedFileError: None is intact, or that at the step is damaged.
   """
+  if expected is not None:
+    checks.instance("expected", expected, dict, "what model_spec returns")
+  checks.boolean("averaged", averaged)
   step = checkpoint_step(workdir, step=step, which=which)
   folder = _directory(workdir) / str(step)
   spec = _read_spec(folder)

@@ -360,6 +360,17 @@ def not_negative(name: str, value: object) -> None:
   number(name, value, 0)
 
 
+def fraction(name: str, value: object) -> None:
+  """Checks that a value is a number in [0, 1); traced values pass."""
+  try:
+    number(name, value, 0, 1)
+    wrong = _concrete(value) and value == 1
+  except UserError:
+    wrong = True
+  if wrong:
+    raise UserError(f"{name}: {shown(value)}; allowed: [0, 1)")
+
+
 def epsilon(value: object, norm: str, name: str = "epsilon") -> None:
   """Checks that a radius is > 0 and, for linf, at most 1, a pixel's range."""
   positive(name, value)
@@ -395,7 +406,8 @@ def inspect_images(x: Array | np.ndarray, name: str = "images") -> None:
     raise UserError(
       f"{name}: shape {x.shape}; allowed: [B, H, W, C], not empty"
     )
-  if not jnp.issubdtype(x.dtype, jnp.floating):
+  # JAX has no floating point wider than float64.
+  if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype.itemsize > 8:
     raise UserError(
       f"{name}: dtype {x.dtype}; allowed: floating point in [0, 1]"
       " (uint8 pixels: divide by 255)"
@@ -432,9 +444,9 @@ def inspect_labels(
 
 def images(x: Array, name: str = "images") -> Array:
   """Checks [B, H, W, C] floating-point images in [0, 1] and returns them."""
-  x = jnp.asarray(array(x, name))
+  x = array(x, name)  # type: ignore[assignment]
   inspect_images(x, name)
-  return x
+  return jnp.asarray(x)
 
 
 def labels(
@@ -444,6 +456,54 @@ def labels(
   x = array(x, name)  # type: ignore[assignment]
   inspect_labels(x, batch_size, num_classes, name)  # in their own width
   return jnp.asarray(x).astype(jnp.int32)
+
+
+def batch(x: Array, name: str, ndim: int | None = None) -> Array:
+  """Checks a floating-point batch [B, ...] by shape and dtype; returns it.
+
+  For losses and other functions inside jit: no value is looked at.
+
+  Args:
+    x: The array, not empty.
+    name: Name of the argument.
+    ndim: Number of axes; None: one or more.
+
+  Raises:
+    UserError: Another shape or dtype.
+  """
+  found = x if isinstance(x, jax.ShapeDtypeStruct) else array(x, name)
+  wanted = {None: "[B, ...]", 2: "[B, K]", 4: "[B, H, W, C]"}[ndim]
+  wrong = found.ndim < 1 if ndim is None else found.ndim != ndim
+  if wrong or 0 in found.shape:
+    raise UserError(
+      f"{name}: shape {found.shape}; allowed: {wanted}, not empty"
+    )
+  if not jnp.issubdtype(found.dtype, jnp.floating):
+    raise UserError(f"{name}: dtype {found.dtype}; allowed: floating point")
+  return found  # type: ignore[return-value]
+
+
+def classes(x: Array, batch_size: int, name: str = "labels") -> Array:
+  """Checks integer classes [B] by shape and dtype alone; returns them."""
+  found = array(x, name)
+  if found.shape != (batch_size,):
+    raise UserError(
+      f"{name}: shape {found.shape}; allowed: [{batch_size}], one per image"
+    )
+  if not jnp.issubdtype(found.dtype, jnp.integer):
+    raise UserError(f"{name}: dtype {found.dtype}; allowed: integers")
+  return found  # type: ignore[return-value]
+
+
+def mask(x: Array, batch_size: int, name: str = "mask") -> Array:
+  """Checks Booleans [B] by shape and dtype alone; returns them."""
+  found = array(x, name)
+  if found.shape != (batch_size,) or found.dtype != bool:
+    raise UserError(
+      f"{name}: {found.dtype} of shape {found.shape}; allowed: bool"
+      f" [{batch_size}], one per image"
+    )
+  return found  # type: ignore[return-value]
 
 
 @jax.jit

@@ -5,7 +5,7 @@ import reprlib
 from collections.abc import Iterator
 from typing import Any
 
-_LONGEST = 4_000
+_LONGEST = 1_600
 """Most characters of a message."""
 
 _short = reprlib.Repr()

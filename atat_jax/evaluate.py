@@ -27,7 +27,7 @@ from atat_jax.attacks import diagnostics, nonfinite
 from atat_jax.attacks.diagnostics import Diagnostic
 from atat_jax.data import Dataset, Split
 from atat_jax.errors import in_section
-from atat_jax.evaluation import Protocol
+from atat_jax.evaluation import Protocol, rules
 from atat_jax.plan import Plan
 from atat_jax.process import stops
 from atat_jax.runs import files, provenance, tables
@@ -150,6 +150,22 @@ class _Table:
       for row in self.content["rows"]
       if steps.get(row["model"]) == row.get("checkpoint_step")
     }
+    if jax.process_index() == 0:
+      self._keep_rows_of_damaged()
+
+  def _keep_rows_of_damaged(self) -> None:
+    """Copies the file where rows go because their checkpoint is damaged."""
+    damaged = {
+      role
+      for role, chosen in self._record["checkpoints"].items()
+      if "intact" in chosen["which"]
+    }
+    if any(
+      row["model"] in damaged and _identity(row) not in self._rows
+      for row in self.content["rows"]
+    ):
+      copy = files.set_aside(self.path, self.path.parent, copy=True)
+      _log.warning("rows of a damaged checkpoint are kept in %s", copy)
 
   def __contains__(self, row: Row) -> bool:
     """Whether a row has been measured."""
@@ -200,7 +216,7 @@ def _complete(
     for role, mode in classifiers
     for protocol in settings.protocols
   ]
-  sight = _Sight(classifiers, test)
+  blindness = _LossChecks(classifiers, test)
   if all(row in table for row, _ in rows):
     _log.info("evaluate: %s has all %d rows", table.path, len(rows))
   with tqdm(
@@ -229,11 +245,11 @@ def _complete(
         on_batch=bar.update,
       )
       seconds = round(time.perf_counter() - began, 3)
-      checked = sight.check(row, protocol)
+      checked = blindness.check(row, protocol)
       table.add({**row, **measured, **checked, "seconds": seconds})
 
 
-class _Sight:
+class _LossChecks:
   """Checks whether the losses that attacks increase are blind, each once.
 
   Args:
@@ -264,7 +280,7 @@ class _Sight:
     identity = model, loss, radius
     if identity not in self._found:
       part = slice(row["batch_size"])
-      self._found[identity] = diagnostics.blind_loss(
+      found = diagnostics.blind_loss(
         rng.stream(jax.random.key(row["seed"]), "blind"),
         self._classifiers[model, "running"],
         self._test.images[part].astype(np.float32) / np.float32(255),
@@ -272,6 +288,7 @@ class _Sight:
         loss=loss,
         radius=radius,
       )
+      self._found[identity] = rules.storable(found)
     return {"diagnostics": {"blind_loss": self._found[identity]}}
 
 
@@ -398,7 +415,9 @@ def _autoattack(
     "nonfinite_points": max(0, counts.points - clean.nonfinite),
     "nonfinite_gradients": counts.gradients,
     "attacks": _ensemble(result),
-    "diagnostics": result.diagnostics,
+    "diagnostics": {
+      name: rules.storable(check) for name, check in result.diagnostics.items()
+    },
   }
 
 

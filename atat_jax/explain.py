@@ -96,7 +96,7 @@ def run_names(workdirs: Sequence[pathlib.Path]) -> list[str]:
     UserError: A directory is given twice.
   """
   checks.sequence("runs", workdirs, "directories")
-  paths = [pathlib.Path(path).resolve() for path in workdirs]
+  paths = [locations.expand("runs", path).resolve() for path in workdirs]
   if len(set(paths)) < len(paths):
     raise UserError(
       f"runs: {' '.join(map(str, workdirs))}; allowed: each directory once"
@@ -157,6 +157,7 @@ def attack_of_runs(
     UserError: No run, runs of different data sets or attacks.
   """
   checks.sequence("runs", workdirs, "directories")
+  checks.instance("given", given, dict, "numbers of the attack by name")
   configs = [configuration.read(path) for path in workdirs]
   _agreed(workdirs, [config.data["name"] for config in configs], "data.name")
   return {
@@ -240,6 +241,7 @@ def load_photographs(
   Raises:
     UserError: Names, files or labels that do not fit, by name.
   """
+  checks.sequence("photographs", photographs, "files")
   names = checks.names("model", names)
   for name in names:
     checks.choice("model", name, models.MODELS)
@@ -255,8 +257,6 @@ def load_photographs(
       raise UserError(
         f"{field}: {len(values)}; allowed: {len(wanted)}, one for each {what}"
       )
-  if not photographs:
-    raise UserError("images: none; allowed: one or more")
   for label in labels:
     checks.integer("labels", label, 0)
     if label >= num_classes:
@@ -318,6 +318,12 @@ def explain(
   Raises:
     UserError: An index beyond the images, an argument that an analysis refuses.
   """
+  checks.instance("subject", subject, Subject, "see load_runs")
+  checks.instance(
+    "settings", settings, analyses.FigureSettings, "FigureSettings"
+  )
+  checks.instance("command", command, str, "a text")
+  out = locations.expand("out", out)
   mesh = sharding.make_mesh()
   # Where the figures look for AutoAttack's accuracies.
   results = {"format": 1, "rows": subject.rows}

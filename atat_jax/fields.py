@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from atat_jax.errors import UserError
@@ -35,6 +36,10 @@ def shown(value: object) -> str:
 
 def _number(value: object) -> object:
   """A scalar array as a number; anything else as it is."""
+  if isinstance(value, jax.Array) and jnp.issubdtype(
+    value.dtype, jax.dtypes.extended
+  ):
+    return value  # a random key
   if isinstance(value, jax.Array | np.ndarray | np.generic) and not value.ndim:
     return value.item()
   return value

@@ -2,13 +2,41 @@
 
 from collections.abc import Callable
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
 
+from atat_jax import checks
+from atat_jax.errors import UserError, shown
 from atat_jax.typing import Array
+
+
+def _checked(logits: Array, *classes: Array) -> tuple[Array, ...]:
+  """Checks logits [B, K], labels [B] and targets [B] by shape and dtype."""
+  logits = checks.batch(logits, "logits", ndim=2)
+  return logits, *(
+    checks.classes(one, logits.shape[0], name)
+    for one, name in zip(classes, ("labels", "targets"), strict=False)
+  )
+
+
+def _checked_pair(
+  a: Array, b: Array, first: str, second: str, ndim: int | None = None
+) -> tuple[Array, Array]:
+  """Checks that two floating-point batches have one shape."""
+  a = checks.batch(a, first, ndim=ndim)
+  b = checks.batch(b, second, ndim=ndim)
+  if a.shape != b.shape:
+    raise UserError(
+      f"{second}: shape {b.shape}; allowed: {a.shape}, that of {first}"
+    )
+  return a, b
+
+
+def _check_order(p: int) -> None:
+  if p not in (1, 2) or isinstance(p, bool):
+    raise UserError(f"p: {shown(p)}; allowed: 1, 2")
 
 
 def cross_entropy(logits: Array, labels: Array) -> Array:
@@ -21,7 +49,7 @@ def cross_entropy(logits: Array, labels: Array) -> Array:
   Returns:
     [B].
   """
-  chex.assert_equal_shape_prefix([logits, labels], 1)
+  logits, labels = _checked(logits, labels)
   return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
 
 
@@ -35,7 +63,7 @@ def soft_cross_entropy(logits: Array, targets: Array) -> Array:
   Returns:
     [B].
   """
-  chex.assert_equal_shape([logits, targets])
+  logits, targets = _checked_pair(logits, targets, "logits", "targets", ndim=2)
   return optax.softmax_cross_entropy(logits, targets)
 
 
@@ -52,6 +80,10 @@ def mixture_cross_entropy(
   Returns:
     [B].
   """
+  clean, targets = _checked_pair(clean, targets, "clean", "targets", ndim=2)
+  adversarial, _ = _checked_pair(
+    adversarial, targets, "adversarial", "targets", ndim=2
+  )
   return 0.5 * (
     soft_cross_entropy(clean, targets)
     + soft_cross_entropy(adversarial, targets)
@@ -68,7 +100,9 @@ def kl_divergence(p_logits: Array, q_logits: Array) -> Array:
   Returns:
     [B].
   """
-  chex.assert_equal_shape([p_logits, q_logits])
+  p_logits, q_logits = _checked_pair(
+    p_logits, q_logits, "p_logits", "q_logits", ndim=2
+  )
   return optax.losses.kl_divergence_with_log_targets(
     jax.nn.log_softmax(q_logits), jax.nn.log_softmax(p_logits)
   )
@@ -84,7 +118,7 @@ def mean_square(a: Array, b: Array) -> Array:
   Returns:
     [B].
   """
-  chex.assert_equal_shape([a, b])
+  a, b = _checked_pair(a, b, "a", "b")
   return jnp.square(a - b).reshape(a.shape[0], -1).mean(-1)
 
 
@@ -92,6 +126,14 @@ def _logit(logits: Array, classes: Array) -> Array:
   # A masked sum, because the gradient of a gather is a slow scatter.
   mask = jnp.arange(logits.shape[-1]) == classes[:, None]
   return jnp.where(mask, logits, 0.0).sum(-1)
+
+
+def _check_classes(loss: str, logits: Array) -> None:
+  if logits.shape[-1] < MIN_CLASSES[loss]:
+    raise UserError(
+      f"logits: {logits.shape[-1]} classes; allowed: at least"
+      f" {MIN_CLASSES[loss]} for {loss!r}"
+    )
 
 
 def margin(logits: Array, labels: Array) -> Array:
@@ -104,7 +146,7 @@ def margin(logits: Array, labels: Array) -> Array:
   Returns:
     [B].
   """
-  chex.assert_equal_shape_prefix([logits, labels], 1)
+  logits, labels = _checked(logits, labels)
   is_label = jnp.arange(logits.shape[-1]) == labels[:, None]
   correct = _logit(logits, labels)
   wrong = jnp.where(is_label, -jnp.inf, logits).max(-1)
@@ -124,6 +166,8 @@ def dlr(logits: Array, labels: Array) -> Array:
   Returns:
     [B].
   """
+  logits, labels = _checked(logits, labels)
+  _check_classes("dlr", logits)
   top = lax.top_k(logits, 3)[0]
   return margin(logits, labels) / (top[:, 0] - top[:, 2] + 1e-12)
 
@@ -141,6 +185,8 @@ def targeted_dlr(logits: Array, labels: Array, targets: Array) -> Array:
   Returns:
     [B].
   """
+  logits, labels, targets = _checked(logits, labels, targets)
+  _check_classes("targeted_dlr", logits)
   top = lax.top_k(logits, 4)[0]
   scale = top[:, 0] - 0.5 * (top[:, 2] + top[:, 3]) + 1e-12
   return targeted_margin(logits, labels, targets) / scale
@@ -157,7 +203,7 @@ def targeted_margin(logits: Array, labels: Array, targets: Array) -> Array:
   Returns:
     [B].
   """
-  chex.assert_equal_shape_prefix([logits, labels, targets], 1)
+  logits, labels, targets = _checked(logits, labels, targets)
   return _logit(logits, targets) - _logit(logits, labels)
 
 
@@ -189,8 +235,12 @@ def attack_loss(
   Returns:
     [B].
   """
+  checks.choice("loss", name, (*ATTACK_LOSSES, *TARGETED_LOSSES))
   if name in TARGETED_LOSSES:
-    assert targets is not None  # noqa: S101 - narrows the type, cannot fail
+    if targets is None:
+      raise UserError(
+        f"targets: None; allowed: one for each image for {name!r}"
+      )
     return TARGETED_LOSSES[name](logits, labels, targets)
   return ATTACK_LOSSES[name](logits, labels)
 
@@ -209,6 +259,8 @@ def norm(x: Array, p: int = 2) -> Array:
   Returns:
     [B].
   """
+  x = checks.batch(x, "x")
+  _check_order(p)
   x = x.reshape(x.shape[0], -1)
   if p == 1:
     return (x * jnp.sign(x)).sum(-1)  # the gradient of jnp.abs at 0 is 1
@@ -229,5 +281,6 @@ def distance(a: Array, b: Array, p: int = 2) -> Array:
   Returns:
     [B].
   """
-  chex.assert_equal_shape([a, b])
+  a, b = _checked_pair(a, b, "a", "b")
+  _check_order(p)
   return norm(a - b, p)

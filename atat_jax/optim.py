@@ -6,7 +6,7 @@ import jax
 import optax
 
 from atat_jax import checks
-from atat_jax.errors import UserError
+from atat_jax.errors import UserError, shown
 from atat_jax.typing import PyTree
 
 SCHEDULES = ("constant", "piecewise", "cosine", "one_cycle")
@@ -25,15 +25,10 @@ def _check_schedule(
   checks.choice("schedule", name, SCHEDULES)
   checks.positive("learning_rate", learning_rate)
   checks.positive("total_steps", total_steps, integer=True)
-  if not 0 <= warmup_fraction < 1:
-    raise UserError(f"warmup_fraction: {warmup_fraction}; allowed: [0, 1)")
+  checks.fraction("warmup_fraction", warmup_fraction)
   if name == "piecewise":
     checks.positive("factor", factor)
-    increasing = list(boundaries) == sorted(set(boundaries))
-    if not boundaries or not increasing or min(boundaries) < 1:
-      raise UserError(
-        f"boundaries: {tuple(boundaries)}; allowed: increasing steps >= 1"
-      )
+    checks.numbers("boundaries", boundaries, 1, integers=True, increasing=True)
   # optax needs a step after the rise, and one_cycle one in each of its parts.
   rise = warmup_fraction * total_steps
   if name == "cosine" and round(rise) >= total_steps:
@@ -134,10 +129,13 @@ def make_optimizer(
   Raises:
     UserError: Values out of range.
   """
-  if not 0 <= momentum < 1:
-    raise UserError(f"momentum: {momentum}; allowed: [0, 1)")
-  if not 0 <= weight_decay < float("inf"):
-    raise UserError(f"weight_decay: {weight_decay}; allowed: >= 0")
+  if not callable(schedule):
+    raise UserError(
+      f"schedule: {shown(schedule)}; allowed: a function of the step"
+    )
+  checks.fraction("momentum", momentum)
+  checks.boolean("nesterov", nesterov)
+  checks.not_negative("weight_decay", weight_decay)
   checks.not_negative("clip_norm", clip_norm)
   return optax.chain(
     *([optax.clip_by_global_norm(clip_norm)] if clip_norm else []),

@@ -165,6 +165,9 @@ def _report(
   wrong = {name: leaves for name, leaves in wrong.items() if leaves}
   losses = {name: np.asarray(host[f"term {name}"]) for name in values}
   bad = ~np.isfinite(np.stack([*losses.values()])).all(0)
+  attacked = np.asarray(True)
+  if outcome.attack_finite is not None:
+    attacked = np.asarray(jax.device_get(outcome.attack_finite))
   first = next(iter(wrong), None)
   return {
     "terms": {name: _number(value.mean()) for name, value in losses.items()},
@@ -173,6 +176,7 @@ def _report(
     and {"what": first, "where": wrong[first][0]["path"]},
     "nonfinite": wrong,
     "examples": np.flatnonzero(bad).tolist(),
+    "attack_nonfinite": np.flatnonzero(~attacked).tolist(),
     "losses": {
       name: [_number(x) for x in value] for name, value in losses.items()
     },

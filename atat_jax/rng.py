@@ -9,6 +9,7 @@ import zlib
 
 import jax
 
+from atat_jax import checks
 from atat_jax.typing import Array
 
 
@@ -22,6 +23,11 @@ def stream(key: Array, name: str, step: Array | int = 0) -> Array:
 
   Returns:
     A key that is independent of those of other names and other steps.
+
+  Raises:
+    UserError: Not a key, a name or the number of a step.
   """
-  named = jax.random.fold_in(key, zlib.crc32(name.encode()))
+  checks.instance("name", name, str, "the name of a stream")
+  checks.integer("step", step)
+  named = jax.random.fold_in(checks.key(key), zlib.crc32(name.encode()))
   return jax.random.fold_in(named, step)

@@ -12,13 +12,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from atat_jax import checks
 from atat_jax.errors import UserError, shown
 from atat_jax.typing import PyTree
 
 
 def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
   """Makes a mesh over `devices` (default: all of them) with the axis `data`."""
-  devices = jax.devices() if devices is None else devices
+  if devices is None:
+    devices = jax.devices()
+  devices = checks.sequence("devices", devices, "devices")
+  for device in devices:
+    checks.instance("devices", device, jax.Device, "devices of jax.devices()")
   # Auto, not the default Explicit axes: random starts are drawn inside jit,
   # and explicit shardings would then differ between a loop's input and output.
   return jax.make_mesh(
@@ -52,6 +57,7 @@ def check_mesh(mesh: object) -> None:
 
 def replicated(mesh: Mesh) -> NamedSharding:
   """Returns the sharding in which every device holds the whole array."""
+  check_mesh(mesh)
   return NamedSharding(mesh, PartitionSpec())
 
 
@@ -68,6 +74,9 @@ def batch_sharding(
     batch_size: Number of examples in the batch.
     axis: Axis of the examples.
   """
+  check_mesh(mesh)
+  checks.count("batch_size", batch_size)
+  checks.count("axis", axis, 0)
   if batch_size % mesh.size:
     return replicated(mesh)
   return NamedSharding(mesh, PartitionSpec(*[None] * axis, "data"))
@@ -100,6 +109,13 @@ def put_batch(mesh: Mesh, array: np.ndarray, *, axis: int = 0) -> jax.Array:
   Returns:
     The global array, split along that axis.
   """
+  array = checks.array(array, "array")  # type: ignore[assignment]
+  checks.count("axis", axis, 0)
+  if axis >= array.ndim:
+    raise UserError(
+      f"axis: {shown(axis)}; allowed: 0 to {array.ndim - 1}, an axis of the"
+      f" array of shape {array.shape}"
+    )
   sharding = batch_sharding(mesh, array.shape[axis], axis=axis)
   return jax.make_array_from_callback(
     array.shape, sharding, lambda index: array[index]
@@ -108,6 +124,7 @@ def put_batch(mesh: Mesh, array: np.ndarray, *, axis: int = 0) -> jax.Array:
 
 def to_host(mesh: Mesh, tree: PyTree) -> PyTree:
   """Returns global arrays as whole numpy arrays in every process."""
+  check_mesh(mesh)
   if jax.process_count() > 1:
     tree = jax.jit(lambda x: x, out_shardings=replicated(mesh))(tree)
   return jax.tree.map(np.asarray, tree)

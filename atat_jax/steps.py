@@ -17,7 +17,12 @@ from flax import linen as nn
 
 from atat_jax import compilation, metrics, rng, sharding
 from atat_jax.data.base import Split
-from atat_jax.objectives import Batch, Objective, Outcome
+from atat_jax.objectives import (
+  Batch,
+  Objective,
+  Outcome,
+  attack_is_finite,
+)
 from atat_jax.state import TrainState
 from atat_jax.training import accumulation, averaging, awp, soundness
 from atat_jax.training.batch import assemble, gather
@@ -250,7 +255,8 @@ def _differentiate(
   def mean_loss(params: PyTree) -> tuple[Array, Outcome]:
     student = {"params": params, "batch_stats": batch_stats}
     outcome = objective.loss(model, student, prepared, batch)
-    return outcome.total.mean(), outcome
+    finite = attack_is_finite(prepared)
+    return outcome.total.mean(), outcome._replace(attack_finite=finite)
 
   if options.remat:
     mean_loss = jax.checkpoint(mean_loss, policy=_is_product)

@@ -33,8 +33,9 @@ from atat_jax.analyses.rounds import attention_rounds
 from atat_jax.analyses.shift import attention_shift
 from atat_jax.analyses.steps import attack_steps
 from atat_jax.errors import UserError
-from atat_jax.evaluation.networks import Networks
+from atat_jax.evaluation.networks import Networks, check_networks
 from atat_jax.process import stops
+from atat_jax.runs import locations
 
 __all__ = [
   "ANALYSES",
@@ -75,6 +76,7 @@ def parse(names: str) -> tuple[str, ...]:
   Raises:
     UserError: A name is not one of `ANALYSES`, or is there twice.
   """
+  checks.instance("analyses", names, str, "names between commas")
   found = tuple(name.strip() for name in names.split(",") if name.strip())
   _check_names(found)
   return found
@@ -97,12 +99,34 @@ def check_images(settings: FigureSettings, count: int) -> None:
   Raises:
     UserError: An index is too large.
   """
+  checks.instance("settings", settings, FigureSettings, "FigureSettings")
+  checks.count("count", count)
+  _check_names(settings.analyses)
   for name in settings.analyses:
     last = max(ANALYSES[name].images(settings, count))
     if last >= count:
       raise UserError(
         f"indices: {last}; allowed: 0 to {count - 1}, there are {count} images"
       )
+
+
+def _check_inputs(
+  networks: Networks,
+  images: np.ndarray,
+  labels: np.ndarray,
+  class_names: Sequence[str],
+) -> None:
+  """Checks networks and images that may be stored ones, uint8."""
+  pixels = checks.host("images", images)
+  if pixels.dtype != np.uint8:
+    checks.inspect_images(pixels)
+  elif pixels.ndim != 4 or 0 in pixels.shape:
+    raise UserError(
+      f"images: shape {pixels.shape}; allowed: [N, H, W, C], not empty"
+    )
+  names = checks.names("class_names", class_names)
+  checks.inspect_labels(labels, len(pixels), len(names))
+  check_networks(networks, pixels.shape)
 
 
 def write(
@@ -133,7 +157,9 @@ def write(
     UserError: An analysis that does not exist, an index beyond the images, an
       argument that an analysis refuses.
   """
-  _check_names(settings.analyses)
+  _check_inputs(networks, images, labels, class_names)
+  sharding.check_mesh(mesh)
+  directory = locations.expand("directory", directory)
   check_images(settings, len(labels))
   weights = {
     name: base.digest(sharding.to_host(mesh, variables))
@@ -176,7 +202,10 @@ def sections(
   Raises:
     UserError: A file cannot be read.
   """
-  wanted = set(ANALYSES) if only is None else set(only)
+  directory = locations.expand("directory", directory)
+  figures_directory = locations.expand("figures_directory", figures_directory)
+  names = ANALYSES if only is None else checks.names("only", only, empty=True)
+  wanted = set(names)
   found = (
     base.section(analysis, analysis.path(directory), figures_directory)
     for name, analysis in ANALYSES.items()

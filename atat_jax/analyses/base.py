@@ -129,8 +129,7 @@ class FigureSettings:
     for radius in _increasing("epsilons", self.epsilons):
       if radius:
         checks.epsilon(radius, self.norm, "epsilons")
-    for number in checks.sequence("indices", self.indices, "integers"):
-      checks.integer("indices", number, 0)
+    checks.numbers("indices", self.indices, integers=True)
 
   def pgd(self) -> dict[str, Any]:
     """Returns `epsilon`, `step_size` and `norm`, as keyword arguments."""

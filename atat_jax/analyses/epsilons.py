@@ -46,6 +46,9 @@ def default_epsilons(
     0, quarters of epsilon up to it, then one and a half of it and doublings to
     the radius that covers all images.
   """
+  checks.choice("norm", norm, balls.BALLS)
+  checks.epsilon(epsilon, norm)
+  checks.count("num_pixels", num_pixels)
   first, *larger = growing(epsilon, norm, num_pixels)
   quarters = [first * part for part in (0.0, 0.25, 0.5, 0.75, 1.0)]
   between = [first * 1.5] if larger and first * 1.5 < larger[0] else []

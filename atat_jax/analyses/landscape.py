@@ -25,7 +25,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh
 
-from atat_jax import checks, compilation, losses, rng
+from atat_jax import checks, compilation, losses, rng, sharding
 from atat_jax.analyses import base
 from atat_jax.drawing import style, surfaces
 from atat_jax.errors import UserError
@@ -112,7 +112,7 @@ def loss_landscape(
   Raises:
     UserError: An argument of a wrong shape, dtype or range, by name.
   """
-  del mesh
+  sharding.mesh_or_all(mesh)
   checks.key(key)
   checks.positive("radius", radius)
   checks.positive("batch_size", batch_size, integer=True)

@@ -185,6 +185,10 @@ def _ascend(
   return images_adv, state, counts
 
 
+counted_ascend = _ascend
+"""`ascend` with all of its arguments, which also returns the counts, [B]."""
+
+
 def random_start(
   key: Array, images: Array, *, epsilon: Scalar, norm: str = "linf"
 ) -> Array:

@@ -10,10 +10,10 @@ from atat_jax.process import commands
 if commands.is_running("atat_jax.data.prepare"):
   commands.begin("stopped; the same command starts again")
 
+from atat_jax import checks
 from atat_jax.data import base, cifar, digits, extra
 from atat_jax.data.base import Dataset, DatasetSpec, Split
 from atat_jax.data.extra import Extra
-from atat_jax.errors import UserError
 
 __all__ = [
   "DATASETS",
@@ -34,10 +34,7 @@ DATASETS: dict[str, base.Source] = {
 
 
 def _source(name: str) -> base.Source:
-  if name not in DATASETS:
-    raise UserError(
-      f"dataset name={name!r}: must be one of {', '.join(DATASETS)}"
-    )
+  checks.choice("name", name, DATASETS)
   return DATASETS[name]
 
 
@@ -85,8 +82,11 @@ def load(
       on.
   """
   member = _source(name)
-  if validation_size < 1:
-    raise UserError(f"validation_size={validation_size}: must be at least 1")
+  checks.count("validation_size", validation_size)
+  for field, place in (("data_dir", data_dir), ("cache_dir", cache_dir)):
+    if place is not None:
+      checks.path(field, place)
+  checks.instance("source", source, str, "'auto', or a kind of source")
   official_train, test = member.read(
     data_dir=data_dir, cache_dir=cache_dir, source=source
   )

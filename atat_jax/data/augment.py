@@ -9,6 +9,25 @@ number of devices.
 import jax
 import jax.numpy as jnp
 
+from atat_jax import checks
+from atat_jax.errors import UserError
+
+
+def _check_pixels(images: jax.Array) -> jax.Array:
+  """Checks [B, H, W, C] of real numbers by shape and dtype alone."""
+  found = checks.array(images, "images")
+  if found.ndim != 4 or 0 in found.shape:
+    raise UserError(
+      f"images: shape {found.shape}; allowed: [B, H, W, C], not empty"
+    )
+  if not jnp.issubdtype(found.dtype, jnp.integer) and not jnp.issubdtype(
+    found.dtype, jnp.floating
+  ):
+    raise UserError(
+      f"images: dtype {found.dtype}; allowed: uint8, or floating point"
+    )
+  return jnp.asarray(found)
+
 
 def crop_flip(
   images: jax.Array, offsets: jax.Array, flips: jax.Array, *, padding: int
@@ -25,6 +44,18 @@ def crop_flip(
   Returns:
     `[B, H, W, C]` in the dtype of `images`.
   """
+  images = _check_pixels(images)
+  batch = images.shape[0]
+  checks.count("padding", padding, 0)
+  flips = checks.mask(flips, batch, "flips")
+  offsets = jnp.asarray(checks.array(offsets, "offsets"))
+  if offsets.shape != (batch, 2) or not jnp.issubdtype(
+    offsets.dtype, jnp.integer
+  ):
+    raise UserError(
+      f"offsets: {offsets.dtype} of shape {offsets.shape}; allowed: integers"
+      f" [{batch}, 2], one pair for each image"
+    )
   shape = images.shape[1:]
   margin = (padding, padding)
   padded = jnp.pad(images, ((0, 0), margin, margin, (0, 0)))
@@ -52,6 +83,10 @@ def pad_crop_flip(
     `[B, H, W, C]` in the dtype of `images`; `images` itself where there is
     nothing to do.
   """
+  checks.count("padding", padding, 0)
+  checks.boolean("flip", flip)
+  checks.key(key)
+  images = _check_pixels(images)
   if not padding and not flip:
     return images
   batch = images.shape[0]
@@ -67,4 +102,5 @@ def pad_crop_flip(
 
 def to_float(images: jax.Array) -> jax.Array:
   """Converts uint8 pixels to float32 in [0, 1]."""
+  images = _check_pixels(images)
   return images.astype(jnp.float32) / 255.0

@@ -135,8 +135,8 @@ def hold_out(split: Split, size: int) -> tuple[Split, Split]:
   total = len(split.labels)
   if not 1 <= size < total:
     raise UserError(
-      f"validation_size={size}: must be between 1 and {total - 1}, the training"
-      f" split has {total} images"
+      f"validation_size: {size}; allowed: 1 to {total - 1}, the training split"
+      f" has {total} images"
     )
   held = np.zeros(total, bool)
   held[stratified_order(split.labels)[:size]] = True

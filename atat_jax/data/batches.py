@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from atat_jax import sharding
+from atat_jax import checks, sharding
 from atat_jax.data import base
 from atat_jax.errors import UserError
 from atat_jax.typing import PyTree
@@ -27,10 +27,8 @@ def _epoch_permutation(seed: int, epoch: int, num_examples: int) -> np.ndarray:
 
 
 def _check_sizes(num_examples: int, batch_size: int) -> None:
-  if num_examples < 1:
-    raise UserError(f"num_examples={num_examples}: must be at least 1")
-  if batch_size < 1:
-    raise UserError(f"batch_size={batch_size}: must be at least 1")
+  checks.count("num_examples", num_examples)
+  checks.count("batch_size", batch_size)
 
 
 def train_indices(
@@ -57,13 +55,11 @@ def train_indices(
   _check_sizes(num_examples, batch_size)
   if batch_size > num_examples:
     raise UserError(
-      f"batch_size={batch_size}: must be at most {num_examples}, the size of"
+      f"batch_size: {batch_size}; allowed: at most {num_examples}, the size of"
       " the training split"
     )
-  if not 0 <= seed < 2**64:
-    raise UserError(f"seed={seed}: must be between 0 and 2**64 - 1")
-  if step < 0:
-    raise UserError(f"step={step}: must be at least 0")
+  checks.integer("seed", seed, 0, 2**64 - 1)
+  checks.integer("step", step)
   epoch, batch = divmod(step, num_examples // batch_size)
   order = _epoch_permutation(seed, epoch, num_examples)
   return order[batch * batch_size : (batch + 1) * batch_size]

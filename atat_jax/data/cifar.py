@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tqdm
 
+from atat_jax import checks
 from atat_jax.data import archives, base, record_files
 from atat_jax.errors import DamagedFileError, UserError
 from atat_jax.runs import files, locations
@@ -304,8 +305,7 @@ def _read(
   cache_dir: str | None,
   source: str,
 ) -> tuple[base.Split, base.Split]:
-  if source not in SOURCES:
-    raise UserError(f"source={source!r}: must be one of {', '.join(SOURCES)}")
+  checks.choice("source", source, SOURCES)
   root = default_data_dir()
   if data_dir is not None and data_dir != "":
     root = locations.expand("data_dir", data_dir)

@@ -7,8 +7,8 @@ stratified one takes its place.
 
 import numpy as np
 
+from atat_jax import checks
 from atat_jax.data import base
-from atat_jax.errors import UserError
 
 _NUM_TEST = 360
 
@@ -43,8 +43,7 @@ def read(
     UserError: `source` names another source.
   """
   del data_dir, cache_dir
-  if source != "auto":
-    raise UserError(f"source={source!r}: must be 'auto' for digits")
+  checks.choice("source", source, ("auto",))
   # Slow to import, and other data sets do not need it.
   from sklearn import datasets
 

@@ -20,6 +20,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from atat_jax import checks
 from atat_jax.data import base
 from atat_jax.data.base import DatasetSpec, Split
 from atat_jax.errors import UserError, printable
@@ -85,6 +86,7 @@ def read(
   Raises:
     UserError: No such file, compressed, damaged, wrong shape, dtype or label.
   """
+  checks.instance("spec", spec, DatasetSpec, "see data.spec")
   path = locations.expand("extra", path)
   if path.is_dir():
     shards = sorted((*path.glob("*.npz"), *path.glob("image*.npy")))

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from atat_jax import checks
+from atat_jax.errors import UserError
 from atat_jax.typing import Array
 
 MIXES = ("none", "mixup", "cutmix")
@@ -75,6 +76,16 @@ def mix(
     Images, labels (of the larger part, the image's own where both are equal)
     and targets a t + (1 - a) t'.
   """
+  check(name, alpha)
+  checks.key(key)
+  images = checks.batch(images, "images", ndim=4)
+  labels = checks.classes(labels, images.shape[0])
+  targets = checks.batch(targets, "targets", ndim=2)
+  if targets.shape[0] != images.shape[0]:
+    raise UserError(
+      f"targets: {targets.shape[0]} rows; allowed: {images.shape[0]}, one for"
+      " each image"
+    )
   if name == "none":
     return images, labels, targets
   batch, height, width = images.shape[:3]

@@ -31,6 +31,10 @@ def _decode(file: IO[bytes], resize: int) -> Any:
     return ImageOps.exif_transpose(image).convert("RGB")
 
 
+_LARGEST = 16_384
+"""Longest shorter side in pixels; a longer one is a slip of the pen."""
+
+
 def read_photograph(
   path: pathlib.Path | str, *, resize: int = 256, crop: int = 224
 ) -> np.ndarray:
@@ -56,8 +60,10 @@ def read_photograph(
 
   path = locations.expand("path", path)
 
-  checks.positive("resize", resize, integer=True)
-  checks.positive("crop", crop, integer=True)
+  checks.path("path", path)
+  checks.count("resize", resize)
+  checks.integer("resize", resize, 1, _LARGEST)
+  checks.count("crop", crop)
   if crop > resize:
     raise UserError(f"crop: {crop}; allowed: at most resize, {resize}")
   try:

@@ -77,7 +77,7 @@ def _check(
   classifier: Classifier, data: Any, protocol: Any, batch_size: Any
 ) -> tuple[Classifier, Split]:
   """Checks what is to be judged; returns the classifier as a pytree, and data."""
-  checks.positive("batch_size", batch_size, integer=True)
+  checks.count("batch_size", batch_size)
   checks.instance("data", data, Split, "a data.Split: images and labels")
   if not callable(getattr(protocol, "run", None)):
     raise UserError(
@@ -133,6 +133,8 @@ def judge(
   """
   checks.key(key)
   classifier, data = _check(classifier, data, protocol, batch_size)
+  sharding.check_mesh(mesh)
+  checks.instance("on_batch", on_batch, Callable, "a function of a number")  # type: ignore[arg-type]
   num_examples = data.labels.shape[0]
 
   def judge_batch(number: int, indices: Array) -> tuple[Array, Array]:

@@ -63,11 +63,12 @@ def tapped_layer(
   Raises:
     UserError: The network has no such layer.
   """
-  if layer is not None:
-    checks.instance("layer", layer, str, "the name of a layer, or None")
-  layers = None if layer is None else (layer,)
   one = jnp.asarray(images[:1])
-  return attention.chosen_layers(model, variables, one, layers)[0]
+  if layer is not None:
+    names = attention.layer_names(model, variables, one)
+    checks.choice("layer", layer, names)
+    return layer
+  return attention.chosen_layers(model, variables, one, None)[0]
 
 
 def tapped_layers(

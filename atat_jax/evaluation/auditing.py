@@ -493,7 +493,7 @@ def _increasing(num_steps: Any) -> tuple[int, ...]:
 
 
 def _as_images(adversarial: Any, shape: tuple[int, ...]) -> np.ndarray:
-  adversarial = np.asarray(adversarial)
+  adversarial = np.asarray(checks.array(adversarial, "adversarial"))
   if adversarial.shape != shape:
     raise UserError(
       f"adversarial: shape {adversarial.shape}; allowed: {shape}, that of the"

@@ -35,15 +35,23 @@ def classifiers(
   """
   images = checks.array(images, "images")
   checks.inspect_images(images)
-  _check(networks, images.shape)
+  check_networks(networks, images.shape)
   found = {name: models.classifier(*pair) for name, pair in networks.items()}
   for classifier in found.values():
     _, images, labels, num_classes = base.on_host(classifier, images, labels)
   return found, images, labels, num_classes
 
 
-def _check(networks: Any, image_shape: tuple[int, ...]) -> None:
-  """Checks that networks are named, and have finite variables of their own."""
+def check_networks(networks: Any, image_shape: tuple[int, ...]) -> None:
+  """Checks that networks are named, and have finite variables of their own.
+
+  Args:
+    networks: Name to (module, variables).
+    image_shape: Shape [n, H, W, C] of the images that they are to see.
+
+  Raises:
+    UserError: Anything else; the message names the network.
+  """
   allowed = "{name: (module, variables)}, one or more"
   checks.instance("networks", networks, Mapping, allowed)
   if not networks:
@@ -65,10 +73,7 @@ def devices(mesh: Mesh | None) -> Mesh:
   Raises:
     UserError: Something else than a mesh.
   """
-  if mesh is None:
-    return sharding.make_mesh()
-  sharding.check_mesh(mesh)
-  return mesh
+  return sharding.mesh_or_all(mesh)
 
 
 def refuse_nonfinite(name: str, what: str, array: np.ndarray) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 from atat_jax import attacks, checks, losses
 from atat_jax.attacks import balls, base
 from atat_jax.attacks.autoattack import versions
-from atat_jax.errors import UserError
+from atat_jax.errors import UserError, shown
 from atat_jax.runs import wording
 from atat_jax.typing import Array, Classifier
 
@@ -294,10 +294,11 @@ def _read(name: str) -> tuple[str, dict[str, Any]]:
 def _check(attack: str, given: dict[str, Any]) -> None:
   """Checks the values of an attack's parameters before anything is compiled."""
   for parameter, choices in _signature(attack).choices.items():
-    if given[parameter] not in choices:
+    value = given[parameter]
+    if not isinstance(value, str) or value not in choices:
       only = f" for {attack}" if set(choices) < set(balls.BALLS) else ""
       raise UserError(
-        f"{parameter}: {given[parameter]!r}; allowed:"
+        f"{parameter}: {shown(value)}; allowed:"
         f" {', '.join(sorted(choices))}{only}"
       )
   checks.epsilon(given["epsilon"], given["norm"])

@@ -9,10 +9,14 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
+from atat_jax import checks
 from atat_jax.attacks.diagnostics import Diagnostic, diagnostic
+from atat_jax.errors import UserError
 from atat_jax.runs import comparable, tables, wording
 
 Row = Mapping[str, Any]
+
+_NEEDED = ("model", "attack", "batch_norm", "num_examples", "accuracy")
 
 CONVERGED = 0.02
 """Largest fall in accuracy under more steps of an attack that has converged."""
@@ -180,6 +184,22 @@ RULES: dict[str, Callable[[Evidence], Diagnostic | None]] = {
 }
 
 
+def storable(check: Diagnostic) -> Diagnostic:
+  """Returns a diagnostic that JSON can hold; one without a number flags.
+
+  Args:
+    check: Diagnostic whose number may be NaN or infinite.
+
+  Returns:
+    The diagnostic itself, or one with None for its number, flagged.
+  """
+  if check["value"] is None or math.isfinite(check["value"]):
+    return check
+  message = f"{check['message']} The number that this judges is not finite."
+  told = {**check, "value": None, "flag": True, "message": message}
+  return cast(Diagnostic, told)
+
+
 def nonfinite(rows: Sequence[Row]) -> Diagnostic | None:
   """Checks whether any number of a model's rows was not finite.
 
@@ -227,7 +247,16 @@ def diagnose(rows: Sequence[Row], model: str) -> dict[str, Diagnostic]:
   Returns:
     Name of the rule to its diagnostic; those that attacks made themselves come
     first, as `<attack>_<check>`. Of two attacks of one name a flag counts.
+
+  Raises:
+    UserError: Rows that lack what the rules compare.
   """
+  checks.instance("model", model, str, "the name of a model")
+  for row in checks.sequence("rows", rows, "rows", empty=True):
+    if lacking := [field for field in _NEEDED if field not in row]:
+      raise UserError(
+        f"rows: one has no {', '.join(lacking)}; allowed: rows of results.json"
+      )
   rows = [row for row in rows if row["model"] == model]
   found = _of_attacks(rows)
   alike = _comparable(rows)
@@ -236,7 +265,9 @@ def diagnose(rows: Sequence[Row], model: str) -> dict[str, Diagnostic]:
     results = {name: rule(evidence) for name, rule in RULES.items()}
     found |= {name: one for name, one in results.items() if one is not None}
   bad = nonfinite(rows)
-  return found if bad is None else found | {"nonfinite": bad}
+  if bad is not None:
+    found["nonfinite"] = bad
+  return {name: storable(check) for name, check in found.items()}
 
 
 def _of_attacks(rows: Sequence[Row]) -> dict[str, Diagnostic]:

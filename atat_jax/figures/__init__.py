@@ -41,7 +41,7 @@ def draw_results(workdir: pathlib.Path) -> list[pathlib.Path]:
   style.import_matplotlib()
   from atat_jax.figures import robustness
 
-  return robustness.draw(workdir)
+  return robustness.draw(locations.expand("workdir", workdir))
 
 
 def draw_curves(workdir: pathlib.Path) -> list[pathlib.Path]:
@@ -49,7 +49,7 @@ def draw_curves(workdir: pathlib.Path) -> list[pathlib.Path]:
   style.import_matplotlib()
   from atat_jax.figures import curves
 
-  return curves.draw(workdir)
+  return curves.draw(locations.expand("workdir", workdir))
 
 
 def draw_comparison(path: pathlib.Path) -> list[pathlib.Path]:
@@ -67,4 +67,4 @@ def draw_comparison(path: pathlib.Path) -> list[pathlib.Path]:
   style.import_matplotlib()
   from atat_jax.figures import comparison
 
-  return comparison.draw(path)
+  return comparison.draw(locations.expand("path", path))

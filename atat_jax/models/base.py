@@ -1,12 +1,14 @@
 """Base classes of the networks: normalised input, named layers, the head."""
 
+import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
 
 from atat_jax import checks
-from atat_jax.errors import UserError
+from atat_jax.errors import UserError, shown
 from atat_jax.models.convolution import CONVOLUTIONS, Conv
 from atat_jax.typing import Array
 
@@ -35,6 +37,7 @@ def standardize_images(images: Array) -> Array:
   Returns:
     [B, H, W, C].
   """
+  images = checks.batch(images, "images", ndim=4)
   # On CPU reducing one long axis takes a fifth of the time of three short ones.
   flat = images.reshape(images.shape[0], -1)
   centred = flat - flat.mean(-1, keepdims=True)
@@ -45,16 +48,60 @@ def standardize_images(images: Array) -> Array:
   return standardized.reshape(images.shape)
 
 
+LARGEST = 1_000_000
+"""Largest number of classes, channels, units or layers of a network."""
+
+
+def check_size(name: str, size: object) -> None:
+  """Checks that a size is an integer from 1 to `LARGEST`.
+
+  Raises:
+    UserError: Anything else.
+  """
+  checks.count(name, size)
+  checks.integer(name, size, 1, LARGEST)
+
+
 def check_sizes(name: str, sizes: Sequence[int]) -> None:
   """Checks that sizes are integers >= 1, one for each stage.
 
   Raises:
     UserError: The tuple is empty or holds anything else.
   """
-  if not sizes or not all(isinstance(n, int) and n >= 1 for n in sizes):
+  try:
+    for size in checks.numbers(name, sizes, 1, integers=True):
+      check_size(name, size)
+  except UserError:
     raise UserError(
-      f"{name}: {sizes}; allowed: integers >= 1, one for each stage"
+      f"{name}: {shown(sizes)}; allowed: integers >= 1 and <= {LARGEST}, one"
+      " for each stage"
+    ) from None
+
+
+def _check_dtype(dtype: Any) -> None:
+  """Checks that a computation is to be done in floating point."""
+  try:
+    ok = jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+  except TypeError:
+    ok = False
+  if not ok:
+    raise UserError(
+      f"dtype: {shown(dtype)}; allowed: a floating-point dtype, such as"
+      " jnp.bfloat16"
     )
+
+
+def _check_channels(name: str, values: Any) -> tuple[float, ...] | None:
+  """Checks a mean or a deviation for each channel; None: not given."""
+  if values is None:
+    return None
+  found = checks.sequence(name, values, "numbers, one a channel")
+  for value in found:
+    if name == "std":
+      checks.positive(name, value)
+    else:
+      checks.number(name, value)
+  return found
 
 
 class Network(nn.Module):
@@ -89,23 +136,30 @@ class Network(nn.Module):
 
   def __post_init__(self) -> None:
     """Checks the fields."""
-    checks.positive("num_classes", self.num_classes, integer=True)
+    check_size("num_classes", self.num_classes)
     checks.positive("batch_norm_epsilon", self.batch_norm_epsilon)
-    if not 0 < self.batch_norm_momentum < 1:
-      raise UserError(
-        f"batch_norm_momentum: {self.batch_norm_momentum}; allowed: (0, 1)"
-      )
+    checks.fraction("batch_norm_momentum", self.batch_norm_momentum)
+    checks.positive("batch_norm_momentum", self.batch_norm_momentum)
+    _check_dtype(self.dtype)
+    for field in dataclasses.fields(self):  # also those of subclasses
+      if field.type is bool:
+        checks.boolean(field.name, getattr(self, field.name))
     checks.choice("convolution", self.convolution, CONVOLUTIONS)
     checks.choice(
       "normalization", self.normalization, ("per_image", "dataset", "none")
     )
-    if self.normalization == "dataset" and not (self.mean and self.std):
+    numbers = [
+      _check_channels(name, getattr(self, name)) for name in ("mean", "std")
+    ]
+    if self.normalization == "dataset" and None in numbers:
       raise UserError(
-        "mean, std: missing; normalization='dataset' needs both, one number"
-        " a channel"
+        "mean, std: missing; allowed: both, one number a channel, for"
+        " normalization='dataset'"
       )
-    if self.std and min(self.std) <= 0:
-      raise UserError(f"std: {self.std}; allowed: > 0")
+    if None not in numbers and len(self.mean) != len(self.std):  # type: ignore[arg-type]
+      raise UserError(
+        f"std: {self.std}; allowed: as many numbers as mean, {self.mean}"
+      )
     super().__post_init__()
 
   def _normalize(self, images: Array, smallest: int = 1) -> Array:
@@ -193,7 +247,7 @@ class ResidualNetwork(Network):
   def __post_init__(self) -> None:
     """Checks the fields."""
     check_sizes("stage_sizes", self.stage_sizes)
-    checks.positive("base_channels", self.base_channels, integer=True)
+    check_size("base_channels", self.base_channels)
     super().__post_init__()
 
   def _unit(

@@ -3,7 +3,6 @@
 import jax.numpy as jnp
 from flax import linen as nn
 
-from atat_jax import checks
 from atat_jax.models import base
 from atat_jax.typing import Array
 
@@ -31,7 +30,7 @@ class DenseNet121(base.Network):
     """Checks the fields."""
     base.check_sizes("stage_sizes", self.stage_sizes)
     for name in ("growth", "bottleneck", "base_channels"):
-      checks.positive(name, getattr(self, name), integer=True)
+      base.check_size(name, getattr(self, name))
     super().__post_init__()
 
   def _norm_act_conv(

@@ -4,7 +4,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from atat_jax import checks
 from atat_jax.errors import UserError
 from atat_jax.models import base
 from atat_jax.typing import Array
@@ -52,7 +51,7 @@ class VGG16(base.Network):
         f"stage_channels: {self.stage_channels}; allowed: as many as"
         f" stage_sizes has, {len(self.stage_sizes)}"
       )
-    checks.positive("hidden", self.hidden, integer=True)
+    base.check_size("hidden", self.hidden)
     super().__post_init__()
 
   @nn.compact

@@ -7,16 +7,16 @@ of the robustness literature.
 """
 
 import functools
-import math
 
 import jax.numpy as jnp
 from flax import linen as nn
 
 from atat_jax import checks
 from atat_jax.errors import UserError
-from atat_jax.models.base import Features, Network
+from atat_jax.models.base import Features, Network, check_size, check_sizes
 from atat_jax.typing import Array
 
+_DEEPEST = 10_000
 ACTIVATIONS = {"leaky_relu": nn.leaky_relu, "relu": nn.relu, "silu": nn.silu}
 
 
@@ -77,25 +77,22 @@ class WideResNet(Network):
 
   def __post_init__(self) -> None:
     """Checks the fields."""
-    checks.positive("depth", self.depth, integer=True)
+    checks.count("depth", self.depth)
+    checks.integer("depth", self.depth, 1, _DEEPEST)
     if self.depth < 8 or (self.depth - 2) % 6 not in (0, 2):
       raise UserError(
         f"depth: {self.depth}; allowed: 6n + 2 (8, 14, 20, 26, 32) or"
         " 6n + 4 (10, 16, 22, 28, 34)"
       )
     for name in ("width", "stem_channels"):
-      checks.positive(name, getattr(self, name), integer=True)
-    if not math.isfinite(self.negative_slope):
-      raise UserError(
-        f"negative_slope: {self.negative_slope}; allowed: a finite number"
-      )
+      check_size(name, getattr(self, name))
+    checks.number("negative_slope", self.negative_slope)
     checks.choice("activation", self.activation, ACTIVATIONS)
     checks.choice("shortcut", self.shortcut, ("pad", "conv"))
     checks.choice("padding", self.padding, ("same", "symmetric"))
-    if len(self.strides) != 3 or not all(
-      isinstance(stride, int) and stride >= 1 for stride in self.strides
-    ):
+    if len(checks.sequence("strides", self.strides, "integers >= 1")) != 3:
       raise UserError(f"strides: {self.strides}; allowed: three integers >= 1")
+    check_sizes("strides", self.strides)
     super().__post_init__()
 
   def _norm_act(self, x: Array, name: str, train: bool) -> Array:

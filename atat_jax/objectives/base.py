@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from atat_jax import checks
 from atat_jax.typing import Array, PyTree, Scalar, Variables
 
 
@@ -44,7 +45,13 @@ def make_batch(images: Array, labels: Array, num_classes: int) -> Batch:
 
   Returns:
     The batch.
+
+  Raises:
+    UserError: An argument of a wrong shape or dtype.
   """
+  images = checks.batch(images, "images", ndim=4)
+  labels = checks.classes(labels, images.shape[0])
+  checks.count("num_classes", num_classes)
   targets = jax.nn.one_hot(labels, num_classes, dtype=images.dtype)
   return Batch(images, labels, targets, jnp.ones((), images.dtype))
 
@@ -58,6 +65,8 @@ class Outcome(NamedTuple):
     batch_stats: Running statistics after the pass.
     logits_clean: [B, K]; None if the student sees no clean images.
     logits_adversarial: [B, K]; None if there is no attack.
+    attack_finite: Whether the inner attack of each image was finite all along,
+      bool [B], for the train step; None: there was none, or it is not known.
   """
 
   total: Array
@@ -65,6 +74,7 @@ class Outcome(NamedTuple):
   batch_stats: PyTree
   logits_clean: Array | None
   logits_adversarial: Array | None
+  attack_finite: Array | None = None
 
 
 class Objective(Protocol):

@@ -11,6 +11,7 @@ import logging
 import os
 import pathlib
 import re
+import signal
 import sys
 import threading
 import warnings
@@ -213,7 +214,7 @@ def plain_exits(
   try:
     yield
   except KeyboardInterrupt as error:
-    signum = getattr(error, "signum", 0) or stops.requested() or 2
+    signum = getattr(error, "signum", 0) or stops.requested() or signal.SIGTERM
     _leave(f"\n{one_line(str(error)) or 'stopped'}\n", 128 + signum)
   except Exception as error:
     line = describe(error, place)

@@ -32,8 +32,8 @@ def write_comparison(
   Raises:
     UserError: A directory has no results, or a run is given twice.
   """
-  found = merge.compare(workdirs)
   out = locations.expand("out", out)
+  found = merge.compare(workdirs)
   html, text, json = (
     out.with_name(out.name + suffix) for suffix in (".html", ".md", ".json")
   )

@@ -169,6 +169,8 @@ def _accuracy(row: rows_lib.Row | None, num_runs: int) -> Cell:
     notes.append(points(row["difference"]))
   if row["published"] is not None:
     notes.append(f"paper {percent(row['published'])}")
+  if found := rows_lib.nonfinite(row):
+    notes.append(found)
   return Cell(
     percent(row["accuracy"]), tuple(notes), _plus_minus(row["standard_error"])
   )

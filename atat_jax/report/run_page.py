@@ -72,6 +72,7 @@ def write_report(workdir: str | os.PathLike[str]) -> pathlib.Path:
 
 def is_old(workdir: pathlib.Path) -> bool:
   """Checks whether a page is missing, or older than something that it shows."""
+  workdir = locations.expand("workdir", workdir)
   report = workdir / files.REPORT
   shown = [
     workdir / files.RESULTS,

@@ -2,7 +2,14 @@
 
 from typing import Any
 
-from atat_jax.runs import comparable, intervals, roles, tables, wording
+from atat_jax.runs import (
+  comparable,
+  intervals,
+  results_format,
+  roles,
+  tables,
+  wording,
+)
 
 
 def verdict(results: dict[str, Any]) -> str:
@@ -17,7 +24,11 @@ def verdict(results: dict[str, Any]) -> str:
 
   Returns:
     One paragraph of plain text.
+
+  Raises:
+    UserError: Something else than such content.
   """
+  results_format.check(results)
   columns = tables.columns(results["rows"])
   model = tables.trained(results["rows"])
   groups = comparable.attacks(columns, model)

@@ -5,8 +5,8 @@ import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from atat_jax.errors import DamagedFileError, UserError, shown
-from atat_jax.runs import files, roles
+from atat_jax.errors import DamagedFileError, UserError
+from atat_jax.runs import files, locations, results_format, roles
 
 # Fields that the trained weights do not depend on.
 _FREE = (
@@ -55,15 +55,6 @@ class Configuration:
   attack: dict[str, Any]
 
 
-_KINDS: dict[str, type] = {
-  "method": str,
-  "seed": int,
-  "train": Mapping,
-  "data": Mapping,
-  "evaluation": Mapping,
-}
-
-
 def parse(tree: Mapping[str, Any], where: pathlib.Path) -> Configuration:
   """Reads the configuration of a run.
 
@@ -79,12 +70,8 @@ def parse(tree: Mapping[str, Any], where: pathlib.Path) -> Configuration:
   """
   if "method" not in tree:
     raise UserError(f"workdir: {where} has no configuration of a run")
-  for field, kind in _KINDS.items():
-    if field in tree and not isinstance(tree[field], kind):
-      raise UserError(
-        f"config.{field}: {shown(tree[field])} in {where}; allowed: as main.py"
-        " has written it"
-      )
+  if found := results_format.configuration_fault(tree):
+    raise UserError(f"workdir: configuration of {where}: {found}")
   data, evaluation = tree.get("data", {}), tree.get("evaluation", {})
   arguments = {
     "name": "name",
@@ -116,6 +103,7 @@ def read(workdir: pathlib.Path) -> Configuration:
   Raises:
     UserError: There is no such file, or it is damaged.
   """
+  workdir = locations.expand("workdir", workdir)
   for directory in (workdir, workdir.parent):
     tree = files.read_json(directory / files.CONFIG)
     if tree is not None:

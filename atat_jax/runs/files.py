@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from atat_jax.errors import DamagedFileError, UserError
-from atat_jax.runs import results_format
+from atat_jax.runs import locations, results_format
 from atat_jax.untrusted import arrays, regular, zips
 
 try:
@@ -347,6 +347,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any] | None:
     DamagedFileError: It does not hold a JSON object, or another one than was
       written.
   """
+  path = locations.expand("path", path)
   content = read_bytes(path)
   if content is None:
     return None
@@ -380,7 +381,7 @@ def read_results(
   Raises:
     UserError: The file is damaged or of another format.
   """
-  path = workdir / RESULTS
+  path = locations.expand("workdir", workdir) / RESULTS
   results = read_json(path)
   if results is None:
     return None
@@ -513,6 +514,7 @@ def read_metrics(path: pathlib.Path) -> dict[str, list[dict[str, Any]]]:
   Raises:
     UserError: The file cannot be read.
   """
+  path = locations.expand("path", path)
   splits: dict[str, dict[int, dict[str, Any]]] = {}
   for _, line in read_lines(path).found:
     splits.setdefault(line["split"], {})[line["step"]] = line
@@ -575,6 +577,7 @@ def read_arrays(path: pathlib.Path) -> Arrays | None:
     UserError: The file may not be read.
     DamagedFileError: It is not what was written.
   """
+  path = locations.expand("path", path)
   try:
     return Arrays(path, load_arrays(path))
   except FileNotFoundError:

@@ -201,7 +201,7 @@ class Incidents:
       kept: Sentence part on the last good checkpoint.
       in_a_row: Number of steps in a row that were left out.
     """
-    later = set(state.LEFT_BEHIND)
+    later = {state.ATTACK, *state.LEFT_BEHIND}
     # What a step leaves behind is only news where all before it was finite.
     shown = [term for term in terms if term not in later] or terms
     row = f", the first of {in_a_row} in a row" if in_a_row > 1 else ""

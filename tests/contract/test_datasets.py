@@ -61,5 +61,5 @@ def test_two_readings_are_equal(name, tmp_path):
 
 @every_data_set
 def test_an_unknown_source_is_refused(name, tmp_path):
-  with pytest.raises(UserError, match="source='carrier pigeon'"):
+  with pytest.raises(UserError, match="source: 'carrier pigeon'"):
     _load(name, tmp_path, source="carrier pigeon")

@@ -71,7 +71,7 @@ def test_a_smaller_validation_split_is_part_of_a_larger_one():
 
 @pytest.mark.parametrize("size", [-1, 0, 200, 1024])
 def test_hold_out_must_leave_something_on_both_sides(size):
-  with pytest.raises(UserError, match=f"validation_size={size}: .*199"):
+  with pytest.raises(UserError, match=f"validation_size: {size}; .*199"):
     base.hold_out(numbered_split(), size)
 
 
@@ -106,5 +106,5 @@ def test_checked_split_says_what_is_wrong(images, labels, message):
 
 def test_unknown_name_lists_the_known_ones():
   for call in (data.spec, data.load):
-    with pytest.raises(UserError, match=r"'mnist'.*digits, cifar10, cifar100"):
+    with pytest.raises(UserError, match=r"'mnist'.*cifar10, cifar100, digits"):
       call("mnist")

@@ -73,12 +73,12 @@ def test_a_batch_cannot_be_changed_in_the_cache():
 @pytest.mark.parametrize(
   ("seed", "step", "num_examples", "batch_size", "message"),
   [
-    (-1, 0, 10, 2, "seed=-1"),
-    (2**64, 0, 10, 2, "seed=18446744073709551616"),
-    (0, -1, 10, 2, "step=-1"),
-    (0, 0, 10, 11, "batch_size=11: must be at most 10"),
-    (0, 0, 10, 0, "batch_size=0"),
-    (0, 0, 0, 1, "num_examples=0"),
+    (-1, 0, 10, 2, "seed: -1"),
+    (2**64, 0, 10, 2, "seed: 18446744073709551616"),
+    (0, -1, 10, 2, "step: -1"),
+    (0, 0, 10, 11, "batch_size: 11; allowed: at most 10"),
+    (0, 0, 10, 0, "batch_size: 0"),
+    (0, 0, 0, 1, "num_examples: 0"),
   ],
 )
 def test_bad_arguments_of_train_indices_are_named(
@@ -112,7 +112,7 @@ def test_eval_fills_up_with_the_first_examples():
 
 @pytest.mark.parametrize("sizes", [(0, 4), (4, 0)])
 def test_bad_sizes_of_eval_batches_are_named(sizes):
-  with pytest.raises(UserError, match="=0: must be at least 1"):
+  with pytest.raises(UserError, match=": 0; allowed: an integer > 0"):
     batches.eval_batches(*sizes)
 
 
@@ -185,7 +185,7 @@ def test_map_batches_splits_full_batches_over_the_devices(eight_devices):
 
 @pytest.mark.parametrize(("count", "batch_size"), [(0, 4), (4, 0)])
 def test_map_batches_refuses_empty_sizes(count, batch_size, eight_devices):
-  with pytest.raises(UserError, match="=0: must be at least 1"):
+  with pytest.raises(UserError, match=": 0; allowed: an integer > 0"):
     batches.map_batches(
       lambda _, x: x,
       np.zeros((count, 2)),

@@ -59,10 +59,10 @@ def test_statistics_are_those_of_the_training_pixels(digits):
 
 @pytest.mark.parametrize("size", [0, 1437])
 def test_a_validation_size_out_of_range_is_named(size):
-  with pytest.raises(UserError, match=f"validation_size={size}: must be"):
+  with pytest.raises(UserError, match=f"validation_size: {size}; allowed: "):
     data.load("digits", validation_size=size)
 
 
 def test_other_sources_are_refused():
-  with pytest.raises(UserError, match="source='tfds': must be 'auto'"):
+  with pytest.raises(UserError, match="source: 'tfds'; allowed: auto"):
     data.load("digits", source="tfds")

@@ -14,8 +14,9 @@ LAYERS = (
   "process",  # of a command
   "untrusted",  # files of others
   "runs",  # a working directory on disk
+  "checks",
   "sharding",
-  "rng checks fields compilation metrics",
+  "rng fields compilation metrics",
   "batch_norm",
   "losses attention optim data models",
   "interop",

@@ -9,6 +9,7 @@ import pytest
 import quick
 
 from atat_jax import losses
+from atat_jax.errors import UserError
 
 BATCH, CLASSES = 6, 5
 
@@ -327,5 +328,5 @@ def test_tiny_distances_do_not_underflow_into_nan():
   ],
 )
 def test_shapes_that_would_broadcast_are_refused(call):
-  with pytest.raises(AssertionError):
+  with pytest.raises(UserError):
     jax.eval_shape(call)

@@ -189,6 +189,26 @@ def test_a_workdir_that_cannot_be_is_refused(command_line, workdir, parts):
   refused(command_line(*tiny.flags(workdir)), *parts)
 
 
+@pytest.mark.parametrize(
+  ("content", "part"),
+  [
+    (b"def get_config(:", "line 1"),
+    (b"import no_such_module", "no_such_module"),
+    (b"x = 1", "get_config"),
+    (b"def get_config():\n  return undefined", "'undefined' is not defined"),
+    (b"\xff\xfe", "cannot be read"),
+  ],
+  ids=["syntax", "import", "empty", "name", "binary"],
+)
+def test_a_configuration_with_a_mistake_is_one_line(
+  command_line, tmp_path, content, part
+):
+  path = tmp_path / "mine.py"
+  path.write_bytes(content)
+  flags = [f"--config={path}", f"--workdir={tmp_path / 'run'}"]
+  refused(command_line(*flags), "--config", part)
+
+
 def test_other_commands_refuse_an_empty_out(tmp_path):
   module = [sys.executable, "-m", "atat_jax.report"]
   refused(run(*module, tmp_path, "--out="), "out: ''")
@@ -775,7 +795,10 @@ def main(workdir, *words, python=(), wrapper=(), **options):
     sys.executable,
     *python,
     ROOT / "main.py",
-    *tiny.flags(workdir, *words, method="standard"),
+    *(
+      flag.replace("=configs/", f"={ROOT}/configs/")
+      for flag in tiny.flags(workdir, *words, method="standard")
+    ),
     env=env,
     **options,
   )
@@ -793,7 +816,7 @@ def plain(tmp_path_factory):
 # As nobody that the system knows, by a link, with stdin closed.
 _STRANGE = """
 umask 077
-mkdir "$0" && ln -s "$0" "$1" && shift && exec "$@" <&-
+mkdir "$0" && chown 12345 "$0" && ln -s "$0" "$1" && shift && exec "$@" <&-
 """
 
 
@@ -815,8 +838,8 @@ def test_a_run_in_a_strange_place(plain):
   }
   unset = "HOME XDG_CACHE_HOME JAX_COMPILATION_CACHE_DIR TERM COLUMNS DISPLAY"
   nobody = [*AS_NOBODY, "--inh-caps=-all", "--bounding-set=-all"]
-  wrapper = ["env", *(f"-u{name}" for name in unset.split()), *nobody]
-  wrapper += ["bash", "-c", _STRANGE, real, folder / "link"]
+  wrapper = ["bash", "-c", _STRANGE, real, folder / "link"]
+  wrapper += ["env", *(f"-u{name}" for name in unset.split()), *nobody]
   try:
     status, _, errors = main(
       folder / "link" / "run",
@@ -879,9 +902,9 @@ def test_files_that_may_not_grow(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.getuid() != 0, reason="becomes another user")
-def test_no_permission_is_one_line(tmp_path, finished):
+def test_no_permission_is_one_line(plain):
   folder = pathlib.Path(f"/tmp/owned-{os.getpid()}")
-  shutil.copytree(finished.workdir, folder)
+  shutil.copytree(plain, folder)
   nobody = [*AS_NOBODY, "--inh-caps=-all", "--bounding-set=-all"]
   try:
     outcome = main(folder, wrapper=nobody)
@@ -917,9 +940,12 @@ def test_a_deleted_current_folder_and_a_broken_pipe(tmp_path, plain):
   script = 'mkdir gone && cd gone && rmdir ../gone && "$@" 2>&1 | head -n 1'
   workdir = tmp_path / "run"
   wrapper = ["bash", "-c", script, "-"]
-  config = f"--config={ROOT}/configs/digits.py:standard"
-  status, out, _ = main(workdir, config, wrapper=wrapper, cwd=tmp_path)
-  assert status == 0 and len(out.splitlines()) == 1
+  # TensorBoard's package would import it, and its libraries need a folder.
+  (tmp_path / "hidden").mkdir()
+  (tmp_path / "hidden" / "torch.py").write_text("raise ImportError\n")
+  env = {"PYTHONPATH": f"{tmp_path / 'hidden'}:{ROOT}"}
+  status, out, _ = main(workdir, wrapper=wrapper, cwd=tmp_path, env=env)
+  assert status == 0 and out.count("\n") == 1, out
   assert results(workdir) == results(plain)
 
 
@@ -947,3 +973,43 @@ def test_a_copy_with_windows_line_ends(tmp_path, plain):
   )
   assert status == 0, errors
   assert results(workdir) == results(plain)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_processes_of_a_job_stop_at_the_same_step(tmp_path, signum):
+  """The signal goes to one of them."""
+  workdir = tmp_path / "run"
+  words = tiny.flags(workdir, method="standard", mode="train")
+  words += ["--config.train.num_epochs=400", "--distributed"]
+  words += ["--config.train.validate_every_epochs=400"]
+  processes = [
+    subprocess.Popen(
+      [*LISTENING, sys.executable, "main.py", *words],
+      cwd=ROOT,
+      env={
+        **_SHELL,
+        **tiny.QUICK,
+        "JAX_PLATFORMS": "cpu",
+        "SLURM_JOB_ID": str(os.getpid()),
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_NTASKS": "2",
+        "SLURM_PROCID": str(rank),
+        "SLURM_LOCALID": str(rank),
+      },
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
+    )
+    for rank in range(2)
+  ]
+  path = workdir / "metrics.jsonl"
+  while not path.exists() or path.read_text().count("\n") < 2:
+    assert [process.poll() for process in processes] == [None, None]
+    time.sleep(0.1)
+  processes[signum == signal.SIGTERM].send_signal(signum)
+  outputs = [process.communicate(timeout=120)[0] for process in processes]
+  lasts = {output.strip().splitlines()[-1] for output in outputs}
+  assert len(lasts) == 1 and "stopped at step" in lasts.pop(), outputs
+  statuses = {process.returncode for process in processes}
+  assert statuses <= {128 + signum, 128 + signal.SIGTERM}

@@ -4,6 +4,7 @@ A value is made from the world when it is tried, because some belong to a
 network or must be fresh (a deleted array).
 """
 
+import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable
@@ -13,8 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from PIL import Image
 
-from atat_jax import analyses, data, evaluation, models, sharding
+from atat_jax import analyses, data, evaluation, explain, models, sharding
 from atat_jax.data.base import DatasetSpec
 
 SHAPE, NUM_CLASSES = (2, 6, 6, 1), 5
@@ -100,6 +102,23 @@ class World:
   def spec(self) -> Any:
     names = tuple("abcde")
     return DatasetSpec("toy", NUM_CLASSES, SHAPE[1:], names, (0.5,), (0.5,))
+
+  @functools.cached_property
+  def photograph(self) -> pathlib.Path:
+    path = self.folder / "photo.png"
+    Image.fromarray(np.zeros((300, 300, 3), np.uint8)).save(path)
+    return path
+
+  @functools.cached_property
+  def subject(self) -> Any:
+    return explain.Subject(
+      "toys",
+      self.networks,
+      np.asarray(self.images),
+      np.asarray(self.labels),
+      list("abcde"),
+      [],
+    )
 
 
 def _deleted(world: World) -> jax.Array:
@@ -330,4 +349,322 @@ BANKS: dict[str, Bank] = {
   "counts": COUNT_LISTS,
   "path": PATHS,
   "radii": FIGURE_RADII,
+}
+
+BANKS |= {
+  "collections": _values(None, "x", 5, [], ())
+  | {
+    "a pair": lambda w: (w.variables, {}),
+  },
+  "options": _values("x", 5, [], {"nope": {}}, {"apgd-ce": 5}, ())
+  | {
+    "unknown": lambda w: {"apgd-ce": {"nope": 5}},
+    "a float": lambda w: {"apgd-ce": {"num_steps": 2.5}},
+    "none": lambda w: {"apgd-ce": {"num_steps": 0}},
+    "True": lambda w: {"apgd-ce": {"num_restarts": True}},
+    "huge": lambda w: {"apgd-ce": {"num_steps": 2**31}},
+    "a number for a name": lambda w: {1: {"num_steps": 2}},
+  },
+  "comma list": _values(
+    None, 5, b"steps", ["steps"], "nope", "steps,steps", {}
+  ),
+  "names": _values(None, 5, "steps", ["nope"], [1], {}, ("steps", "steps")),
+  "seed": _values(None, "0", 1.5, True, -1, [0], 2**63, float("nan"), {}),
+  "split": _values(None, 5, "x", (), {})
+  | {
+    "arrays": lambda w: (w.images, w.labels),
+    "0 to 255": lambda w: w.split._replace(
+      images=np.full(SHAPE, 255, np.float32)
+    ),
+    "nan": lambda w: w.split._replace(
+      images=np.full(SHAPE, np.nan, np.float32)
+    ),
+    "no labels": lambda w: w.split._replace(labels=None),
+    "no images": lambda w: w.split._replace(images="abc"),
+    "labels out of range": lambda w: w.split._replace(
+      labels=np.array([0, NUM_CLASSES], np.int32)
+    ),
+    "negative labels": lambda w: w.split._replace(
+      labels=np.array([0, -1], np.int32)
+    ),
+    "labels of 2**32": lambda w: w.split._replace(labels=np.array([2**32, 1])),
+    "another number": lambda w: w.split._replace(labels=np.zeros(3, np.int32)),
+    "empty": lambda w: type(w.split)(
+      np.zeros((0, *SHAPE[1:]), np.uint8), np.zeros(0, np.int32)
+    ),
+  },
+  "function": _values(None, 5, "x", [], {}),
+  "protocol name": _values(
+    None,
+    5,
+    "",
+    "nope",
+    "pgd",
+    "pgd0",
+    "pgd-2",
+    "pgd2.5",
+    "pgd99999999999",
+    "pgd2-nope",
+    "pgd2:",
+    "pgd2:nope=1",
+    "pgd2:momentum=x",
+    "pgd2:momentum=nan",
+    "pgd2:momentum=inf",
+    "pgd2:epsilon=1e39",
+    "pgd2:num_restarts=0",
+    "nominal2",
+    "pgd2:random_start=maybe",
+    "pgd2:norm=l3",
+    "pgd2:epsilon=2",
+    "apgd5:x",
+    "apgd5:enlarged=true",
+    "autoattack-nope",
+    "pgd2 ",
+    b"pgd2",
+    ["pgd2"],
+    (),
+    "pgd2:step_size=0",
+    "pgd2:momentum=1:momentum=1",
+    "PGD2",
+    "pgd\u0662",
+    "pgd2:epsilon=1/0",
+    "pgd2:targets=1",
+    "square5000000000",
+    "fgsm:num_steps=5",
+    "pgd2\n",
+    "pgd2:num_restarts=99999999999",
+  ),
+  "protocol names": _values(
+    None,
+    5,
+    "",
+    ",",
+    "pgd2,pgd2",
+    "nope",
+    ["pgd2"],
+    b"pgd2",
+    "pgd2,nope",
+    {},
+    "pgd99999999999",
+  ),
+}
+
+BANKS["analysis names"] = _values(None, 5, "steps", [1], {}, [None], True)
+BANKS["indices"] = {k: v for k, v in COUNT_LISTS.items() if k != "falling"}
+BANKS["attacked images"] = {
+  label: value
+  for label, value in IMAGES.items()
+  if label not in ("nan", "inf", "0 to 255", "-1 to 1", "float16 nan")
+  and "above 1" not in label
+}
+
+FILES = ("missing", "a folder")
+"""Labels of paths that lead to no file."""
+
+_WEIGHTS = _values(
+  None, "1", True, [1.0], {}, 1j, -0.5, 1e39, float("nan"), float("inf")
+)
+_LOGITS = NO_ARRAYS | {
+  "a vector": lambda w: np.zeros(5, np.float32),
+  "three axes": lambda w: np.zeros((2, 2, 5), np.float32),
+  "integers": lambda w: np.zeros((2, 5), np.int32),
+  "complex": lambda w: np.zeros((2, 5), np.complex64),
+  "another batch": lambda w: np.zeros((3, 5), np.float32),
+  "a number": lambda w: 1.0,
+}
+_CLASSES = NO_ARRAYS | {
+  "one too few": lambda w: np.zeros(1, np.int32),
+  "a column": lambda w: np.zeros((2, 1), np.int32),
+  "floats": lambda w: np.zeros(2, np.float32),
+  "Booleans": lambda w: np.zeros(2, bool),
+  "one-hot": lambda w: np.zeros((2, 5), np.float32),
+}
+_CHANNELS = _values(
+  "abc",
+  5,
+  (),
+  ("a",),
+  (None,),
+  (float("nan"),),
+  (float("inf"),),
+  (True,),
+  (1e39,),
+  {},
+  b"a",
+)
+
+BANKS |= {
+  "weight": _WEIGHTS,
+  "real": {k: v for k, v in _WEIGHTS.items() if k != "-0.5"},
+  "logits": _LOGITS,
+  "more logits": _LOGITS
+  | {"other classes": lambda w: np.zeros((2, 4), np.float32)},
+  "classes": _CLASSES,
+  "batch": NO_ARRAYS
+  | {
+    "another batch": lambda w: np.zeros((3, 5), np.float32),
+    "other shape": lambda w: np.zeros((2, 4), np.float32),
+    "a number": lambda w: 1.0,
+  },
+  "order": _values(None, 0, 3, -1, 1.5, "2", True, [2], float("inf")),
+  "means": _CHANNELS,
+  "stds": _CHANNELS | _values((0.0,), (-1.0,), (1e-60,)),
+  "sizes": _values(
+    None,
+    5,
+    "5",
+    (),
+    ("a",),
+    (0,),
+    (-1,),
+    (1.5,),
+    (True,),
+    (None,),
+    {},
+    (2**31,),
+    ((1,),),
+  ),
+  "dtype": _values("float99", 5, [], {}, "int32", int, "a\nb"),
+  "depth": COUNTS | _values(7, 9, 11),
+  "fraction": _values(
+    None, "0.1", True, [0.1], -0.1, 1.0, 2, float("nan"), float("inf"), {}
+  ),
+  "mapping": _values(None, 5, "x", [], ()),
+  "devices": _values(5, "cpu", [], (), [1], ["cpu"], {}, True),
+  "step": _values(None, "1", 1.5, True, -1, 2**63, [1], {}, float("nan")),
+  "text": _values(None, 5, True, b"x", [], {}, ("x",)),
+  "file": PATHS
+  | {
+    "missing": lambda w: w.folder / "missing",
+    "a folder": lambda w: w.folder,
+  },
+  "folder": PATHS | {"missing": lambda w: w.folder / "missing"},
+  "place": PATHS,
+  "paths": _values(None, 5, "runs", [], (), [5], [None], {}, [b"a"], [""]),
+  "padding": _values(None, "1", 1.5, True, -1, 2**31, [1], {}, float("nan")),
+  "pixels": NO_ARRAYS
+  | {
+    "one image": lambda w: np.zeros((6, 6, 1), np.uint8),
+    "a number": lambda w: 1,
+    "complex": lambda w: w.images + 0j,
+  },
+  "spec": _values(None, 5, "digits", {}, ()),
+  "rows": _values(None, 5, "x", {}, [1], ["a"], [{}], [{"model": "net"}]),
+  "results": _values(
+    None,
+    5,
+    "x",
+    [],
+    {},
+    {"rows": 5},
+    {"rows": [1]},
+    {"rows": [{}]},
+    {"format": 2, "rows": []},
+    {"format": 1},
+  ),
+  "sums": _values(
+    None,
+    5,
+    "x",
+    [],
+    {"a": 1.0},
+    {"a": "x"},
+    {1: [0.0, 1.0]},
+    {"a": [1, 2, 3]},
+    {"a": None},
+  ),
+  "values": _values(
+    None,
+    5,
+    "x",
+    [],
+    {"a": 1.0},
+    {"a": "x"},
+    {"a": None},
+    {1: [1.0]},
+    {"a": [[1.0]]},
+  ),
+  "metric names": _values(None, 5, "loss", {}, [1], [None]),
+}
+
+BANKS |= {
+  "names of layers": _values(None, "conv", 5, [1], (None,), {}, True),
+  "arrays": NO_ARRAYS | {"a number": lambda w: 1.0},
+  "image batch": NO_ARRAYS
+  | {
+    "one image": lambda w: w.images[0],
+    "integers": lambda w: np.zeros(SHAPE, int),
+    "a number": lambda w: 1.0,
+    "no images": lambda w: w.images[:0],
+  },
+  "mask": NO_ARRAYS
+  | {
+    "integers": lambda w: np.ones(2, int),
+    "another batch": lambda w: np.ones(3, bool),
+    "two axes": lambda w: np.ones((2, 2), bool),
+  },
+  "axis": _values(None, "0", 1.5, True, 7, [0], {}),
+  "boundaries": _values(
+    None,
+    5,
+    "5",
+    (),
+    ("a",),
+    (0,),
+    (-1,),
+    (1.5,),
+    (True,),
+    (None,),
+    {},
+    (3, 2),
+    (3, 3),
+    (2**31,),
+  ),
+  "schedule": _values(None, 0.1, "cosine", [], {}),
+  "settings": _values(None, 5, "x", {}, [])
+  | {
+    "unknown": lambda w: dataclasses.replace(w.settings, analyses=("nope",)),
+    "index": lambda w: dataclasses.replace(
+      w.settings, analyses=("landscape",), indices=(99,)
+    ),
+  },
+  "stored images": {k: v for k, v in IMAGES.items() if k != "uint8"},
+  "class names": _values(None, 5, "abcde", [1], ["a"], {}, []),
+  "trees": _values(None, 5, "x", [], {}, ()),
+  "model names": _values(
+    None, 5, "vgg16", [], ["nope"], [1], {}, ["vgg16"] * 2
+  ),
+  "label list": _values(
+    None, 5, "1", [], ["1"], [1.5], [True], [-1], [1000], [2**32], {}, [None]
+  ),
+}
+
+BANKS["seed of a run"] = _values(
+  None, "1", 1.5, True, -1, 2**64, [1], {}, float("nan")
+)
+BANKS["text or name"] = BANKS["text"]
+
+BANKS["subject"] = _values(None, 5, "x", {}, [], ())
+BANKS["host arrays"] = {
+  k: v for k, v in BANKS["arrays"].items() if "key" not in k
+}
+
+BANKS["no function"] = _values(None, 5, "net", [], {}, 0.5)
+BANKS["number of an axis"] = _values(None, "0", 1.5, True, -1, [0], {})
+BANKS["maps"] = NO_ARRAYS | {
+  "a vector": lambda w: np.zeros(3),
+  "complex": lambda w: np.zeros((2, 3, 3), complex),
+  "other shape": lambda w: np.zeros((2, 4, 4)),
+  "integers": lambda w: np.zeros((2, 3, 3), int),
+}
+BANKS["scores"] = NO_ARRAYS | {
+  "a number": lambda w: 1.0,
+  "another length": lambda w: np.zeros(3),
+  "two axes": lambda w: np.zeros((2, 2)),
+  "complex": lambda w: np.zeros(4, complex),
+}
+BANKS["four Booleans"] = NO_ARRAYS | {
+  "integers": lambda w: np.zeros(4, int),
+  "another length": lambda w: np.zeros(3, bool),
+  "two axes": lambda w: np.zeros((2, 2), bool),
 }

@@ -24,8 +24,12 @@ Made = tuple[Callable[..., Any], Callable[[Any], Callable[..., Any]]]
 
 
 def formula(weights: Any, images: jax.Array) -> jax.Array:
-  """Maps images to logits; the reference for all kinds."""
-  return jnp.tanh(images.reshape(len(images), -1) @ weights)
+  """Maps images to logits by the first rows of the weights.
+
+  More rows make the weights heavier and change nothing.
+  """
+  flat = images.reshape(len(images), -1)
+  return jnp.tanh(flat @ weights[: flat.shape[-1]])
 
 
 class Holder:
@@ -161,7 +165,7 @@ def _randomized(weights: Any) -> Any:
 
 
 def _scan_of_a_jit(weights: Any) -> Any:
-  inner = jax.jit(lambda x: x @ weights)
+  inner = jax.jit(lambda x: x @ weights[: x.shape[-1]])
 
   def function(images: jax.Array) -> jax.Array:
     flat = images.reshape(len(images), -1)
@@ -174,7 +178,7 @@ def _scan_of_a_jit(weights: Any) -> Any:
 
 
 def _while_of_a_jit(weights: Any) -> Any:
-  inner = jax.jit(lambda x: x @ weights)
+  inner = jax.jit(lambda x: x @ weights[: x.shape[-1]])
 
   def function(images: jax.Array) -> jax.Array:
     flat = images.reshape(len(images), -1)
@@ -186,7 +190,7 @@ def _while_of_a_jit(weights: Any) -> Any:
 
 
 def _cond_of_a_jit(weights: Any) -> Any:
-  inner = jax.jit(lambda x: x @ weights)
+  inner = jax.jit(lambda x: x @ weights[: x.shape[-1]])
 
   def function(images: jax.Array) -> jax.Array:
     flat = images.reshape(len(images), -1)
@@ -232,9 +236,7 @@ class Linear(nn.Module):
 
   @nn.compact
   def __call__(self, images: jax.Array) -> jax.Array:
-    flat = images.reshape(len(images), -1)
-    w = self.param("w", nn.initializers.zeros, (flat.shape[-1], 4))
-    return jnp.tanh(flat @ w)
+    return formula(self.get_variable("params", "w"), images)
 
 
 def _bound_module(weights: Any) -> Any:
@@ -275,7 +277,8 @@ class Tree:
   activation: Any
 
   def __call__(self, images: jax.Array) -> jax.Array:
-    return self.activation(images.reshape(len(images), -1) @ self.weights)
+    flat = images.reshape(len(images), -1)
+    return self.activation(flat @ self.weights[: flat.shape[-1]])
 
 
 def _tree(weights: Any) -> Any:

@@ -39,7 +39,7 @@ def read(
   """Draws images whose class is their brightness."""
   del data_dir, cache_dir
   if source != "auto":
-    raise UserError(f"source={source!r}: must be 'auto' for minimal")
+    raise UserError(f"source: {source!r}; allowed: 'auto' for minimal")
   generator = np.random.default_rng(0)
   splits = []
   for size in (400, 90):

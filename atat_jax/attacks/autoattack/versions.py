@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from atat_jax import checks, losses
-from atat_jax.attacks import base
+from atat_jax.attacks import balls, base
 from atat_jax.attacks.auto_pgd import APGD
 from atat_jax.attacks.autoattack.slots import Job
 from atat_jax.attacks.fast_boundary import FAB
@@ -168,6 +168,8 @@ def make(
   Raises:
     UserError: An unknown name or number.
   """
+  checks.choice("norm", norm, balls.BALLS)
+  checks.count("num_classes", num_classes)
   options = {} if options is None else options
   checks.instance("options", options, Mapping, "attack to numbers, or None")
   label, chosen = _named(version)

@@ -55,6 +55,7 @@ def read(path: pathlib.Path) -> dict[str, np.ndarray]:
     UserError: The file is damaged or of another format, or has no tensors.
     OSError: The file cannot be read.
   """
+  regular.require_regular(path)
   try:
     _check_header(path)
     # NumPy knows the dtype bfloat16 once JAX has been imported.

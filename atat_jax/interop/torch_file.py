@@ -237,9 +237,10 @@ def read(path: pathlib.Path) -> dict[str, np.ndarray]:
       its pickle asks for anything but tensors in dicts.
     OSError: The file cannot be read.
   """
-  with regular.open_regular(path) as file:
-    is_zip = zipfile.is_zipfile(file)
+  regular.require_regular(path)
   try:
+    with regular.open_regular(path) as file:
+      is_zip = zipfile.is_zipfile(file)
     return (_read_zip if is_zip else _read_legacy)(path)
   except UserError as error:
     raise UserError(f"{path}: {error}") from None

@@ -194,6 +194,17 @@ class _Interpreter:
     self._stack.append({})
     self._set(items)
 
+  # A set becomes a list: its elements need no hash.
+
+  def _empty_set(self, _: None) -> None:
+    self._stack.append([])
+
+  def _additems(self, _: None) -> None:
+    self._extend(self._pop_mark())
+
+  def _frozenset(self, _: None) -> None:
+    self._stack.append(self._pop_mark())
+
   def _append(self, _: None) -> None:
     self._extend([self._pop()])
 
@@ -275,8 +286,9 @@ def load(
     stored: List that everything kept outside of the pickle is added to.
 
   Returns:
-    Plain values: None, numbers, text, bytes, tuples, lists, dicts; and `Named`,
-    `Call` and `Stored` where the pickle has more. They may contain each other.
+    Plain values: None, numbers, text, bytes, tuples, lists (also for sets),
+    dicts; and `Named`, `Call` and `Stored` where the pickle has more. They may
+    contain each other.
 
   Raises:
     Exception: A damaged or hostile file raises anything, also what

@@ -4,17 +4,21 @@
 memory is limited; each test looks at what came of one.
 """
 
+import contextlib
 import itertools
 import json
 import os
 import pathlib
 import pickle
+import random
 import subprocess
 import sys
+import zipfile
 
 import hostile
 import numpy as np
 import pytest
+import safetensors.numpy
 from array_record.python import array_record_module
 
 from atat_jax import interop, models
@@ -139,6 +143,67 @@ def test_sizes_of_records_are_those_of_their_library(tmp_path, sizes, options):
   # A record and its chunk take some bytes of their own.
   total = record_files.check(path)
   assert sum(sizes) <= total < sum(sizes) + 11 * len(sizes) + 1000
+
+
+def _mutated(content, generator):
+  """A few bytes changed, put in or left out; or the end cut off."""
+  found = bytearray(content)
+  if generator.random() < 0.1:
+    return bytes(found[: generator.randrange(len(found))])
+  for _ in range(generator.choice([1, 1, 2, 8])):
+    place, kind = generator.randrange(len(found)), generator.random()
+    if kind < 0.6:
+      found[place] = generator.randrange(256)
+    elif kind < 0.8:
+      found[place:place] = generator.choice(PIECES)
+    else:
+      del found[place : place + generator.choice([1, 4])]
+  return bytes(found)
+
+
+PIECES = [
+  b"\xff\xff\xff\xff",
+  bytes(8),
+  b"]]",
+  b"\x85",
+  b"r\xff\xff\xff\x7f",
+  b"0",
+]
+
+
+@pytest.mark.parametrize("kind", ["zip", "legacy", "program", "safetensors"])
+def test_changed_weights_are_refused_or_read(tmp_path, kind):
+  torch = pytest.importorskip("torch", reason="it writes the files")
+  state = {"a.w": torch.arange(20.0).reshape(4, 5), "b": torch.arange(6)}
+  path, generator = tmp_path / "w.pth", random.Random(0)
+  torch.save(state, path, _use_new_zipfile_serialization=kind != "legacy")
+  if kind == "safetensors":
+    path = tmp_path / "w.safetensors"
+    safetensors.numpy.save_file({k: v.numpy() for k, v in state.items()}, path)
+  content = path.read_bytes()
+  with contextlib.suppress(zipfile.BadZipFile):
+    with zipfile.ZipFile(tmp_path / "w.pth") as archive:
+      members = {name: archive.read(name) for name in archive.namelist()}
+  refused = 0
+  for _ in range(400):
+    if kind == "program":
+      with zipfile.ZipFile(path, "w") as archive:
+        for name, data in members.items():
+          is_program = name.endswith("data.pkl")
+          data = _mutated(data, generator) if is_program else data
+          archive.writestr(name, data)
+    else:
+      path.write_bytes(_mutated(content, generator))
+    try:
+      found = interop.read_state_dict(path)
+    except UserError as error:
+      assert str(error).startswith(str(path)) and str(error).isprintable()
+      refused += 1
+      continue
+    if kind == "zip":  # its checksums leave no room for other numbers
+      for name, tensor in state.items():
+        np.testing.assert_array_equal(found[name], tensor.numpy())
+  assert refused > 200
 
 
 # --- Extra images ------------------------------------------------------------

@@ -95,7 +95,7 @@ def test_names_are_shown_as_they_are(tmp_path, field):
 def test_a_configuration_of_another_kind_is_refused(tmp_path, field):
   for value in (None, [], 1.5, ["x"], "" if field != "method" else 3):
     tree = {"method": "at", field: value}
-    with pytest.raises(UserError, match=f"config.{field}: "):
+    with pytest.raises(UserError, match=f"{field}: "):
       configuration.parse(tree, tmp_path)
 
 

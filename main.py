@@ -11,6 +11,7 @@ if __name__ == "__main__":
   commands.begin("stopped; the same command goes on from here")
 
 import sys
+import traceback
 from collections.abc import Sequence
 
 from absl import app, flags
@@ -35,6 +36,9 @@ _MODE = flags.DEFINE_enum(
   pipeline.MODES,
   "Part of the work to do; run: everything that is not done yet.",
 )
+_STEP = flags.DEFINE_integer(
+  "step", None, "Step of the training that --mode=replay makes again, from 1."
+)
 _DISTRIBUTED = flags.DEFINE_bool(
   "distributed", False, "Join the other processes of a pod, cluster or job."
 )
@@ -53,15 +57,29 @@ def _parse(argv: Sequence[str]) -> list[str]:
     _CONFIG.value.items()  # a file that could not be read fails only here
     return rest
   except UserError as error:
-    sys.exit(f"error: {commands.one_line(error)}")
-  except (AttributeError, KeyError) as error:  # ml_collections: no such field
-    inner = error.args[0]
-    text = inner.args[0] if isinstance(inner, Exception) else inner
-    reason = " ".join(str(text).split())
-    sys.exit(f"error: --config has no field {reason}")
+    sys.exit(f"error: {error}")
   except (flags.Error, OSError) as error:
     lines = [line for line in str(error).splitlines() if line.strip()]
     sys.exit(f"error: {lines[-1].strip()}")
+  except Exception as error:
+    sys.exit(f"error: --config {_reason(error)}")
+
+
+def _reason(error: Exception) -> str:
+  """Puts an error in reading the configuration on one line."""
+  place = traceback.extract_tb(error.__traceback__)[-1]
+  inner = error.args[0] if error.args else ""
+  text = inner.args[0] if isinstance(inner, Exception) else inner
+  text = " ".join(str(text).split())
+  if isinstance(error, AttributeError | KeyError):
+    # Those that Python raises itself know the name that is missing.
+    named = getattr(error, "name", None) is not None
+    if "ml_collections" in place.filename and not named:
+      return f"has no field {text}"
+  where = f"{place.filename}, line {place.lineno}"
+  if isinstance(error, SyntaxError):
+    where = f"{error.filename}, line {error.lineno}"
+  return f"cannot be read: {type(error).__name__}: {text} ({where})"
 
 
 def main(argv: Sequence[str]) -> None:
@@ -73,7 +91,7 @@ def main(argv: Sequence[str]) -> None:
   )
   with runtime.plain_exits(workdir, kept):
     runtime.set_up(distributed=_DISTRIBUTED.value)
-    pipeline.run(_MODE.value, _CONFIG.value, workdir)
+    pipeline.run(_MODE.value, _CONFIG.value, workdir, step=_STEP.value)
 
 
 if __name__ == "__main__":

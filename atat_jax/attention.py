@@ -322,7 +322,7 @@ def _forward(
 
 # Used for shapes only. Its traces are cached, because tracing a deep network for
 # every batch would take longer than computing the maps on an accelerator.
-_logits = jax.jit(_forward, static_argnames=("model", "batch_norm"))
+_logits = compilation.jit(_forward, static_argnames=("model", "batch_norm"))
 
 
 def grad_cam(
@@ -358,7 +358,7 @@ def grad_cam(
   checks.choice("batch_norm", batch_norm, ("running", "batch"))
   checks.variables(model, variables, images.shape)
   hashable = compilation.hashable(model)
-  logits = _logits.eval_shape(
+  logits = _logits.eval_shape(  # type: ignore[attr-defined]
     variables, images, model=hashable, batch_norm=batch_norm
   )
   labels = checks.labels(labels, images.shape[0], logits.shape[-1])

@@ -267,9 +267,42 @@ class Checkpointer(contextlib.AbstractContextManager[Any]):
         f" checkpoint in {self.directory} has {has}such; use its"
         " configuration or another --workdir"
       )
-    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-    fields = _read_items(folder, _items(abstract))
-    return state.replace(**fields.pop("run"), **fields)
+    return _read_state(folder, state)
+
+
+def _read_state(folder: pathlib.Path, state: TrainState) -> TrainState:
+  abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+  fields = _read_items(folder, _items(abstract))
+  return state.replace(**fields.pop("run"), **fields)
+
+
+def restore_before(
+  workdir: pathlib.Path | str, state: TrainState, step: int
+) -> tuple[TrainState, int]:
+  """Restores the state of the last intact checkpoint before a step.
+
+  Nothing in the directory is changed, unlike by a `Checkpointer`.
+
+  Args:
+    workdir: Working directory of the run.
+    state: State before the first step, of the same structure.
+    step: Number of the step, from 1.
+
+  Returns:
+    The state and the number of steps made; `state` and 0 where there is no such
+    checkpoint.
+  """
+  directory = _directory(workdir)
+  for saved in _steps(directory) if directory.is_dir() else []:
+    if saved >= step:
+      continue
+    folder = directory / str(saved)
+    try:
+      _check(folder)
+      return _read_state(folder, state), saved
+    except DamagedFileError as error:
+      _say(f"step {saved} is damaged and left out ({error})")
+  return state, 0
 
 
 def _has_average(folder: pathlib.Path) -> bool:

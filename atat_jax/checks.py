@@ -55,6 +55,10 @@ def array(value: Any, name: str) -> Array | np.ndarray:
         f"{name}: a deleted array (donated to another function);"
         " allowed: an array of numbers"
       )
+    if jnp.issubdtype(value.dtype, jax.dtypes.extended):
+      raise UserError(
+        f"{name}: {shown(value)}; allowed: an array of numbers"
+      )
     return value
   try:
     if any(not _concrete(leaf) for leaf in jax.tree.leaves(value)):
@@ -74,8 +78,6 @@ def array(value: Any, name: str) -> Array | np.ndarray:
 def host(name: str, value: Any) -> np.ndarray:
   """Checks that a value is an array of numbers, and returns it on the host."""
   found = array(value, name)
-  if jnp.issubdtype(found.dtype, jax.dtypes.extended):
-    raise UserError(f"{name}: {shown(value)}; allowed: an array of numbers")
   if not _concrete(found):
     raise UserError(f"{name}: traced; allowed: outside jit, a known array")
   return np.asarray(found)
@@ -406,7 +408,8 @@ def inspect_images(x: Array | np.ndarray, name: str = "images") -> None:
     raise UserError(
       f"{name}: shape {x.shape}; allowed: [B, H, W, C], not empty"
     )
-  if not jnp.issubdtype(x.dtype, jnp.floating):
+  # JAX has no floating point wider than float64.
+  if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype.itemsize > 8:
     raise UserError(
       f"{name}: dtype {x.dtype}; allowed: floating point in [0, 1]"
       " (uint8 pixels: divide by 255)"
@@ -443,9 +446,9 @@ def inspect_labels(
 
 def images(x: Array, name: str = "images") -> Array:
   """Checks [B, H, W, C] floating-point images in [0, 1] and returns them."""
-  x = jnp.asarray(array(x, name))
+  x = array(x, name)  # type: ignore[assignment]
   inspect_images(x, name)
-  return x
+  return jnp.asarray(x)
 
 
 def labels(
@@ -529,6 +532,8 @@ def _arrays(tree: PyTree, name: str) -> dict[str, Any]:
   )
   for path, leaf in leaves:
     where = f"{name}: {_path(path)}" if path else name
+    if jnp.issubdtype(getattr(leaf, "dtype", float), jax.dtypes.extended):
+      continue  # a random key
     if isinstance(leaf, jax.ShapeDtypeStruct):
       found[_path(path)] = leaf
     else:

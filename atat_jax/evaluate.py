@@ -20,12 +20,14 @@ from atat_jax import (
   checkpoints,
   evaluation,
   models,
+  rng,
   sharding,
 )
-from atat_jax.attacks import nonfinite
+from atat_jax.attacks import diagnostics, nonfinite
+from atat_jax.attacks.diagnostics import Diagnostic
 from atat_jax.data import Dataset, Split
 from atat_jax.errors import in_section
-from atat_jax.evaluation import Protocol
+from atat_jax.evaluation import Protocol, rules
 from atat_jax.plan import Plan
 from atat_jax.process import stops
 from atat_jax.runs import files, provenance, tables
@@ -34,6 +36,8 @@ from atat_jax.typing import Array, BatchNormMode, Classifier
 _log = logging.getLogger(__name__)
 
 Row = dict[str, Any]
+
+_NOMINAL = Protocol("nominal", "nominal")
 
 # Fields of a row that are its result.
 _MEASURED = {
@@ -146,6 +150,22 @@ class _Table:
       for row in self.content["rows"]
       if steps.get(row["model"]) == row.get("checkpoint_step")
     }
+    if jax.process_index() == 0:
+      self._keep_rows_of_damaged()
+
+  def _keep_rows_of_damaged(self) -> None:
+    """Copies the file where rows go because their checkpoint is damaged."""
+    damaged = {
+      role
+      for role, chosen in self._record["checkpoints"].items()
+      if "intact" in chosen["which"]
+    }
+    if any(
+      row["model"] in damaged and _identity(row) not in self._rows
+      for row in self.content["rows"]
+    ):
+      copy = files.set_aside(self.path, self.path.parent, copy=True)
+      _log.warning("rows of a damaged checkpoint are kept in %s", copy)
 
   def __contains__(self, row: Row) -> bool:
     """Whether a row has been measured."""
@@ -196,6 +216,7 @@ def _complete(
     for role, mode in classifiers
     for protocol in settings.protocols
   ]
+  blindness = _LossChecks(classifiers, test)
   if all(row in table for row, _ in rows):
     _log.info("evaluate: %s has all %d rows", table.path, len(rows))
   with tqdm(
@@ -224,7 +245,51 @@ def _complete(
         on_batch=bar.update,
       )
       seconds = round(time.perf_counter() - began, 3)
-      table.add({**row, **measured, "seconds": seconds})
+      checked = blindness.check(row, protocol)
+      table.add({**row, **measured, **checked, "seconds": seconds})
+
+
+class _LossChecks:
+  """Checks whether the losses that attacks increase are blind, each once.
+
+  Args:
+    classifiers: (Role, BatchNorm mode) to classifier.
+    test: Images, on the host.
+  """
+
+  def __init__(
+    self,
+    classifiers: Mapping[tuple[str, BatchNormMode], Classifier],
+    test: Split,
+  ):
+    self._classifiers, self._test = classifiers, test
+    self._found: dict[tuple[Any, ...], Diagnostic] = {}
+
+  def check(self, row: Row, protocol: Protocol) -> Row:
+    """Returns the diagnostic of a row's loss as a field; none without a loss.
+
+    On the first batch, at random starts, with running statistics; AutoAttack
+    checks the losses of its own attacks.
+    """
+    loss, model = protocol.loss, row["model"]
+    if loss is None or row["batch_norm"] != "running":
+      return {}
+    radius = 8 / 255  # as AutoAttack looks
+    if protocol.norm == "linf" and protocol.epsilon is not None:
+      radius = protocol.epsilon
+    identity = model, loss, radius
+    if identity not in self._found:
+      part = slice(row["batch_size"])
+      found = diagnostics.blind_loss(
+        rng.stream(jax.random.key(row["seed"]), "blind"),
+        self._classifiers[model, "running"],
+        self._test.images[part].astype(np.float32) / np.float32(255),
+        self._test.labels[part],
+        loss=loss,
+        radius=radius,
+      )
+      self._found[identity] = rules.storable(found)
+    return {"diagnostics": {"blind_loss": self._found[identity]}}
 
 
 def _make_row(
@@ -285,11 +350,20 @@ def _measure(
   key = jax.random.key(seed)
   labels = sharding.to_host(mesh, data.labels)
   if protocol.attack == "autoattack":
+    clean = evaluation.judge(
+      key,
+      classifier,
+      data,
+      protocol=_NOMINAL,
+      batch_size=batch_size,
+      mesh=mesh,
+    )
     return _autoattack(
       key,
       classifier,
       sharding.to_host(mesh, data.images).astype(np.float32) / 255.0,
       labels,
+      clean,
       protocol=protocol,
       batch_size=batch_size,
       num_classes=num_classes,
@@ -320,6 +394,7 @@ def _autoattack(
   classifier: Classifier,
   images: np.ndarray,
   labels: np.ndarray,
+  clean: evaluation.Judged,
   *,
   protocol: Protocol,
   num_classes: int,
@@ -335,11 +410,14 @@ def _autoattack(
   return {
     "accuracy": result.accuracy,
     "class_accuracy": _by_class(np.asarray(result.robust), labels, num_classes),
-    "nonfinite": 0,
-    "nonfinite_points": counts.points,
+    "nonfinite": clean.nonfinite,
+    # The ensemble counts clean images, too.
+    "nonfinite_points": max(0, counts.points - clean.nonfinite),
     "nonfinite_gradients": counts.gradients,
     "attacks": _ensemble(result),
-    "diagnostics": result.diagnostics,
+    "diagnostics": {
+      name: rules.storable(check) for name, check in result.diagnostics.items()
+    },
   }
 
 

@@ -49,6 +49,7 @@ from atat_jax.runs import (
   provenance,
   roles,
 )
+from atat_jax.untrusted import regular
 
 # Photographs are few: nothing is averaged over them unless it is asked for.
 _OF_FEW = "attention,rounds,landscape"
@@ -280,10 +281,10 @@ def _read_class_names(path: str | None, num_classes: int) -> Sequence[str]:
   if path is None:
     return [f"class {number}" for number in range(num_classes)]
   try:
-    # As Windows writes it: with a mark at the start.
-    text = locations.expand("class_names", path).read_text("utf-8-sig")
-    names = text.splitlines()
-  except (OSError, UnicodeDecodeError) as error:
+    names = regular.read_text(
+      locations.expand("class_names", path)
+    ).splitlines()
+  except OSError as error:
     raise UserError(f"class_names: {path}: {error}") from None
   if len(names) != num_classes:
     raise UserError(

@@ -10,18 +10,25 @@ from collections.abc import Callable, Iterator
 import jax
 from ml_collections import ConfigDict
 
-from atat_jax import evaluate, rehearsal, report, sharding, train
+from atat_jax import evaluate, rehearsal, replay, report, sharding, train
 from atat_jax.config import make_plan
+from atat_jax.errors import UserError
 from atat_jax.plan import Plan
 from atat_jax.process import stops
 from atat_jax.runs import configuration, files, lock
 
-MODES = ("run", "train", "evaluate", "figures")
+MODES = ("run", "train", "evaluate", "figures", "replay")
 
 _log = logging.getLogger(__name__)
 
 
-def run(mode: str, config: ConfigDict, workdir: pathlib.Path) -> None:
+def run(
+  mode: str,
+  config: ConfigDict,
+  workdir: pathlib.Path,
+  *,
+  step: int | None = None,
+) -> None:
   """Runs one mode and prints where its results are.
 
   Args:
@@ -29,6 +36,7 @@ def run(mode: str, config: ConfigDict, workdir: pathlib.Path) -> None:
     config: Configuration with the fields of `configs/default.py`.
     workdir: Directory for everything that the run writes. One process at a
       time works in it; "figures", which only reads results, may run beside it.
+    step: Number of the step that "replay" makes again, from 1.
 
   Raises:
     UserError: Bad input, one clear line.
@@ -36,6 +44,10 @@ def run(mode: str, config: ConfigDict, workdir: pathlib.Path) -> None:
   """
   began = time.perf_counter()
   plan = make_plan(config)
+  if (mode == "replay") != (step is not None):
+    raise UserError(
+      f"step: {step}; allowed: a step with mode replay, only there"
+    )
   if mode == "figures":
     _figures(workdir, redraw=True)
     return
@@ -44,7 +56,10 @@ def run(mode: str, config: ConfigDict, workdir: pathlib.Path) -> None:
     evaluate.find_checkpoints(plan, workdir)  # before data are loaded
   with _locked(workdir) as check:
     configuration.check(plan.record, workdir)  # another may have begun since
-    _work(mode, plan, workdir, check)
+    if step is not None:
+      _replay(plan, workdir, step)
+    else:
+      _work(mode, plan, workdir, check)
   _log.info("done in %.0f s", time.perf_counter() - began)
 
 
@@ -55,6 +70,7 @@ def _locked(workdir: pathlib.Path) -> Iterator[Callable[[], None]]:
     yield stops.check
     return
   with lock.directory("workdir", workdir) as held:
+    files.remove_temporaries(workdir)
 
     def check() -> None:
       held.check()
@@ -66,7 +82,7 @@ def _locked(workdir: pathlib.Path) -> Iterator[Callable[[], None]]:
 def _work(
   mode: str, plan: Plan, workdir: pathlib.Path, check: Callable[[], None]
 ) -> None:
-  """Does the work of every mode but "figures"."""
+  """Does the work of "run", "train" and "evaluate"."""
   mesh = sharding.make_mesh()
   dataset = plan.data.load()
   extra = None
@@ -93,6 +109,16 @@ def _work(
   if mode == "run":
     _figures(workdir, redraw=report.is_old(workdir))
     check()
+
+
+def _replay(plan: Plan, workdir: pathlib.Path, step: int) -> None:
+  """Makes a step of a training again."""
+  dataset, extra = plan.data.load(), plan.data.open_extra()
+  train.check_sizes(plan, dataset, extra)
+  mesh = sharding.make_mesh()
+  path = replay.replay(plan, workdir, dataset, mesh, extra, step=step)
+  if jax.process_index() == 0:
+    sys.stdout.write(f"{replay.describe(path)}\n")
 
 
 def _figures(workdir: pathlib.Path, *, redraw: bool) -> None:

@@ -15,7 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from atat_jax import analyses, attention, fields, models, state, steps, train
+from atat_jax import (
+  analyses,
+  attention,
+  compilation,
+  fields,
+  models,
+  state,
+  steps,
+  train,
+)
 from atat_jax.attacks.autoattack import versions
 from atat_jax.data import Dataset
 from atat_jax.errors import UserError, in_section
@@ -141,8 +150,11 @@ def _shape(array: Any) -> jax.ShapeDtypeStruct:
 def _check_rates(schedule: Any, total: int) -> None:
   """Checks that the learning rate is a number all along the run."""
   some = np.unique(np.linspace(0, total - 1, 257).astype(np.int32))
-  rates = np.asarray(jax.vmap(lambda i: 1.0 * schedule(i))(some), np.float64)
-  rates = np.broadcast_to(rates, some.shape)
+  # One program: compiled one operation at a time, a schedule takes a second.
+  found = compilation.jit(
+    jax.vmap(lambda step: jnp.asarray(schedule(step), jnp.float32)), once=True
+  )(some)
+  rates = np.asarray(found, np.float64)
   wrong = ~np.isfinite(rates) | (rates < 0)
   if wrong.any():
     raise UserError(

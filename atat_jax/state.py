@@ -22,6 +22,9 @@ LEFT_BEHIND = (
 )
 """What a step leaves behind, and must be finite besides terms and gradient."""
 
+ATTACK = "inner attack"
+"""Name of the inner attack, whose gradients must be finite as well."""
+
 MOST_NOTED = 128
 """Largest number of skipped steps that a state notes between two log lines."""
 
@@ -68,8 +71,8 @@ class TrainState(struct.PyTreeNode):
     sums: Metrics since the last log line, as sums and counts.
     nonfinite: Term to the first step at which it was not finite.
     ema: Averaged {"params", "batch_stats"} (`averaging`); None: no average.
-    unsound: What a step leaves behind to the first step at which it was not
-      finite. No checkpoint has it, as none is written of such a state.
+    unsound: The inner attack, and what a step leaves behind, to the first step
+      at which it was not finite. No checkpoint has it, as none is written of such a state.
     guard: Steps that are left out, and those that were; None: the policy is to
       stop. No checkpoint has it: what it notes is written down before.
   """
@@ -168,7 +171,7 @@ def build(
     ema=jax.tree.map(jnp.copy, found) if averages else None,
     unsound={
       name: jnp.asarray(NEVER, jnp.int32)
-      for name in LEFT_BEHIND
+      for name in (ATTACK, *LEFT_BEHIND)
       if averages or name != "averages"
     },
     guard=make_guard() if guarded else None,

@@ -17,7 +17,12 @@ from flax import linen as nn
 
 from atat_jax import compilation, metrics, rng, sharding
 from atat_jax.data.base import Split
-from atat_jax.objectives import Batch, Objective, Outcome
+from atat_jax.objectives import (
+  Batch,
+  Objective,
+  Outcome,
+  attack_is_finite,
+)
 from atat_jax.state import TrainState
 from atat_jax.training import accumulation, averaging, awp, soundness
 from atat_jax.training.batch import assemble, gather
@@ -167,6 +172,48 @@ def train_step(
   Returns:
     State after the step.
   """
+  batch, gradient, outcome = differentiate(
+    state,
+    teacher,
+    data,
+    indices,
+    extra,
+    model=model,
+    objective=objective,
+    mesh=mesh,
+    num_classes=num_classes,
+    padding=padding,
+    flip=flip,
+    options=options,
+  )
+  return _updated(state, gradient, outcome, batch, optimizer, options)
+
+
+def differentiate(
+  state: TrainState,
+  teacher: Variables | None,
+  data: Split,
+  indices: Array,
+  extra: Split | None = None,
+  *,
+  model: nn.Module,
+  objective: Objective,
+  mesh: jax.sharding.Mesh,
+  num_classes: int,
+  padding: int = 0,
+  flip: bool = False,
+  options: Options = OFF,
+) -> tuple[Batch, PyTree, Outcome]:
+  """Makes the batch of a step and differentiates its loss; for use inside jit.
+
+  Args:
+    state, teacher, data, indices, extra: See `train_step`.
+    model, objective, mesh, num_classes, padding, flip, options: See
+      `train_step`.
+
+  Returns:
+    The batch, the gradient, and the loss with its terms.
+  """
   with jax.named_scope("augmentation"):
     batch = assemble(
       state.rng,
@@ -187,7 +234,7 @@ def train_step(
     parts=options.accumulate_steps,
     params=state.params,
   )
-  return _updated(state, gradient, outcome, batch, optimizer, options)
+  return batch, gradient, outcome
 
 
 def _differentiate(
@@ -208,7 +255,8 @@ def _differentiate(
   def mean_loss(params: PyTree) -> tuple[Array, Outcome]:
     student = {"params": params, "batch_stats": batch_stats}
     outcome = objective.loss(model, student, prepared, batch)
-    return outcome.total.mean(), outcome
+    finite = attack_is_finite(prepared)
+    return outcome.total.mean(), outcome._replace(attack_finite=finite)
 
   if options.remat:
     mean_loss = jax.checkpoint(mean_loss, policy=_is_product)

@@ -24,6 +24,7 @@ from atat_jax import (
 )
 from atat_jax.data import Dataset, Extra, Split, augment, batches
 from atat_jax.errors import UserError, in_section
+from atat_jax.objectives import Batch, Outcome
 from atat_jax.plan import Plan, StagePlan
 from atat_jax.runs import configuration
 from atat_jax.state import TrainState
@@ -32,7 +33,7 @@ from atat_jax.training.draws import BatchDraws
 from atat_jax.training.incidents import Incidents, RolledBack
 from atat_jax.training.options import Options
 from atat_jax.training.outline import Outline
-from atat_jax.typing import Array, Classifier, Variables
+from atat_jax.typing import Array, Classifier, PyTree, Variables
 
 _log = logging.getLogger(__name__)
 
@@ -110,7 +111,7 @@ def _train_stage(
   extra: Extra | None,
 ) -> None:
   """Trains one network from its last checkpoint to its last step."""
-  teacher = _restore_teacher(plan, stage, workdir)
+  teacher = restore_teacher(plan, stage, workdir)
   outline = make_outline(plan, stage, workdir, len(dataset.train.labels))
   name, total = outline.name, outline.total
   prepared: Prepared | None = None
@@ -193,11 +194,14 @@ class Prepared:
     start: Numbers of steps to leave out to the state before the first step.
     programs: Programs of the training.
     draws: Its batches.
+    differentiate: (state, numbers of one step, extra images) to the batch, the
+      gradient and the loss of that step; the state stays.
   """
 
   start: Callable[[Sequence[int]], TrainState]
   programs: loop.Programs
   draws: BatchDraws
+  differentiate: Callable[..., tuple[Batch, PyTree, Outcome]]
 
 
 def prepare(
@@ -280,13 +284,35 @@ def prepare(
     ),
     before_saving=lambda: None,
   )
-  return Prepared(start, programs, draws)
+  gradient_fn = compilation.jit(
+    functools.partial(steps.differentiate, **bound), once=True
+  )
+
+  def differentiate(
+    current: TrainState, numbers: range, extra: Split | None
+  ) -> tuple[Batch, PyTree, Outcome]:
+    indices = draws.indices(numbers)
+    found: tuple[Batch, PyTree, Outcome] = gradient_fn(
+      current, teacher, images, indices, extra
+    )
+    return found
+
+  return Prepared(start, programs, draws, differentiate)
 
 
-def _restore_teacher(
+def restore_teacher(
   plan: Plan, stage: StagePlan, workdir: pathlib.Path
 ) -> Variables | None:
-  """Restores the variables of a stage's teacher, if it has one."""
+  """Restores the variables of a stage's teacher, if it has one.
+
+  Args:
+    plan: Plan of the run.
+    stage: The stage.
+    workdir: Working directory of the run.
+
+  Raises:
+    UserError: The teacher is missing or of another network.
+  """
   if plan.teacher is None or not stage.objective.needs_teacher:
     return None
   # Teacher and student have the same architecture (Section 3.2).

@@ -52,11 +52,15 @@ def apply(classifier: Classifier, key: Array, images: Array) -> Array:
   """Computes logits [B, K]; a `Randomized` classifier draws from `key`.
 
   Logits of 16 bits become float32, as losses and comparisons need more.
+
+  Raises:
+    UserError: The result is no array of logits, one row an image.
   """
   if isinstance(classifier, Randomized):
     logits = classifier(images, key)
   else:
     logits = classifier(images)
+  classifiers.check_logits(logits, images.shape[0])
   return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
 
 
@@ -131,6 +135,11 @@ def evaluate(
   return found._replace(gradient=found.gradient / eot_samples)
 
 
+def wide(dtype: Any) -> Any:
+  """Names the dtype of perturbations: float64 for itself, otherwise float32."""
+  return jnp.float64 if dtype == jnp.float64 else jnp.float32
+
+
 def check_arguments(
   classifier: Classifier, images: Array, labels: Array, **positive: Any
 ) -> tuple[Classifier, Array, Array, int]:
@@ -162,7 +171,7 @@ def check_arguments(
   classifier = as_pytree(classifier)
   images = checks.images(images)
   # Balls and perturbations are too coarse in 16 bits.
-  images = images.astype(jnp.promote_types(images.dtype, jnp.float32))
+  images = images.astype(wide(images.dtype))
   num_classes = classifiers.num_classes(classifier, images)
   labels = checks.labels(labels, images.shape[0], num_classes)
   return classifier, images, labels, num_classes
@@ -192,7 +201,7 @@ def on_host(
   )
   checks.inspect_labels(labels, len(images), num_classes)
   dtype = jax.dtypes.canonicalize_dtype(images.dtype)  # float32 without x64
-  images = images.astype(jnp.promote_types(dtype, jnp.float32))
+  images = images.astype(wide(dtype))
   return classifier, images, labels.astype(np.int32), num_classes
 
 

@@ -319,8 +319,8 @@ _jitted_sight = compilation.jit(_sight, static_argnames="names")
 def _look(
   key: Array,
   classifier: Classifier,
-  images: np.ndarray,
-  labels: np.ndarray,
+  images: np.ndarray | Array,
+  labels: np.ndarray | Array,
   *,
   names: tuple[str, ...],
   radius: float,
@@ -330,6 +330,26 @@ def _look(
   start = jnp.clip(images + noise, 0.0, 1.0)
   sight = _jitted_sight(classifier, start, labels, names=names)
   return _Sight(*map(np.asarray, sight))  # type: ignore[arg-type]
+
+
+def _checked_look(
+  key: Array,
+  classifier: Classifier,
+  images: np.ndarray | Array,
+  labels: np.ndarray | Array,
+  loss: str,
+  radius: float,
+) -> _Sight:
+  """Checks the arguments and looks at the gradient of one loss."""
+  checks.key(key)
+  checks.number("radius", radius, 0, 1)
+  classifier, images, labels, num_classes = base.check_arguments(
+    classifier,
+    images,  # type: ignore[arg-type]
+    labels,  # type: ignore[arg-type]
+  )
+  base.check_loss(loss, num_classes)
+  return _look(key, classifier, images, labels, names=(loss,), radius=radius)
 
 
 def _judge_margin(zero: np.ndarray) -> Diagnostic:
@@ -401,10 +421,11 @@ def zero_gradients(
 
   Returns:
     The diagnostic.
+
+  Raises:
+    UserError: An argument of a wrong shape, dtype or range, by name.
   """
-  sight = _look(
-    key, classifier, images, labels, names=("margin",), radius=radius
-  )
+  sight = _checked_look(key, classifier, images, labels, "margin", radius)
   return _judge_margin(np.asarray(sight.blind[0]))
 
 
@@ -436,11 +457,10 @@ def blind_loss(
     The diagnostic.
 
   Raises:
-    UserError: Unknown loss.
+    UserError: Unknown loss, or too few classes for it; another argument of a
+      wrong shape, dtype or range, by name.
   """
-  checks.choice("loss", loss, base.LOSSES)
-  classifier = base.as_pytree(classifier)
-  sight = _look(key, classifier, images, labels, names=(loss,), radius=radius)
+  sight = _checked_look(key, classifier, images, labels, loss, radius)
   return _judge_loss(loss, sight, 0)
 
 

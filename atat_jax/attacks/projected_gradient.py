@@ -185,6 +185,10 @@ def _ascend(
   return images_adv, state, counts
 
 
+counted_ascend = _ascend
+"""`ascend` with all of its arguments, which also returns the counts, [B]."""
+
+
 def random_start(
   key: Array, images: Array, *, epsilon: Scalar, norm: str = "linf"
 ) -> Array:
@@ -328,8 +332,8 @@ def _checked_pgd(
   """Checks the arguments of `pgd`, runs it and reports by its name."""
   checks.key(key)
   checks.boolean("random_start", numbers.random_start)
-  for name in ("num_restarts", "num_targets", "eot_samples"):
-    checks.count(name, getattr(options, name))
+  for option in ("num_restarts", "num_targets", "eot_samples"):
+    checks.count(option, getattr(options, option))
   base.check_norm(options.norm, numbers.epsilon)
   checks.not_negative("momentum", numbers.momentum)
   classifier, images, labels, num_classes = base.check_arguments(

@@ -225,7 +225,8 @@ class Opaque:
   ) -> "Opaque":
     """Puts other arrays in place of its own."""
     made, session = object.__new__(cls), reference()
-    assert session is not None  # another copy is alive: that of the caller
+    if session is None:  # the caller has another copy
+      raise RuntimeError("a callable was rebuilt after its last copy was gone")
     made._session, made._leaves = session, list(leaves)
     return made
 

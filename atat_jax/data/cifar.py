@@ -25,8 +25,8 @@ import tqdm
 from atat_jax import checks
 from atat_jax.data import archives, base
 from atat_jax.errors import DamagedFileError, UserError
-from atat_jax.runs import locations
-from atat_jax.untrusted import plain_json, regular
+from atat_jax.runs import files, locations
+from atat_jax.untrusted import regular
 
 SOURCES = ("auto", "tfds", "binary", "python")
 _IMAGE_SHAPE = (32, 32, 3)
@@ -140,7 +140,7 @@ def _check_tfds(directory: pathlib.Path, name: str) -> int:
     if not path.is_dir() and path not in records:
       regular.read_bytes(path, _LARGEST_NOTE)
   for path in sorted(directory.glob("*.json")):
-    for key, value in _entries(plain_json.read(path)):
+    for key, value in _entries(files.read_json(path)):
       plain = key.replace("_", "").lower()
       known = _TFDS_VALUES.get(plain)
       if known is not None and value not in known:

@@ -158,6 +158,7 @@ def _read_npz(
       if not _is_known(path, identity, cache_dir):
         while file.read(_CHUNK):  # its end compares the checksum
           pass
+    labels = arrays.read_members(archive, {"label"})["label"]
   with regular.open_regular(path) as file:
     file.seek(member.header_offset)
     # Name and extra field of the local header may differ in length from those
@@ -167,7 +168,6 @@ def _read_npz(
       raise ValueError("no zip header where there should be one")
     file.seek(sum(lengths) + header.offset, 1)
     images = _map(path, file, header)
-  labels = arrays.read_npz(path, {"label"})["label"]
   _remember(path, identity, cache_dir)
   return images, labels
 

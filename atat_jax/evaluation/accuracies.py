@@ -75,17 +75,18 @@ Both bool [B]; compiled.
 
 def _check(
   classifier: Classifier, data: Any, protocol: Any, batch_size: Any
-) -> Classifier:
-  """Checks what is to be judged; returns the classifier as a pytree."""
-  checks.count("batch_size", batch_size)
+) -> tuple[Classifier, Split]:
+  """Checks what is to be judged; returns the classifier as a pytree, and data."""
+  checks.positive("batch_size", batch_size, integer=True)
   checks.instance("data", data, Split, "a data.Split: images and labels")
   if not callable(getattr(protocol, "run", None)):
     raise UserError(
       f"protocol: {protocol!r}; allowed: what evaluation.parse returns"
     )
-  images, labels = data
-  for name, array in zip(Split._fields, data, strict=True):
+  images, labels = (
     checks.array(array, f"data.{name}")
+    for name, array in data._asdict().items()
+  )
   if images.dtype != np.uint8 or images.ndim != 4 or 0 in images.shape:
     raise UserError(
       f"data.images: {images.dtype} of shape {images.shape}; allowed: uint8"
@@ -96,7 +97,7 @@ def _check(
     classifier, one, jnp.zeros(1, jnp.int32)
   )
   checks.inspect_labels(labels, len(images), num_classes, "data.labels")
-  return classifier
+  return classifier, Split(images, labels)  # type: ignore[arg-type]
 
 
 def judge(
@@ -131,7 +132,7 @@ def judge(
     UserError: An argument of a wrong kind, shape, dtype or range, by name.
   """
   checks.key(key)
-  classifier = _check(classifier, data, protocol, batch_size)
+  classifier, data = _check(classifier, data, protocol, batch_size)
   sharding.check_mesh(mesh)
   checks.instance("on_batch", on_batch, Callable, "a function of a number")  # type: ignore[arg-type]
   num_examples = data.labels.shape[0]

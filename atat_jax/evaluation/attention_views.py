@@ -115,31 +115,42 @@ def attention_views(
     checks.choice("source", source, named)
     description += f"; images made for {source}"
   layers = tapped_layers(networks, images, layer)
-  found = {
-    "networks": np.array(list(named)),
-    "images": images,
-    "labels": labels,
-    "layer": np.array(", ".join(dict.fromkeys(layers.values()))),
-    "protocol": np.array(description),
-  }
+  found = {"images": images, "labels": labels}
+  found |= _facts(list(named), layers, description)
   mesh = devices(mesh)
   x, y = (sharding.put_replicated(mesh, part) for part in (images, labels))
   placed = {
     name: sharding.put_replicated(mesh, classifier)
     for name, classifier in named.items()
   }
+
+  def view(name: str, kind: str, seen: Array) -> dict[str, np.ndarray]:
+    model = compilation.hashable(networks[name][0])
+    (variables,) = placed[name].args
+    views = _jitted_view(variables, seen, y, model=model, layer=layers[name])
+    return _named(name, kind, *sharding.to_host(mesh, views))
+
+  for name in named:  # before any attack: they may be refused
+    found |= view(name, "clean", x)
   shared = None if source is None else attack(placed[source], x, y)
-  for name, (model, _) in networks.items():
+  for name in named:
     attacked = attack(placed[name], x, y) if shared is None else shared
     found["kinds"] = np.array(["clean", *attacked])
-    (variables,) = placed[name].args
-    static = {"model": compilation.hashable(model), "layer": layers[name]}
-    for kind, seen in {"clean": x, **attacked}.items():
-      view = sharding.to_host(mesh, _jitted_view(variables, seen, y, **static))
-      found |= _named(name, kind, *view)
     for kind, seen in attacked.items():
+      found |= view(name, kind, seen)
       found[f"{name}_{kind}"] = sharding.to_host(mesh, seen)
   return found
+
+
+def _facts(
+  names: list[str], layers: Mapping[str, str], description: str
+) -> dict[str, np.ndarray]:
+  """Returns the texts that a file has besides its maps."""
+  return {
+    "networks": np.array(names),
+    "layer": np.array(", ".join(dict.fromkeys(layers.values()))),
+    "protocol": np.array(description),
+  }
 
 
 def _named(

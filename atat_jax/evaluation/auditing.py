@@ -14,8 +14,10 @@ The checks, in their order:
   steps: whether PGD fools more images with more steps;
   attack_strength: whether the attack fools as many images as PGD;
   epsilon: whether the accuracy falls to 0 as the ball grows;
-  noise: whether the attack fools more images than random noise.
-`batch_dependence` and `rescored` are left out for `Randomized` classifiers.
+  noise: whether the attack fools more images than random noise;
+  nonfinite: whether all logits and gradients were finite.
+An image whose logits are not finite is not fooled, whatever argmax makes of
+them. `batch_dependence` and `rescored` are left out for `Randomized` classifiers.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,12 +31,13 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from atat_jax import checks, compilation, losses, rng, sharding
-from atat_jax.attacks import balls, base, diagnostics
+from atat_jax.attacks import balls, base, diagnostics, nonfinite
 from atat_jax.attacks.auto_pgd import apgd
 from atat_jax.attacks.diagnostics import Diagnostic, diagnostic
 from atat_jax.attacks.projected_gradient import pgd
 from atat_jax.data import batches
 from atat_jax.errors import UserError
+from atat_jax.evaluation.networks import devices
 from atat_jax.runs import wording
 from atat_jax.typing import Array, Classifier
 
@@ -94,17 +97,17 @@ def audit(
   Raises:
     UserError: A wrong argument, by name; or no image is classified correctly.
   """
-  base.check_norm(norm, epsilon)
-  _check_options(key, batch_size, num_examples, num_noise, progress)
+  _check(key, epsilon, norm, progress, batch_size, num_examples, num_noise)
   num_steps = _increasing(num_steps)
   data = base.on_host(classifier, images, labels)[:3]
   adversarial = _as_images(adversarial, data[1].shape)
   audited = _Audited(key, *data, norm=norm, batch_size=batch_size, mesh=mesh)
   trials = audited.trials(num_examples)
-  with trials.show_progress(progress, epsilon, num_steps, num_noise):
+  numbers = epsilon, num_steps, num_noise
+  with trials.show_progress(progress, *numbers), nonfinite.collect() as bad:
     found = audited.check(adversarial, epsilon)
-    found |= trials.check(adversarial, epsilon, num_steps, num_noise, found)
-  return found
+    found |= trials.check(adversarial, *numbers, found)
+  return found | {"nonfinite": trials.finite_numbers(audited, bad)}
 
 
 class _Audited:
@@ -123,16 +126,21 @@ class _Audited:
   ):
     self._key, self._images, self._labels = key, images, labels
     self._norm, self._batch_size = norm, min(batch_size, len(images))
-    self._mesh = sharding.mesh_or_all(mesh)
+    self._mesh = devices(mesh)
     self._classifier = sharding.put_replicated(self._mesh, classifier)
     self._predict = diagnostics.Scorer(self._classifier, self._mesh)
     self._logits = self._predict(
       images, self._batch_size, rng.stream(key, "clean")
     )
 
+  @property
+  def nonfinite(self) -> int:
+    """Number of clean images whose logits are not finite."""
+    return int((~np.isfinite(self._logits).all(-1)).sum())
+
   def trials(self, num_examples: int) -> "_Trials":
     """Selects the images on which the audit's own attacks run."""
-    correct = np.flatnonzero(self._logits.argmax(-1) == self._labels)
+    correct = np.flatnonzero(diagnostics.correct(self._logits, self._labels))
     if not len(correct):
       raise UserError(
         f"labels: the classifier gives none of the {len(self._labels)} images"
@@ -173,7 +181,7 @@ class _Audited:
         self._predict,
         adversarial,
         self._labels,
-        logits.argmax(-1) == self._labels,
+        diagnostics.correct(logits, self._labels),
         batch_size=max(1, self._batch_size // 2),
       )
     return found
@@ -215,7 +223,8 @@ def in_ball(
   numbers = (
     f"the largest distance is {largest:.6g}, the radius {epsilon:.6g}, pixels"
     f" are in [{low[finite].min(initial=1.0):.6g},"
-    f" {high[finite].max(initial=0.0):.6g}]"
+    # Digits enough to tell an excess of 1e-6 from 1.
+    f" {high[finite].max(initial=0.0):.8g}]"
   )
   if not finite.all():
     count = wording.plural(int((~finite).sum()), "image")
@@ -461,14 +470,15 @@ def growing(epsilon: float, norm: str, num_pixels: int) -> list[float]:
   return [*radii, whole]
 
 
-def _check_options(
-  key: Any, batch_size: Any, num_examples: Any, num_noise: Any, progress: Any
+def _check(
+  key: Any, epsilon: Any, norm: Any, progress: Any, *counts: Any
 ) -> None:
   checks.key(key)
-  checks.count("batch_size", batch_size)
-  checks.count("num_examples", num_examples)
-  checks.positive("num_noise", num_noise, integer=True)
+  base.check_norm(norm, epsilon)
   checks.boolean("progress", progress)
+  names = ("batch_size", "num_examples", "num_noise")
+  for name, value in zip(names, counts, strict=True):
+    checks.positive(name, value, integer=True)
 
 
 def _increasing(num_steps: Any) -> tuple[int, ...]:
@@ -483,7 +493,7 @@ def _increasing(num_steps: Any) -> tuple[int, ...]:
 
 
 def _as_images(adversarial: Any, shape: tuple[int, ...]) -> np.ndarray:
-  adversarial = checks.host("adversarial", adversarial)
+  adversarial = np.asarray(checks.array(adversarial, "adversarial"))
   if adversarial.shape != shape:
     raise UserError(
       f"adversarial: shape {adversarial.shape}; allowed: {shape}, that of the"
@@ -517,7 +527,7 @@ def _noise(
     noisy = jnp.clip(images + epsilon * ball.direction(noise), 0.0, 1.0)
     logits = base.apply(classifier, draw_key, noisy)
     value = losses.margin(logits, labels).astype(jnp.float32)
-    better = value > best[1]
+    better = (value > best[1]) & nonfinite.usable(logits)
     return (
       jnp.where(better[:, None, None, None], noisy, best[0]),
       jnp.where(better, value, best[1]),
@@ -553,6 +563,7 @@ class _Trials:
     self._batch_size = min(batch_size, len(chosen))
     self._bar: Any = None
     self.name = "APGD" if norm == "l1" else "PGD"
+    self.nonfinite = 0  # scores whose logits are not finite
     randomized = isinstance(classifier, base.Randomized)
     self._num_evaluations = _NUM_EVALUATIONS if randomized else 1
     self._eot_samples = _EOT_SAMPLES if randomized else 1
@@ -608,21 +619,33 @@ class _Trials:
     self._bar.set_postfix_str(wording.plural(flags, "flag"))
     return found
 
+  def finite_numbers(
+    self, audited: _Audited, counts: nonfinite.Collected
+  ) -> Diagnostic:
+    """Says what was not finite, of the clean images, scores and attacks."""
+    return diagnostics.finite_numbers(
+      clean=audited.nonfinite,
+      judged=self.nonfinite,
+      points=counts.points,
+      gradients=counts.gradients,
+    )
+
   def _radii(self, epsilon: float) -> list[float]:
     return growing(epsilon, self._norm, self._images[0].size)
 
   def _score(self, adversarial: np.ndarray) -> np.ndarray:
     """Share of evaluations in which images are classified correctly, [n]."""
-    correct = [
-      self._predict(
-        adversarial, self._batch_size, rng.stream(self._key, "score", number)
-      ).argmax(-1)
-      == self._labels
-      for number in range(self._num_evaluations)
-    ]
-    # An image with pixels that are not finite fools nothing.
-    finite = np.isfinite(adversarial).all((1, 2, 3))
-    return np.where(finite, np.mean(correct, axis=0), 1.0)
+    stands = []
+    # An image with pixels or logits that are not finite fools nothing.
+    bad_pixels = ~np.isfinite(adversarial).all((1, 2, 3))
+    for number in range(self._num_evaluations):
+      key = rng.stream(self._key, "score", number)
+      logits = self._predict(adversarial, self._batch_size, key)
+      bad = ~np.isfinite(logits).all(-1)
+      self.nonfinite += int(bad.sum())
+      right = diagnostics.correct(logits, self._labels)
+      stands.append(right | bad | bad_pixels)
+    return np.mean(stands, axis=0)
 
   def _attack(self, name: str, epsilon: float, num_steps: int) -> np.ndarray:
     """Runs the plain attack; returns the images' scores."""

@@ -73,7 +73,10 @@ def devices(mesh: Mesh | None) -> Mesh:
   Raises:
     UserError: Something else than a mesh.
   """
-  return sharding.mesh_or_all(mesh)
+  if mesh is None:
+    return sharding.make_mesh()
+  sharding.check_mesh(mesh)
+  return mesh
 
 
 def refuse_nonfinite(name: str, what: str, array: np.ndarray) -> None:

@@ -11,9 +11,12 @@ from typing import Any, NamedTuple, cast
 
 from atat_jax import checks
 from atat_jax.attacks.diagnostics import Diagnostic, diagnostic
+from atat_jax.errors import UserError
 from atat_jax.runs import comparable, tables, wording
 
 Row = Mapping[str, Any]
+
+_NEEDED = ("model", "attack", "batch_norm", "num_examples", "accuracy")
 
 CONVERGED = 0.02
 """Largest fall in accuracy under more steps of an attack that has converged."""
@@ -181,6 +184,22 @@ RULES: dict[str, Callable[[Evidence], Diagnostic | None]] = {
 }
 
 
+def storable(check: Diagnostic) -> Diagnostic:
+  """Returns a diagnostic that JSON can hold; one without a number flags.
+
+  Args:
+    check: Diagnostic whose number may be NaN or infinite.
+
+  Returns:
+    The diagnostic itself, or one with None for its number, flagged.
+  """
+  if check["value"] is None or math.isfinite(check["value"]):
+    return check
+  message = f"{check['message']} The number that this judges is not finite."
+  told = {**check, "value": None, "flag": True, "message": message}
+  return cast(Diagnostic, told)
+
+
 def nonfinite(rows: Sequence[Row]) -> Diagnostic | None:
   """Checks whether any number of a model's rows was not finite.
 
@@ -228,9 +247,17 @@ def diagnose(rows: Sequence[Row], model: str) -> dict[str, Diagnostic]:
   Returns:
     Name of the rule to its diagnostic; those that attacks made themselves come
     first, as `<attack>_<check>`. Of two attacks of one name a flag counts.
+
+  Raises:
+    UserError: Rows that lack what the rules compare.
   """
   checks.instance("model", model, str, "the name of a model")
-  tables.check_rows(rows)
+  for row in checks.sequence("rows", rows, "rows", empty=True):
+    checks.instance("rows", row, Mapping, "rows of results.json")
+    if lacking := [field for field in _NEEDED if field not in row]:
+      raise UserError(
+        f"rows: one has no {', '.join(lacking)}; allowed: rows of results.json"
+      )
   rows = [row for row in rows if row["model"] == model]
   found = _of_attacks(rows)
   alike = _comparable(rows)
@@ -239,7 +266,9 @@ def diagnose(rows: Sequence[Row], model: str) -> dict[str, Diagnostic]:
     results = {name: rule(evidence) for name, rule in RULES.items()}
     found |= {name: one for name, one in results.items() if one is not None}
   bad = nonfinite(rows)
-  return found if bad is None else found | {"nonfinite": bad}
+  if bad is not None:
+    found["nonfinite"] = bad
+  return {name: storable(check) for name, check in found.items()}
 
 
 def _of_attacks(rows: Sequence[Row]) -> dict[str, Diagnostic]:
@@ -249,7 +278,9 @@ def _of_attacks(rows: Sequence[Row]) -> dict[str, Diagnostic]:
     if row["batch_norm"] != "running":
       continue
     for name, check in row.get("diagnostics", {}).items():
-      key = f"{row['attack']}_{name}"
+      # Many attacks share a loss: it is told once.
+      shared = name == "blind_loss"
+      key = f"{row['loss'] if shared else row['attack']}_{name}"
       if key not in found or check["flag"]:
         found[key] = cast(Diagnostic, dict(check))
   return found

@@ -10,8 +10,8 @@ from matplotlib import axes, lines, ticker
 
 from atat_jax.drawing import style
 from atat_jax.drawing.text import plain
-from atat_jax.errors import UserError
-from atat_jax.runs import files, tables
+from atat_jax.errors import DamagedFileError, UserError
+from atat_jax.runs import files, results_format, tables
 
 _ACROSS = 2  # panels beside each other; more would be too small on a telephone
 _ROW = 0.3  # inches of height for each method
@@ -44,9 +44,23 @@ def read(path: pathlib.Path) -> dict[str, Any]:
   found = files.read_json(path)
   if found is None:
     raise UserError(f"{path} does not exist")
-  if found.get("format") != 1 or "rows" not in found:
-    raise UserError(f"{path} is not a comparison of format 1")
+  if found.get("format") != 1 or not _are_rows(found.get("rows")):
+    raise DamagedFileError(f"{path} is not a comparison of format 1")
   return found
+
+
+def _are_rows(rows: Any) -> bool:
+  """Whether rows have what the pictures show: each mean, error and figure."""
+  if not isinstance(rows, list) or results_format.fault({"rows": rows}):
+    return False
+  return all(
+    isinstance(row.get("dataset"), str)
+    and all(
+      name in row and (row[name] is None or type(row[name]) in (int, float))
+      for name in ("standard_error", "published")
+    )
+    for row in rows
+  )
 
 
 def draw(

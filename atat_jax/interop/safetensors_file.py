@@ -9,7 +9,8 @@ import numpy as np
 import safetensors
 
 from atat_jax.errors import UserError
-from atat_jax.untrusted import plain_json, regular
+from atat_jax.runs import files
+from atat_jax.untrusted import regular
 
 _LENGTH = struct.Struct("<Q")
 _LONGEST_HEADER = 1 << 24  # 16 MiB: some 100,000 tensors
@@ -24,7 +25,7 @@ def _check_header(path: pathlib.Path) -> None:
     (length,) = _LENGTH.unpack(start)
     if length > min(_LONGEST_HEADER, regular.size(file)):
       raise ValueError(f"a header of {length} bytes")
-    header = plain_json.parse(file.read(length), "the header")
+    header = files.parse_json(file.read(length), "the header")
   if not isinstance(header, dict):
     raise ValueError("the header is no JSON object")
   for name, tensor in header.items():

@@ -105,7 +105,9 @@ def load_torch(
   names = torch_names.layer_names(model)
   tensors = read_state_dict(path)
   expected = jax.eval_shape(
-    model.init, jax.random.key(0), jnp.zeros((1, 64, 64, num_channels))
+    model.init,
+    jax.random.key(0),
+    jax.ShapeDtypeStruct((1, 64, 64, num_channels), jnp.float32),
   )
   missing, misshapen = [], []
 
@@ -123,15 +125,12 @@ def load_torch(
 
   variables = jax.tree_util.tree_map_with_path(take, expected)
   left = [name for name in tensors if not _UNUSED.fullmatch(name)]
-  problems = [
-    f"{problem} {', '.join(tensor_names)}"
-    for problem, tensor_names in (
-      ("missing:", missing),
-      ("not of this network:", left),
-      ("of another shape (as flax has it):", misshapen),
-    )
-    if tensor_names
-  ]
+  lists = {
+    "missing:": missing,
+    "not of this network:": left,
+    "of another shape (as flax has it):": misshapen,
+  }
+  problems = [f"{what} {', '.join(x)}" for what, x in lists.items() if x]
   if problems:
     raise UserError(
       f"{path}: does not fit {type(model).__name__}; {'; '.join(problems)}"

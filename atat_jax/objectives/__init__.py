@@ -8,6 +8,7 @@ from typing import Any
 
 from atat_jax import checks
 from atat_jax import fields as typed
+from atat_jax.objectives.adversarial import attack_is_finite
 from atat_jax.objectives.alp import ALP
 from atat_jax.objectives.at import AT
 from atat_jax.objectives.atat import ATAT
@@ -81,6 +82,7 @@ __all__ = [
   "Batch",
   "Objective",
   "Outcome",
+  "attack_is_finite",
   "create",
   "defaults",
   "make_batch",

@@ -29,16 +29,33 @@ Forward = Callable[[PyTree, Array, Array], tuple[Any, PyTree]]
 """(batch_stats, images, labels) to a tree of [B, ...] and moved batch_stats."""
 
 
+def attack_is_finite(prepared: Any) -> Array | None:
+  """Whether the inner attack of each image was finite, bool [B].
+
+  Args:
+    prepared: Result of an objective's `prepare`: that of the inner attack, or a
+      tuple with it as `attack`.
+
+  Returns:
+    The Booleans; None where there is no inner attack.
+  """
+  result = getattr(prepared, "attack", prepared)
+  return getattr(result, "finite", None)
+
+
 class InnerAttackResult(NamedTuple):
   """Result of the inner attack.
 
   Attributes:
     images_adv: Adversarial images, [B, H, W, C].
     batch_stats: The student's running statistics after the attack.
+    finite: Whether each image's logits, losses and gradients were finite all
+      along, bool [B]; None: not known.
   """
 
   images_adv: Array
   batch_stats: PyTree
+  finite: Array | None = None
 
 
 def check_weights(objective: object, *names: str) -> None:
@@ -151,7 +168,8 @@ class InnerAttack(Objective):
       start = projected_gradient.random_start(
         key, batch.images, epsilon=epsilon, norm=self.norm
       )
-    images_adv, stats = projected_gradient.ascend(
+    # A gradient that is not finite counts as 0 there, which must not hide it.
+    images_adv, stats, wrong = projected_gradient.counted_ascend(
       logits_fn,
       stats,
       start,
@@ -162,8 +180,13 @@ class InnerAttack(Objective):
       num_steps=self.num_steps,
       norm=self.norm,
       loss=loss,
+      targeted=False,
+      targets=None,
+      momentum=None,
+      eot_samples=1,
     )
-    return InnerAttackResult(images_adv, stats)
+    finite = (wrong.points + wrong.gradients) == 0
+    return InnerAttackResult(images_adv, stats, finite)
 
   def _attacked_pass(
     self, model: nn.Module, params: PyTree, stats: PyTree, images: Array
@@ -214,7 +237,7 @@ class PairedPasses(InnerAttack):
       The result of `forward` for the clean images, its result for the
       adversarial ones, and the running statistics after both.
     """
-    images_adv, stats = attack
+    images_adv, stats, _ = attack
     if self.student_batch_norm == "mixture":
       both, stats = forward(
         stats,

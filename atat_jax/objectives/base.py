@@ -65,6 +65,8 @@ class Outcome(NamedTuple):
     batch_stats: Running statistics after the pass.
     logits_clean: [B, K]; None if the student sees no clean images.
     logits_adversarial: [B, K]; None if there is no attack.
+    attack_finite: Whether the inner attack of each image was finite all along,
+      bool [B], for the train step; None: there was none, or it is not known.
   """
 
   total: Array
@@ -72,6 +74,7 @@ class Outcome(NamedTuple):
   batch_stats: PyTree
   logits_clean: Array | None
   logits_adversarial: Array | None
+  attack_finite: Array | None = None
 
 
 class Objective(Protocol):

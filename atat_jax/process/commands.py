@@ -11,13 +11,14 @@ import logging
 import os
 import pathlib
 import re
+import signal
 import sys
 import threading
 import warnings
 from collections.abc import Iterator
 from typing import Any
 
-from atat_jax.errors import UserError
+from atat_jax.errors import UserError, one_line
 from atat_jax.process import stops
 
 # Texts of the system in errors that other libraries raise of their own types.
@@ -131,15 +132,6 @@ def _calm_warnings() -> None:
   warnings.filterwarnings("ignore", message=".*persistent compilation cache")
 
 
-def one_line(text: object) -> str:
-  """Puts a text on one line, without anything that moves a terminal's cursor."""
-  lines = [line.strip() for line in str(text).strip().split("\n")]
-  return "".join(
-    letter if letter.isprintable() else ascii(letter)[1:-1]
-    for letter in "\\n".join(lines)
-  )
-
-
 def describe(error: BaseException, place: object = None) -> str | None:
   """Describes an error that comes from outside the program.
 
@@ -151,7 +143,7 @@ def describe(error: BaseException, place: object = None) -> str | None:
     One line; None for an internal error.
   """
   if isinstance(error, UserError):
-    return one_line(error)
+    return str(error)
   text = str(error)
   if isinstance(error, OSError):
     path = error.filename if error.filename is not None else place
@@ -222,8 +214,8 @@ def plain_exits(
   try:
     yield
   except KeyboardInterrupt as error:
-    signum = getattr(error, "signum", 0) or stops.requested() or 2
-    _leave(f"\n{one_line(error) or 'stopped'}\n", 128 + signum)
+    signum = getattr(error, "signum", 0) or stops.requested() or signal.SIGTERM
+    _leave(f"\n{one_line(str(error)) or 'stopped'}\n", 128 + signum)
   except Exception as error:
     line = describe(error, place)
     if line is None:

@@ -18,7 +18,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 SIGNALS = tuple(
@@ -58,6 +58,7 @@ class _Watch:
     self.holds = 0
     self.grace = 0.0
     self.status: int | None = None
+    self.forward: Callable[[], object] | None = None
     self._said = False
     self._lock = threading.Lock()
     self._notes, self._write_end = os.pipe()
@@ -89,6 +90,8 @@ class _Watch:
           self._end()
         if first is None:
           first, deadline = now, now + self.grace
+          if self.forward is not None:
+            self.forward()
       if self.failure is not None and not asked:
         deadline = now + GRACE_SECONDS
       if self.holds and self.failure is None:
@@ -170,6 +173,18 @@ def watch(message: str) -> None:
 def watching() -> bool:
   """Returns whether this process is that of a command, see `watch`."""
   return _watch is not None
+
+
+def share_by(forward: Callable[[], object]) -> None:
+  """Has the first request told to the other processes of a job.
+
+  Args:
+    forward: Function that tells it; called in another thread.
+  """
+  if _watch is not None:
+    _watch.forward = forward
+    for number in catchable():  # whoever tells them has taken a signal, too
+      signal.signal(number, _note)
 
 
 def started() -> None:

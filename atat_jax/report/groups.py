@@ -116,7 +116,7 @@ def _seconds_per_step(
     for rate in found
     if isinstance(rate, int | float) and 0 < rate < math.inf
   ]
-  if not rates or not batch_size:
+  if not rates or type(batch_size) is not int:
     return None
   return batch_size / statistics.median(rates)
 

@@ -169,6 +169,8 @@ def _accuracy(row: rows_lib.Row | None, num_runs: int) -> Cell:
     notes.append(points(row["difference"]))
   if row["published"] is not None:
     notes.append(f"paper {percent(row['published'])}")
+  if found := rows_lib.nonfinite(row):
+    notes.append(found)
   return Cell(
     percent(row["accuracy"]), tuple(notes), _plus_minus(row["standard_error"])
   )
@@ -304,7 +306,7 @@ def _ranking(comparison: dict[str, Any], dataset: str) -> str:
   sentence = (
     f"{dataset}, running statistics, {strongest.label} (of the attacks run on"
     f" every method{where} the one that leaves least; {asked.norm}, epsilon"
-    f" {wording.pixels(asked.epsilon)}, {asked.num_examples:,} images):"
+    f" {rows_lib.exact_pixels(asked.epsilon)}, {asked.num_examples:,} images):"
     f" {listed}. {left_out}"
   )
   return f"{sentence.rstrip()} An attack only bounds robustness from above."

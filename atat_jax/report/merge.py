@@ -44,7 +44,8 @@ def compare(workdirs: Sequence[str | os.PathLike[str]]) -> dict[str, Any]:
     "accuracies" by seed, "published", and with batch statistics "difference"
     from running statistics; "missing", a sentence for each run and column
     without a number; "training", the fields in which the methods differ;
-    "costs", the time of a training step.
+    "costs", the time of a training step. Rows that met numbers that are not
+    finite have the counts of the seed with the most (`tables.NONFINITE`).
 
   Raises:
     UserError: A directory has no results, or a run is given twice.
@@ -112,6 +113,7 @@ def _merged(group: Group, by_seed: dict[int, tables.Row]) -> tables.Row:
     "num_runs": len(by_seed),
     "accuracies": {str(seed): r["accuracy"] for seed, r in by_seed.items()},
     "published": published.accuracy(group.method, first),
+    **_nonfinite(by_seed.values()),
   }
   if first.get("options"):
     merged["options"] = first["options"]
@@ -122,13 +124,22 @@ def _merged(group: Group, by_seed: dict[int, tables.Row]) -> tables.Row:
       (
         [
           {key: attack[key] for key in ("attack", "numbers")}
-          for attack in row["attacks"]
+          for attack in row.get("attacks", ())
         ]
         for row in by_seed.values()
       ),
       key=len,
     )
   return merged
+
+
+def _nonfinite(rows: Iterable[tables.Row]) -> dict[str, int]:
+  """Returns the counts of the seed that has the most, where any has some."""
+  counted = [
+    {field: row.get(field) or 0 for field in tables.NONFINITE} for row in rows
+  ]
+  most = max(counted, key=lambda counts: tuple(counts.values()))
+  return most if any(most.values()) else {}
 
 
 def _add_differences(rows: list[tables.Row]) -> None:

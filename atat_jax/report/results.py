@@ -4,7 +4,7 @@ import math
 from typing import Any, NamedTuple
 
 from atat_jax.errors import UserError
-from atat_jax.runs import comparable, intervals, tables, wording
+from atat_jax.runs import comparable, intervals, results_format, tables, wording
 
 _SHOWN_CLASSES = 20
 _WORST_CLASSES = 10
@@ -223,8 +223,11 @@ def results_table(results: dict[str, Any]) -> str:
   Returns:
     Table with a line for each model and BatchNorm mode, a column for each
     attack, accuracies in percent; under it the protocol of each column.
+
+  Raises:
+    UserError: Something else than such content.
   """
-  tables.check_results(results)
+  results_format.check(results)
   rows = results["rows"]
   columns = tables.in_paper_order(tables.columns(rows))
   lines = [["accuracy (%)", *(column.label for column in columns)]]

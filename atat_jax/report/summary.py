@@ -2,7 +2,14 @@
 
 from typing import Any
 
-from atat_jax.runs import comparable, intervals, roles, tables, wording
+from atat_jax.runs import (
+  comparable,
+  intervals,
+  results_format,
+  roles,
+  tables,
+  wording,
+)
 
 
 def verdict(results: dict[str, Any]) -> str:
@@ -17,8 +24,11 @@ def verdict(results: dict[str, Any]) -> str:
 
   Returns:
     One paragraph of plain text.
+
+  Raises:
+    UserError: Something else than such content.
   """
-  tables.check_results(results)
+  results_format.check(results)
   columns = tables.columns(results["rows"])
   model = tables.trained(results["rows"])
   groups = comparable.attacks(columns, model)
@@ -54,7 +64,7 @@ def _robust_accuracy(
   low, high = intervals.proportion(row["accuracy"], row["num_examples"])
   sentence = (
     f"Under {found.strongest.label}, {rank} ({row['norm']}, epsilon "
-    f"{wording.pixels(row['epsilon'])}), the {model} classifies "
+    f"{tables.exact_pixels(row['epsilon'])}), the {model} classifies "
     f"{wording.percent(row['accuracy'])} of {row['num_examples']:,} "
     f"{row['dataset']} {row['split']} images correctly (95% confidence: "
     f"{wording.percent(low)} to {wording.percent(high)})"

@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 
+from atat_jax.errors import UserError
 from atat_jax.runs import files, roles
 
 _KINDS = ("clean", "adversarial")
@@ -58,6 +59,49 @@ class Attention:
     return self.class_names[label]
 
 
+def _check(arrays: files.Arrays, name: str, kind: str, *shape: object) -> None:
+  """Checks dtype and shape of an array; a size that is text may be any."""
+  found = arrays[name]
+  fits = found.ndim == len(shape) and all(
+    size == wanted or isinstance(wanted, str)
+    for size, wanted in zip(found.shape, shape, strict=True)
+  )
+  if found.dtype.kind not in kind or not fits or not found.size:
+    raise UserError(
+      f"{arrays.path}: {name} is {found.dtype} {list(found.shape)}; allowed:"
+      f" {'floats' if kind == 'f' else 'integers'}"
+      f" [{', '.join(map(str, shape))}]"
+    )
+
+
+def _check_images(arrays: files.Arrays) -> int:
+  """Checks images, labels and names of classes; returns the number of images."""
+  _check(arrays, "images", "f", "N", "H", "W", "C")
+  count = len(arrays["images"])
+  _check(arrays, "labels", "iu", count)
+  used = [arrays["labels"]]
+  used += [x for name, x in arrays.items() if name.endswith("_prediction")]
+  names = arrays.get("class_names")
+  if names is not None:
+    low = min(int(x.min(initial=0)) for x in used)
+    high = max(int(x.max(initial=0)) for x in used)
+    if names.ndim != 1 or low < 0 or high >= len(names):
+      raise UserError(
+        f"{arrays.path}: labels from {low} to {high}, but {names.size} names"
+      )
+  return count
+
+
+def _check_view(
+  arrays: files.Arrays, name: str, count: int, *, clean: bool
+) -> None:
+  if not clean:
+    _check(arrays, name, "f", *arrays["images"].shape)
+  _check(arrays, f"{name}_map", "f", count, "h", "w")
+  _check(arrays, f"{name}_prediction", "iu", count)
+  _check(arrays, f"{name}_probability", "f", count)
+
+
 def arrange(arrays: files.Arrays) -> Attention:
   """Arranges the arrays of an `attention.npz` by network and kind of input.
 
@@ -65,12 +109,16 @@ def arrange(arrays: files.Arrays) -> Attention:
   of `roles.MODELS`.
 
   Raises:
-    UserError: An array is missing.
+    UserError: An array is missing, or does not fit the images.
   """
   old = [name for name in roles.MODELS if f"{name}_clean_map" in arrays]
   networks = [str(name) for name in arrays.get("networks", np.array(old))]
   kinds = [str(kind) for kind in arrays.get("kinds", np.array(_KINDS))]
   names = arrays.get("class_names")
+  count = _check_images(arrays)
+  for network in networks:
+    for kind in kinds:
+      _check_view(arrays, f"{network}_{kind}", count, clean=kind == "clean")
   return Attention(
     images=arrays["images"],
     labels=arrays["labels"],

@@ -10,7 +10,7 @@ says what it leaves out.
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
-from atat_jax.runs import tables, wording
+from atat_jax.runs import tables
 
 T = TypeVar("T")
 
@@ -45,7 +45,8 @@ class Question(NamedTuple):
     count = f"{self.num_examples:,} {images}"
     if self.norm is None:
       return count
-    return f"{count} ({self.norm}, epsilon {wording.pixels(self.epsilon)})"
+    radius = tables.exact_pixels(self.epsilon)
+    return f"{count} ({self.norm}, epsilon {radius})"
 
 
 def question(row: Mapping[str, Any]) -> Question:

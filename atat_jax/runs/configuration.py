@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from atat_jax.errors import DamagedFileError, UserError
-from atat_jax.runs import files, locations, roles
+from atat_jax.runs import files, locations, results_format, roles
 
 # Fields that the trained weights do not depend on.
 _FREE = (
@@ -70,6 +70,8 @@ def parse(tree: Mapping[str, Any], where: pathlib.Path) -> Configuration:
   """
   if "method" not in tree:
     raise UserError(f"workdir: {where} has no configuration of a run")
+  if found := results_format.configuration_fault(tree):
+    raise UserError(f"workdir: configuration of {where}: {found}")
   data, evaluation = tree.get("data", {}), tree.get("evaluation", {})
   arguments = {
     "name": "name",

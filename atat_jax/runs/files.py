@@ -17,16 +17,16 @@ import os
 import pathlib
 import re
 import shutil
-import stat
 import uuid
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from atat_jax.errors import DamagedFileError, UserError
 from atat_jax.runs import locations, results_format
+from atat_jax.untrusted import arrays, regular, zips
 
 try:
   import fcntl
@@ -48,8 +48,6 @@ MAX_JSON = 256 * 2**20
 """Largest JSON file that is read, bytes."""
 MAX_LINE = 2**20
 """Longest line of a `metrics.jsonl` that is read, bytes."""
-MAX_EXPANSION = 2**30
-"""Most bytes that the members of an `.npz` may have beyond its own size."""
 
 _SEAL = "checksum"
 _SEALED = re.compile(rb'"sha256:[0-9a-f]{64}"')
@@ -76,7 +74,7 @@ def plain_errors(path: pathlib.Path) -> Iterator[None]:
     yield
   except OSError as error:
     if error.errno is None or isinstance(error, ConnectionError | TimeoutError):
-      raise  # of a network
+      raise  # the network failed, not the file
     raise UserError(f"{path}: {error.strerror or error}") from error
 
 
@@ -218,7 +216,7 @@ def write_arrays(
     with temporary.open("wb") as file:
       np.savez(file, **arrays)  # type: ignore[arg-type]
     with zipfile.ZipFile(temporary, "a") as archive:
-      marks = np.array(json.dumps(_marks(archive)))
+      marks = np.array(json.dumps(_marks(archive.infolist())))
       with archive.open(_MARKS, "w") as member:
         np.lib.format.write_array(member, marks)
   return path
@@ -227,11 +225,9 @@ def write_arrays(
 _MARKS = "checksums.npy"
 
 
-def _marks(archive: zipfile.ZipFile) -> dict[str, int]:
+def _marks(members: Iterable[zipfile.ZipInfo]) -> dict[str, int]:
   return {
-    info.filename: info.CRC
-    for info in archive.infolist()
-    if info.filename != _MARKS
+    info.filename: info.CRC for info in members if info.filename != _MARKS
   }
 
 
@@ -280,16 +276,9 @@ def read_bytes(path: pathlib.Path, limit: int = MAX_JSON) -> bytes | None:
   """
   with plain_errors(path):
     try:
-      # A pipe would block, and a device has no end.
-      if not stat.S_ISREG(path.stat().st_mode):
-        raise UserError(f"{path}: not a file")
-      with path.open("rb") as file:
-        content = file.read(limit + 1)
+      return regular.read_bytes(path, limit)
     except FileNotFoundError:
       return None
-  if len(content) > limit:
-    raise UserError(f"{path}: larger than {limit // 2**20} MiB")
-  return content
 
 
 def parse_json(content: bytes, where: object, *, nan: bool = False) -> Any:
@@ -469,7 +458,7 @@ def read_lines(path: pathlib.Path) -> Lines:
   bad: list[int] = []
   number = 0
   with plain_errors(path), contextlib.suppress(FileNotFoundError):
-    with path.open("rb") as file:
+    with regular.open_regular(path) as file:
       while text := _read_line(file):
         number += 1
         try:
@@ -556,45 +545,21 @@ def load_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
       checked all the same.
 
   Returns:
-    The arrays by name. Nothing is unpickled, and no more memory is taken than
-    the file has bytes and `MAX_EXPANSION`.
+    The arrays by name. Nothing is unpickled, and memory stays in proportion to
+    the file (`untrusted.zips`).
 
   Raises:
     ValueError: Damaged, or not such a file.
     OSError: Not readable.
     Exception: Others that a damaged archive raises in the zip reader.
   """
-  with path.open("rb") as file, zipfile.ZipFile(file) as archive:
-    members = archive.infolist()
-    size = os.fstat(file.fileno()).st_size
-    if sum(info.file_size for info in members) > size + MAX_EXPANSION:
-      raise ValueError("it unpacks to more than 1 GiB")
-    if len({info.filename for info in members}) < len(members):
-      raise ValueError("two arrays have one name")
-    arrays = {
-      info.filename.removesuffix(".npy"): _read_array(archive, info)
-      for info in members
-    }
-    marks = arrays.pop(_MARKS.removesuffix(".npy"), None)
-    if marks is not None and json.loads(str(marks)) != _marks(archive):
+  with zips.open_zip(path) as archive:
+    found = arrays.read_members(archive)
+    marks = found.pop(_MARKS.removesuffix(".npy"), None)
+    infos = archive.members.values()
+    if marks is not None and json.loads(str(marks)) != _marks(infos):
       raise ValueError("its checksums differ")
-  return arrays
-
-
-def _read_array(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
-  with archive.open(info) as member:
-    read_header = {
-      (1, 0): np.lib.format.read_array_header_1_0,
-      (2, 0): np.lib.format.read_array_header_2_0,
-    }[np.lib.format.read_magic(member)]
-    shape, _, dtype = read_header(member)
-    count = int(np.prod(shape, dtype=object))
-    if dtype.hasobject or count * dtype.itemsize != (
-      info.file_size - member.tell()
-    ):
-      raise ValueError(f"{info.filename} is not as long as it says")
-  with archive.open(info) as member:  # its end compares the CRC-32
-    return np.lib.format.read_array(member, allow_pickle=False)
+  return found
 
 
 def read_arrays(path: pathlib.Path) -> Arrays | None:
@@ -617,30 +582,3 @@ def read_arrays(path: pathlib.Path) -> Arrays | None:
     raise DamagedFileError(
       f"{path} cannot be read ({reason}): delete it and evaluate again"
     ) from error
-
-
-def check_members(path: pathlib.Path, names: Sequence[str]) -> None:
-  """Compares members of a zip file with their CRC-32, without keeping them.
-
-  An array that is mapped into memory is not checked by anything else.
-
-  Args:
-    path: The archive.
-    names: Names of the members, as in "image.npy".
-
-  Raises:
-    DamagedFileError: A member is missing or not what was written.
-    UserError: The file cannot be read.
-  """
-  with plain_errors(path):
-    try:
-      with path.open("rb") as file, zipfile.ZipFile(file) as archive:
-        for name in names:
-          with archive.open(name) as member:
-            while member.read(_CHUNK):
-              pass
-    except OSError:
-      raise
-    except Exception as error:
-      reason = " ".join(str(error).split()) or type(error).__name__
-      raise DamagedFileError(f"{path}: damaged ({reason})") from error

@@ -12,6 +12,7 @@ from typing import Any
 
 from atat_jax.errors import DamagedFileError, UserError
 from atat_jax.runs import files
+from atat_jax.untrusted import regular
 
 NAME = "checksums.json"
 
@@ -81,7 +82,7 @@ def _names(folder: pathlib.Path, part: str) -> Iterator[str]:
 def _measure(path: pathlib.Path) -> tuple[int, str]:
   """Returns size and digest of a file."""
   try:
-    with path.open("rb") as file:
+    with regular.open_regular(path) as file:
       digest = hashlib.file_digest(file, "sha256").hexdigest()
       return file.tell(), digest
   except (FileNotFoundError, NotADirectoryError, IsADirectoryError):

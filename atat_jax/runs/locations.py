@@ -34,17 +34,21 @@ def expand(field: str, path: str | os.PathLike[str]) -> pathlib.Path:
       f"{field}: {text!r}; allowed: a path of letters in this locale's encoding,"
       f" {sys.getfilesystemencoding()}; PYTHONUTF8=1 makes that UTF-8"
     )
-  try:
-    found = pathlib.Path(text).expanduser()
-    found.exists()
-    return found
-  except OSError as error:  # the longest name is the system's
-    raise UserError(f"{field}: {shown(text)}: {error.strerror}") from None
-  except RuntimeError:
+  expanded = os.path.expanduser(text)
+  if expanded.startswith("~"):
     raise UserError(
       f"{field}: {text!r}; allowed: a path without ~, the home folder of"
       f" {pathlib.Path(text).parts[0]} is not known"
-    ) from None
+    )
+  found = pathlib.Path(expanded)
+  try:
+    found.exists()
+  except OSError as error:  # the longest name is the system's
+    raise UserError(f"{field}: {shown(text)}: {error.strerror}") from None
+  # "./~" and "./None" stay what they are, however often they come here.
+  return (
+    found.absolute() if str(found)[0] == "~" or str(found) == "None" else found
+  )
 
 
 def _is_text(path: str) -> bool:

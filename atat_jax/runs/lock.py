@@ -173,5 +173,5 @@ def _read_holder(descriptor: int) -> str:
     return (
       f"process {int(found['pid'])} on {found['host']} since {found['since']}"
     )
-  except (OSError, ValueError, KeyError, TypeError):
+  except (OSError, ValueError, KeyError, TypeError, RecursionError):
     return "another process"

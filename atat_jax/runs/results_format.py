@@ -8,7 +8,7 @@ range: a page must not show, nor compare, a number that is none.
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
-from atat_jax.errors import shown
+from atat_jax.errors import UserError, shown
 
 _MOST = 1e12  # more than any number of images, steps or seconds
 
@@ -155,8 +155,18 @@ _NEEDED = (
   "accuracy",
 )
 
+_SECTION = _Kind("an object", lambda value: isinstance(value, dict))
+_CONFIGURATION = {
+  "method": _TEXT,
+  "seed": _integer(0),
+  **dict.fromkeys(
+    ("data", "model", "objective", "train", "teacher", "evaluation", "figures"),
+    _SECTION,
+  ),
+}
+
 _RUN = {
-  "config": _or_none(_Kind("an object", lambda v: isinstance(v, dict))),
+  "config": _or_none(_object(_CONFIGURATION, ())),
   "class_names": _or_none(_list_of(_TEXT)),
   "commit": _or_none(_TEXT),
   "command": _or_none(_TEXT),
@@ -166,6 +176,32 @@ _RUN = {
   "num_parameters": _named(_integer(0)),
   "checkpoints": _named(_object({"step": _integer(0), "which": _TEXT})),
 }
+
+
+def configuration_fault(tree: Mapping[str, Any]) -> str:
+  """Says what is wrong with the sections of a configuration; "" if nothing is.
+
+  Args:
+    tree: Content of `config.json`, or its copy in `results.json`.
+  """
+  return _fault(tree, _CONFIGURATION, ())
+
+
+def check(results: object) -> None:
+  """Checks the content of a `results.json` that is given to a function.
+
+  Raises:
+    UserError: The first fault.
+  """
+  found = f"{shown(results)}; allowed: an object"
+  if isinstance(results, Mapping):
+    found = fault(results)
+    if not found and results.get("format", 1) != 1:
+      found = f"format {shown(results['format'])}"
+  if found and "allowed: " not in found:
+    found += "; allowed: the content of a results.json"
+  if found:
+    raise UserError(f"results: {found}")
 
 
 def fault(results: Mapping[str, Any], needed: Iterable[str] = ()) -> str:

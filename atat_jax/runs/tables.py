@@ -1,12 +1,12 @@
 """Rows of `results.json` arranged by attack, and tables in Markdown."""
 
 import dataclasses
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from atat_jax.errors import UserError, shown
-from atat_jax.runs import results_format, roles, wording
+from atat_jax.runs import roles, wording
 
 Row = dict[str, Any]
 
@@ -74,42 +74,6 @@ class Column:
     """Returns an accuracy in [0, 1]; None if it was not measured."""
     row = self.rows.get((model, batch_norm))
     return None if row is None else row["accuracy"]
-
-
-def check_rows(rows: Any) -> None:
-  """Checks that rows have the fields that all rows have.
-
-  Raises:
-    UserError: Something else, or a row without one of these fields.
-  """
-  needed = ("model", "attack", "batch_norm", "accuracy", "num_examples")
-  ok = isinstance(rows, list | tuple) and all(
-    isinstance(row, Mapping) and all(name in row for name in needed)
-    for row in rows
-  )
-  if not ok:
-    raise UserError(
-      f"rows: {shown(rows)}; allowed: rows of a results.json, each with"
-      f" {', '.join(needed)}"
-    )
-
-
-def check_results(results: Any) -> None:
-  """Checks that a value is the content of a `results.json`.
-
-  Raises:
-    UserError: Anything else.
-  """
-  fault = "no results"
-  if isinstance(results, dict):
-    fault = results_format.fault(results) or ""
-    if results.get("format", 1) != 1:
-      fault = "of another format"
-  if fault:
-    raise UserError(
-      f"results: {shown(results)} ({fault}); allowed: the content of a"
-      " results.json"
-    )
 
 
 def columns(
@@ -234,13 +198,18 @@ def markdown(lines: Sequence[Sequence[str]], align: str | None = None) -> str:
   return "\n".join(f"| {' | '.join(line)} |" for line in [head, rule, *rows])
 
 
-# What Markdown would take for marks; an underscore within a word is none.
+# Letters that Markdown takes for marks. An underscore within a word is none.
 _MARKS = re.compile(r"[\\`*<&|~$]|(?<=\])\(|(?<!\w)_|_(?!\w)")
+
+# A span of code, in which nothing is a mark.
+_CODE = re.compile(r"`[^`|]+`")
 
 
 def escaped(text: str) -> str:
   """Returns text that Markdown, and a terminal, show as it is, on one line."""
   line = "".join(letter if letter.isprintable() else " " for letter in text)
+  if _CODE.fullmatch(line):
+    return line
   return _MARKS.sub(r"\\\g<0>", line)
 
 
@@ -345,7 +314,20 @@ def _differ(field: str, rows: list[Row]) -> bool:
 
 
 def _value(field: str, value: Any) -> str:
-  return wording.pixels(value) if field in _LENGTHS else _text(value)
+  return exact_pixels(value) if field in _LENGTHS else _text(value)
+
+
+def exact_pixels(value: float | None) -> str:
+  """Writes a distance, in more digits where the usual text hides them.
+
+  Two radii that differ must not look the same: 0.0314 is not 8/255.
+  """
+  text = wording.pixels(value)
+  if value is None:
+    return text
+  above, _, below = text.partition("/")
+  meaning = float(above) / float(below or 1)
+  return text if math.isclose(meaning, value, rel_tol=1e-5) else f"{value:.6g}"
 
 
 def _text(value: object) -> str:

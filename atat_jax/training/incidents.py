@@ -19,6 +19,7 @@ from atat_jax.errors import TrainingDivergedError
 from atat_jax.runs import files
 from atat_jax.state import TrainState
 from atat_jax.training import soundness
+from atat_jax.untrusted import regular
 
 _log = logging.getLogger(__name__)
 
@@ -81,11 +82,7 @@ class Incidents:
   @property
   def left_out(self) -> list[int]:
     """Numbers of the steps, from 0, that the training leaves out."""
-    if self._policy == "stop":
-      return []
-    return sorted(
-      line["step"] - 1 for line in self._lines if line["action"] == ROLLED_BACK
-    )
+    return _left_out(self._lines, self._policy)
 
   def count(self, first: int, last: int) -> int:
     """Number of steps from `first` to `last`, from 1, that changed nothing."""
@@ -204,7 +201,7 @@ class Incidents:
       kept: Sentence part on the last good checkpoint.
       in_a_row: Number of steps in a row that were left out.
     """
-    later = set(state.LEFT_BEHIND)
+    later = {state.ATTACK, *state.LEFT_BEHIND}
     # What a step leaves behind is only news where all before it was finite.
     shown = [term for term in terms if term not in later] or terms
     row = f", the first of {in_a_row} in a row" if in_a_row > 1 else ""
@@ -216,16 +213,34 @@ class Incidents:
     )
 
 
+def _left_out(lines: Sequence[dict[str, Any]], policy: str) -> list[int]:
+  if policy == "stop":
+    return []
+  return sorted(
+    line["step"] - 1 for line in lines if line["action"] == ROLLED_BACK
+  )
+
+
+def read_left_out(directory: pathlib.Path, policy: str) -> list[int]:
+  """Reads the numbers of the steps, from 0, that a training has left out.
+
+  Args:
+    directory: Directory of the training's files; nothing in it is changed.
+    policy: One of `options.POLICIES`.
+  """
+  return _left_out(_read(directory / FILE), policy)
+
+
 def _read(path: pathlib.Path) -> list[dict[str, Any]]:
   """Lines of the file; a line that a kill has cut off is dropped."""
   if not path.exists():
     return []
   found = []
-  for text in path.read_text(encoding="utf-8").splitlines():
+  for text in regular.read_text(path).splitlines():
     try:
       line = json.loads(text)
       if isinstance(line["step"], int) and isinstance(line["action"], str):
         found.append(line)
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
       continue
   return found

@@ -100,7 +100,9 @@ def run(
         if log or validate:  # otherwise the host does not wait for the device
           current = journal.check_finite(current)
         if log:
-          journal.log(current, step, float(programs.learning_rate(step - 1)))
+          updates = step - incidents.count(1, step)
+          rate = programs.learning_rate(max(0, updates - 1))
+          journal.log(current, step, float(rate))
           current = programs.reset_metrics(current)
         if validate:
           current = programs.estimate_statistics(current)

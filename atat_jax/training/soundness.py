@@ -1,6 +1,6 @@
 """Numbers gone wrong in a step: found inside the compiled step, by policy.
 
-A step is sound if its terms, its gradient, and what it leaves behind (updated
+A step is sound if its inner attack, its terms, its gradient, and what it leaves behind (updated
 parameters, statistics, optimizer state, averages) are finite, and so are the
 norm of the gradient and the sum of the sizes of each of the others. Weights that
 are finite but absurd are found by the logits of the validation images, before a
@@ -52,7 +52,8 @@ def examine(
     after: State after the update.
 
   Returns:
-    Name to a Boolean scalar: the terms, "gradient", and `state.LEFT_BEHIND`.
+    Name to a Boolean scalar: the terms, "gradient", the inner attack, and
+    `state.LEFT_BEHIND`.
   """
   finite = {
     name: jnp.isfinite(term).all() for name, term in outcome.terms.items()
@@ -65,6 +66,8 @@ def examine(
     _is_finite(after.ema),
   )
   found = dict(zip(state.LEFT_BEHIND, left, strict=True))
+  attack = outcome.attack_finite
+  found[state.ATTACK] = jnp.asarray(True) if attack is None else attack.all()
   return finite | {name: found[name] for name in after.unsound}
 
 
@@ -143,7 +146,8 @@ def _note(
 
 def _in_order(names: Iterable[str]) -> list[str]:
   """Names in the order in which a step computes what they stand for."""
-  later = {name: i for i, name in enumerate(("gradient", *state.LEFT_BEHIND))}
+  names_in_order = ("gradient", state.ATTACK, *state.LEFT_BEHIND)
+  later = {name: i for i, name in enumerate(names_in_order)}
   return sorted(names, key=lambda name: (later.get(name, -1), name))
 
 
@@ -168,6 +172,14 @@ def skipped(current: TrainState) -> tuple[list[tuple[int, list[str]]], int]:
     wrong = [name for i, name in enumerate(known) if int(bits) >> i & 1]
     found.append((int(step), _in_order(wrong)))
   return found, count
+
+
+def forget(current: TrainState) -> TrainState:
+  """Forgets the skipped steps that a state has noted, once they are read."""
+  if current.guard is None:
+    return current
+  count = 0 * current.guard.count  # stays where it is on the devices
+  return current.replace(guard=current.guard.replace(count=count))
 
 
 def first_wrong(current: TrainState) -> tuple[int, list[str]] | None:

@@ -1,7 +1,6 @@
 """NumPy's files: headers that are compared with what is there, no objects."""
 
 import math
-import pathlib
 from collections.abc import Collection
 from typing import IO, NamedTuple
 
@@ -10,6 +9,7 @@ import numpy as np
 from atat_jax.untrusted import zips
 
 _CHUNK = 1 << 20
+_MOST_AXES = 32
 _LARGEST_CODE_POINT = 0x10FFFF
 
 
@@ -34,6 +34,21 @@ class Header(NamedTuple):
     return math.prod(self.shape) * self.dtype.itemsize
 
 
+def _parse_header(
+  file: IO[bytes],
+) -> tuple[tuple[int, ...], bool, np.dtype]:
+  version = np.lib.format.read_magic(file)
+  try:
+    if version == (1, 0):
+      return np.lib.format.read_array_header_1_0(file)
+    if version == (2, 0):
+      return np.lib.format.read_array_header_2_0(file)
+  # The header is a Python literal, of any depth.
+  except (ValueError, SyntaxError, RecursionError, MemoryError):
+    raise ValueError("the header of an array cannot be parsed") from None
+  raise ValueError(f"version {version} of the format; allowed: 1.0, 2.0")
+
+
 def read_header(file: IO[bytes], size: int) -> Header:
   """Reads the header of an array and compares it with the size of the file.
 
@@ -49,15 +64,11 @@ def read_header(file: IO[bytes], size: int) -> Header:
       size than the file's.
   """
   start = file.tell()
-  version = np.lib.format.read_magic(file)
-  if version == (1, 0):
-    shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-  elif version == (2, 0):
-    shape, fortran, dtype = np.lib.format.read_array_header_2_0(file)
-  else:
-    raise ValueError(f"version {version} of the format; allowed: 1.0, 2.0")
+  shape, fortran, dtype = _parse_header(file)
   if dtype.hasobject or dtype.kind not in "biufcSUV" or dtype.fields:
     raise ValueError(f"an array of {dtype}; allowed: numbers and text")
+  if len(shape) > _MOST_AXES:
+    raise ValueError(f"an array of {len(shape)} axes")
   if not dtype.itemsize or any(n < 0 for n in shape):
     raise ValueError(f"an array of {dtype} {shape}")
   order = "F" if fortran else "C"
@@ -111,13 +122,13 @@ def read_array(file: IO[bytes], size: int) -> np.ndarray:
   return array
 
 
-def read_npz(
-  path: pathlib.Path | str, names: Collection[str] | None = None
+def read_members(
+  archive: zips.Zip, names: Collection[str] | None = None
 ) -> dict[str, np.ndarray]:
   """Reads arrays of an `.npz`; checksums are compared.
 
   Args:
-    path: Path of a regular file.
+    archive: The open archive.
     names: Names of the arrays to be read, of which missing ones are left out;
       None: all.
 
@@ -125,20 +136,17 @@ def read_npz(
     Arrays by name.
 
   Raises:
-    UserError: A pipe, socket or device.
-    OSError: The file cannot be read.
     Exception: A damaged file raises anything, mostly `ValueError` and
       `zipfile.BadZipFile`.
   """
   found = {}
-  with zips.open_zip(path) as archive:
-    for member, info in archive.members.items():
-      name = member.removesuffix(".npy")
-      if names is None or name in names:
-        if name == member or name in found:
-          raise ValueError(f"{member}: not an array with a name of its own")
-        with archive.open(member) as file:
-          found[name] = read_array(file, info.file_size)
-          if file.read(1):  # reading up to the end compares the checksum
-            raise ValueError(f"{member}: more bytes than it claims")
+  for member, info in archive.members.items():
+    name = member.removesuffix(".npy")
+    if names is None or name in names:
+      if name == member:
+        raise ValueError(f"{member}: not an array")
+      with archive.open(member) as file:
+        found[name] = read_array(file, info.file_size)
+        if file.read(1):  # reading up to the end compares the checksum
+          raise ValueError(f"{member}: more bytes than it claims")
   return found

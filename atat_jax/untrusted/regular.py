@@ -1,6 +1,7 @@
 """Regular files: opened without waiting, read up to a limit."""
 
 import errno
+import io
 import os
 import pathlib
 import stat
@@ -33,7 +34,7 @@ def require_regular(path: pathlib.Path | str) -> os.stat_result:
   return found
 
 
-def open_regular(path: pathlib.Path | str) -> IO[bytes]:
+def open_regular(path: pathlib.Path | str) -> io.BufferedReader:
   """Opens a regular file for reading.
 
   Opening a pipe would wait for a writer, reading some devices never ends.
@@ -94,21 +95,21 @@ def read_bytes(path: pathlib.Path | str, limit: int) -> bytes:
 
 
 def read_text(path: pathlib.Path | str, limit: int = 1 << 26) -> str:
-  """Reads a whole UTF-8 file; Windows' line ends become plain ones.
+  """Reads a whole UTF-8 file, also as Windows writes it.
 
   Args:
     path: Path of a regular file.
     limit: Largest number of bytes, 64 MiB unless given.
 
   Returns:
-    Content of the file.
+    Content of the file, without a mark at its start, with plain line ends.
 
   Raises:
     UserError: No regular file, a larger one, or no UTF-8.
     OSError: The file cannot be read.
   """
   try:
-    text = read_bytes(path, limit).decode("utf-8")
+    text = read_bytes(path, limit).decode("utf-8-sig")
   except UnicodeDecodeError as error:
     raise UserError(f"{path}: not UTF-8 text ({error.reason})") from None
   return text.replace("\r\n", "\n")

@@ -885,13 +885,38 @@ def test_logits_of_16_bits_are_compared_in_float32(name, case):
     assert _length(delta, "linf").max() <= EPSILON + 1e-7
 
 
+def test_autoattack_keeps_what_the_ball_needs_of_a_dtype(case, x64):
+  """16 bits become float32, float64 stays, in the state's identity, too."""
+  params = jax.tree.map(lambda w: jnp.asarray(w, jnp.float64), case.params)
+  arguments = dict(
+    epsilon=8 / 255,
+    version=["apgd-ce"],
+    options={"apgd-ce": {"num_steps": 5}},
+    progress=False,
+  )
+  for dtype, wide in (
+    (np.float64, np.float64),
+    (jnp.bfloat16, np.float32),
+  ):
+    images = np.asarray(case.images).astype(dtype)
+    found = attacks.autoattack(
+      KEY, Partial(_mlp, params), images, case.predicted, **arguments
+    )
+    assert found.adversarial.dtype == wide
+    assert (found.adversarial >= 0).all() and (found.adversarial <= 1).all()
+    delta = found.adversarial.astype(np.float64) - images.astype(np.float64)
+    rounding = 1e-15 if wide == np.float64 else 6e-8
+    assert _length(delta, "linf").max() <= 8 / 255 + rounding
+    assert _length(delta, "linf").max() > 7.9 / 255
+
+
 @pytest.mark.parametrize("dtype", [jnp.int32, bool, jnp.complex64])
 def test_logits_that_are_no_floats_are_refused(dtype, case):
   classifier = Partial(functools.partial(_as_dtype, dtype), *case.mlp.args)
   name = jnp.dtype(dtype).name
-  with pytest.raises(UserError, match=rf"^classifier: returns {name}; "):
+  with pytest.raises(UserError, match=rf"^classifier: returns {name} "):
     _attack("square", case, classifier)
-  with pytest.raises(UserError, match=rf"^classifier: returns {name}; "):
+  with pytest.raises(UserError, match=rf"^classifier: returns {name} "):
     attacks.autoattack(
       KEY, classifier, case.images, case.predicted, epsilon=0.1
     )

@@ -13,11 +13,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from diagnostic import check
 from jax.tree_util import Partial
 
-from atat_jax import attacks
-from atat_jax.attacks import base, nonfinite, search
+from atat_jax import attacks, rng
+from atat_jax.attacks import base, diagnostics, nonfinite, search
+from atat_jax.attacks.autoattack import slots
+from atat_jax.attacks.autoattack.progress import Store
 from atat_jax.errors import NonFiniteWarning
+from atat_jax.runs import files
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -382,3 +386,192 @@ def test_the_scale_of_the_logits_moves_no_step_to_zero(name, scale):
       adversarial.reshape(6, -1), np.tile(expected, (6, 1)), atol=1e-6
     )
   assert (classifier(adversarial).argmax(-1) != labels).all()
+
+
+# AutoAttack.
+
+SHORT = {
+  "apgd-ce": {"num_steps": 6},
+  "fab-t": {"num_steps": 4},
+  "square": {"num_queries": 12},
+}
+
+
+def _autoattack(fault: str, **changes: Any) -> attacks.AutoAttackResult:
+  classifier, images, labels, _ = _problem(fault)
+  version = changes.pop("version", tuple(SHORT))
+  arguments = dict(
+    epsilon=EPSILON,
+    version=version,
+    options={name: SHORT[name] for name in version},
+    progress=False,
+  )
+  return attacks.autoattack(
+    KEY, classifier, images, labels, **arguments | changes
+  )
+
+
+@functools.cache
+def _sound_result() -> attacks.AutoAttackResult:
+  return _autoattack("sound")
+
+
+# A loss that overflows is that of a misclassified image: it is not attacked.
+@pytest.mark.parametrize(
+  "fault",
+  [x for x in FAULTS if x not in ("sound", "a_loss_that_overflows")],
+)
+def test_autoattack_counts_what_is_not_finite(fault):
+  expected = _sound_result()
+  assert not expected.diagnostics["nonfinite"]["flag"]
+  assert expected.robust.tolist().count(True) not in (0, 6)
+  with pytest.warns(NonFiniteWarning, match=r"^autoattack: \d+ ") as caught:
+    found = _autoattack(fault)
+  assert len(caught) == 1 and caught[0].filename == __file__
+  classifier, images, labels, broken = _problem(fault)
+  clean = np.asarray(classifier(images))
+  logits = np.asarray(classifier(found.adversarial))
+  _assert_in_ball_and_box(found.adversarial, images, "linf")
+  np.testing.assert_array_equal(
+    found.adversarial[~broken], expected.adversarial[~broken]
+  )
+  np.testing.assert_array_equal(found.robust[~broken], expected.robust[~broken])
+  # Nothing that is not finite is robust, and nothing of it has fooled.
+  known = np.isfinite(clean).all(-1)
+  assert not found.robust[~known].any()
+  assert found.clean_accuracy == (known & (clean.argmax(-1) == labels)).mean()
+  fooled = known & ~found.robust & (clean.argmax(-1) == np.asarray(labels))
+  assert np.isfinite(logits[fooled]).all()
+  assert (logits[fooled].argmax(-1) != 0).all()
+  check(found.diagnostics["nonfinite"], True)
+  for one in found.diagnostics.values():
+    check(one)
+  message = found.diagnostics["nonfinite"]["message"]
+  assert ("clean image" in message) is bool((~known).any())
+  assert message in found.summary()
+
+
+class _StoppedError(Exception):
+  pass
+
+
+def test_an_interrupted_autoattack_counts_as_if_it_had_not_been(
+  tmp_path, monkeypatch
+):
+  fault, path = "nan_in_parts_of_the_ball", tmp_path / "state.npz"
+  with nonfinite.collect() as counts:
+    expected = _autoattack(fault)
+  save, saves = Store.save, []
+
+  def stop(self, *args):
+    save(self, *args)
+    saves.append(0)
+    if len(saves) % 2 == 0:
+      raise _StoppedError
+
+  monkeypatch.setattr(Store, "save", stop)
+  with nonfinite.collect() as again:
+    for _ in range(100):
+      try:
+        found = _autoattack(fault, state_path=path, save_every_s=0.0)
+        break
+      except _StoppedError:
+        continue
+  assert len(saves) > 6
+  np.testing.assert_array_equal(found.adversarial, expected.adversarial)
+  assert found.robust_accuracy == expected.robust_accuracy
+  assert found.diagnostics["nonfinite"] == expected.diagnostics["nonfinite"]
+  assert (again.points, again.gradients) == (counts.points, counts.gradients)
+  assert counts.points > 0
+
+
+def test_an_unfinished_state_from_before_the_counts_is_resumed(
+  tmp_path, monkeypatch
+):
+  """Its runs go on; what was counted before is not known."""
+  path, save, saves = tmp_path / "state.npz", Store.save, []
+
+  def stop(self, *args):
+    save(self, *args)
+    saves.append(0)
+    if len(saves) == 1:
+      raise _StoppedError
+
+  monkeypatch.setattr(Store, "save", stop)
+  with pytest.raises(_StoppedError):
+    _autoattack("sound", state_path=path, save_every_s=0.0)
+  with np.load(path) as file:
+    arrays = dict(file)
+  leaves = sorted(name for name in arrays if "leaf" in name)
+  for name in (*leaves[-2:], "nonfinite/apgd-ce", "checksums"):
+    del arrays[name]
+  files.write_arrays(path, arrays)
+  loads = []
+  monkeypatch.setattr(
+    slots.Slots,
+    "_queue",
+    lambda self, done, robust, running, old=slots.Slots._queue: (
+      loads.append(running),
+      old(self, done, robust, running),
+    )[1],
+  )
+  found = _autoattack("sound", state_path=path)
+  assert any(run[0] >= 0 for run in loads[0])  # it did go on
+  np.testing.assert_array_equal(found.adversarial, _sound_result().adversarial)
+
+
+def test_a_claimed_image_that_scores_not_finite_is_not_fooled(monkeypatch):
+  expected = _sound_result()
+  score, judge = diagnostics.Scorer.__call__, rng.stream(KEY, "judge apgd-ce")
+  spoilt = []
+
+  def spoil(self, images, batch_size, key):
+    logits = score(self, images, batch_size, key)
+    if (jax.random.key_data(key) == jax.random.key_data(judge)).all():
+      logits[0] = np.nan
+      spoilt.append(images[0])
+    return logits
+
+  monkeypatch.setattr(diagnostics.Scorer, "__call__", spoil)
+  with nonfinite.collect() as counts:
+    found = _autoattack("sound", version=("apgd-ce",))
+  row = int((expected.adversarial == spoilt[0]).all((1, 2, 3)).argmax())
+  assert found.robust[row] and not expected.robust[row]
+  assert found.robust_accuracy["apgd-ce"] == found.robust.mean()
+  images = np.asarray(_problem("sound")[1])
+  np.testing.assert_array_equal(found.adversarial[row], images[row])
+  assert "1 adversarial image" in found.diagnostics["nonfinite"]["message"]
+  assert (counts.points, counts.gradients) == (1, 0)
+
+
+def _scaled(scale: Any, weights: Any, images: jax.Array) -> jax.Array:
+  return scale * (images.reshape(len(images), -1) @ weights)
+
+
+def test_a_loss_that_the_scale_blinds_is_told():
+  """And the number is too high: another loss shows it."""
+  (weights, _), images, labels, _ = (
+    _problem("sound")[0].args,
+    *_problem("sound")[1:],
+  )
+  arguments = dict(epsilon=0.3, progress=False, batch_size=8)
+  accuracies = {}
+  for scale in (1.0, 1e4):
+    classifier = Partial(_scaled, jnp.float32(scale), weights)
+    for name in ("apgd-ce", "apgd-t"):
+      found = attacks.autoattack(
+        KEY,
+        classifier,
+        images,
+        labels,
+        version=[name],
+        options={name: {"num_steps": 10}},
+        **arguments,
+      )
+      accuracies[name, scale] = found.accuracy
+      warned = [text for text in found.warnings if "cross_entropy" in text]
+      assert len(warned) == (name == "apgd-ce" and scale > 1)
+    if scale > 1:
+      assert "blind_targeted_dlr" in found.diagnostics
+  assert accuracies["apgd-ce", 1e4] > accuracies["apgd-t", 1e4]
+  assert accuracies["apgd-ce", 1.0] == accuracies["apgd-t", 1.0]

@@ -1,11 +1,13 @@
 """Verdicts compare accuracies on the same images, in the same ball only."""
 
+import json
 import re
 
 import pytest
 import run_files
 
 from atat_jax import evaluation, report
+from atat_jax.errors import UserError
 from atat_jax.report import layout, merge
 from atat_jax.report import results as results_lib
 from atat_jax.runs import comparable, tables
@@ -136,6 +138,13 @@ def test_labels_tell_the_images_and_the_ball_where_any_differ():
   assert labels(row("pgd20", 0.1), row("nominal", 1)) == ["pgd20", "nominal"]
 
 
+def test_radii_that_differ_look_different():
+  rows = [row("pgd20", 0.5), row("pgd20", 0.4, epsilon=0.0314)]
+  labels = [column.label for column in tables.columns(rows)]
+  assert labels == ["pgd20 (epsilon=8/255)", "pgd20 (epsilon=0.0314)"]
+  assert "(linf, epsilon 0.0314)" in report.verdict(results(*rows))
+
+
 def test_the_printed_table_says_what_cannot_be_compared():
   text = report.results_table(results(*IN_PARTS))
   assert re.search(
@@ -222,6 +231,7 @@ def test_a_rule_that_meets_a_number_that_is_none_flags(bad):
   assert {name: found[name]["flag"] for name in needs} == {
     name: bad in rows_of for name, rows_of in needs.items()
   }
+  json.dumps(found, allow_nan=False)
 
 
 COUNTS = {"nonfinite": 1, "nonfinite_points": 0, "nonfinite_gradients": 24}
@@ -263,3 +273,40 @@ def test_all_attacks_of_an_ensemble_are_named_where_the_first_model_fell_early()
   ]
   (column,) = tables.columns(rows)
   assert "apgd-t (apgd-t's numbers)" in tables.protocol(column)
+
+
+def test_a_comparison_tells_the_seed_that_met_the_most(tmp_path):
+  few = {"nonfinite": 1, "nonfinite_points": 5, "nonfinite_gradients": 0}
+  first = [{**one, "model": "at"} for one in IN_PARTS[:3]]
+  second = [dict(one) for one in first]
+  first[1] |= few
+  second[1] |= {**few, "nonfinite": 3}
+  found = merge.compare(
+    [
+      run_files.write_run(tmp_path / str(seed), rows, "at", seed=seed)
+      for seed, rows in enumerate([first, second])
+    ]
+  )
+  told = [one for one in found["rows"] if tables.nonfinite(one)]
+  assert [one["attack"] for one in told] == ["ifgsm20"]
+  assert told[0]["nonfinite"] == 3
+  cells = [c for t in layout.tables(found) for line in t.rows for c in line]
+  notes = [note for cell in cells for note in cell.notes]
+  assert sum("3 of 360 images have logits" in note for note in notes) == 1
+
+
+@pytest.mark.parametrize(
+  ("call", "message"),
+  [
+    (lambda: report.verdict(None), "results: None; allowed: an object"),
+    (lambda: report.verdict({}), "results: no list of rows"),
+    (lambda: report.results_table({"rows": [{}]}), "results: row 1: no model"),
+    (lambda: merge.compare("runs/at"), "workdirs: 'runs/at'; allowed: a list"),
+    (lambda: evaluation.diagnose(None, "student"), "rows: None"),
+    (lambda: evaluation.diagnose([{}], "student"), "rows: one has no model"),
+  ],
+)
+def test_what_are_no_results_is_refused_in_one_line(call, message):
+  with pytest.raises(UserError, match=message) as error:
+    call()
+  assert "\n" not in str(error.value)

@@ -441,7 +441,7 @@ def test_markdown_has_the_same_numbers(made):
   assert [line[0] for line in lines[2:]] == [
     "at [2 runs]",
     "atat [2 runs]",
-    "toy<b>\\| [2 runs]",
+    "toy\\<b>\\| [2 runs]",
   ]
   assert lines[3][3] == "40.50 ± 0.50 [paper 63.81]"
 

@@ -1,5 +1,6 @@
 """What a run leaves: files, tables, intervals, provenance, wording."""
 
+import errno
 import importlib.metadata
 import json
 import os
@@ -51,7 +52,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
   def fail(self, content):
     with open(self, "wb") as file:
       file.write(content[:1])
-    raise OSError("no space left")
+    raise OSError(errno.ENOSPC, "no space left")
 
   monkeypatch.setattr(pathlib.Path, "write_bytes", fail)
   with pytest.raises(UserError, match=r"a\.png: no space"):

@@ -86,12 +86,12 @@ with commands.plain_exits():
 {textwrap.indent(textwrap.dedent(body), "  ")}
 """
   # Whatever this session ignores, as under nohup.
+  listening = ["env", "--default-signal=INT,TERM,HUP"]
   made = subprocess.run(
-    [sys.executable, "-c", code],
+    [*listening, sys.executable, "-c", code],
     capture_output=True,
     text=True,
     timeout=60,
-    preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
   )
   return made.returncode, made.stderr
 

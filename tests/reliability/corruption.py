@@ -35,6 +35,9 @@ from atat_jax.errors import UserError
 from atat_jax.optim import make_optimizer
 from atat_jax.runs import files
 
+sys.path.append(str(pathlib.Path(__file__).resolve().parents[1] / "support"))
+import run_files
+
 HARMLESS, GOOD, REFUSED = "harmless", "made good", "refused"
 SILENT, TRACEBACK = "SILENT", "TRACEBACK"
 """Outcomes: the same result; another one that is said, or the same computed
@@ -164,25 +167,15 @@ def _fresh() -> progress.EnsembleProgress:
   )
 
 
-def _row(attack: str, accuracy: float) -> dict[str, object]:
-  return {
-    "model": "student",
-    "attack": attack,
-    "batch_norm": "running",
-    "norm": "linf",
-    "epsilon": 8 / 255,
-    "num_examples": 297,
-    "checkpoint_step": 4,
-    "accuracy": accuracy,
-  }
-
-
 def build(workdir: pathlib.Path) -> None:
   """Writes every kind of file that is damaged."""
   with checkpoints.Checkpointer(workdir, _spec()) as keeper:
     for step, accuracy in zip(STEPS, (0.4, 0.5), strict=True):
       keeper.save(make_state(step), step, accuracy)
-  rows = [_row("nominal", 0.9132), _row("autoattack", 0.5317)]
+  rows = [
+    run_files.result_row("student", "nominal", "running", 0.9132),
+    run_files.result_row("student", "pgd20", "running", 0.5317),
+  ]
   files.write_json(
     workdir / files.RESULTS,
     {"format": 1, "run": {"commit": "0123abcd"}, "rows": rows},

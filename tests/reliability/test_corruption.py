@@ -138,7 +138,7 @@ def test_metrics_of_one_step_do_not_choose_another(workdir, said, damage):
     checkpoints.find(workdir)
 
 
-@pytest.mark.parametrize("item", ["params", "opt_state", "run", "ema", "model"])
+@pytest.mark.parametrize("item", ["params", "opt_state", "run", "ema"])
 def test_files_of_two_steps_are_not_exchanged(workdir, said, item):
   a, b = folder(workdir, 4) / item, folder(workdir, 8) / item
   a.rename(workdir / "a")
@@ -243,6 +243,25 @@ def test_a_training_moves_damage_away_and_computes_it_again(
       for w in (workdir, finished.workdir)
     )
     assert jax.tree.all(jax.tree.map(np.array_equal, a, b))
+
+
+def test_results_tell_that_another_checkpoint_was_evaluated(
+  finished, tmp_path, said
+):
+  checkpoints._say.cache_clear()
+  workdir = finished.copy(tmp_path / "run")
+  best = finished.results["run"]["checkpoints"]["student"]["step"]
+  flip(largest(folder(workdir, best) / "params"))
+  tiny.run(workdir, "evaluate", tiny.config(evaluation__attacks="nominal"))
+  results = files.read_results(workdir)
+  record = results["run"]["checkpoints"]
+  assert record["student"]["which"] == "best of the intact"
+  assert record["student"]["step"] != best
+  assert record["teacher"] == finished.results["run"]["checkpoints"]["teacher"]
+  assert f"step {best} is damaged" in said()
+  # The numbers of the damaged one are not lost.
+  (copy,) = (workdir / "damaged").iterdir()
+  assert json.loads(copy.read_text()) == finished.results
 
 
 def test_a_save_that_fails_is_one_line(workdir, monkeypatch):

@@ -38,6 +38,7 @@ ORDER = [
   "attack_strength",
   "epsilon",
   "noise",
+  "nonfinite",
 ]
 
 
@@ -472,3 +473,30 @@ def test_a_classifier_that_is_always_wrong_is_an_error(case):
     audit(
       KEY, case.mlp, case.images, labels, case.images, epsilon=0.03, **SMALL
     )
+
+
+# --- Numbers that are not finite ---------------------------------------------
+
+
+def _fragile(params, images):
+  """The network, but for the darkest images, whose logits are NaN."""
+  dark = images.mean((1, 2, 3)) < params["dark"]
+  return jnp.where(dark[:, None], jnp.nan, _mlp(params, images))
+
+
+def test_images_without_finite_logits_are_counted_and_not_fooled(case):
+  means = case.images.mean((1, 2, 3))
+  dark = jnp.asarray(np.sort(means)[2:4].mean(), jnp.float32)
+  classifier = Partial(_fragile, {**case.params, "dark": dark})
+  # Dark images are made of all others, so that an attack seems to succeed.
+  given = case.images.copy()
+  given[means >= float(dark)] *= 0.5
+  assert (given.mean((1, 2, 3)) < float(dark)).sum() > 30
+  found = case.audit(classifier, given, epsilon=0.5, num_steps=(1, 2))
+  assert found["nonfinite"]["flag"]
+  assert (
+    "3 clean images with logits that are not" in found["nonfinite"]["message"]
+  )
+  # Nothing was fooled, so that the attack is weak.
+  assert found["attack_strength"]["flag"]
+  assert "the attack leaves 100.0%" in found["attack_strength"]["message"]

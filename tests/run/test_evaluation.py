@@ -1,5 +1,7 @@
 """Accuracies against plain loops and against the public attack functions."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ import tiny
 from atat_jax import attacks, checkpoints, data, evaluation, models, sharding
 from atat_jax.data.base import Split
 from atat_jax.rng import stream
+from atat_jax.runs import files, tables
 
 pytest_plugins = ("tiny",)
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -214,6 +217,56 @@ def test_rows_are_what_a_notebook_computes(finished, model_name):
       right = np.asarray(predict(classifier, x)) == y
       correct += right[: tiny.NUM_TEST - start].sum()
     assert row["accuracy"] == pytest.approx(correct / tiny.NUM_TEST, abs=1e-6)
+
+
+def test_a_row_counts_what_was_not_finite_and_the_report_says_so(
+  finished, tmp_path, monkeypatch
+):
+  judge = evaluation.judge
+
+  def spoiled(*args, **kwargs):
+    found = judge(*args, **kwargs)
+    if kwargs["protocol"].name != "pgd2":
+      return found
+    bad = np.arange(len(found.correct)) == np.flatnonzero(found.correct)[0]
+    return dataclasses.replace(
+      found, correct=found.correct & ~bad, finite=~bad, gradients=24
+    )
+
+  before = {
+    (row["model"], row["batch_norm"], row["attack"]): row
+    for row in finished.results["rows"]
+  }
+  workdir = finished.copy(tmp_path / "run")
+  (workdir / "results.json").unlink()
+  monkeypatch.setattr(evaluation, "judge", spoiled)
+  tiny.run(workdir, "evaluate")
+  found = files.read_results(workdir)
+  for row in found["rows"]:
+    expected = before[row["model"], row["batch_norm"], row["attack"]]
+    bad = row["attack"] == "pgd2"
+    assert row["accuracy"] == pytest.approx(
+      expected["accuracy"] - bad / tiny.NUM_TEST
+    )
+    counts = [row[field] for field in tables.NONFINITE]
+    assert counts == ([1, 0, 24] if bad else [0, 0, 0])
+  assert found["diagnostics"]["student_nonfinite"]["flag"]
+  tiny.run(workdir, "figures")
+  page = (workdir / "report.html").read_text()
+  assert f"1 of {tiny.NUM_TEST} images has logits that are not finite" in page
+  assert not finished.results["diagnostics"]["student_nonfinite"]["flag"]
+
+
+def test_each_loss_is_looked_at_once_for_each_network(finished):
+  rows = finished.results["rows"]
+  for row in rows:
+    told = "blind_loss" in row.get("diagnostics", {})
+    assert told == (row["loss"] is not None and row["batch_norm"] == "running")
+  names = [name for name in finished.results["diagnostics"] if "blind" in name]
+  assert sorted(names) == [
+    "student_cross_entropy_blind_loss",
+    "teacher_cross_entropy_blind_loss",
+  ]
 
 
 def test_a_protocol_runs_its_attack(linear, split):

@@ -46,7 +46,7 @@ def runs(tmp_path_factory):
     "norm": "linf",
     "epsilon": 0.2,
     "batch_norm": "running",
-    "num_examples": 10,
+    "num_examples": 8,
     "accuracy": 0.125,
   }
   results = {"format": 1, "rows": [row, {**row, "model": "teacher"}]}
@@ -224,7 +224,7 @@ def test_the_page_that_is_left(explained, runs):
     "How it was made",
   ]
   assert "standard, at" in page.text and "digits test images" in page.text
-  assert "AutoAttack leaves at 12.5% (autoattack, 10 images)" in page.text
+  assert "AutoAttack leaves at 12.5% (autoattack, 8 images)" in page.text
   assert f"python -m atat_jax.explain {' '.join(argv)}" in page.text
   drawn = len(list((out / "figures").glob("*.png")))
   assert [tag for tag, _ in page.tags].count("img") == drawn

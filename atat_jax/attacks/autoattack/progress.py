@@ -212,10 +212,12 @@ def _from_arrays(
   nonfinite = _group(arrays, "nonfinite")
   for name, counts in nonfinite.items():
     _check_like(counts, np.zeros(3, np.int64), name)
+  where = ~arrays["robust"] | arrays["claimed"]
+  adversarial = fresh.adversarial.copy()
+  _check_like(arrays["fallen"], adversarial[where], "fallen")
   if not np.isfinite(arrays["fallen"]).all():
     raise ValueError("images are not finite")
-  adversarial = fresh.adversarial.copy()
-  adversarial[~arrays["robust"] | arrays["claimed"]] = arrays["fallen"]
+  adversarial[where] = arrays["fallen"]
   running = _group(arrays, "in_flight")
   in_flight = None
   if running:

@@ -238,7 +238,9 @@ def attack_loss(
   checks.choice("loss", name, (*ATTACK_LOSSES, *TARGETED_LOSSES))
   if name in TARGETED_LOSSES:
     if targets is None:
-      raise UserError(f"targets: None; allowed: one for each image for {name!r}")
+      raise UserError(
+        f"targets: None; allowed: one for each image for {name!r}"
+      )
     return TARGETED_LOSSES[name](logits, labels, targets)
   return ATTACK_LOSSES[name](logits, labels)
 

@@ -23,7 +23,7 @@ import numpy as np
 import tqdm
 
 from atat_jax import checks
-from atat_jax.data import archives, base
+from atat_jax.data import archives, base, record_files
 from atat_jax.errors import DamagedFileError, UserError
 from atat_jax.runs import files, locations
 from atat_jax.untrusted import regular
@@ -145,7 +145,9 @@ def _check_tfds(directory: pathlib.Path, name: str) -> int:
       known = _TFDS_VALUES.get(plain)
       if known is not None and value not in known:
         raise ValueError(f"{path.name}: {key} is {value!r}")
-  return sum(regular.require_regular(path).st_size for path in records)
+  for path in records:
+    record_files.check(path)
+  return sum(path.stat().st_size for path in records)
 
 
 def _decode_records(

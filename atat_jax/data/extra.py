@@ -23,7 +23,7 @@ import numpy as np
 from atat_jax import checks
 from atat_jax.data import base
 from atat_jax.data.base import DatasetSpec, Split
-from atat_jax.errors import UserError
+from atat_jax.errors import UserError, printable
 from atat_jax.runs import files, locations
 from atat_jax.untrusted import arrays, regular, zips
 
@@ -219,7 +219,7 @@ def _is_known(
       return True
   except (OSError, UserError):
     pass  # it costs only the time to read the file
-  _log.info("extra: comparing %s with its checksum, once", path)
+  _log.info("extra: comparing %s with its checksum, once", printable(str(path)))
   return False
 
 

@@ -77,7 +77,7 @@ def _check(
   classifier: Classifier, data: Any, protocol: Any, batch_size: Any
 ) -> tuple[Classifier, Split]:
   """Checks what is to be judged; returns the classifier as a pytree, and data."""
-  checks.positive("batch_size", batch_size, integer=True)
+  checks.count("batch_size", batch_size)
   checks.instance("data", data, Split, "a data.Split: images and labels")
   if not callable(getattr(protocol, "run", None)):
     raise UserError(

@@ -73,10 +73,7 @@ def devices(mesh: Mesh | None) -> Mesh:
   Raises:
     UserError: Something else than a mesh.
   """
-  if mesh is None:
-    return sharding.make_mesh()
-  sharding.check_mesh(mesh)
-  return mesh
+  return sharding.mesh_or_all(mesh)
 
 
 def refuse_nonfinite(name: str, what: str, array: np.ndarray) -> None:

@@ -50,10 +50,13 @@ def compare(workdirs: Sequence[str | os.PathLike[str]]) -> dict[str, Any]:
   Raises:
     UserError: A directory has no results, or a run is given twice.
   """
-  if not isinstance(workdirs, list | tuple) or not workdirs:
+  if isinstance(workdirs, str | bytes | os.PathLike):
     raise UserError(
-      f"workdirs: {shown(workdirs)}; allowed: directories of finished runs"
+      f"workdirs: {workdirs!r}; allowed: a list of directories, also of one"
     )
+  if not isinstance(workdirs, Sequence) or not workdirs:
+    found = shown(workdirs) if workdirs else "none"
+    raise UserError(f"workdirs: {found}; allowed: directories of finished runs")
   groups = by_training(
     [read(locations.expand("workdirs", workdir)) for workdir in workdirs]
   )

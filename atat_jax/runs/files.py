@@ -44,8 +44,10 @@ TENSORBOARD = "tensorboard"
 DAMAGED = "damaged"
 """Folder of a working directory for what was found damaged."""
 
-MAX_JSON = 256 * 2**20
+MAX_JSON = 64 * 2**20
 """Largest JSON file that is read, bytes."""
+MAX_CONTAINERS = 2**21
+"""Most lists and objects in a JSON file that is read."""
 MAX_LINE = 2**20
 """Longest line of a `metrics.jsonl` that is read, bytes."""
 
@@ -148,9 +150,10 @@ def remove_temporaries(directory: pathlib.Path, *, below: bool = True) -> None:
       folders.clear()
     for name in filter(_TEMPORARY.fullmatch, names):
       path = pathlib.Path(folder) / name
-      with contextlib.suppress(OSError), path.open("rb") as file:
-        if _lock(file.fileno()):
-          path.unlink()
+      with contextlib.suppress(OSError, UserError):
+        with regular.open_regular(path) as file:
+          if _lock(file.fileno()):
+            path.unlink()
 
 
 def write_bytes(path: pathlib.Path, content: bytes) -> pathlib.Path:
@@ -296,6 +299,11 @@ def parse_json(content: bytes, where: object, *, nan: bool = False) -> Any:
   Raises:
     DamagedFileError: Anything else.
   """
+  # An empty list of two bytes takes thirty times as much memory.
+  if content.count(b"[") + content.count(b"{") > MAX_CONTAINERS:
+    raise DamagedFileError(
+      f"{where}: more than {MAX_CONTAINERS} lists and objects"
+    )
   try:
     return json.loads(
       content.decode("utf-8-sig"),

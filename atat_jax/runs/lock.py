@@ -12,6 +12,7 @@ import logging
 import os
 import pathlib
 import socket
+import stat
 from collections.abc import Iterator
 
 from atat_jax.errors import UserError
@@ -23,6 +24,7 @@ except ImportError:  # Windows
 
 _NAME = ".lock"
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+_NOT_A_LINK = getattr(os, "O_NOFOLLOW", 0)
 
 _log = logging.getLogger(__name__)
 
@@ -110,8 +112,12 @@ def file(field: str, path: pathlib.Path, what: pathlib.Path) -> Iterator[Lock]:
 def _take(field: str, path: pathlib.Path, what: pathlib.Path) -> int:
   """Opens and locks the file; returns its descriptor."""
   while True:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | _NOT_A_LINK, 0o666)
     try:
+      # Somebody else's folder may lead to a file that is not for us to write.
+      found = os.fstat(descriptor)
+      if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+        raise UserError(f"{field}: {path} is no lock; remove it")
       if not _try_lock(descriptor, path):
         holder = _read_holder(descriptor)
         raise UserError(

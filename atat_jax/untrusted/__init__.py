@@ -1,5 +1,5 @@
 """Reading of files that somebody else may have written.
 
 No code in a file is run, nothing is written, and memory stays in proportion to
-the size of the file on the disk. The limits are generous for files of real weights and pictures.
+the size of the file on the disk. `docs/untrusted.md` has the limits.
 """

@@ -228,7 +228,9 @@ def test_paths_of_no_file_are_named(tmp_path, data_dir, message):
 
 
 def test_an_unknown_source_is_refused_with_the_known_ones(source, tmp_path):
-  with pytest.raises(UserError, match=r"source: 'torch'.*auto, binary, python, tfds"):
+  with pytest.raises(
+    UserError, match=r"source: 'torch'.*auto, binary, python, tfds"
+  ):
     read(source, tmp_path, source="torch")
 
 

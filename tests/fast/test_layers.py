@@ -48,6 +48,11 @@ PLACES = {
   "PIL": ("data",),
   "matplotlib": ("drawing", "figures"),
   "tensorboardX": ("training",),
+  "safetensors": ("interop",),
+  "pickletools": ("untrusted",),
+  "pickle": (),  # it runs what a file says
+  "marshal": (),
+  "shelve": (),
   "absl": ("runtime",),
   "tensorflow": (),
   "torch": (),

@@ -230,7 +230,9 @@ def test_bad_schedules_are_named(name, options, message):
 def test_bad_optimizers_are_named():
   with pytest.raises(UserError, match=r"momentum: 1\.0; allowed: \[0, 1\)"):
     optim.make_optimizer(lambda step: 0.1, momentum=1.0)
-  with pytest.raises(UserError, match="weight_decay: -1; allowed: a number >= 0"):
+  with pytest.raises(
+    UserError, match="weight_decay: -1; allowed: a number >= 0"
+  ):
     optim.make_optimizer(lambda step: 0.1, weight_decay=-1)
 
 

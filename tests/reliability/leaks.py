@@ -137,7 +137,7 @@ def _evaluation() -> Callable[[int], object]:
     own = weights(number)
     return evaluation.accuracy(
       KEY,
-      lambda images: callables.formula(weights, images),
+      lambda images: callables.formula(own, images),
       data,
       protocol=protocol,
       batch_size=16,
@@ -153,7 +153,7 @@ def _autoattack() -> Callable[[int], object]:
     own = weights(number % 5)
     return attacks.autoattack(
       KEY,
-      lambda images: callables.formula(weights, images),
+      lambda images: callables.formula(own, images),
       _images[:8],
       _labels[:8],
       epsilon=EPSILON,

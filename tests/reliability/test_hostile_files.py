@@ -15,6 +15,7 @@ import sys
 import hostile
 import numpy as np
 import pytest
+from array_record.python import array_record_module
 
 from atat_jax import interop, models
 from atat_jax.data import (
@@ -25,6 +26,7 @@ from atat_jax.data import (
   extra,
   photographs,
   prepare,
+  record_files,
 )
 from atat_jax.errors import UserError
 from atat_jax.untrusted import arrays, regular, zips
@@ -114,6 +116,29 @@ def test_tensors_on_one_storage_share_its_memory(tmp_path):
   first, *others = found.values()
   assert first.shape == (1 << 22,)
   assert all(np.shares_memory(first, other) for other in others)
+
+
+@pytest.mark.parametrize(
+  ("sizes", "options"),
+  [
+    ([3000] * 300, "group_size:1"),
+    ([10] * 3000, "group_size:100"),
+    ([200_000] * 20, "group_size:1"),
+    ([65_472] * 10, "group_size:1"),
+    ([0] * 50, "group_size:1"),
+    (list(range(0, 3000, 7)), "group_size:7"),
+    ([5000] * 20, "group_size:1,uncompressed"),
+  ],
+)
+def test_sizes_of_records_are_those_of_their_library(tmp_path, sizes, options):
+  path, generator = tmp_path / "x", np.random.default_rng(0)
+  writer = array_record_module.ArrayRecordWriter(str(path), options)
+  for size in sizes:
+    writer.write(generator.bytes(size))
+  writer.close()
+  # A record and its chunk take some bytes of their own.
+  total = record_files.check(path)
+  assert sum(sizes) <= total < sum(sizes) + 11 * len(sizes) + 1000
 
 
 # --- Extra images ------------------------------------------------------------

@@ -234,9 +234,9 @@ _PROGRAMS = {
   "a number of 2 GB": b"\x80\x02\x8b\xff\xff\xff\x7f\1.",
   "a number of a million digits": b"I" + b"9" * 1_000_000 + b"\n.",
   "a frame beyond memory": b"\x80\x04\x95" + struct.pack("<Q", 1 << 60) + b"N.",
-  "lists in lists": b"]" * 500_000 + b"a" * 499_999 + b".",
-  "tuples in tuples": b")" + b"\x85" * 500_000 + b".",
-  "tuples in tuples as a key": b"})" + b"\x85" * 500_000 + b"Ns.",
+  "lists in lists": b"]" * 150_000 + b"a" * 149_999 + b".",
+  "tuples in tuples": b")" + b"\x85" * 150_000 + b".",
+  "tuples in tuples as a key": b"})" + b"\x85" * 150_000 + b"Ns.",
   "a list that holds itself": b"]q\0h\0a.",
   "a dict that holds itself": b"}q\0" + _text("model") + b"h\0s.",
   "doubled sixty times": b"}q\0"
@@ -246,7 +246,7 @@ _PROGRAMS = {
     for i in range(1, 61)
   )
   + b".",
-  "four million instructions": b"\x80\x02" + b"N0" * 2_000_000 + b"N.",
+  "three million instructions": b"\x80\x02" + b"N0" * 1_600_000 + b"N.",
   "an empty stack": b"0.",
   "nothing": b"",
   "keys that are numbers": b"\x80\x02}K\1"
@@ -460,6 +460,7 @@ _TEXTS = {
   "one key twice": b'{"method": "at", "method": "atat"}',
   "an endless number": b'{"a": ' + b"9" * 1_000_000 + b"}",
   "no object": b"[1]",
+  "three million lists": b'{"a": [' + b"[]," * 3_000_000 + b"0]}",
   "no text": b"\xff\xfe\x00",
   "nothing": b"",
   "a control sequence": b"\x1b[2J\x1b]0;x\x07",
@@ -619,6 +620,44 @@ def _png(
 _PICTURE = _png(32, 32, rows=bytes(32 * 97))
 
 
+_TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
+
+
+def _notes(version: str) -> tuple[dict[str, Any], dict[str, Any]]:
+  """The JSON files of a prepared version with one picture in each split."""
+  names = "features_dict.FeaturesDict text_feature.Text image_feature.Image"
+  classes = [
+    f"tensorflow_datasets.core.features.{name}"
+    for name in (*names.split(), "class_label_feature.ClassLabel")
+  ]
+  info = {
+    "fileFormat": "array_record",
+    "moduleName": "tensorflow_datasets.image_classification.cifar",
+    "name": "cifar10",
+    "version": version,
+    "splits": [
+      {
+        "name": split,
+        "numBytes": "99",
+        "shardLengths": ["1"],
+        "filepathTemplate": _TEMPLATE,
+      }
+      for split in ("train", "test")
+    ],
+  }
+  image = {"dtype": "uint8", "shape": {"dimensions": ["32", "32", "3"]}}
+  features = {
+    "id": {"pythonClassName": classes[1], "text": {}},
+    "image": {"pythonClassName": classes[2], "image": image},
+    "label": {
+      "pythonClassName": classes[3],
+      "classLabel": {"numClasses": "10"},
+    },
+  }
+  top = {"pythonClassName": classes[0], "featuresDict": {"features": features}}
+  return info, top
+
+
 def _records(
   *,
   picture: bytes = _PICTURE,
@@ -629,62 +668,31 @@ def _records(
   """A prepared version with one picture in each split."""
 
   def make(folder: pathlib.Path) -> pathlib.Path:
-    from array_record.python import array_record_module
-
     place = folder / "cifar10" / version
     place.mkdir(parents=True)
-    names = "features_dict.FeaturesDict text_feature.Text image_feature.Image"
-    classes = [
-      f"tensorflow_datasets.core.features.{name}"
-      for name in (*names.split(), "class_label_feature.ClassLabel")
-    ]
-    template = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
-    info = {
-      "fileFormat": "array_record",
-      "moduleName": "tensorflow_datasets.image_classification.cifar",
-      "name": "cifar10",
-      "version": version,
-      "splits": [
-        {
-          "name": split,
-          "numBytes": "99",
-          "shardLengths": ["1"],
-          "filepathTemplate": template,
-        }
-        for split in ("train", "test")
-      ],
-    }
-    dimensions = {"dimensions": ["32", "32", "3"]}
-    features = {
-      "pythonClassName": classes[0],
-      "featuresDict": {
-        "features": {
-          "id": {"pythonClassName": classes[1], "text": {}},
-          "image": {
-            "pythonClassName": classes[2],
-            "image": {"dtype": "uint8", "shape": dimensions},
-          },
-          "label": {
-            "pythonClassName": classes[3],
-            "classLabel": {"numClasses": "10"},
-          },
-        }
-      },
-    }
+    info, features = _notes(version)
     change(info, features)
     (place / "dataset_info.json").write_text(json.dumps(info))
     (place / "features.json").write_text(json.dumps(features))
     for split in ("train", "test"):
-      writer = array_record_module.ArrayRecordWriter(
-        str(place / f"cifar10-{split}.array_record-00000-of-00001"),
+      _write_records(
+        place / f"cifar10-{split}.array_record-00000-of-00001",
         "group_size:1",
+        _example(picture),
       )
-      writer.write(_example(picture))
-      writer.close()
     more(place)
     return folder
 
   return make
+
+
+def _write_records(path: pathlib.Path, options: str, *records: bytes) -> None:
+  from array_record.python import array_record_module
+
+  writer = array_record_module.ArrayRecordWriter(str(path), options)
+  for record in records:
+    writer.write(record)
+  writer.close()
 
 
 def _foreign(info: dict[str, Any], features: dict[str, Any]) -> None:
@@ -708,6 +716,19 @@ def _piped(place: pathlib.Path) -> None:
   os.mkfifo(place / "label.labels.txt")
 
 
+def _bomb(options: str, *records: bytes) -> Callable[[pathlib.Path], None]:
+  def write(place: pathlib.Path) -> None:
+    (path,) = place.glob("*train*")
+    _write_records(path, options, *records)
+
+  return write
+
+
+def _noise(place: pathlib.Path) -> None:
+  (path,) = place.glob("*train*")
+  path.write_bytes(np.random.default_rng(0).bytes(1 << 17))
+
+
 HARMLESS["records of one picture"] = "records", _records()
 for _name, _make in {
   "a class of another module": _records(change=_foreign),
@@ -716,6 +737,11 @@ for _name, _make in {
   "a trillion pictures": _records(change=_million),
   "a picture of 60,000 x 60,000": _records(picture=_png(60_000, 60_000)),
   "no picture": _records(picture=b"%!PS-Adobe-3.0 EPSF-3.0\n"),
+  "a record of 200 MB": _records(more=_bomb("group_size:1", bytes(200 << 20))),
+  "columns of records": _records(
+    more=_bomb("group_size:2,transpose", *[_example(_PICTURE)] * 2)
+  ),
+  "noise": _records(more=_noise),
   "labels of a terabyte": _records(more=_holes),
   "labels from a pipe": _records(more=_piped),
 }.items():

@@ -1116,6 +1116,7 @@ PARTS = (
   "data.archives",
   "data.base",
   "data.prepare",
+  "data.record_files",
   "evaluation.map_distances",
   "evaluation.networks",
   "evaluation.ranking",

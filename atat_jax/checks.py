@@ -56,9 +56,7 @@ def array(value: Any, name: str) -> Array | np.ndarray:
         " allowed: an array of numbers"
       )
     if jnp.issubdtype(value.dtype, jax.dtypes.extended):
-      raise UserError(
-        f"{name}: {shown(value)}; allowed: an array of numbers"
-      )
+      raise UserError(f"{name}: {shown(value)}; allowed: an array of numbers")
     return value
   try:
     if any(not _concrete(leaf) for leaf in jax.tree.leaves(value)):

@@ -55,8 +55,9 @@ def compare(workdirs: Sequence[str | os.PathLike[str]]) -> dict[str, Any]:
       f"workdirs: {workdirs!r}; allowed: a list of directories, also of one"
     )
   if not isinstance(workdirs, Sequence) or not workdirs:
-    found = shown(workdirs) if workdirs else "none"
-    raise UserError(f"workdirs: {found}; allowed: directories of finished runs")
+    raise UserError(
+      f"workdirs: {shown(workdirs)}; allowed: directories of finished runs"
+    )
   groups = by_training(
     [read(locations.expand("workdirs", workdir)) for workdir in workdirs]
   )

@@ -456,7 +456,7 @@ def _kind(name: str, value: Any) -> str:
 def _created(create: Any, name: str, fields: dict[str, Any]) -> Entry:
   """Entry of a registered member whose fields are given to `create`."""
   kinds = {field: _kind(field, value) for field, value in fields.items()}
-  if "layer" in kinds:  # of a network that is not known yet
+  if "layer" in kinds:  # the network is not known yet
     kinds["layer"] = "text"
   fixed = {"mean": (0.5,), "std": (0.5,)} if "mean" in fields else {}
   return Entry(
@@ -1144,7 +1144,7 @@ PARTS = (
   "runs.results_format",
   "runs.tables",
   "runs.wording",
-  # What `objectives.create` and `models.create` make, each in the table.
+  # Made by `objectives.create` and `models.create`, which are in the table.
   "models.base.Network",
   "models.base.ResidualNetwork",
   "models.densenet.DenseNet121",

@@ -55,6 +55,8 @@ def array(value: Any, name: str) -> Array | np.ndarray:
         f"{name}: a deleted array (donated to another function);"
         " allowed: an array of numbers"
       )
+    if jnp.issubdtype(value.dtype, jax.dtypes.extended):
+      raise UserError(f"{name}: {shown(value)}; allowed: an array of numbers")
     return value
   try:
     if any(not _concrete(leaf) for leaf in jax.tree.leaves(value)):
@@ -74,8 +76,6 @@ def array(value: Any, name: str) -> Array | np.ndarray:
 def host(name: str, value: Any) -> np.ndarray:
   """Checks that a value is an array of numbers, and returns it on the host."""
   found = array(value, name)
-  if jnp.issubdtype(found.dtype, jax.dtypes.extended):
-    raise UserError(f"{name}: {shown(value)}; allowed: an array of numbers")
   if not _concrete(found):
     raise UserError(f"{name}: traced; allowed: outside jit, a known array")
   return np.asarray(found)
@@ -530,6 +530,8 @@ def _arrays(tree: PyTree, name: str) -> dict[str, Any]:
   )
   for path, leaf in leaves:
     where = f"{name}: {_path(path)}" if path else name
+    if jnp.issubdtype(getattr(leaf, "dtype", float), jax.dtypes.extended):
+      continue  # a random key
     if isinstance(leaf, jax.ShapeDtypeStruct):
       found[_path(path)] = leaf
     else:

@@ -253,6 +253,7 @@ def diagnose(rows: Sequence[Row], model: str) -> dict[str, Diagnostic]:
   """
   checks.instance("model", model, str, "the name of a model")
   for row in checks.sequence("rows", rows, "rows", empty=True):
+    checks.instance("rows", row, Mapping, "rows of results.json")
     if lacking := [field for field in _NEEDED if field not in row]:
       raise UserError(
         f"rows: one has no {', '.join(lacking)}; allowed: rows of results.json"

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from atat_jax.errors import UserError
+from atat_jax.errors import UserError, shown
 from atat_jax.report import published
 from atat_jax.report.groups import (
   Group,
@@ -50,12 +50,14 @@ def compare(workdirs: Sequence[str | os.PathLike[str]]) -> dict[str, Any]:
   Raises:
     UserError: A directory has no results, or a run is given twice.
   """
-  if isinstance(workdirs, str | os.PathLike):
+  if isinstance(workdirs, str | bytes | os.PathLike):
     raise UserError(
       f"workdirs: {workdirs!r}; allowed: a list of directories, also of one"
     )
-  if not workdirs:
-    raise UserError("workdirs: none; allowed: directories of finished runs")
+  if not isinstance(workdirs, Sequence) or not workdirs:
+    raise UserError(
+      f"workdirs: {shown(workdirs)}; allowed: directories of finished runs"
+    )
   groups = by_training(
     [read(locations.expand("workdirs", workdir)) for workdir in workdirs]
   )

@@ -196,6 +196,10 @@ def check(results: object) -> None:
   found = f"{shown(results)}; allowed: an object"
   if isinstance(results, Mapping):
     found = fault(results)
+    if not found and results.get("format", 1) != 1:
+      found = f"format {shown(results['format'])}"
+  if found and "allowed: " not in found:
+    found += "; allowed: the content of a results.json"
   if found:
     raise UserError(f"results: {found}")
 

@@ -456,7 +456,7 @@ def _kind(name: str, value: Any) -> str:
 def _created(create: Any, name: str, fields: dict[str, Any]) -> Entry:
   """Entry of a registered member whose fields are given to `create`."""
   kinds = {field: _kind(field, value) for field, value in fields.items()}
-  if "layer" in kinds:  # of a network that is not known yet
+  if "layer" in kinds:  # the network is not known yet
     kinds["layer"] = "text"
   fixed = {"mean": (0.5,), "std": (0.5,)} if "mean" in fields else {}
   return Entry(
@@ -1097,6 +1097,7 @@ PARTS = (
   "plan",
   "process",
   "rehearsal",
+  "replay",
   "runtime",
   "state",
   "steps",
@@ -1115,6 +1116,7 @@ PARTS = (
   "data.archives",
   "data.base",
   "data.prepare",
+  "data.record_files",
   "evaluation.map_distances",
   "evaluation.networks",
   "evaluation.ranking",
@@ -1142,7 +1144,7 @@ PARTS = (
   "runs.results_format",
   "runs.tables",
   "runs.wording",
-  # What `objectives.create` and `models.create` make, each in the table.
+  # Made by `objectives.create` and `models.create`, which are in the table.
   "models.base.Network",
   "models.base.ResidualNetwork",
   "models.densenet.DenseNet121",
@@ -1175,11 +1177,13 @@ PARTS = (
   "attacks.classifiers.num_classes",
   "attacks.fast_boundary.FAB",
   "attacks.projected_gradient.ascend",
+  "attacks.projected_gradient.counted_ascend",
   "attacks.projected_gradient.random_start",
   "attacks.square_search.level",
   "attacks.square_search.schedule",
   "checkpoints.Checkpointer",
   "checkpoints.find",
+  "checkpoints.restore_before",
   "data.batches.map_batches",
   "data.cifar.default_data_dir",
   "data.cifar.tfds_records",
@@ -1205,10 +1209,12 @@ PARTS = (
   "evaluation.rules.margin_loss",
   "evaluation.rules.nonfinite",
   "evaluation.rules.steps_converged",
+  "evaluation.rules.storable",
   "explain.main",
   "models.base.check_size",
   "models.base.check_sizes",
   "models.wide_resnet.average_pool",
+  "objectives.adversarial.attack_is_finite",
   "objectives.adversarial.check_weights",
   "objectives.tla.hardest_negatives",
   "optim.decay_mask",
@@ -1225,7 +1231,6 @@ PARTS = (
   "runs.configuration.training_fields",
   "runs.configuration.write",
   "runs.files.Arrays",
-  "runs.files.check_members",
   "runs.files.load_arrays",
   "runs.files.parse_json",
   "runs.files.plain_errors",

@@ -3,14 +3,21 @@
 import leaks
 import pytest
 
-# Of the resident memory after the warm-up; beyond it, a few arrays of 16 MB.
 SHARE = 0.05
+"""Allowed growth, relative to the resident memory after the warm-up."""
+
+SLACK = 4 * leaks.MEGABYTES
+"""A few weights that the allocator has not given back yet, in MB."""
+
+
+def grows(found):
+  return found.after > found.before * (1 + SHARE) + SLACK
 
 
 def check(name, repetitions, compilations):
   found = leaks.measure(leaks.WORK[name], repetitions, compilations)
   assert found.compilations == 0, found
-  assert found.share < SHARE, found
+  assert not grows(found), found
 
 
 @pytest.mark.parametrize("name", leaks.WORK)
@@ -31,5 +38,5 @@ def test_a_leak_is_seen(compilations):
     kept.append(leaks.weights(number))
     return kept[-1]
 
-  work = leaks.Work(lambda: repeat, warm_up=1, often=5, seldom=5)
-  assert leaks.measure(work, work.often, compilations).share > SHARE
+  work = leaks.Work(lambda: repeat, warm_up=1, often=20, seldom=20)
+  assert grows(leaks.measure(work, work.often, compilations))

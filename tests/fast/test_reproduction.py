@@ -166,7 +166,7 @@ def test_runs_of_all_seeds_share_a_teacher_a_seed(methods):
     ("--set=train.num_epochs=0", "train.num_epochs: 0"),
     ("--methods=none", "method: 'none'"),
     ("--config=nowhere.py", "config: nowhere.py"),
-    ("--running_attacks=bim", "evaluation.attack: 'bim'"),
+    ("--running_attacks=bim", "evaluation.attacks: 'bim'"),
   ],
 )
 def test_bad_flags_are_refused_before_anything_runs(methods, flag, message):

@@ -328,7 +328,7 @@ def test_nothing_compiles_for_other_numbers_and_none_is_fooled(
     ({"norm": "l3"}, "norm: 'l3'"),
     ({"loss": "targeted_dlr"}, "loss: 'targeted_dlr'"),
     ({"batch_size": 0}, "batch_size"),
-    ({"layer": "conv3"}, "layers: 'conv3'; allowed: conv1"),
+    ({"layer": "conv3"}, "layer: 'conv3'; allowed: .*conv1"),
   ],
 )
 def test_bad_settings_are_named(pair, data, changes, message):
@@ -410,22 +410,19 @@ def test_a_map_of_the_last_tensor_costs_a_forward_pass(wrn):
   assert maps < 1.02 * flops(forward, wrn.variables, wrn.images)
 
 
-class _Counted(nn.Module):
-  """Counts how often Python goes through it."""
-
-  seen = 0
+class _Tiny(nn.Module):
+  """A network of its own, which nothing has compiled before."""
 
   @nn.compact
   def __call__(self, x):
-    type(self).seen += 1
     return nn.Dense(3)(nn.Conv(2, (3, 3))(x).mean((1, 2)))
 
 
-def test_the_next_batch_is_not_traced_again():
+def test_the_next_batch_compiles_nothing(compilations):
   images = np.full((2, 4, 4, 1), 0.5, np.float32)
-  model = _Counted()
+  model = _Tiny()
   variables = model.init(jax.random.key(0), images)
   attention.grad_cam(model, variables, images, np.array([0, 1]))
-  before = _Counted.seen
+  before = compilations()
   attention.grad_cam(model, variables, images + 0.1, np.array([2, 1]))
-  assert _Counted.seen == before
+  assert compilations() == before

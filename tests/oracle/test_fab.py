@@ -524,7 +524,7 @@ def test_gradients_that_are_no_numbers_move_nothing(norm, targeted):
     ({"classifier": 3}, "classifier: int; allowed"),
     (
       {"classifier": lambda x: x[:, 0, 0, :1], "labels": np.zeros(8, int)},
-      "classifier: 1 class; allowed: at least 2",
+      "classifier: returns shape (8, 1) for 8 images; allowed: logits [8, K]",
     ),
   ],
 )

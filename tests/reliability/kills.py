@@ -212,11 +212,11 @@ def _numbers(leaf: Any) -> Any:
   return jax.random.key_data(leaf) if is_key else leaf
 
 
-_FREE = ("seconds", "images_per_second", "date", "command")
+_FREE = ("seconds", "images_per_second", "date", "command", "checksum")
 
 
 def _plain(tree: Any) -> Any:
-  """Leaves out times and the command, which names the working directory."""
+  """Leaves out times, the command with its path, and the checksum of both."""
   if isinstance(tree, dict):
     return {k: _plain(v) for k, v in tree.items() if k not in _FREE}
   return [_plain(v) for v in tree] if isinstance(tree, list) else tree

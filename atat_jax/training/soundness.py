@@ -1,10 +1,10 @@
 """Numbers gone wrong in a step: found inside the compiled step, by policy.
 
-A step is sound if its inner attack, its terms, its gradient, and what it leaves behind (updated
-parameters, statistics, optimizer state, averages) are finite, and so are the
-norm of the gradient and the sum of the sizes of each of the others. Weights that
-are finite but absurd are found by the logits of the validation images, before a
-checkpoint is written of them (`incidents`).
+A step is sound if its inner attack, its terms, its gradient, and what it leaves
+behind (updated parameters, statistics, optimizer state, averages) are finite,
+and so are the norm of the gradient and the sum of the sizes of each of the
+others. Weights that are finite but absurd are found by the logits of the
+validation images, before a checkpoint is written of them (`incidents`).
 
 - `stop`: the first bad step of each kind is noted in the state; the host sees
   it when a log line is due, and stops.
@@ -163,10 +163,8 @@ def skipped(current: TrainState) -> tuple[list[tuple[int, list[str]]], int]:
   """
   guard = jax.device_get(current.guard)
   # A pytree sorts its names, so that their order says nothing.
-  count, known = (
-    int(guard.count),
-    sorted((*current.nonfinite, *current.unsound)),
-  )
+  count = int(guard.count)
+  known = sorted((*current.nonfinite, *current.unsound))
   found = []
   for step, bits in list(zip(guard.steps, guard.terms, strict=True))[:count]:
     wrong = [name for i, name in enumerate(known) if int(bits) >> i & 1]

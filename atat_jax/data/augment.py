@@ -26,7 +26,7 @@ def _check_pixels(images: jax.Array) -> jax.Array:
     raise UserError(
       f"images: dtype {found.dtype}; allowed: uint8, or floating point"
     )
-  return found
+  return found  # type: ignore[return-value]  # numpy's stay numpy's
 
 
 def crop_flip(

@@ -191,7 +191,7 @@ def _analyses() -> Callable[[int], object]:
 
 
 WORK = {
-  "attacks": Work(_attacks, len(callables.KINDS), 150, 60),
+  "attacks": Work(_attacks, len(callables.KINDS), 150, 27),
   "training": Work(_training, 20, 2000, 200),
   "evaluation": Work(_evaluation, 5, 200, 40),
   "autoattack": Work(_autoattack, 5, 50, 6),

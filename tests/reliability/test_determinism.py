@@ -93,6 +93,7 @@ def reference(tmp_path_factory):
   return run(tmp_path_factory.mktemp("reference") / "run")
 
 
+@pytest.mark.slow
 def test_another_process_and_its_surroundings_change_nothing(
   reference, tmp_path
 ):

@@ -22,9 +22,10 @@ def differences(tmp_path, num_kills, arguments, phases=kills.PHASES):
 
 def test_three_kills_change_nothing(tmp_path):
   arguments = kills.arguments(
-    "at",
+    "standard",
     "--config.train.num_epochs=1",
     "--config.evaluation.attacks=nominal,apgd2",
+    "--config.evaluation.batch_norm=running",
   )
   names = ("step", "checkpoint", "evaluation")
   phases = [phase for phase in kills.PHASES if phase.name in names]

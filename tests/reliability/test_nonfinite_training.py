@@ -233,7 +233,9 @@ def records(workdir):
   return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-@pytest.mark.parametrize("policy", ["skip", "rollback"])
+@pytest.mark.parametrize(
+  "policy", [pytest.param("skip", marks=pytest.mark.slow), "rollback"]
+)
 def test_a_run_goes_on_without_its_bad_steps(policy, poisoned_run, tmp_path):
   chosen = poisoned_run(train__nonfinite=policy)
   wrong = bad_steps(chosen, 20)

@@ -309,6 +309,7 @@ def finished(
     patch.setattr(writer.MetricsWriter, "write", counted_write)
     patch.setattr(evaluation, "judge", counted_evaluation)
     _made.clear()  # this run compiles all of its programs
+    jax.clear_caches()
     with noted_programs(counts.programs):
       run(workdir)
   return FinishedRun(workdir, counts)

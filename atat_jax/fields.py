@@ -15,23 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from atat_jax.errors import UserError
+from atat_jax.errors import UserError, shown
 
 T = TypeVar("T")
 
 _INT32 = np.iinfo(np.int32)
 _FLOAT32 = float(np.finfo(np.float32).max)
 _NUMBERS = (int, float, np.integer, np.floating)
-_SHOWN = 80
-
-
-def shown(value: object) -> str:
-  """Shows a value in a message: one line of at most some 80 characters."""
-  try:
-    text = " ".join(repr(value).split())
-  except ValueError:  # an integer of thousands of digits
-    text = f"a {type(value).__name__} too long to print"
-  return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def _number(value: object) -> object:

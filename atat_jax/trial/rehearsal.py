@@ -19,7 +19,6 @@ from atat_jax import (
   analyses,
   attention,
   compilation,
-  fields,
   models,
   state,
   steps,
@@ -27,7 +26,7 @@ from atat_jax import (
 )
 from atat_jax.attacks.autoattack import versions
 from atat_jax.data import Dataset
-from atat_jax.errors import UserError, in_section
+from atat_jax.errors import UserError, in_section, shown
 from atat_jax.evaluation import Protocol
 from atat_jax.plan import Plan, StagePlan
 from atat_jax.runs import files
@@ -170,7 +169,7 @@ def _trace_evaluation(plan: Plan, variables: Variables) -> None:
     _trace_protocol(plan, settings.validation, "running", variables)
   for protocol in settings.protocols:
     for mode in settings.batch_norm:
-      with _named(f"evaluation.attacks: {fields.shown(protocol.name)}"):
+      with _named(f"evaluation.attacks: {shown(protocol.name)}"):
         _trace_protocol(plan, protocol, mode, variables)
 
 

@@ -771,7 +771,7 @@ def test_27_stops_of_the_first_seconds(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
   ("kind", "number", "seconds"),
-  [("main", 12, 20), ("explain", 8, 12), ("report", 6, 2), ("prepare", 6, 8)],
+  [("main", 12, 20), ("explain", 8, 12), ("report", 6, 2), ("prepare", 6, 2)],
 )
 def test_stops_over_a_whole_life(tmp_path, finished, kind, number, seconds):
   assert storm(kind, tmp_path, finished.workdir, number, seconds)

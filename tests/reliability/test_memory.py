@@ -20,7 +20,7 @@ def check(name, repetitions, compilations):
   assert not grows(found), found
 
 
-@pytest.mark.parametrize("name", ["attacks", "training", "evaluation"])
+@pytest.mark.parametrize("name", ["training", "evaluation"])
 def test_a_repetition_leaves_nothing_behind(name, compilations):
   check(name, leaks.WORK[name].seldom, compilations)
 

@@ -15,9 +15,11 @@ whole rule.
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import logging
 import math
+import os
 import pathlib
 import re
 import shutil
@@ -360,6 +362,10 @@ def _plain(path: pathlib.Path, done: str) -> Iterator[None]:
 
 def _reason(error: Exception) -> str:
   text = " ".join(str(error).split()) or type(error).__name__
+  # Tensorstore says last, after long names, what the system said.
+  for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+    if os.strerror(number) in text:
+      return os.strerror(number)
   return text if len(text) <= 200 else f"{text[:200]} ..."
 
 

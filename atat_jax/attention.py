@@ -28,6 +28,9 @@ from atat_jax.typing import Array, BatchNormMode, PyTree, Variables
 @contextmanager
 def _outputs(visit: Callable[[str, Any], Any]) -> Iterator[None]:
   """Lets `visit(path, output)` replace the output of any submodule."""
+  # Under `python -O` flax does not take an interceptor off again (0.12 pops it
+  # in an assert): one whose block has ended must do nothing.
+  visits = [visit]
 
   def interceptor(
     call: Callable[..., Any],
@@ -37,12 +40,15 @@ def _outputs(visit: Callable[[str, Any], Any]) -> Iterator[None]:
   ) -> Any:
     output = call(*args, **kwargs)
     path = "/".join(context.module.path)
-    if context.method_name != "__call__" or not path:
+    if not visits or context.method_name != "__call__" or not path:
       return output
-    return visit(path, output)
+    return visits[0](path, output)
 
-  with nn.intercept_methods(interceptor):
-    yield
+  try:
+    with nn.intercept_methods(interceptor):
+      yield
+  finally:
+    visits.clear()
 
 
 def _tensors(

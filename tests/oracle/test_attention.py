@@ -1,5 +1,7 @@
 """Grad-CAM against formulas by hand, finite differences and PyTorch."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -407,6 +409,31 @@ class Shared(nn.Module):
     conv = nn.Conv(1, (3, 3), name="twice")
     x = nn.Conv(1, (3, 3), name="last")(conv(conv(x)))
     return x.mean((1, 2))
+
+
+def test_an_interceptor_that_stays_does_nothing(small, monkeypatch):
+  """Under `python -O` flax 0.12 does not take interceptors off again."""
+  stack = nn.module._global_interceptor_stack
+  left = []
+
+  @contextlib.contextmanager
+  def never_off(interceptor):
+    stack.push(interceptor)
+    left.append(interceptor)
+    yield
+
+  model, variables, images, labels = small
+  expected = model.apply(variables, images)
+  monkeypatch.setattr(nn, "intercept_methods", never_off)
+  try:
+    with jax.disable_jit():
+      attention.forward(model, variables, images, labels)
+      found = model.apply(variables, images)
+  finally:
+    for _ in left:
+      stack.pop()
+  assert left
+  np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_module_called_twice_is_no_layer(make_variables):

@@ -23,7 +23,7 @@ from atat_jax import (
   state,
   steps,
 )
-from atat_jax.data import Dataset, Extra, Split, augment, batches
+from atat_jax.data import Dataset, Extra, Split
 from atat_jax.errors import UserError, in_section
 from atat_jax.objectives import Batch, Outcome
 from atat_jax.plan import Plan, StagePlan
@@ -34,7 +34,7 @@ from atat_jax.training.draws import BatchDraws
 from atat_jax.training.incidents import Incidents, RolledBack
 from atat_jax.training.options import Options
 from atat_jax.training.outline import Outline
-from atat_jax.typing import Array, Classifier, PyTree, Variables
+from atat_jax.typing import PyTree, Variables
 
 _log = logging.getLogger(__name__)
 
@@ -248,9 +248,6 @@ def prepare(
       _estimate_statistics, statistics_pass, teacher, images, draws, options
     ),
     validate=functools.partial(_validate, plan, stage, validation_images, mesh),
-    wrong_logits=functools.partial(
-      _count_wrong_logits, plan, validation_images, mesh
-    ),
     before_saving=lambda: None,
   )
   gradient_fn = compilation.jit(
@@ -400,18 +397,17 @@ def _validate(
   images: Split,
   mesh: Mesh,
   current: TrainState,
-) -> dict[str, float]:
+) -> loop.Validation:
   """Computes clean and, where the method attacks, robust accuracy.
 
-  The last accuracy chooses the checkpoint: a standardly trained teacher is
-  chosen by its clean accuracy.
+  A standardly trained teacher is chosen by its clean accuracy.
   """
   classifier = models.classifier(plan.model, state.evaluated(current))
   protocols = {"accuracy_clean": _NOMINAL}
   if stage.objective.attacks:
     protocols["accuracy_adversarial"] = plan.evaluation.validation
-  return {
-    name: evaluation.accuracy(
+  judged = {
+    name: evaluation.judge(
       jax.random.key(plan.evaluation.seed),
       classifier,
       images,
@@ -421,24 +417,8 @@ def _validate(
     )
     for name, protocol in protocols.items()
   }
-
-
-@compilation.jit
-def _is_finite(classifier: Classifier, data: Split, indices: Array) -> Array:
-  """Whether the logits of each image of a batch are finite, bool [B]."""
-  logits = classifier(augment.to_float(data.images[indices]))
-  return jnp.isfinite(logits).all(-1)
-
-
-def _count_wrong_logits(
-  plan: Plan, images: Split, mesh: Mesh, current: TrainState
-) -> tuple[int, int]:
-  """Counts the validation images whose logits are not finite, and all."""
-  classifier = models.classifier(plan.model, state.evaluated(current))
-  finite = batches.map_batches(
-    lambda _, indices: _is_finite(classifier, images, indices),
-    np.arange(len(images.labels), dtype=np.int32),
-    batch_size=plan.evaluation.batch_size,
-    mesh=mesh,
+  return loop.Validation(
+    {name: found.accuracy for name, found in judged.items()},
+    judged["accuracy_clean"].nonfinite,
+    len(images.labels),
   )
-  return int((~finite).sum()), len(finite)

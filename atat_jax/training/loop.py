@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 
@@ -15,6 +16,20 @@ from atat_jax.training.interrupts import Interrupt
 from atat_jax.training.outline import Outline
 from atat_jax.training.profile import Trace
 from atat_jax.training.writer import Journal
+
+
+class Validation(NamedTuple):
+  """Result of a validation.
+
+  Attributes:
+    scores: Accuracies by name; the last one chooses the checkpoint.
+    nonfinite: Number of clean images whose logits are not finite.
+    num_images: Number of images.
+  """
+
+  scores: dict[str, float]
+  nonfinite: int
+  num_images: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,10 +45,7 @@ class Programs:
     reset_metrics: State to the state with empty metrics.
     estimate_statistics: State to the state with the BatchNorm statistics that
       belong to its averaged weights, if there are any.
-    validate: State to validation accuracies by name; the last one chooses the
-      checkpoint.
-    wrong_logits: State to the number of validation images whose logits are not
-      finite, and the number of all.
+    validate: State to its validation.
     before_saving: Called before a checkpoint is written.
   """
 
@@ -42,8 +54,7 @@ class Programs:
   learning_rate: Callable[[int], jax.Array]
   reset_metrics: Callable[[TrainState], TrainState]
   estimate_statistics: Callable[[TrainState], TrainState]
-  validate: Callable[[TrainState], dict[str, float]]
-  wrong_logits: Callable[[TrainState], tuple[int, int]]
+  validate: Callable[[TrainState], Validation]
   before_saving: Callable[[], None]
 
 
@@ -136,7 +147,8 @@ def _look(
     current = programs.reset_metrics(current)
   if outline.validates(step):
     current = programs.estimate_statistics(current)
-    journal.check_logits(*programs.wrong_logits(current), step)
+    found = programs.validate(current)
+    journal.check_logits(found.nonfinite, found.num_images, step)
     programs.before_saving()
-    journal.save(current, step, programs.validate(current))
+    journal.save(current, step, found.scores)
   return current

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import signal
+import types
 
 import jax
 import numpy as np
@@ -383,11 +384,12 @@ def validations(monkeypatch):
   """Collects the variables of each validated network; no accuracy is computed."""
   found = []
 
-  def accuracy(key, classifier, data, **kwargs):
+  def judge(key, classifier, data, **kwargs):
     found.append(jax.tree.map(np.array, jax.tree.leaves(classifier)))
-    return float(np.abs(found[-1][0].sum())) % 1  # a function of the weights
+    of_weights = float(np.abs(found[-1][0].sum())) % 1
+    return types.SimpleNamespace(accuracy=of_weights, nonfinite=0)
 
-  monkeypatch.setattr(evaluation, "accuracy", accuracy)
+  monkeypatch.setattr(evaluation, "judge", judge)
   return found
 
 

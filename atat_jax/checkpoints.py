@@ -15,11 +15,9 @@ whole rule.
 
 import contextlib
 import dataclasses
-import errno
 import functools
 import logging
 import math
-import os
 import pathlib
 import re
 import shutil
@@ -38,7 +36,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from atat_jax import checks, models
 from atat_jax.errors import DamagedFileError, UserError
-from atat_jax.process import stops
+from atat_jax.process import commands, stops
 from atat_jax.runs import files, inventory, locations
 from atat_jax.state import TrainState
 from atat_jax.typing import PyTree, Variables
@@ -363,9 +361,8 @@ def _plain(path: pathlib.Path, done: str) -> Iterator[None]:
 def _reason(error: Exception) -> str:
   text = " ".join(str(error).split()) or type(error).__name__
   # Tensorstore says last, after long names, what the system said.
-  for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
-    if os.strerror(number) in text:
-      return os.strerror(number)
+  if reason := commands.system_reason(text):
+    return reason
   return text if len(text) <= 200 else f"{text[:200]} ..."
 
 

@@ -10,7 +10,6 @@ import functools
 import inspect
 import itertools
 import math
-import os
 from collections.abc import Iterable, KeysView, Mapping, Sequence, ValuesView
 from typing import Any
 
@@ -159,7 +158,7 @@ def numbers(
   what = f"{'integers' if integers else 'numbers'} >= {least:g}"
   if increasing:
     what = f"increasing {what}"
-  found = tuple(_scalar(x) for x in sequence(name, value, what, empty=empty))
+  found = tuple(scalar(x) for x in sequence(name, value, what, empty=empty))
   try:
     for one in found:
       if integers:
@@ -191,14 +190,6 @@ def boolean(name: str, value: object) -> None:
       )
     return
   instance(name, value, bool | np.bool_, "True or False")  # type: ignore[arg-type]
-
-
-def path(name: str, value: Any) -> None:
-  """Checks that a value is the path of a file or a directory."""
-  instance(name, value, str | os.PathLike, "a path")  # type: ignore[arg-type]
-  text = os.fspath(value)
-  if not isinstance(text, str) or not text or "\0" in text:
-    raise UserError(f"{name}: {shown(text)}; allowed: a path")
 
 
 def key(value: Any, name: str = "key") -> Array:
@@ -234,7 +225,7 @@ def _raw_key_shape() -> tuple[int, ...]:
 # Numbers.
 
 
-def _scalar(value: Any) -> Any:
+def scalar(value: Any) -> Any:
   """Returns a concrete array of no dimension as a Python number."""
   if isinstance(value, jax.Array | np.ndarray | np.generic) and value.ndim == 0:
     if jnp.issubdtype(value.dtype, jax.dtypes.extended):
@@ -269,7 +260,7 @@ def integer(
   start = f"an integer > {least - 1}" if least > 0 else f"an integer >= {least}"
   if _traced(name, value, start):
     return
-  number = _scalar(value)
+  number = scalar(value)
   ok = isinstance(number, int) and not isinstance(number, bool)
   if not ok or number < least:
     raise UserError(f"{name}: {shown(number)}; allowed: {start}")
@@ -298,7 +289,7 @@ def count(name: str, value: Any, least: int = 1) -> int:
       " program"
     )
   integer(name, value, least)
-  return int(_scalar(value))
+  return int(scalar(value))
 
 
 def number(
@@ -331,7 +322,7 @@ def number(
       limits = f"a number > {least:g} and <= {most:g}"
   if _traced(name, value, limits):
     return
-  found = _scalar(value)
+  found = scalar(value)
   ok = isinstance(found, int | float) and not isinstance(found, bool)
   if not (
     ok
@@ -376,7 +367,7 @@ def epsilon(value: object, norm: str, name: str = "epsilon") -> None:
   positive(name, value)
   if norm == "linf" and _concrete(value) and float(value) > 1:  # type: ignore[arg-type]
     raise UserError(
-      f"{name}: {shown(_scalar(value))}; allowed: at most 1 for linf, as pixels"
+      f"{name}: {shown(scalar(value))}; allowed: at most 1 for linf, as pixels"
       " are in [0, 1] (8/255 is 0.0314)"
     )
 
@@ -427,13 +418,7 @@ def inspect_labels(
   name: str = "labels",
 ) -> None:
   """Checks integer labels [B] in [0, num_classes) without moving them."""
-  x = array(x, name)
-  if x.shape != (batch_size,):
-    raise UserError(
-      f"{name}: shape {x.shape}; allowed: [{batch_size}], one per image"
-    )
-  if not jnp.issubdtype(x.dtype, jnp.integer):
-    raise UserError(f"{name}: dtype {x.dtype}; allowed: integers")
+  x = classes(x, batch_size, name)  # type: ignore[arg-type]
   if _concrete(x):
     low, high = (int(value) for value in _range(x))
     if low < 0 or high >= num_classes:

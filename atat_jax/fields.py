@@ -12,9 +12,9 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from atat_jax import checks
 from atat_jax.errors import UserError, shown
 
 T = TypeVar("T")
@@ -22,17 +22,6 @@ T = TypeVar("T")
 _INT32 = np.iinfo(np.int32)
 _FLOAT32 = float(np.finfo(np.float32).max)
 _NUMBERS = (int, float, np.integer, np.floating)
-
-
-def _number(value: object) -> object:
-  """A scalar array as a number; anything else as it is."""
-  if isinstance(value, jax.Array) and jnp.issubdtype(
-    value.dtype, jax.dtypes.extended
-  ):
-    return value  # a random key
-  if isinstance(value, jax.Array | np.ndarray | np.generic) and not value.ndim:
-    return value.item()
-  return value
 
 
 def _problem(kind: Any, value: object, bits: bool) -> str | None:
@@ -60,7 +49,7 @@ def _problem(kind: Any, value: object, bits: bool) -> str | None:
   if kind is str or origin is typing.Literal:
     return None if isinstance(value, str) else "text"
   if kind in (int, float):
-    return _number_problem(kind, _number(value), bits)
+    return _number_problem(kind, checks.scalar(value), bits)
   return None
 
 

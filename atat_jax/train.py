@@ -228,7 +228,7 @@ def prepare(
   options = stage.make_options(outline.total)
   schedule, optimizer = stage.make_optimizer(outline.total)
   initial = teacher if stage.objective.starts_from_teacher else None
-  bound = _bind(plan, stage, options, mesh)
+  bound = bind(plan, stage, options, mesh)
   train_step = steps.make_train_step(optimizer=optimizer, **bound)
   statistics_pass = averaging.make_statistics_pass(**bound)
   teacher, images, validation_images = sharding.put_replicated(
@@ -274,10 +274,20 @@ def _make_draws(
   )
 
 
-def _bind(
+def bind(
   plan: Plan, stage: StagePlan, options: Options, mesh: Mesh
 ) -> dict[str, Any]:
-  """Arguments that all programs of a stage have in common."""
+  """Collects the arguments that all programs of a stage have in common.
+
+  Args:
+    plan: Plan of the run.
+    stage: The stage.
+    options: Options of its train step.
+    mesh: The devices.
+
+  Returns:
+    Names of arguments to their values.
+  """
   return {
     "model": plan.model,
     "objective": stage.objective,

@@ -113,7 +113,7 @@ def ascend(
   Returns:
     The last iterate [B, H, W, C] and the last state.
   """
-  return _ascend(
+  return counted_ascend(
     logits_fn,
     state,
     start,
@@ -131,7 +131,7 @@ def ascend(
   )[:2]
 
 
-def _ascend(
+def counted_ascend(
   logits_fn: Callable[[State, Array], tuple[Array, State]],
   state: State,
   start: Array,
@@ -148,7 +148,11 @@ def _ascend(
   momentum: Scalar | None,
   eot_samples: int,
 ) -> tuple[Array, State, Counts]:
-  """Makes `ascend`, and counts the evaluations that are not finite."""
+  """Runs `ascend`, whose arguments it has, and counts what was not finite.
+
+  Returns:
+    The last iterate, the last state, and the counts, [B] each.
+  """
   ball = balls.BALLS[norm]
 
   def objective(images_adv: Array, state: State) -> tuple[Array, Any]:
@@ -183,10 +187,6 @@ def _ascend(
     0, num_steps, body, (start, state, total, none)
   )
   return images_adv, state, counts
-
-
-counted_ascend = _ascend
-"""`ascend` with all of its arguments, which also returns the counts, [B]."""
 
 
 def random_start(
@@ -260,7 +260,7 @@ def _attempt(
   if ranked is not None:
     targets = jnp.take(ranked, run // options.num_restarts, axis=1)
   noise_key = rng.stream(key, "noise")
-  images_adv, _, counts = _ascend(
+  images_adv, _, counts = counted_ascend(
     logits_fn,
     rng.stream(noise_key, "run", run) if randomized else (),
     start,

@@ -14,6 +14,7 @@ from atat_jax import checks
 from atat_jax.data import base, cifar, digits, extra
 from atat_jax.data.base import Dataset, DatasetSpec, Split
 from atat_jax.data.extra import Extra
+from atat_jax.runs import locations
 
 __all__ = [
   "DATASETS",
@@ -85,7 +86,7 @@ def load(
   checks.count("validation_size", validation_size)
   for field, place in (("data_dir", data_dir), ("cache_dir", cache_dir)):
     if place is not None:
-      checks.path(field, place)
+      locations.expand(field, place)
   checks.instance("source", source, str, "'auto', or a kind of source")
   official_train, test = member.read(
     data_dir=data_dir, cache_dir=cache_dir, source=source

@@ -59,8 +59,6 @@ def read_photograph(
   from PIL import Image
 
   path = locations.expand("path", path)
-
-  checks.path("path", path)
   checks.count("resize", resize)
   checks.integer("resize", resize, 1, _LARGEST)
   checks.count("crop", crop)

@@ -133,6 +133,19 @@ def _calm_warnings() -> None:
   warnings.filterwarnings("ignore", message=".*persistent compilation cache")
 
 
+def system_reason(text: str) -> str | None:
+  """Finds what the system said in an error of another library.
+
+  Args:
+    text: Message of the error, of any length.
+
+  Returns:
+    Text such as "No space left on device"; None: there is none.
+  """
+  found = _SYSTEM_ERRORS.search(text)
+  return found[0] if found else None
+
+
 def describe(error: BaseException, place: object = None) -> str | None:
   """Describes an error that comes from outside the program.
 
@@ -157,12 +170,12 @@ def describe(error: BaseException, place: object = None) -> str | None:
     return one_line(f"{named}: {reason}")
   if isinstance(error, MemoryError):
     return _memory(text)
-  found = _SYSTEM_ERRORS.search(text)
-  if found and isinstance(error, ValueError | RuntimeError):
+  said = system_reason(text)
+  if said and isinstance(error, ValueError | RuntimeError):
     where = place
     if where is None and (path_found := _QUOTED_PATH.search(text)):
       where = path_found[1]
-    return one_line(f"{where}: {found[0]}" if where else found[0])
+    return one_line(f"{where}: {said}" if where else said)
   if isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(text):
     return _memory(text)
   if error.__cause__ is not None:

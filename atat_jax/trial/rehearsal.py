@@ -109,15 +109,7 @@ def _trace_stage(
     jax.ShapeDtypeStruct((1, *plan.data.spec.image_shape), jnp.float32),
     None,
   )
-  bound: dict[str, Any] = {
-    "model": plan.model,
-    "objective": stage.objective,
-    "mesh": mesh,
-    "num_classes": plan.data.spec.num_classes,
-    "padding": plan.data.padding,
-    "flip": plan.data.flip,
-    "options": options,
-  }
+  bound = train.bind(plan, stage, options, mesh)
   teacher = variables if stage.objective.needs_teacher else None
   data = jax.tree.map(_shape, dataset.train)
   count = stage.batch_size - stage.num_extra

@@ -117,7 +117,7 @@ def _check_options(
   checks.key(key)
   checks.count("batch_size", batch_size)
   if state_path is not None:
-    checks.path("state_path", state_path)
+    locations.expand("state_path", state_path)
   checks.not_negative("save_every_s", save_every_s)
   checks.boolean("progress", progress)
 

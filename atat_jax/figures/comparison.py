@@ -143,7 +143,7 @@ def _draw(
       shown = [
         row
         for row in rows
-        if all(row[f] == panel.protocol[f] for f in tables.COLUMN_FIELDS)
+        if tables.identity(row) == tables.identity(panel.protocol)
       ]
       _panel(ax, panel.label, shown, methods)
     fig.suptitle(plain(title))

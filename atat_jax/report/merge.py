@@ -86,10 +86,9 @@ def mean_and_error(values: Iterable[float]) -> tuple[float, float | None]:
 
 def _identity(row: tables.Row) -> tuple[Any, ...]:
   """Returns the protocol of a row; rows that agree on it may be merged."""
-  kind = [row.get(field) for field in tables.COLUMN_FIELDS]
-  kind.append(json.dumps(row.get("options", {}), sort_keys=True))
+  options = json.dumps(row.get("options", {}), sort_keys=True)
   batch_size = row.get("batch_size") if row["batch_norm"] == "batch" else None
-  return (*kind, row["batch_norm"], batch_size)
+  return (*tables.identity(row), options, row["batch_norm"], batch_size)
 
 
 def _merge(group: Group) -> list[tables.Row]:
@@ -119,8 +118,9 @@ def _merged(group: Group, by_seed: dict[int, tables.Row]) -> tables.Row:
     "published": published.accuracy(group.method, first),
     **_nonfinite(by_seed.values()),
   }
-  if first.get("options"):
-    merged["options"] = first["options"]
+  for field in ("options", "members"):
+    if first.get(field):
+      merged[field] = first[field]
   if first.get(
     "attacks"
   ):  # AutoAttack's; their numbers are part of the protocol
@@ -150,7 +150,7 @@ def _add_differences(rows: list[tables.Row]) -> None:
   """Adds the mean difference of seeds to rows with batch statistics."""
 
   def partners(row: tables.Row) -> tuple[Any, ...]:
-    return (row["model"], *(row.get(field) for field in tables.COLUMN_FIELDS))
+    return row["model"], tables.identity(row)
 
   running = {
     partners(row): row["accuracies"]

@@ -145,7 +145,7 @@ def _draw(
         for row in rows
         if tables.identity(row) == tables.identity(panel.protocol)
       ]
-      _panel(ax, panel.label, shown, methods)
+      _panel(ax, panel.title, shown, methods)
     fig.suptitle(plain(title))
     fig.legend(handles=_legend(rows), loc="outside lower center", ncols=3)
     return style.save(fig, path)

@@ -21,6 +21,9 @@ BATCH_NORM_NAMES = {
 
 BATCH_WARNING = "paper's released protocol, can overstate robustness"
 
+OWN_BATCHES = "those of the batch that each attack made"
+"""Batches of a worst case: each attack judges an image among other ones."""
+
 BATCH_NORM_HEADINGS = {
   "running": "Running statistics: one fixed classifier",
   "batch": f"Batch statistics: {BATCH_WARNING}",
@@ -47,6 +50,11 @@ NOMINAL = "nominal"
 
 WORST_CASE = "worst_case"
 """Attack of a row that `worst_case.complete` derives from others."""
+
+WORST_CASE_MEANING = (
+  "Worst case: share of the images that are correct under every attack of its"
+  " list, derived from the results of these."
+)
 
 _MEMBER_FIELDS = ("step_size", "num_steps", "num_restarts", "loss", "seed")
 
@@ -84,6 +92,11 @@ class Column:
   def derived(self) -> bool:
     """True if it is the worst case over other columns, and not measured."""
     return is_derived(self.protocol)
+
+  @property
+  def title(self) -> str:
+    """Its label in a picture, which has no room for its protocol."""
+    return f"{self.label}, derived" if self.derived else self.label
 
   def accuracy(self, model: str, batch_norm: str) -> float | None:
     """Returns an accuracy in [0, 1]; None if it was not measured."""
@@ -135,6 +148,12 @@ def members(rows: Sequence[Row]) -> list[Row]:
       found.items(), key=lambda item: (_place(item[1]["attack"]), item[0])
     )
   ]
+
+
+def attack_members(row: Row) -> list[Row]:
+  """Lists the attacks of a row that is a worst case, without clean images."""
+  found = row.get("members") or []
+  return [member for member in found if member["attack"] != NOMINAL]
 
 
 def member_names(
@@ -338,13 +357,8 @@ def images(column: Column) -> str:
   counts = " / ".join(
     f"{count:,}" for count in dict.fromkeys(row["num_examples"] for row in rows)
   )
-  attacks = [
-    member
-    for row in rows
-    for member in row.get("members") or [row]
-    if "seed" in member or not column.derived
-  ]
-  seeds = " / ".join(dict.fromkeys(_text(row.get("seed")) for row in attacks))
+  attacks = [one for row in rows for one in attack_members(row) or [row]]
+  seeds = " / ".join(dict.fromkeys(_text(one.get("seed")) for one in attacks))
   return f"{counts} {first['dataset']} {first['split']} images, seed {seeds}"
 
 
@@ -369,10 +383,6 @@ def _batch_norms(column: Column) -> str:
       name += f", {OWN_BATCHES}"
     names.append(name)
   return " and ".join(names)
-
-
-OWN_BATCHES = "each attack's own batches, in which each image is judged"
-"""Meaning of a worst case with batch statistics, where no batch is fixed."""
 
 
 def _label(row: Row, firsts: list[Row], fields: tuple[str, ...]) -> str:
@@ -414,8 +424,7 @@ def _members_mark(row: Row, others: list[Row]) -> list[str]:
   if all(other == own for other in lists):
     return []
   every = [member for other in lists for member in other]
-  count = sum(member["attack"] != NOMINAL for member in own)
-  mark = wording.plural(count, "attack")
+  mark = wording.plural(len(attack_members(row)), "attack")
   rivals = [other for other in lists if other != own and len(other) == len(own)]
   if rivals:
     told = [one for one in own if any(one not in other for other in rivals)]

@@ -3,15 +3,18 @@
 import base64
 import json
 import random
+import re
 
 import numpy as np
 import pytest
 import run_files
+from html_page import Page
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atat_jax import evaluation
+from atat_jax import evaluation, report
 from atat_jax.errors import DamagedFileError
+from atat_jax.report import layout, merge
 from atat_jax.runs import comparable, files, results_format, tables, worst_case
 
 
@@ -130,7 +133,7 @@ def test_batches_of_another_size_are_another_classifier_in_batch_mode():
     (100, 0.5),
   ]
   text = tables.protocol(tables.columns(worst(*rows))[0])
-  assert "each attack's own batches, in which each image is judged" in text
+  assert text.endswith("those of the batch that each attack made")
 
 
 def test_clean_images_count_only_on_the_same_images():
@@ -239,3 +242,112 @@ def test_the_worst_case_comes_last():
     "worst_case",
   ]
   assert json.dumps(worst_case.complete(rows), allow_nan=False)
+
+
+# --- Shown -------------------------------------------------------------------
+
+RUNS = (
+  row("nominal", [1, 1, 1, 0], model="teacher"),
+  row("fgsm", [1, 0, 0, 0], model="teacher"),
+  row("pgd20", [0, 1, 0, 0], model="teacher"),
+  *(CLEAN, FGSM, PGD),
+  *(
+    row(r["attack"], [1, 1, 1, 1], mode="batch", batch_size=4)
+    for r in (CLEAN, FGSM, PGD)
+  ),
+)
+
+
+def content(*rows):
+  return {"format": 1, "rows": worst_case.complete(rows), "diagnostics": {}}
+
+
+def test_the_verdict_names_the_strongest_attack_and_the_worst_case():
+  text = report.verdict(content(*RUNS))
+  assert text.startswith("Under fgsm, the strongest of the 2 attacks run (")
+  assert re.search(
+    r"In the worst case over all 2 attacks, image by image, the student"
+    r" classifies 25\.0% correctly \(95% confidence: 4\.6% to 69\.9%\), 25\.0"
+    r" points less than under fgsm alone, the teacher 0\.0%\.",
+    text,
+  )
+  old = {**row("apgd", [1, 1, 1, 0]), "correct": None}
+  assert "worst case over 2 of the 3 attacks (of the others" in report.verdict(
+    content(*RUNS, old)
+  )
+  assert "worst case" not in report.verdict(content(CLEAN, FGSM, old))
+
+
+def test_the_page_the_picture_and_the_printed_table_show_it(tmp_path):
+  run_files.save(tmp_path, {"format": 1, "rows": list(RUNS)})
+  rows = Page(report.write_report(tmp_path)).rows
+  running, batch = (r for r in rows if r[0].startswith("worst_case"))
+  assert running[0] == (
+    "worst_case derived, image by image: correct under every one of nominal,"
+    " fgsm, pgd20; linf, epsilon 8/255"
+  )
+  assert [cell.split()[0] for cell in running[1:3]] == ["0.00", "25.00"]
+  assert "of the batch that each attack made" in batch[0]
+  assert running[-1] == batch[-1] == ""  # it takes no time
+  text = report.results_table(files.read_results(tmp_path))
+  head, _, _, student, *_ = text.splitlines()
+  assert head.split("|")[-2].strip() == "worst_case"
+  assert student.split("|")[-2].strip() == "25.00"
+  assert "worst_case: derived, image by image: correct under every" in text
+
+
+def write_run(folder, method, rows, seed=0):
+  renamed = [{**one, "model": method} for one in rows]
+  return run_files.write_run(folder, renamed, method, seed)
+
+
+def test_a_comparison_merges_and_pairs_worst_cases_by_seed(tmp_path):
+  runs = {
+    ("at", 0): ([1, 1, 1, 0], [0, 1, 1, 1]),
+    ("at", 1): ([1, 1, 0, 0], [0, 1, 1, 1]),
+    ("trades", 0): ([1, 1, 0, 0], [0, 0, 1, 1]),
+    ("trades", 1): ([1, 1, 0, 0], [1, 0, 1, 1]),
+  }
+  found = merge.compare(
+    [
+      write_run(
+        tmp_path / f"{method}{seed}",
+        method,
+        [row("fgsm", fgsm), row("pgd20", pgd)],
+        seed,
+      )
+      for (method, seed), (fgsm, pgd) in runs.items()
+    ]
+  )
+  at, trades = (r for r in found["rows"] if r["attack"] == "worst_case")
+  assert at["accuracies"] == {"0": 0.5, "1": 0.25}
+  assert trades["accuracies"] == {"0": 0.0, "1": 0.25}
+  assert merge.paired_difference(at, trades) == {
+    "accuracy": 0.25,
+    "standard_error": pytest.approx(np.std([0.5, 0], ddof=1) / 2**0.5),
+    "num_runs": 2,
+  }
+  assert merge.paired_difference(at, {"accuracies": {"2": 0.1}}) is None
+  (sentence,) = layout.verdict(found)
+  assert "pgd20 (of the attacks" in sentence or "fgsm (of the" in sentence
+  assert (
+    "In the worst case over 2 attacks, image by image: at 37.50 ± 12.50 %,"
+    " trades 12.50 ± 12.50 %." in sentence
+  )
+
+
+def test_worst_cases_over_other_attacks_are_never_merged(tmp_path):
+  def run(seed, **changes):
+    rows = [FGSM, {**PGD, **changes}]
+    return write_run(tmp_path / str(seed), "at", rows, seed)
+
+  found = merge.compare([run(0), run(1, num_restarts=5), run(2)])
+  worst_cases = [r for r in found["rows"] if r["attack"] == "worst_case"]
+  assert [r["num_runs"] for r in worst_cases] == [2, 1]
+  assert [re.sub(".* has ", "", text) for text in found["missing"]] == [
+    "no pgd20 (num_restarts=5) with running statistics.",
+    "no pgd20 (num_restarts=1) with running statistics.",
+    "no pgd20 (num_restarts=5) with running statistics.",
+  ]
+  (shown,) = layout.tables(found)
+  assert "worst_case (2 attacks, with pgd20 (num_restarts=5))" in shown.head

@@ -215,7 +215,7 @@ def _missing(groups: list[Group], rows: list[tables.Row]) -> list[str]:
         lacking = [
           column.label
           for column in tables.in_paper_order(tables.columns(shown, FIELDS))
-          # What a worst case lacks is an attack, which is named itself.
+          # A worst case lacks an attack, which is named itself.
           if not column.derived
           and not own & {_identity(row) for row in column.rows.values()}
         ]

@@ -56,8 +56,11 @@ def draw(workdir: pathlib.Path) -> list[pathlib.Path]:
       for model, batch_norm in series
     ]
     fig.legend(handles=handles, loc="outside upper left", ncols=2)
-    if comparable.note(columns):
-      style.caption(fig, _MIXED)
+    notes = [_MIXED] if comparable.note(columns) else []
+    if any(column.derived for column in columns):
+      notes.append(tables.WORST_CASE_MEANING)
+    if notes:
+      style.caption(fig, " ".join(notes))
     return [style.save(fig, workdir / files.FIGURES / "robustness.png")]
 
 
@@ -90,7 +93,7 @@ def _draw_bars(
       y += 1
     centers.append((top + y - 1) / 2)
     y += 1  # an empty row between two attacks
-  labels = [plain(column.label).replace(" (", "\n(") for column in columns]
+  labels = [plain(column.title).replace(" (", "\n(") for column in columns]
   ax.set_yticks(centers, labels)
   ax.set_ylim(y - 1, -1)  # the first attack on top
 

@@ -66,15 +66,21 @@ def _softmax_gradients(images, attacked, labels, weights, biases):
 
 
 @pytest.mark.parametrize("beta", [0.0, 2.5])
-def test_the_ratio_of_a_linear_network_is_that_of_the_formulas(beta, mesh):
+def test_the_ratio_of_a_linear_network_is_that_of_the_formulas(
+  beta, eight_devices
+):
   shape = (4, 4, 1)
   network, weights, biases = linear_networks.linear(CLASSES, 16, scale=0.3)
   model, variables = network
   objective = objectives.create("trades", beta=beta, epsilon=0.1)
   data, current = _data(shape), _state(model, variables, shape)
+  mesh = sharding.make_mesh(eight_devices)
   found = gradients.make_term_ratios(
     model, objective, mesh=mesh, num_classes=CLASSES, options=Options()
-  )(current, None, data, INDICES)
+  )(
+    *sharding.put_replicated(mesh, (current, None, data)),
+    sharding.put_batch(mesh, INDICES),
+  )
   assert set(found) == {"kl"}
 
   images = jnp.asarray(data.images[INDICES] / 255, jnp.float32)

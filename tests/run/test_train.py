@@ -319,6 +319,28 @@ def test_divergence_counts_steps_as_log_lines_do(tmp_path):
 # Gradients of the terms.
 
 
+def added(workdir, step, fields):
+  """How much longer logit pairing makes the gradient of the step after one."""
+  found = []
+  for weight in (objectives.defaults("alp")["weight"], 0.0):
+    made = tiny.config("alp", **fields, objective__weight=weight)
+    plan = config.make_plan(made)
+    (stage,), dataset = plan.stages, plan.data.load()
+    mesh = sharding.make_mesh(jax.devices()[:1])
+    outline = train.make_outline(
+      plan, stage, workdir, len(dataset.train.labels)
+    )
+    prepared = train.prepare(plan, stage, None, dataset, mesh, None, outline)
+    before, saved = checkpoints.restore_before(
+      workdir, prepared.start([]), step + 1
+    )
+    assert saved == step
+    _, gradient, _ = prepared.differentiate(before, range(step, step + 1), None)
+    found.append(jax.tree.leaves(jax.device_get(gradient)))
+  whole, rest = (np.concatenate([x.ravel() for x in each]) for each in found)
+  return np.linalg.norm(whole - rest) / np.linalg.norm(rest)
+
+
 def test_comparing_gradients_changes_no_weight(tmp_path, capsys, monkeypatch):
   minimal.register_data_set(monkeypatch)
   minimal.register_network(monkeypatch)
@@ -346,6 +368,7 @@ def test_comparing_gradients_changes_no_weight(tmp_path, capsys, monkeypatch):
   )
   shown = f"gradients relative to cross-entropy: logit_pairing {ratios[2]:.2g}"
   assert capsys.readouterr().out.count(shown) == 1
+  assert ratios[3] == pytest.approx(added(tmp_path / "True", 3, small), 1e-3)
   # A finished run is not another one for having compared them, or not.
   tiny.run(tmp_path / "True", "train", tiny.config("alp", **small))
 

@@ -45,7 +45,7 @@ def test_two_processes_make_one_run(tmp_path):
   assert ["report:" in output for output in outputs] == [True, False]
 
   results = json.loads((tmp_path / "two" / "results.json").read_text())
-  assert len(results["rows"]) == 2 * 2 * len(tiny.ATTACKS)
+  assert len(results["rows"]) == 2 * sum(map(len, tiny.MEASURED.values()))
   assert {row["num_examples"] for row in results["rows"]} == {tiny.NUM_TEST}
 
   tiny.run(tmp_path / "one", "train", tiny.config(), num_devices=4)

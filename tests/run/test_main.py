@@ -3,6 +3,7 @@
 import html.parser
 import json
 import math
+import re
 import shutil
 
 import jax
@@ -117,8 +118,8 @@ def test_results_obey_the_contract(finished):
   assert sorted(keys) == sorted(
     (model, mode, attack)
     for model in ("teacher", "student")
-    for mode in ("running", "batch")
-    for attack in tiny.ATTACKS
+    for mode, attacks in tiny.MEASURED.items()
+    for attack in attacks
   )
   config = tiny.config().evaluation
   for row in rows:
@@ -138,10 +139,13 @@ def test_results_obey_the_contract(finished):
         "nominal": [None, None, None, None],
         "fgsm": ["linf", epsilon, epsilon, 1],
         "pgd2": ["linf", epsilon, config.step_size, 2],
-      }[row["attack"]]
+      }[re.split("[:-]", row["attack"])[0]]
     )
     attacked = row["attack"] != "nominal"
-    assert row["loss"] == ("cross_entropy" if attacked else None)
+    loss = "margin" if "-margin" in row["attack"] else "cross_entropy"
+    assert row["loss"] == (loss if attacked else None)
+    fixed = row["attack"].endswith(":statistics=fixed")
+    assert row.get("options") == ({"statistics": "fixed"} if fixed else None)
     assert row["num_restarts"] == (1 if attacked else None)
   for diagnostic in results["diagnostics"].values():
     assert set(diagnostic) == {"title", "rule", "value", "flag", "message"}
@@ -303,11 +307,13 @@ def test_more_attacks_add_rows_and_keep_the_old(
   made = tiny.config(evaluation__attacks="fgsm,ifgsm2")
   tiny.run(workdir, "evaluate", made)
   after = read_rows(workdir)
-  assert calls == 4 * ["ifgsm2"]  # teacher and student, running and batch
+  batch = ["ifgsm2", "ifgsm2:statistics=fixed", "ifgsm2-margin"]
+  assert calls == 2 * ["ifgsm2", *batch]  # teacher and student
   assert set(after) - set(before) == {
-    (model, mode, "ifgsm2")
+    (model, mode, attack)
     for model in ("teacher", "student")
-    for mode in ("running", "batch")
+    for mode, attacks in (("running", ["ifgsm2"]), ("batch", batch))
+    for attack in attacks
   }
   assert {key: after[key] for key in before} == before
 
@@ -316,7 +322,7 @@ def test_more_attacks_add_rows_and_keep_the_old(
   monkeypatch.setattr(report, "write_report", written.append)
   tiny.run(workdir, "run", made)
   assert written == [workdir]
-  assert len(calls) == 4
+  assert len(calls) == 8
 
 
 @pytest.fixture(scope="module")
@@ -333,7 +339,7 @@ def test_a_protocol_is_all_its_numbers(finished, quick_look):
   rows = json.loads((quick_look / "results.json").read_text())["rows"]
   before = finished.results["rows"]
   assert rows[: len(before)] == before
-  assert [row["num_examples"] for row in rows[len(before) :]] == 4 * [10]
+  assert [row["num_examples"] for row in rows[len(before) :]] == 8 * [10]
 
 
 def test_a_quick_look_does_not_hide_the_whole_split(finished, quick_look):
@@ -419,7 +425,7 @@ def test_rows_of_another_checkpoint_go(finished, tmp_path):
     ("student", "batch", "nominal"),
   }
   assert found["student", "running", "nominal"]["accuracy"] > 0.9
-  assert len([key for key in found if key[0] == "teacher"]) == 6
+  assert len([key for key in found if key[0] == "teacher"]) == 10
 
 
 def test_an_interrupted_evaluation_goes_on(finished, tmp_path, monkeypatch):

@@ -26,9 +26,8 @@ from atat_jax.runs import locations, roles
 
 Fields = dict[str, Any]
 
-# The student must not repeat the teacher's batches.
-_TEACHER_SEED = 1_000_003
-
+TEACHER_SEED = 1_000_003
+"""Added to a run's seed for its teacher: a student must not repeat its draws."""
 
 # Fields whose None reaches us as text: their type on the command line is str.
 _NONE = (
@@ -239,7 +238,7 @@ def _make_stages(
     name=roles.TEACHER,
     directory=pathlib.Path(roles.TEACHER),
     objective=objectives.create("standard"),
-    seed=fields["seed"] + _TEACHER_SEED,
+    seed=fields["seed"] + TEACHER_SEED,
   )
   if objective.needs_teacher and not fields["teacher_workdir"]:
     return teacher, student

@@ -8,12 +8,20 @@ are in <workdir>/seed<seed>/<method>, as `main.py` would leave them (`main.py
 --mode=figures` makes the report of one run), the comparison is in
 <workdir>/comparison.{html,md,json}.
 
-The `standard` network of a seed is the teacher of the methods that need one.
+The `standard` network of a seed is the teacher of the methods that need one. It is
+trained with a seed of its own, as `main.py` trains a teacher, so that a student
+that starts afresh shares neither initial weights nor batches with it.
+
+Besides methods, `--methods` takes the named settings of `objectives.SETTINGS`:
+
+  --methods=at,at_from_teacher,atat_mixture,atat_mixture_fresh,atat
+
 AutoAttack runs with running statistics only: it refills its batches as images
 are fooled, so that batch statistics would be ill-defined. By default only its
-first two attacks run, on the first 240 test images, so that everything takes 45
-minutes on two cores; `--running_attacks=autoattack --running_examples=0` adds
-all four attacks on all images.
+first two attacks run, on the first 240 test images;
+`--running_attacks=autoattack --running_examples=0` makes all four attacks on all
+images. Several processes may share a workdir if their seeds differ;
+`--train_only` leaves the evaluation to the same command without it.
 """
 
 import argparse
@@ -30,7 +38,7 @@ if __name__ == "__main__" and not __package__:  # run as a script
   sys.path[0] = str(pathlib.Path(__file__).resolve().parents[1])
 
 from atat_jax import objectives, pipeline, report, runtime
-from atat_jax.config import make_plan
+from atat_jax.config import TEACHER_SEED, make_plan
 from atat_jax.errors import UserError
 from atat_jax.runs import files
 from benchmarks.support import machine
@@ -44,8 +52,8 @@ class Run(NamedTuple):
   """One network to train and evaluate.
 
   Attributes:
-    method: Name in `objectives.OBJECTIVES`.
-    seed: Seed of the training.
+    method: Name in `objectives.OBJECTIVES` or `objectives.SETTINGS`.
+    seed: Seed of the group; the teacher is trained with another one.
     workdir: Directory of everything that the run writes.
     configs: Configuration of each evaluation; they differ in `evaluation` only.
   """
@@ -65,7 +73,8 @@ def add_config_flags(flags: argparse.ArgumentParser) -> None:
     "--methods",
     type=lambda text: text.split(","),
     default=list(objectives.OBJECTIVES),
-    help="names separated by commas; standard is always added; default: all",
+    help="methods or named settings, separated by commas; standard is always"
+    " added; default: all methods",
   )
   flags.add_argument(
     "--recipe", help="recipe after the comma, as in cifar10.py:at,modern"
@@ -88,7 +97,7 @@ def parser() -> argparse.ArgumentParser:
   add_config_flags(flags)
   flags.add_argument(
     "--attacks",
-    default="nominal,fgsm,ifgsm20,pgd20",
+    default="nominal,fgsm,ifgsm20,pgd20,pgd20-margin",
     help="attacks with running and with batch statistics",
   )
   flags.add_argument(
@@ -101,6 +110,9 @@ def parser() -> argparse.ArgumentParser:
     type=int,
     default=240,
     help="number of test images for those, the first ones; 0: all",
+  )
+  flags.add_argument(
+    "--train_only", action="store_true", help="train, and evaluate nothing"
   )
   return flags
 
@@ -147,7 +159,7 @@ def _make_run(
   except ValueError as error:
     raise UserError(str(error)) from None
   used = {text for text in args.set if _override(config, text)}
-  config.seed = seed
+  config.seed = seed + TEACHER_SEED if method == TEACHER else seed
   config.evaluation.batch_norm = ("running", "batch")
   config.evaluation.attacks = args.attacks
   # The other analyses would take minutes for all runs together.
@@ -202,9 +214,16 @@ def is_finished(run: Run) -> bool:
   return results.exists() and files.read_json(_marker(run)) == _as_json(run)
 
 
-def execute(run: Run) -> None:
-  """Trains and evaluates as far as it is not done yet."""
+def execute(run: Run, *, train_only: bool = False) -> None:
+  """Trains and evaluates as far as it is not done yet.
+
+  Args:
+    run: The run.
+    train_only: Whether the evaluation is left out.
+  """
   pipeline.run("train", run.configs[0], run.workdir)
+  if train_only:
+    return
   for config in run.configs:
     pipeline.run("evaluate", config, run.workdir)
   files.write_json(_marker(run), _as_json(run))
@@ -248,13 +267,15 @@ def main(argv: Sequence[str] | None = None) -> None:
       + "\n"
     )
     start = time.perf_counter()
-    execute(run)
+    execute(run, train_only=args.train_only)
     seconds.setdefault(run.method, []).append(time.perf_counter() - start)
+  total = time.perf_counter() - began
+  sys.stderr.write(f"\ndone in {_minutes(total)}\n")
+  if args.train_only:
+    return
   paths = report.write_comparison(
     [run.workdir for run in runs], args.workdir / "comparison"
   )
-  total = time.perf_counter() - began
-  sys.stderr.write(f"\ndone in {_minutes(total)}\n")
   for path in paths:
     sys.stdout.write(f"comparison: {path}\n")
 

@@ -9,9 +9,9 @@ authors did, or modern, one training for all methods:
 
   python main.py --config=configs/cifar10.py:trades,modern --workdir=runs/trades
 
-The paper's ablation of Eq. (7) is four runs: this one, and with
---config.objective.lambda1=0, --config.objective.lambda2=0, and both. Data: see
-`python -m atat_jax.data.prepare --help`.
+The paper's ablation of Eq. (7) is four runs: this one, atat_attention,
+atat_pairing and atat_mixture, named settings of `atat_jax.objectives.SETTINGS`.
+Data: see `python -m atat_jax.data.prepare --help`.
 
 This size has not been trained here. Published numbers: docs/reproduction.md;
 measured ones, of smaller networks: docs/results.md.

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from atat_jax import analyses
-from atat_jax.objectives import OBJECTIVES, defaults
+from atat_jax.objectives import OBJECTIVES, SETTINGS, defaults, setting
 
 MODERN = {
   "batch_size": 128,
@@ -82,9 +82,9 @@ def _data() -> dict[str, Any]:
 def _model() -> dict[str, Any]:
   return {
     "name": "wide_resnet",  # a name in atat_jax.models.MODELS
-    # Fields that every network has. (PreActResNets are usually trained with
-    # `dataset` and 1e-5.)
-    "normalization": "per_image",  # dataset (mean and std), none
+    # Fields that every network has. per_image is the paper's, and costs
+    # robustness (docs/reproduction.md); recipe modern: dataset, mean and std.
+    "normalization": "per_image",  # dataset, none
     "batch_norm_momentum": 0.9,
     "batch_norm_epsilon": 1e-3,
     "dtype": "float32",  # bfloat16 on accelerators
@@ -137,21 +137,22 @@ def _figures() -> dict[str, Any]:
 
 
 def parse(choice: str, recipes: tuple[str, ...] = RECIPES) -> tuple[str, str]:
-  """Splits the text after the colon: "atat" or "atat,modern".
+  """Splits the text after the colon: "atat" or "atat_mixture,modern".
 
   Args:
-    choice: A method, or a method and a recipe.
+    choice: A method or a named setting of one, and maybe a recipe.
     recipes: Recipes that exist; the first one is the default.
 
   Returns:
-    Method and recipe.
+    Method or setting, and recipe.
 
   Raises:
-    ValueError: Unknown method or recipe.
+    ValueError: Unknown method, setting or recipe.
   """
   method, *rest = choice.split(",")
-  if method not in OBJECTIVES:
-    raise ValueError(f"method: {method!r}; allowed: {', '.join(OBJECTIVES)}")
+  known = (*OBJECTIVES, *SETTINGS)
+  if method not in known:
+    raise ValueError(f"method: {method!r}; allowed: {', '.join(known)}")
   recipe = ",".join(rest) if rest else recipes[0]
   if recipe not in recipes:
     raise ValueError(f"recipe: {recipe!r}; allowed: {', '.join(recipes)}")
@@ -164,7 +165,8 @@ def get_config(
   """Returns the default configuration: the paper's network and settings.
 
   Args:
-    choice: A method of `OBJECTIVES`, and after a comma a recipe.
+    choice: A method of `OBJECTIVES` or a named setting of `SETTINGS`, and after
+      a comma a recipe.
     recipes: See `parse`.
 
   Returns:
@@ -173,7 +175,8 @@ def get_config(
   Raises:
     ValueError: Unknown method or recipe.
   """
-  method, recipe = parse(choice, recipes)
+  name, recipe = parse(choice, recipes)
+  method, fields = setting(name)
   return ConfigDict(
     {
       "seed": 0,
@@ -183,7 +186,7 @@ def get_config(
       "profile_steps": (),  # first and last step of a profile, e.g. 10,12
       "data": _data(),
       "model": _model(),
-      "objective": defaults(method),
+      "objective": defaults(method) | fields,
       "train": training(),
       "teacher": training(),
       # A finished run to take the teacher from; None: train one.
@@ -214,6 +217,7 @@ def make_cifar(config: ConfigDict) -> None:
   """
   if config.recipe == "modern":
     config.data.padding = 4
+    config.model.normalization = "dataset"
     config.train.update(MODERN, num_epochs=100)
     config.teacher.update(MODERN, num_epochs=50)
     update_attack(
@@ -223,6 +227,7 @@ def make_cifar(config: ConfigDict) -> None:
       num_steps=10,
       attack_batch_norm="running",
       attack_moves_statistics=False,
+      student_batch_norm="mixture",
     )
   else:
     method = OBJECTIVES[config.method]

@@ -6,10 +6,9 @@ A teacher and an ATAT student, a WRN-8-2 on 8 x 8 pixels, attacked with
 epsilon 0.2 (a fifth of the range from black to white).
 
 After a colon a method, as in configs/digits.py:trades; a name in
-`atat_jax.objectives.OBJECTIVES` (default: atat). All are trained alike; only
-those that need a teacher train one. The paper's ablation of Eq. (7) is four
-runs: this one, and with --config.objective.lambda1=0,
---config.objective.lambda2=0, and both.
+`atat_jax.objectives.OBJECTIVES` (default: atat), or a named setting of one, in
+`SETTINGS`, such as atat_mixture: the controls of ATAT. All are trained alike; only
+those that need a teacher train one.
 
 Expected: two to three minutes on 2 CPU cores with empty caches. Accuracy in %
 (running statistics, linf, epsilon 0.2; mean of three seeds, all of it with
@@ -39,7 +38,9 @@ def get_config(choice: str = "atat") -> ConfigDict:
   """Returns the default configuration, made small; all methods train alike."""
   config = default.get_config(choice, recipes=("modern",))
   config.data.update(name="digits", validation_size=180, padding=0, flip=False)
-  config.model.update(depth=8, width=2, strides=(1, 1, 2))
+  config.model.update(
+    depth=8, width=2, strides=(1, 1, 2), normalization="dataset"
+  )
   for training in (config.train, config.teacher):
     training.update(
       batch_size=64,
@@ -59,6 +60,7 @@ def get_config(choice: str = "atat") -> ConfigDict:
     num_steps=7,
     attack_batch_norm="batch",
     attack_moves_statistics=True,
+    student_batch_norm="mixture",
   )
   config.evaluation.update(epsilon=0.2, step_size=0.05, batch_size=360)
   # A few, in seconds; `python -m atat_jax.explain` makes all and larger ones.

@@ -1,9 +1,11 @@
 """Training objectives, one method a file.
 
-A method is added by one file and one line in `OBJECTIVES`.
+A method is added by one file and one line in `OBJECTIVES`, a named setting of its
+fields by one line in `SETTINGS`.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from atat_jax import checks
@@ -29,6 +31,73 @@ OBJECTIVES: dict[str, type[Objective]] = {
   "atat": ATAT,
   "atat_released": ATATReleased,
 }
+
+_ATAT: dict[str, dict[str, Any]] = {
+  "atat_mixture": {"lambda1": 0.0, "lambda2": 0.0},
+  "atat_attention": {"lambda2": 0.0},
+  "atat_pairing": {"lambda1": 0.0},
+  "atat_weak_pairing": {"lambda2": 0.1},
+  "atat_l2": {"normalization": "l2"},
+}
+
+SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
+  "at_from_teacher": ("at", {"starts_from_teacher": True}),
+  **{name: ("atat", fields) for name, fields in _ATAT.items()},
+  **{
+    f"{name}_fresh": ("atat", fields | {"starts_from_teacher": False})
+    for name, fields in {"atat": {}, **_ATAT}.items()
+  },
+  "atat_released_maps": ("atat_released", {"variant": "maps"}),
+}
+"""Named settings: method, and the fields that differ from its defaults.
+
+The controls of ATAT: its mixture of clean and attacked images without the two
+terms, with the attention alone, with the logit pairing alone, with a weak pairing
+(lambda2 = 0.1, the default of earlier versions), with maps of length 1; each from
+the teacher's parameters and from fresh ones. And adversarial training from the
+teacher's parameters, and the released loss of CIFAR-100.
+"""
+
+
+def setting(name: str) -> tuple[str, dict[str, Any]]:
+  """Looks up a method or a named setting.
+
+  Args:
+    name: One of `OBJECTIVES` or of `SETTINGS`.
+
+  Returns:
+    The method, and the fields that differ from its defaults.
+
+  Raises:
+    UserError: Unknown name.
+  """
+  typed.check_value("method", str, name)
+  checks.choice("method", name, (*OBJECTIVES, *SETTINGS))
+  return SETTINGS.get(name, (name, {}))
+
+
+def setting_name(method: str, fields: Mapping[str, Any]) -> str:
+  """Names the setting that the hyperparameters of a run are.
+
+  Args:
+    method: One of `OBJECTIVES`.
+    fields: Hyperparameters of a run; missing ones have their defaults.
+
+  Returns:
+    One of `SETTINGS` if all fields that settings of this method change agree
+    with it; otherwise the method.
+  """
+  own = {name: made for name, (of, made) in SETTINGS.items() if of == method}
+  changed = {field for made in own.values() for field in made}
+  given = {field: fields[field] for field in changed & fields.keys()}
+  if not own:
+    return method
+  usual = defaults(method)
+  for name, made in {method: {}, **own}.items():
+    expected = {field: usual[field] for field in changed} | made
+    if {field: usual[field] for field in changed} | given == expected:
+      return name
+  return method
 
 
 def _member(name: str) -> Any:
@@ -79,6 +148,7 @@ def defaults(name: str) -> dict[str, Any]:
 
 __all__ = [
   "OBJECTIVES",
+  "SETTINGS",
   "Batch",
   "Objective",
   "Outcome",
@@ -86,4 +156,6 @@ __all__ = [
   "create",
   "defaults",
   "make_batch",
+  "setting",
+  "setting_name",
 ]

@@ -90,6 +90,9 @@ class InnerAttack(Objective):
       "batch" as in Madry et al.'s code and the paper's, or "running".
     attack_moves_statistics: Whether the attack's passes move the running
       statistics, as in the same codes; needs attack_batch_norm="batch".
+    starts_from_teacher: Whether the student starts from the parameters of a
+      standardly trained network instead of fresh ones, which makes a method
+      comparable with ATAT, whose student does.
   """
 
   epsilon: float = 8 / 255
@@ -100,10 +103,10 @@ class InnerAttack(Objective):
   attack_start: str = "uniform"
   attack_batch_norm: BatchNormMode = "batch"
   attack_moves_statistics: bool = True
+  starts_from_teacher: bool = False
 
   attacks = True
   sees_clean = True
-  starts_from_teacher = False
 
   def __post_init__(self) -> None:
     """Checks the hyperparameters of the attack."""
@@ -125,6 +128,11 @@ class InnerAttack(Objective):
         " attack_batch_norm='running', which has no batch statistics"
       )
     fields.check_values(InnerAttack, vars(self))
+
+  @property
+  def needs_teacher(self) -> bool:
+    """Whether there is a teacher, if only to start from."""
+    return self.starts_from_teacher
 
   def prepare(
     self,

@@ -34,7 +34,6 @@ class ALP(PairedPasses):
 
   weight: float = 0.5
 
-  needs_teacher = False
   term_names = ("cross_entropy", "logit_pairing")
   # The paper's, as for ATAT: no other is published for CIFAR.
   cifar_training: ClassVar[dict[str, Any]] = {

@@ -20,7 +20,6 @@ from atat_jax.typing import Variables
 class AT(InnerAttack):
   """Adversarial training; its fields are the attack's."""
 
-  needs_teacher = False
   sees_clean = False
   term_names = ("cross_entropy",)
   # 80,000 steps of 128 images; the rate falls at 40,000 and at 60,000.

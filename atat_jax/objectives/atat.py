@@ -7,13 +7,21 @@
 
 L_ce is the cross-entropy of the mixture of clean and adversarial images. The
 teacher T is a standardly trained network of the same architecture, frozen,
-with running statistics; the student S starts from its parameters. The paper
-gives no values of lambda1 and lambda2.
+with running statistics; the student S starts from its parameters. The only
+weights that the paper names are 1 and 0, in its ablation (Section 4.3): lambda1 =
+lambda2 = 1 is the default here.
 
-The paper's ablation (Section 4.3) sets the weights to 0: lambda1 = lambda2 = 0
-leaves adversarial training on the mixture, lambda1 = 0 logit pairing, lambda2 =
-0 attention transfer. Terms of weight 0 are still measured, and the student
-still starts from the teacher, so that only the weights differ.
+Weights of 0 give the controls: lambda1 = lambda2 = 0 leaves adversarial training
+on the mixture, lambda1 = 0 logit pairing, lambda2 = 0 attention transfer. Terms
+of weight 0 are still measured, and the student still starts from the teacher, so
+that only the weights differ. `objectives.SETTINGS` names them.
+
+The raw map of the last tensor, Eq. (3), weights each channel by the mean over
+positions of the logit's gradient. Where logits are the linear function of the
+pooled tensor, this gradient is the class's weights over the number of positions:
+the map sums to the logit of the class less its bias. Eq. (5) on raw maps is then
+largely a regression of the true class's logit on the teacher's; normalization
+"l2" leaves the place alone.
 """
 
 import dataclasses
@@ -75,7 +83,7 @@ class ATAT(PairedPasses):
   """
 
   lambda1: float = 1.0
-  lambda2: float = 0.1
+  lambda2: float = 1.0
   layers: tuple[str, ...] = ()
   pairs: tuple[str, ...] = ("teacher_adversarial", "teacher_clean")
   maps: str = "grad_cam"

@@ -50,15 +50,12 @@ class ATATReleased(PairedPasses):
     variant: Output that is compared with the teacher's: "logits" (CIFAR-10) or
       "maps" (CIFAR-100).
     weight: Weight of each of the two transfer terms.
-    starts_from_teacher: Whether the student starts from the teacher's
-      parameters, as the paper says, or from fresh ones, as the code does.
   """
 
   variant: str = "logits"
   weight: float = 1.0
-  starts_from_teacher: bool = False
 
-  needs_teacher = True
+  needs_teacher = True  # the code starts from fresh parameters all the same
   term_names = ("cross_entropy", "transfer_clean", "transfer_adversarial")
   # 80,000 steps of 32 images; the rate falls at 40,000 and at 60,000. (The
   # released configuration allows 400,000 steps, the last 340,000 at 0.001.)

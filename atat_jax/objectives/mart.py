@@ -42,7 +42,6 @@ class MART(PairedPasses):
   attack_moves_statistics: bool = False
   student_batch_norm: str = "in_turn"
 
-  needs_teacher = False
   term_names = ("cross_entropy", "margin", "kl")
   # The rate falls in epoch 75 and again in epoch 90.
   cifar_training: ClassVar[dict[str, Any]] = {

@@ -73,7 +73,6 @@ class TLA(PairedPasses):
   attack_moves_statistics: bool = False
   student_batch_norm: str = "in_turn"
 
-  needs_teacher = False
   term_names = ("cross_entropy", "triplet", "embedding_square")
   # At most 80,000 steps of 50 images. (The authors tune a network of AT; here
   # the student starts afresh, with the schedule of AT.)

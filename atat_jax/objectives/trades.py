@@ -42,7 +42,6 @@ class TRADES(PairedPasses):
   attack_moves_statistics: bool = False
   student_batch_norm: str = "in_turn"
 
-  needs_teacher = False
   term_names = ("cross_entropy", "kl")
   # The rate falls in epoch 75.
   cifar_training: ClassVar[dict[str, Any]] = {

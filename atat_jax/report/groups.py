@@ -49,13 +49,16 @@ class Group:
   """Runs of one method with one training.
 
   Attributes:
-    label: The method, with the fields that tell it from its namesakes.
+    label: The method or its named setting, with the fields that tell it from
+      its namesakes.
     method: Name of the objective.
+    setting: Name in `objectives.SETTINGS`, or the method.
     runs: Runs in order of seed.
   """
 
   label: str
   method: str
+  setting: str
   runs: list[Run]
 
 
@@ -122,7 +125,7 @@ def _seconds_per_step(
 
 
 def by_training(runs: list[Run]) -> list[Group]:
-  """Groups runs of equal training, in the order of the registered methods.
+  """Groups runs of equal training, in the order of methods and settings.
 
   Args:
     runs: Finished runs in any order.
@@ -133,25 +136,55 @@ def by_training(runs: list[Run]) -> list[Group]:
   Raises:
     UserError: A run is given twice.
   """
-  from atat_jax.objectives import OBJECTIVES  # slow: it imports JAX
-
   kinds: dict[tuple[str, str], list[Run]] = {}
   for run in runs:
     kind = (run.method, json.dumps(run.training, sort_keys=True))
     kinds.setdefault(kind, []).append(run)
   for same in kinds.values():
     _check_seeds(same)
-  places = {name: place for place, name in enumerate(OBJECTIVES)}
+  firsts = [same[0] for same in kinds.values()]
+  settings = {id(run): _setting(run) for run in firsts}
   return [
     Group(
-      label=_label(same[0], [other[0] for other in kinds.values()]),
-      method=method,
+      label=_label(
+        name := settings[id(same[0])],
+        same[0],
+        [other for other in firsts if settings[id(other)] == name],
+      ),
+      method=same[0].method,
+      setting=name,
       runs=sorted(same, key=lambda run: run.seed),
     )
-    for (method, _), same in sorted(
-      kinds.items(), key=lambda item: places.get(item[0][0], len(places))
+    for same in sorted(
+      kinds.values(), key=lambda same: _place(same[0], settings[id(same[0])])
     )
   ]
+
+
+def _setting(run: Run) -> str:
+  """Names the method of a run, or its setting; not registered ones stay."""
+  from atat_jax import objectives  # slow: it imports JAX
+
+  if run.method not in objectives.OBJECTIVES:
+    return run.method
+  prefix = "objective."
+  fields = {
+    field.removeprefix(prefix): value
+    for field, value in run.training.items()
+    if field.startswith(prefix)
+  }
+  return objectives.setting_name(run.method, fields)
+
+
+def _place(run: Run, setting: str) -> tuple[int, int]:
+  """Place of a run in the tables: methods, and settings of each, in order."""
+  from atat_jax import objectives
+
+  methods, settings = [*objectives.OBJECTIVES], [*objectives.SETTINGS]
+  return (
+    methods.index(run.method) if run.method in methods else len(methods),
+    settings.index(setting) if setting in settings else -1,
+  )
 
 
 def _check_seeds(same: list[Run]) -> None:
@@ -166,13 +199,12 @@ def _check_seeds(same: list[Run]) -> None:
       )
 
 
-def _label(run: Run, firsts: list[Run]) -> str:
-  namesakes = [other for other in firsts if other.method == run.method]
+def _label(name: str, run: Run, namesakes: list[Run]) -> str:
   marks = [
     f"{field.removeprefix('objective.')}={_text(run.training.get(field))}"
     for field in _differing(namesakes)
   ]
-  return f"{run.method} ({', '.join(marks)})" if marks else run.method
+  return f"{name} ({', '.join(marks)})" if marks else name
 
 
 def _differing(runs: list[Run]) -> list[str]:

@@ -116,7 +116,7 @@ def _merged(group: Group, by_seed: dict[int, tables.Row]) -> tables.Row:
     "standard_error": error,
     "num_runs": len(by_seed),
     "accuracies": {str(seed): r["accuracy"] for seed, r in by_seed.items()},
-    "published": published.accuracy(group.method, first),
+    "published": published.accuracy(group.setting, first),
     **_nonfinite(by_seed.values()),
   }
   if first.get("options"):

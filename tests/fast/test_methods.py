@@ -23,6 +23,7 @@ ATTACK = {
   "attack_start": "uniform",
   "attack_batch_norm": "batch",
   "attack_moves_statistics": True,
+  "starts_from_teacher": False,
 }
 # The codes of TLA, TRADES and MART attack a network in evaluation mode and pass
 # clean and adversarial images one after the other.
@@ -57,7 +58,7 @@ PUBLISHED = {
     **ATTACK,
     "student_batch_norm": "mixture",
     "lambda1": 1.0,
-    "lambda2": 0.1,
+    "lambda2": 1.0,
     "layers": (),
     "pairs": ("teacher_adversarial", "teacher_clean"),
     "maps": "grad_cam",
@@ -71,7 +72,6 @@ PUBLISHED = {
     "student_batch_norm": "mixture",
     "variant": "logits",
     "weight": 1.0,
-    "starts_from_teacher": False,
   },
 }
 
@@ -208,6 +208,32 @@ def test_atat_needs_a_teacher_unless_the_student_is_its_own():
   assert ablation.needs_teacher and ablation.starts_from_teacher
   # The released script starts afresh, although the paper says otherwise.
   assert not objectives.create("atat_released").starts_from_teacher
+
+
+@pytest.mark.parametrize("name", objectives.SETTINGS)
+def test_a_setting_changes_its_fields_alone_and_is_told_from_them(name):
+  method, changes = objectives.setting(name)
+  made = {**objectives.defaults(method), **changes}
+  assert {k: made[k] for k in changes} != {
+    k: objectives.defaults(method)[k] for k in changes
+  }
+  assert objectives.setting_name(method, made) == name
+  # Numbers that no setting has are told as the method, not as the nearest name.
+  other = {**made, "epsilon": 0.3}
+  assert objectives.setting_name(method, other) == name
+  if method == "atat":
+    assert objectives.setting_name(method, {**made, "lambda1": 7.0}) == method
+  assert objectives.create(method, **made).starts_from_teacher == (
+    name == "at_from_teacher"
+    or (method == "atat" and not name.endswith("_fresh"))
+  )
+
+
+def test_only_methods_that_start_from_a_teacher_need_one():
+  for method in ("at", "alp", "tla", "trades", "mart"):
+    started = objectives.create(method, starts_from_teacher=True)
+    assert started.needs_teacher
+    assert not objectives.create(method).needs_teacher
 
 
 @pytest.mark.parametrize("normalization", ["l2", "min_max"])

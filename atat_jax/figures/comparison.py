@@ -143,9 +143,9 @@ def _draw(
       shown = [
         row
         for row in rows
-        if all(row[f] == panel.protocol[f] for f in tables.COLUMN_FIELDS)
+        if tables.identity(row) == tables.identity(panel.protocol)
       ]
-      _panel(ax, panel.label, shown, methods)
+      _panel(ax, panel.title, shown, methods)
     fig.suptitle(plain(title))
     fig.legend(handles=_legend(rows), loc="outside lower center", ncols=3)
     return style.save(fig, path)

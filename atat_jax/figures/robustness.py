@@ -1,6 +1,7 @@
 """Accuracy under each attack, models side by side."""
 
 import pathlib
+import textwrap
 from typing import Any
 
 from matplotlib import axes, patches
@@ -13,6 +14,7 @@ _MIXED = (
   "Not all attacks had the same images and ball: the names tell them. Only those"
   " of the same can be compared."
 )
+_LETTERS = 26  # in a line of a label
 _THICKNESS = {"running": 0.84, "batch": 0.5}  # height of a bar, in rows
 
 
@@ -56,8 +58,11 @@ def draw(workdir: pathlib.Path) -> list[pathlib.Path]:
       for model, batch_norm in series
     ]
     fig.legend(handles=handles, loc="outside upper left", ncols=2)
-    if comparable.note(columns):
-      style.caption(fig, _MIXED)
+    notes = [_MIXED] if comparable.note(columns) else []
+    if any(column.derived for column in columns):
+      notes.append(tables.WORST_CASE_MEANING)
+    if notes:
+      style.caption(fig, " ".join(notes))
     return [style.save(fig, workdir / files.FIGURES / "robustness.png")]
 
 
@@ -90,7 +95,15 @@ def _draw_bars(
       y += 1
     centers.append((top + y - 1) / 2)
     y += 1  # an empty row between two attacks
-  labels = [plain(column.label).replace(" (", "\n(") for column in columns]
+  # A worst case names its attacks: one line would leave no room for the bars.
+  labels = [
+    "\n".join(
+      line
+      for part in plain(column.title).replace(" (", "\n(").splitlines()
+      for line in textwrap.wrap(part, _LETTERS)
+    )
+    for column in columns
+  ]
   ax.set_yticks(centers, labels)
   ax.set_ylim(y - 1, -1)  # the first attack on top
 

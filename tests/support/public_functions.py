@@ -1173,6 +1173,7 @@ PARTS = (
   "runs.results_format",
   "runs.tables",
   "runs.wording",
+  "runs.worst_case",
   # Made by `objectives.create` and `models.create`, which are in the table.
   "models.base.Network",
   "models.base.ResidualNetwork",

@@ -21,6 +21,7 @@ from atat_jax.evaluation import Protocol
 from atat_jax.evaluation.protocols import REFILLED
 from atat_jax.objectives import Objective
 from atat_jax.runs import roles
+from atat_jax.training import gradients
 from atat_jax.training.options import POLICIES, Options
 from atat_jax.typing import BatchNormMode
 
@@ -179,6 +180,8 @@ class StagePlan:
     steps_per_dispatch: Number of steps in one program.
     validate_every_epochs: Number of epochs between validations.
     nonfinite: Policy on a step that is not finite, one of `options.POLICIES`.
+    term_gradients: Whether validations compare the gradients of the loss's
+      terms.
   """
 
   name: str
@@ -213,6 +216,7 @@ class StagePlan:
   steps_per_dispatch: int
   validate_every_epochs: float
   nonfinite: str = "stop"
+  term_gradients: bool = True
 
   def __post_init__(self) -> None:
     """Checks all numbers, also those that the optimizer is made of."""
@@ -245,6 +249,11 @@ class StagePlan:
         f"accumulate_steps: {self.accumulate_steps}; allowed: a divisor of"
         f" batch_size, {self.batch_size}"
       )
+
+  @property
+  def compares_terms(self) -> bool:
+    """Whether there are terms of the loss to compare, and they are asked for."""
+    return self.term_gradients and gradients.compares_terms(self.objective)
 
   def make_optimizer(
     self, total_steps: int

@@ -144,8 +144,9 @@ def _legend(
     )
   if any(row["standard_error"] is None for row in shown):
     notes.append(
-      "a–b: Wilson's 95% interval over the images, for a method with one run."
-      " It does not tell how much another training seed would change."
+      "a–b: Wilson's 95% interval over the images, for a method with one run"
+      " or with runs that all agree. It does not tell how much another training"
+      " seed would change."
     )
   if any("difference" in row for row in shown):
     notes.append(

@@ -40,7 +40,7 @@ def compare(workdirs: Sequence[str | os.PathLike[str]]) -> dict[str, Any]:
   Returns:
     Content of `comparison.json`: "format" 1; "source" of the published
     figures; "runs", a fact sheet each; "rows" as in `results.json`, with the
-    mean as "accuracy", "standard_error" (None for one run), "num_runs",
+    mean as "accuracy", "standard_error" (None for one run, or runs that agree), "num_runs",
     "accuracies" by seed, "published", and with batch statistics "difference"
     from running statistics; "missing", a sentence for each run and column
     without a number; "training", the fields in which the methods differ;
@@ -76,10 +76,14 @@ def compare(workdirs: Sequence[str | os.PathLike[str]]) -> dict[str, Any]:
 
 
 def mean_and_error(values: Iterable[float]) -> tuple[float, float | None]:
-  """Returns a mean and its standard error, None for a single value."""
+  """Returns a mean and its standard error.
+
+  The error is None for a single value, and for values that are all equal: a few
+  that agree do not show that there is no spread.
+  """
   numbers = list(values)
   mean = statistics.fmean(numbers)
-  if len(numbers) < 2:
+  if len(numbers) < 2 or max(numbers) - min(numbers) < 1e-12:
     return mean, None
   return mean, statistics.stdev(numbers) / math.sqrt(len(numbers))
 

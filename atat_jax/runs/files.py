@@ -35,6 +35,9 @@ except ImportError:  # Windows has no such locks
 
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
+GRADIENT_RATIO = "gradient_ratio/"
+"""Prefix, in a validation's line, of a term's gradient norm in units of the
+cross-entropy's."""
 RESULTS = "results.json"
 REPORT = "report.html"
 EXPLANATION = "explain.html"

@@ -71,6 +71,7 @@ _TRAINING = {
   "batch_size": 128,
   "log_every_steps": 4,
   "validate_every_epochs": 0.5,
+  "term_gradients": False,  # a program more to compile
 }
 OVERRIDES = {
   "data.validation_size": 128,

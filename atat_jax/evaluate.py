@@ -30,7 +30,7 @@ from atat_jax.errors import in_section
 from atat_jax.evaluation import Protocol, rules
 from atat_jax.plan import Plan
 from atat_jax.process import stops
-from atat_jax.runs import files, provenance, tables, worst_case
+from atat_jax.runs import files, provenance, tables, wording, worst_case
 from atat_jax.typing import Array, BatchNormMode, Classifier
 
 _log = logging.getLogger(__name__)
@@ -115,6 +115,7 @@ def evaluate(
     for role, network in networks.items()
     for mode in plan.evaluation.batch_norm
   }
+  _tell_left_out(plan)
   table = _Table(workdir / files.RESULTS, steps=steps, record=record)
   _complete(table, plan, classifiers, dataset.test, mesh)
   analyses.write(
@@ -127,6 +128,18 @@ def evaluate(
     mesh=mesh,
   )
   return table.content
+
+
+def _tell_left_out(plan: Plan) -> None:
+  """Says once which attacks batch statistics are not evaluated with."""
+  settings = plan.evaluation
+  left_out = [
+    one.name for one in settings.protocols if not one.measures("batch")
+  ]
+  if left_out and "batch" in settings.batch_norm:
+    _log.info(
+      "evaluate: %s with running statistics only", wording.listed(left_out)
+    )
 
 
 class _Table:
@@ -217,7 +230,7 @@ def _complete(
   rows = [
     (_make_row(plan, role, table.steps[role], images, mode, protocol), protocol)
     for role, mode in classifiers
-    for protocol in settings.protocols
+    for protocol in settings.protocols_of(mode)
   ]
   blindness = _LossChecks(classifiers, test)
   if all(row in table for row, _ in rows):

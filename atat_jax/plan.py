@@ -18,6 +18,7 @@ from atat_jax import analyses, attention, checks, data, fields, optim
 from atat_jax.data import mixing
 from atat_jax.errors import UserError
 from atat_jax.evaluation import Protocol
+from atat_jax.evaluation.protocols import REFILLED
 from atat_jax.objectives import Objective
 from atat_jax.runs import roles
 from atat_jax.training import gradients
@@ -314,6 +315,12 @@ class StagePlan:
     )
 
 
+def _meaning(protocol: Protocol) -> Protocol:
+  """Returns what protocols of different names share if they measure one."""
+  options = tuple(sorted(protocol.options))
+  return dataclasses.replace(protocol, name="", options=options)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluationPlan:
   """Attacks that validate and evaluate a run.
@@ -348,6 +355,47 @@ class EvaluationPlan:
       raise UserError("batch_norm: (); allowed: running, batch")
     for mode in self.batch_norm:
       checks.choice("batch_norm", mode, ("running", "batch"))
+    if not self.validation.measures("running"):
+      raise UserError(
+        f"validation_attack: {self.validation.name!r}; allowed: without"
+        " statistics=fixed, as validation has running statistics"
+      )
+    self._check_modes()
+
+  def _check_modes(self) -> None:
+    """Checks that every protocol is measured in some mode."""
+    for protocol in self.protocols:
+      if any(map(protocol.measures, self.batch_norm)):
+        continue
+      if protocol.fixed_statistics:
+        raise UserError(
+          f"attacks: {protocol.name!r} with batch_norm running; allowed: with"
+          " batch statistics, which it holds fixed"
+        )
+      raise UserError(f"attacks: {protocol.name!r} {REFILLED}")
+
+  def protocols_of(self, mode: str) -> tuple[Protocol, ...]:
+    """Protocols that are measured in a BatchNorm mode.
+
+    Args:
+      mode: "running" or "batch".
+
+    Returns:
+      Those of the table that the mode can measure. In the mode "batch" every
+      cross-entropy FGSM, I-FGSM and PGD is followed by the same with fixed
+      statistics and with the margin loss, each once.
+    """
+    measured = [one for one in self.protocols if one.measures(mode)]
+    if mode == "running":
+      return tuple(measured)
+    listed = {_meaning(one): one for one in measured}
+    found: dict[str, Protocol] = {}
+    for protocol in measured:
+      found.setdefault(protocol.name, protocol)
+      for companion in protocol.companions():
+        one = listed.setdefault(_meaning(companion), companion)
+        found.setdefault(one.name, one)
+    return tuple(found.values())
 
   def size_of_batch(self, mode: str) -> int:
     """Number of images in a batch in a BatchNorm mode."""

@@ -163,8 +163,8 @@ def _trace_evaluation(plan: Plan, variables: Variables) -> None:
   settings = plan.evaluation
   with _named("evaluation.validation_attack"):
     _trace_protocol(plan, settings.validation, "running", variables)
-  for protocol in settings.protocols:
-    for mode in settings.batch_norm:
+  for mode in settings.batch_norm:
+    for protocol in settings.protocols_of(mode):
       with _named(f"evaluation.attacks: {shown(protocol.name)}"):
         _trace_protocol(plan, protocol, mode, variables)
 

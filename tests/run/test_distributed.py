@@ -45,8 +45,10 @@ def test_two_processes_make_one_run(tmp_path):
   assert ["report:" in output for output in outputs] == [True, False]
 
   results = json.loads((tmp_path / "two" / "results.json").read_text())
-  # Each network in each mode: the attacks, and their worst case.
-  assert len(results["rows"]) == 2 * 2 * (len(tiny.ATTACKS) + 1)
+  # Each network: the attacks of both modes, and their two worst cases.
+  assert len(results["rows"]) == 2 * sum(
+    len(attacks) + 1 for attacks in tiny.MEASURED.values()
+  )
   assert {row["num_examples"] for row in results["rows"]} == {tiny.NUM_TEST}
 
   tiny.run(tmp_path / "one", "train", tiny.config(), num_devices=4)

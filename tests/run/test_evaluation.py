@@ -198,6 +198,12 @@ def test_rows_are_what_a_notebook_computes(finished, model_name):
     classifier = models.classifier(
       model, variables, batch_norm=row["batch_norm"]
     )
+    attacked = classifier
+    if "options" in row:
+      assert row["options"] == {"statistics": "fixed"}
+      attacked = models.classifier(
+        model, variables, batch_norm="batch", fixed_statistics=True
+      )
     size = row["batch_size"]
     assert (
       size
@@ -212,11 +218,12 @@ def test_rows_are_what_a_notebook_computes(finished, model_name):
       x, y = images[batch], labels[batch]
       key = stream(jax.random.key(row["seed"]), "evaluation", number)
       numbers = {k: row[k] for k in ("epsilon", "step_size", "num_steps")}
-      if row["attack"] == "fgsm":
-        x = attacks.fgsm(key, classifier, x, y, epsilon=row["epsilon"])
-      elif row["attack"] == "pgd2":
+      loss = row["loss"]
+      if row["attack"].startswith("fgsm"):
+        x = attacks.fgsm(key, attacked, x, y, epsilon=row["epsilon"], loss=loss)
+      elif row["attack"].startswith("pgd2"):
         x = attacks.pgd(
-          key, classifier, x, y, norm=row["norm"], loss=row["loss"], **numbers
+          key, attacked, x, y, norm=row["norm"], loss=loss, **numbers
         )
       right = np.asarray(predict(classifier, x)) == y
       correct[start : start + size] = right[: tiny.NUM_TEST - start]
@@ -229,7 +236,9 @@ def test_rows_are_what_a_notebook_computes(finished, model_name):
   assert {row["batch_norm"]: row["accuracy"] for row in derived} == {
     mode: pytest.approx(robust.mean()) for mode, robust in always.items()
   }
-  assert {row["worst_of"] for row in derived} == {"nominal, fgsm, pgd2"}
+  assert {
+    row["batch_norm"]: set(row["worst_of"].split(", ")) for row in derived
+  } == {mode: set(attacks) for mode, attacks in tiny.MEASURED.items()}
 
 
 def test_a_row_counts_what_was_not_finite_and_the_report_says_so(

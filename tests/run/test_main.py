@@ -3,6 +3,7 @@
 import html.parser
 import json
 import math
+import re
 import shutil
 
 import jax
@@ -123,8 +124,8 @@ def test_results_obey_the_contract(finished):
   assert sorted(keys) == sorted(
     (model, mode, attack)
     for model in ("teacher", "student")
-    for mode in ("running", "batch")
-    for attack in (*tiny.ATTACKS, "worst_case")
+    for mode, attacks in tiny.MEASURED.items()
+    for attack in (*attacks, "worst_case")
   )
   assert [row["attack"] for row in rows[-4:]] == 4 * ["worst_case"]
   rows = rows[:-4]
@@ -146,10 +147,13 @@ def test_results_obey_the_contract(finished):
         "nominal": [None, None, None, None],
         "fgsm": ["linf", epsilon, epsilon, 1],
         "pgd2": ["linf", epsilon, config.step_size, 2],
-      }[row["attack"]]
+      }[re.split("[:-]", row["attack"])[0]]
     )
     attacked = row["attack"] != "nominal"
-    assert row["loss"] == ("cross_entropy" if attacked else None)
+    loss = "margin" if "-margin" in row["attack"] else "cross_entropy"
+    assert row["loss"] == (loss if attacked else None)
+    fixed = row["attack"].endswith(":statistics=fixed")
+    assert row.get("options") == ({"statistics": "fixed"} if fixed else None)
     assert row["num_restarts"] == (1 if attacked else None)
   for diagnostic in results["diagnostics"].values():
     assert set(diagnostic) == {"title", "rule", "value", "flag", "message"}
@@ -311,15 +315,20 @@ def test_more_attacks_add_rows_and_keep_the_old(
   made = tiny.config(evaluation__attacks="fgsm,ifgsm2")
   tiny.run(workdir, "evaluate", made)
   after = read_rows(workdir)
-  assert calls == 4 * ["ifgsm2"]  # teacher and student, running and batch
+  batch = ["ifgsm2", "ifgsm2:statistics=fixed", "ifgsm2-margin"]
+  assert calls == 2 * ["ifgsm2", *batch]  # teacher and student
   assert set(after) - set(before) == {
-    (model, mode, "ifgsm2")
+    (model, mode, attack)
     for model in ("teacher", "student")
-    for mode in ("running", "batch")
+    for mode, attacks in (("running", ["ifgsm2"]), ("batch", batch))
+    for attack in attacks
   }
   for key, row in before.items():
     if key[-1] == "worst_case":
-      assert after[key]["worst_of"] == "nominal, fgsm, ifgsm2, pgd2"
+      more = ["ifgsm2"] if key[1] == "running" else batch
+      assert sorted(after[key]["worst_of"].split(", ")) == sorted(
+        [*tiny.MEASURED[key[1]], *more]
+      )
       assert after[key]["accuracy"] <= row["accuracy"]
     else:
       assert after[key] == row
@@ -329,7 +338,7 @@ def test_more_attacks_add_rows_and_keep_the_old(
   monkeypatch.setattr(report, "write_report", written.append)
   tiny.run(workdir, "run", made)
   assert written == [workdir]
-  assert len(calls) == 4
+  assert len(calls) == 8
 
 
 @pytest.fixture(scope="module")
@@ -347,8 +356,12 @@ def test_a_protocol_is_all_its_numbers(finished, quick_look):
   before = finished.results["rows"]
   assert [row for row in rows if row["num_examples"] == tiny.NUM_TEST] == before
   quick = [row for row in rows if row not in before]
-  assert [row["num_examples"] for row in quick] == 4 * [10]
-  assert {row["attack"] for row in quick} == {"pgd2"}  # no worst case of one
+  assert {row["num_examples"] for row in quick} == {10}
+  # There is no worst case of one attack.
+  batch = ["pgd2", "pgd2:statistics=fixed", "pgd2-margin", "worst_case"]
+  assert sorted((row["batch_norm"], row["attack"]) for row in quick) == sorted(
+    2 * [("running", "pgd2"), *(("batch", attack) for attack in batch)]
+  )
 
 
 def test_a_quick_look_does_not_hide_the_whole_split(finished, quick_look):
@@ -437,7 +450,7 @@ def test_rows_of_another_checkpoint_go(finished, tmp_path):
   for mode in ("running", "batch"):
     key = ("student", mode, "nominal")
     assert found[key]["correct"] == before[key]["correct"]
-  assert len([key for key in found if key[0] == "teacher"]) == 8
+  assert len([key for key in found if key[0] == "teacher"]) == 12
 
 
 def test_an_interrupted_evaluation_goes_on(finished, tmp_path, monkeypatch):

@@ -11,12 +11,13 @@ margin by which the image is classified. Then the same network is attacked along
 one part at a time, with losses that differ in one respect.
 
 The parts "own" and "cross" take a backward pass for each image and step, hence
-`--num_rows`, the number of images that those attacks see.
+`--num_rows`, the number of images that those attacks see, and `--row_methods`.
 """
 
 import argparse
 import base64
 import functools
+import itertools
 import math
 import pathlib
 import statistics
@@ -37,7 +38,6 @@ ATTACKS = (
   ("cross_entropy", "own"),
   ("cross_entropy", "cross"),
   ("unit", "through"),
-  ("unit", "cross"),
   ("unfooled", "through"),
   ("margin", "through"),
   ("margin", "fixed"),
@@ -56,7 +56,6 @@ WORDS = {
   "cross_entropy own": "cross-entropy, own terms only",
   "cross_entropy cross": "cross-entropy, cross terms only",
   "unit through": "cross-entropy at unit length, everything",
-  "unit cross": "cross-entropy at unit length, cross terms only",
   "unfooled through": "cross-entropy of unfooled images, everything",
   "margin through": "margin, everything",
   "margin fixed": "margin, statistics fixed",
@@ -66,7 +65,6 @@ WORDS = {
 @functools.cache
 def _programs() -> tuple[Any, Any]:
   """Compiles the attack with its score, and the measurement of the parts."""
-  import jax
   import jax.numpy as jnp
 
   from atat_jax import compilation, losses
@@ -92,16 +90,16 @@ def _programs() -> tuple[Any, Any]:
       return (flat(balls.unit("l2", a)) * flat(balls.unit("l2", b))).sum(-1)
 
     lengths = {
-      name: balls.length("l2", part)
-      for name, part in parts._asdict().items()
+      name: balls.length("l2", part) for name, part in parts._asdict().items()
     }
     return {
       "margin": -losses.margin(logits, labels),
       "pull": jnp.linalg.norm(pull, axis=-1),
       **lengths,
       "cosine": cosine(total, parts.direct),
-      "agreement": (jnp.sign(flat(total)) == jnp.sign(flat(parts.direct)))
-      .mean(-1),
+      "agreement": (jnp.sign(flat(total)) == jnp.sign(flat(parts.direct))).mean(
+        -1
+      ),
     }
 
   return (
@@ -213,7 +211,7 @@ def binned(
     means of cosine and agreement with the direct part, and the share rescued.
   """
   rows = []
-  for low, high in zip(EDGES[:-1], EDGES[1:], strict=True):
+  for low, high in itertools.pairwise(EDGES):
     inside = (found["margin"] >= low) & (found["margin"] < high)
     chosen = {name: values[inside] for name, values in found.items()}
     row: dict[str, Any] = {
@@ -271,7 +269,8 @@ def measure(setting: Setting, *, num_rows: int, num_steps: int) -> Row:
 
   Args:
     setting: The network and its images.
-    num_rows: Number of images of the attacks that take a pass for each.
+    num_rows: Number of images of the attacks that take a pass for each; 0:
+      these attacks do not run.
     num_steps: Number of steps of PGD.
 
   Returns:
@@ -283,6 +282,8 @@ def measure(setting: Setting, *, num_rows: int, num_steps: int) -> Row:
   for name in ("fgsm", "pgd"):
     for loss, route in ATTACKS:
       size = min(count, num_rows) if route in BY_ROWS else count
+      if not size:
+        continue
       _, correct = setting.attack(name, loss, route, size, num_steps)
       masks[name, loss, route] = correct
       attacks.append(
@@ -331,7 +332,11 @@ def _rows(args: argparse.Namespace) -> Iterator[Row]:
         "network": method,
         "training_seed": seed,
         "normalization": model.normalization,
-        **measure(setting, num_rows=args.num_rows, num_steps=args.num_steps),
+        **measure(
+          setting,
+          num_rows=args.num_rows if method in args.row_methods else 0,
+          num_steps=args.num_steps,
+        ),
       }
 
 
@@ -364,14 +369,16 @@ def attack_table(rows: Sequence[Row]) -> str:
     for network in networks:
       for name in names:
         found = [
-          _shared_accuracy(attack, min(a["num_examples"] for a in row["attacks"]))
+          _shared_accuracy(
+            attack, min(a["num_examples"] for a in row["attacks"])
+          )
           for row in rows
           if row["network"] == network
           for attack in row["attacks"]
           if (attack["attack"], attack["loss"], attack["route"])
           == (name, loss, route)
         ]
-        cells.append(_mean(found))
+        cells.append(_mean(found) if found else "-")
     lines.append(cells)
   return tables.markdown(lines)
 
@@ -465,6 +472,7 @@ def parser() -> argparse.ArgumentParser:
   add("--data", default="digits")
   add("--num_examples", type=int, default=0, help="test images; 0: all")
   add("--num_rows", type=whole, default=100)
+  add("--row_methods", nargs="+", default=methods[:2])
   add("--batch_size", type=whole, default=100)
   add("--epsilon", type=machine.number, default=0.2)
   add("--step_size", type=machine.number, default=0.05)

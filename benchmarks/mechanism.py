@@ -11,7 +11,8 @@ margin by which the image is classified. Then the same network is attacked along
 one part at a time, with losses that differ in one respect.
 
 The parts "own" and "cross" take a backward pass for each image and step, hence
-`--num_rows`, the number of images that those attacks see, and `--row_methods`.
+`--num_rows`, the number of images that those attacks see, and `--row_methods` and
+`--row_seeds`, the networks that are attacked so.
 """
 
 import argparse
@@ -316,6 +317,7 @@ def _rows(args: argparse.Namespace) -> Iterator[Row]:
   images = split.images[:size].astype(np.float32) / 255
   for seed in args.seeds:
     for method in args.methods:
+      by_rows = method in args.row_methods and seed in args.row_seeds
       folder = args.runs / f"seed{seed}" / method
       model, variables = checkpoints.restore_model(folder)
       setting = Setting(
@@ -334,7 +336,7 @@ def _rows(args: argparse.Namespace) -> Iterator[Row]:
         "normalization": model.normalization,
         **measure(
           setting,
-          num_rows=args.num_rows if method in args.row_methods else 0,
+          num_rows=args.num_rows if by_rows else 0,
           num_steps=args.num_steps,
         ),
       }
@@ -473,6 +475,7 @@ def parser() -> argparse.ArgumentParser:
   add("--num_examples", type=int, default=0, help="test images; 0: all")
   add("--num_rows", type=whole, default=100)
   add("--row_methods", nargs="+", default=methods[:2])
+  add("--row_seeds", nargs="+", type=int, default=[0])
   add("--batch_size", type=whole, default=100)
   add("--epsilon", type=machine.number, default=0.2)
   add("--step_size", type=machine.number, default=0.05)

@@ -126,6 +126,10 @@ def published_attack(evidence: Evidence) -> Diagnostic | None:
     " whose cross-entropy gradients pass through the statistics; the same"
     f" classifier keeps {others}."
   )
+  if len(better) == 1:
+    fixed = better[0]["loss"] == "cross_entropy"
+    missing = "the margin loss" if fixed else "the statistics held fixed"
+    message += f" The same with {missing} was not run."
   running = evidence.running.get(row["attack"])
   if running is not None:
     message += (

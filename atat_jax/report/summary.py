@@ -145,13 +145,19 @@ def _batch_statistics(
 ) -> str:
   """Says what the released protocol claims, and what is left of it."""
   both = [column for column in columns if (model, "batch") in column.rows]
-  # What is claimed is what was published, where that was run.
+  rows = [column.rows[model, "batch"] for column in both]
+  # What is claimed is what was published, best where better attacks were run.
   published = [
     column
-    for column in both
-    if better_attacks.is_published(column.rows[model, "batch"])
+    for column, row in zip(both, rows, strict=True)
+    if better_attacks.is_published(row)
   ]
-  groups = comparable.attacks(published or both, model)
+  judged = [
+    column
+    for column, row in zip(both, rows, strict=True)
+    if better_attacks.find(row, rows)
+  ]
+  groups = comparable.attacks(judged or published or both, model)
   if not groups:
     return ""
   # The images of the verdict, if batch statistics were evaluated on them.
@@ -165,13 +171,12 @@ def _batch_statistics(
     f" paper's released code evaluates, the {model} would be credited with"
     f" {wording.percent(row['accuracy'])} under {attack}{where},"
     f" {_compared(row['accuracy'], honest)} the {wording.percent(honest)} of the"
-    f" fixed classifier that one would deploy. {_better(row, both, model)}"
+    f" fixed classifier that one would deploy. {_better(row, rows)}"
   )
 
 
-def _better(row: tables.Row, columns: list[tables.Column], model: str) -> str:
+def _better(row: tables.Row, rows: list[tables.Row]) -> str:
   """Says what better attacks leave of a classifier with batch statistics."""
-  rows = [column.rows[model, "batch"] for column in columns]
   better = better_attacks.find(row, rows)
   if not better:
     return (

@@ -411,27 +411,38 @@ def _label(row: Row, firsts: list[Row], fields: tuple[str, ...]) -> str:
     if field != "worst_of" and is_told(field)
   ]
   if is_derived(row):
-    marks += _members_mark(row, namesakes)
+    marks += _members_marks(row, namesakes, fields)
   return f"{row['attack']} ({', '.join(marks)})" if marks else row["attack"]
 
 
-def _members_mark(row: Row, others: list[Row]) -> list[str]:
-  """Tells a worst case from those over other attacks; [] if there are none.
+def _members_marks(
+  row: Row, namesakes: list[Row], fields: tuple[str, ...]
+) -> list[str]:
+  """Tells a worst case from those over other attacks on the same images.
 
-  By the number of its attacks, and where that is not enough by those that the
-  others lack.
+  By the number of its attacks, and where that is not enough by those that it is
+  over and the others are not, or the other way round.
   """
-  lists = [other.get("members") or [] for other in others]
-  own = row.get("members") or []
-  if all(other == own for other in lists):
+  own, count = row.get("members") or [], len(attack_members(row))
+  rivals = [
+    other
+    for other in namesakes
+    if (other.get("members") or []) != own
+    and all(other.get(f) == row.get(f) for f in fields if f != "worst_of")
+  ]
+  if not rivals:
     return []
-  every = [member for other in lists for member in other]
-  mark = wording.plural(len(attack_members(row)), "attack")
-  rivals = [other for other in lists if other != own and len(other) == len(own)]
-  if rivals:
-    told = [one for one in own if any(one not in other for other in rivals)]
-    mark += f", with {', '.join(member_names(told, every))}"
-  return [mark]
+  marks = [wording.plural(count, "attack")]
+  lists = [
+    r.get("members") or [] for r in rivals if len(attack_members(r)) == count
+  ]
+  if not lists:
+    return marks
+  every = [*own, *(member for found in lists for member in found)]
+  more = [one for one in own if any(one not in found for found in lists)]
+  less = [one for one in every if one not in own]
+  names = dict.fromkeys(member_names(more or less, every))
+  return [*marks, f"{'with' if more else 'without'} {', '.join(names)}"]
 
 
 def _differ(field: str, rows: list[Row]) -> bool:

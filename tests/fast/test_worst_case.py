@@ -12,7 +12,8 @@ from html_page import Page
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atat_jax import evaluation, report
+from atat_jax import evaluation, figures, report
+from atat_jax.drawing.text import broken
 from atat_jax.errors import DamagedFileError
 from atat_jax.report import layout, merge
 from atat_jax.runs import comparable, files, results_format, tables, worst_case
@@ -222,6 +223,16 @@ def test_worst_cases_over_other_attacks_never_share_a_column():
     "worst_case (3 attacks)",
     "worst_case (2 attacks)",
   ]
+  assert labels(FGSM, PGD, *batch, row("nominal", [1, 1, 1, 1])) == [
+    "worst_case (2 attacks, with nominal)",
+    "worst_case (2 attacks, without nominal)",
+  ]
+  # On other images there is nothing to tell apart but these.
+  short = [row(r["attack"], [1, 1]) for r in (FGSM, PGD)]
+  assert labels(FGSM, PGD, apgd, *short) == [
+    "worst_case (num_examples=4)",
+    "worst_case (num_examples=2)",
+  ]
   # The names are the same, the attacks are not.
   assert labels(FGSM, PGD, *restarts) == [
     "worst_case (2 attacks, with pgd20 (num_restarts=1))",
@@ -351,3 +362,20 @@ def test_worst_cases_over_other_attacks_are_never_merged(tmp_path):
   ]
   (shown,) = layout.tables(found)
   assert "worst_case (2 attacks, with pgd20 (num_restarts=5))" in shown.head
+
+
+def test_long_names_leave_room_for_the_bars(tmp_path):
+  """Matplotlib warns, which is an error here, where axes are squeezed."""
+  rows = [
+    row("fgsm", [1] * 8, mode=mode, num_restarts=restarts, model=model)
+    for mode in ("running", "batch")
+    for model, restarts in (("teacher", 1), ("student", 5))
+  ]
+  long = "square:norm=linf:num_queries=3:epsilon=0.2:seed_of_the_search=1"
+  rows += [{**one, "attack": long} for one in rows]
+  run_files.save(tmp_path, {"format": 1, "rows": rows})
+  (path,) = figures.draw_results(tmp_path)
+  assert path.exists()
+  name = "worst_case (num_examples=16, 2 attacks), derived"
+  lines = broken(name, 24).split("\n")
+  assert " ".join(lines) == name and max(map(len, lines)) <= 24

@@ -146,7 +146,7 @@ def _batch_statistics(
   """Says what the released protocol claims, and what is left of it."""
   both = [column for column in columns if (model, "batch") in column.rows]
   rows = [column.rows[model, "batch"] for column in both]
-  # What is claimed is what was published, best where better attacks were run.
+  # The claim is the published attack's, if possible one beside better ones.
   published = [
     column
     for column, row in zip(both, rows, strict=True)

@@ -350,39 +350,52 @@ def _mean(values: Sequence[float], scale: float = 100) -> str:
   return text
 
 
-def _shared_accuracy(attack: Row, size: int) -> float:
+def _accuracy(attack: Row, size: int) -> float:
+  """Accuracy on the first images."""
   correct = _unpack(attack["correct"], attack["num_examples"])
   return float(correct[:size].mean())
 
 
-def attack_table(rows: Sequence[Row]) -> str:
-  """Tabulates accuracies (%), all attacks of a network on the same images.
-
-  Attacks that take a pass for each image see the first ones only, and all
-  others are counted on these.
-  """
-  networks = list(dict.fromkeys(row["network"] for row in rows))
-  names = list(dict.fromkeys(a["attack"] for a in rows[0]["attacks"]))
-  lines = [
-    ["followed", *(f"{net}, {name}" for net in networks for name in names)]
+def _with_rows(rows: Sequence[Row]) -> list[Row]:
+  """Chooses the networks that were attacked by a pass for each image."""
+  return [
+    row for row in rows if any(a["route"] in BY_ROWS for a in row["attacks"])
   ]
+
+
+def attack_table(rows: Sequence[Row]) -> str:
+  """Tabulates accuracies (%), means over the seeds of a network.
+
+  Each row counts on the images that all its attacks have seen.
+  """
+  columns = [
+    (network, name)
+    for network in dict.fromkeys(row["network"] for row in rows)
+    for name in dict.fromkeys(a["attack"] for a in rows[0]["attacks"])
+  ]
+  lines = [["followed", *(", ".join(column) for column in columns)]]
   for loss, route in ATTACKS:
-    cells = [WORDS[f"{loss} {route}"]]
-    for network in networks:
-      for name in names:
-        found = [
-          _shared_accuracy(
-            attack, min(a["num_examples"] for a in row["attacks"])
-          )
-          for row in rows
-          if row["network"] == network
-          for attack in row["attacks"]
-          if (attack["attack"], attack["loss"], attack["route"])
-          == (name, loss, route)
+    accuracies: dict[tuple[str, str], list[float]] = {}
+    for row in rows:
+      size = min(attack["num_examples"] for attack in row["attacks"])
+      for attack in row["attacks"]:
+        if (attack["loss"], attack["route"]) == (loss, route):
+          column = (row["network"], attack["attack"])
+          accuracies.setdefault(column, []).append(_accuracy(attack, size))
+    if accuracies:
+      cells = (accuracies.get(column) for column in columns)
+      lines.append(
+        [
+          WORDS[f"{loss} {route}"],
+          *(_mean(found) if found else "-" for found in cells),
         ]
-        cells.append(_mean(found) if found else "-")
-    lines.append(cells)
+      )
   return tables.markdown(lines)
+
+
+def _without_rows(row: Row) -> Row:
+  kept = [a for a in row["attacks"] if a["route"] not in BY_ROWS]
+  return row | {"attacks": kept}
 
 
 def _range(margin: Sequence[float | None]) -> str:
@@ -446,8 +459,15 @@ def bin_table(rows: Sequence[Row], steps: int = 0) -> str:
 
 
 def table(rows: Sequence[Row]) -> str:
-  """Tabulates results of `measure` in Markdown."""
-  return f"{attack_table(rows)}\n\n{bin_table(rows)}"
+  """Tabulates results of `measure` in Markdown.
+
+  All networks on all images; those that were also attacked along "own" and
+  "cross", on the images of these attacks; the parts of the gradients by margin.
+  """
+  parts = [attack_table([_without_rows(row) for row in rows])]
+  if _with_rows(rows):
+    parts.append(attack_table(_with_rows(rows)))
+  return "\n\n".join([*parts, bin_table(rows)])
 
 
 def _line(row: Row) -> str:

@@ -30,7 +30,7 @@ from atat_jax.errors import in_section
 from atat_jax.evaluation import Protocol, rules
 from atat_jax.plan import Plan
 from atat_jax.process import stops
-from atat_jax.runs import files, provenance, tables
+from atat_jax.runs import files, provenance, tables, wording, worst_case
 from atat_jax.typing import Array, BatchNormMode, Classifier
 
 _log = logging.getLogger(__name__)
@@ -43,6 +43,7 @@ _NOMINAL = Protocol("nominal", "nominal")
 _MEASURED = {
   "accuracy",
   "class_accuracy",
+  "correct",
   *tables.NONFINITE,
   "seconds",
   "attacks",
@@ -114,6 +115,7 @@ def evaluate(
     for role, network in networks.items()
     for mode in plan.evaluation.batch_norm
   }
+  _tell_left_out(plan)
   table = _Table(workdir / files.RESULTS, steps=steps, record=record)
   _complete(table, plan, classifiers, dataset.test, mesh)
   analyses.write(
@@ -128,10 +130,23 @@ def evaluate(
   return table.content
 
 
+def _tell_left_out(plan: Plan) -> None:
+  """Says once which attacks batch statistics are not evaluated with."""
+  settings = plan.evaluation
+  left_out = [
+    one.name for one in settings.protocols if not one.measures("batch")
+  ]
+  if left_out and "batch" in settings.batch_norm:
+    _log.info(
+      "evaluate: %s with running statistics only", wording.listed(left_out)
+    )
+
+
 class _Table:
   """`results.json` while its rows are completed.
 
-  Rows of other protocols stay, rows of other checkpoints go.
+  Rows of other protocols stay, rows of other checkpoints go. Worst cases are
+  derived from the rows each time and are none of them.
 
   Args:
     path: The file.
@@ -145,15 +160,16 @@ class _Table:
     self.path, self.steps = path, steps
     self._record = record
     self.content = files.read_results(path.parent) or {"rows": []}
+    stored = worst_case.measured(self.content["rows"])
     self._rows = {
       _identity(row): row
-      for row in self.content["rows"]
+      for row in stored
       if steps.get(row["model"]) == row.get("checkpoint_step")
     }
     if jax.process_index() == 0:
-      self._keep_rows_of_damaged()
+      self._keep_rows_of_damaged(stored)
 
-  def _keep_rows_of_damaged(self) -> None:
+  def _keep_rows_of_damaged(self, stored: list[Row]) -> None:
     """Copies the file where rows go because their checkpoint is damaged."""
     damaged = {
       role
@@ -162,7 +178,7 @@ class _Table:
     }
     if any(
       row["model"] in damaged and _identity(row) not in self._rows
-      for row in self.content["rows"]
+      for row in stored
     ):
       copy = files.set_aside(self.path, self.path.parent, copy=True)
       _log.warning("rows of a damaged checkpoint are kept in %s", copy)
@@ -178,7 +194,7 @@ class _Table:
     self.content = {
       "format": 1,
       "run": self._record,
-      "rows": rows,
+      "rows": worst_case.complete(rows),
       "diagnostics": {
         f"{model}_{rule}": found
         for model in self.steps
@@ -214,7 +230,7 @@ def _complete(
   rows = [
     (_make_row(plan, role, table.steps[role], images, mode, protocol), protocol)
     for role, mode in classifiers
-    for protocol in settings.protocols
+    for protocol in settings.protocols_of(mode)
   ]
   blindness = _LossChecks(classifiers, test)
   if all(row in table for row, _ in rows):
@@ -383,6 +399,7 @@ def _measure(
   return {
     "accuracy": judged.accuracy,
     "class_accuracy": _by_class(judged.correct, labels, num_classes),
+    "correct": worst_case.pack(judged.correct),
     "nonfinite": judged.nonfinite,
     "nonfinite_points": judged.points,
     "nonfinite_gradients": judged.gradients,
@@ -407,9 +424,11 @@ def _autoattack(
       key, classifier, images, labels, **options, **protocol.arguments()
     )
   on_batch(len(labels))
+  robust = np.asarray(result.robust)
   return {
     "accuracy": result.accuracy,
-    "class_accuracy": _by_class(np.asarray(result.robust), labels, num_classes),
+    "class_accuracy": _by_class(robust, labels, num_classes),
+    "correct": worst_case.pack(robust),
     "nonfinite": clean.nonfinite,
     # The ensemble counts clean images, too.
     "nonfinite_points": max(0, counts.points - clean.nonfinite),

@@ -18,8 +18,10 @@ from atat_jax import analyses, attention, checks, data, fields, optim
 from atat_jax.data import mixing
 from atat_jax.errors import UserError
 from atat_jax.evaluation import Protocol
+from atat_jax.evaluation.protocols import REFILLED
 from atat_jax.objectives import Objective
 from atat_jax.runs import roles
+from atat_jax.training import gradients
 from atat_jax.training.options import POLICIES, Options
 from atat_jax.typing import BatchNormMode
 
@@ -178,6 +180,8 @@ class StagePlan:
     steps_per_dispatch: Number of steps in one program.
     validate_every_epochs: Number of epochs between validations.
     nonfinite: Policy on a step that is not finite, one of `options.POLICIES`.
+    term_gradients: Whether validations compare the gradients of the loss's
+      terms.
   """
 
   name: str
@@ -212,6 +216,7 @@ class StagePlan:
   steps_per_dispatch: int
   validate_every_epochs: float
   nonfinite: str = "stop"
+  term_gradients: bool = True
 
   def __post_init__(self) -> None:
     """Checks all numbers, also those that the optimizer is made of."""
@@ -244,6 +249,11 @@ class StagePlan:
         f"accumulate_steps: {self.accumulate_steps}; allowed: a divisor of"
         f" batch_size, {self.batch_size}"
       )
+
+  @property
+  def compares_terms(self) -> bool:
+    """Whether there are terms of the loss to compare, and they are asked for."""
+    return self.term_gradients and gradients.compares_terms(self.objective)
 
   def make_optimizer(
     self, total_steps: int
@@ -305,6 +315,12 @@ class StagePlan:
     )
 
 
+def _meaning(protocol: Protocol) -> Protocol:
+  """Returns what protocols of different names share if they measure one."""
+  options = tuple(sorted(protocol.options))
+  return dataclasses.replace(protocol, name="", options=options)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluationPlan:
   """Attacks that validate and evaluate a run.
@@ -339,6 +355,47 @@ class EvaluationPlan:
       raise UserError("batch_norm: (); allowed: running, batch")
     for mode in self.batch_norm:
       checks.choice("batch_norm", mode, ("running", "batch"))
+    if not self.validation.measures("running"):
+      raise UserError(
+        f"validation_attack: {self.validation.name!r}; allowed: without"
+        " statistics=fixed, as validation has running statistics"
+      )
+    self._check_modes()
+
+  def _check_modes(self) -> None:
+    """Checks that every protocol is measured in some mode."""
+    for protocol in self.protocols:
+      if any(map(protocol.measures, self.batch_norm)):
+        continue
+      if protocol.fixed_statistics:
+        raise UserError(
+          f"attacks: {protocol.name!r} with batch_norm running; allowed: with"
+          " batch statistics, which it holds fixed"
+        )
+      raise UserError(f"attacks: {protocol.name!r} {REFILLED}")
+
+  def protocols_of(self, mode: str) -> tuple[Protocol, ...]:
+    """Protocols that are measured in a BatchNorm mode.
+
+    Args:
+      mode: "running" or "batch".
+
+    Returns:
+      Those of the table that the mode can measure. In the mode "batch" every
+      cross-entropy FGSM, I-FGSM and PGD is followed by the same with fixed
+      statistics and with the margin loss, each once.
+    """
+    measured = [one for one in self.protocols if one.measures(mode)]
+    if mode == "running":
+      return tuple(measured)
+    listed = {_meaning(one): one for one in measured}
+    found: dict[str, Protocol] = {}
+    for protocol in measured:
+      found.setdefault(protocol.name, protocol)
+      for companion in protocol.companions():
+        one = listed.setdefault(_meaning(companion), companion)
+        found.setdefault(one.name, one)
+    return tuple(found.values())
 
   def size_of_batch(self, mode: str) -> int:
     """Number of images in a batch in a BatchNorm mode."""

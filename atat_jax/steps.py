@@ -9,23 +9,16 @@ the state and are fetched when a log line is due.
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import optax
 from flax import linen as nn
 
-from atat_jax import compilation, metrics, rng, sharding
+from atat_jax import compilation, metrics, sharding
 from atat_jax.data.base import Split
-from atat_jax.objectives import (
-  Batch,
-  Objective,
-  Outcome,
-  attack_is_finite,
-)
+from atat_jax.objectives import Batch, Objective, Outcome
 from atat_jax.state import TrainState
-from atat_jax.training import accumulation, averaging, awp, soundness
-from atat_jax.training.batch import assemble, gather
+from atat_jax.training import averaging, gradients, soundness
 from atat_jax.training.options import OFF, Options
 from atat_jax.typing import Array, PyTree, Variables
 
@@ -172,7 +165,7 @@ def train_step(
   Returns:
     State after the step.
   """
-  batch, gradient, outcome = differentiate(
+  batch, gradient, outcome = gradients.differentiate(
     state,
     teacher,
     data,
@@ -187,97 +180,6 @@ def train_step(
     options=options,
   )
   return _updated(state, gradient, outcome, batch, optimizer, options)
-
-
-def differentiate(
-  state: TrainState,
-  teacher: Variables | None,
-  data: Split,
-  indices: Array,
-  extra: Split | None = None,
-  *,
-  model: nn.Module,
-  objective: Objective,
-  mesh: jax.sharding.Mesh,
-  num_classes: int,
-  padding: int = 0,
-  flip: bool = False,
-  options: Options = OFF,
-) -> tuple[Batch, PyTree, Outcome]:
-  """Makes the batch of a step and differentiates its loss; for use inside jit.
-
-  Args:
-    state, teacher, data, indices, extra: See `train_step`.
-    model, objective, mesh, num_classes, padding, flip, options: See
-      `train_step`.
-
-  Returns:
-    The batch, the gradient, and the loss with its terms.
-  """
-  with jax.named_scope("augmentation"):
-    batch = assemble(
-      state.rng,
-      state.step,
-      *gather(data, indices, extra, mesh),
-      num_classes=num_classes,
-      padding=padding,
-      flip=flip,
-      options=options,
-    )
-  gradient, outcome = accumulation.accumulate(
-    functools.partial(
-      _differentiate, state, teacher, model, objective, options
-    ),
-    state.batch_stats,
-    rng.stream(state.rng, "attack", state.step),
-    batch,
-    parts=options.accumulate_steps,
-    params=state.params,
-  )
-  return batch, gradient, outcome
-
-
-def _differentiate(
-  state: TrainState,
-  teacher: Variables | None,
-  model: nn.Module,
-  objective: Objective,
-  options: Options,
-  batch_stats: PyTree,
-  key: Array,
-  batch: Batch,
-) -> tuple[PyTree, Outcome]:
-  """Gradient of the mean loss over a batch, or over one part of it."""
-  student = {"params": state.params, "batch_stats": batch_stats}
-  with jax.named_scope("prepare"):
-    prepared = objective.prepare(key, model, student, teacher, batch)
-
-  def mean_loss(params: PyTree) -> tuple[Array, Outcome]:
-    student = {"params": params, "batch_stats": batch_stats}
-    outcome = objective.loss(model, student, prepared, batch)
-    finite = attack_is_finite(prepared)
-    return outcome.total.mean(), outcome._replace(attack_finite=finite)
-
-  if options.remat:
-    mean_loss = jax.checkpoint(mean_loss, policy=_is_product)
-  gradient_fn = jax.grad(mean_loss, has_aux=True)
-  params = state.params
-  if options.awp_gamma:
-    with jax.named_scope("awp"):
-      params = awp.ascend(
-        params,
-        lambda weights: gradient_fn(weights)[0],
-        gamma=options.awp_gamma,
-        step=state.step,
-        start=options.awp_start,
-      )
-  with jax.named_scope("student"):
-    return gradient_fn(params)
-
-
-def _is_product(primitive: Any, *_: Any, **__: Any) -> bool:
-  """Whether a result is costly rather than large: it is not recomputed."""
-  return primitive.name in ("conv_general_dilated", "dot_general")
 
 
 def _updated(

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import logging
+import math
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -29,7 +30,7 @@ from atat_jax.objectives import Batch, Outcome
 from atat_jax.plan import Plan, StagePlan
 from atat_jax.runs import configuration
 from atat_jax.state import TrainState
-from atat_jax.training import averaging, loop, soundness
+from atat_jax.training import averaging, gradients, loop, soundness
 from atat_jax.training.draws import BatchDraws
 from atat_jax.training.incidents import Incidents, RolledBack
 from atat_jax.training.options import Options
@@ -239,6 +240,7 @@ def prepare(
     _take_steps, train_step, teacher, images, draws, outline.per_dispatch
   )
   draw_extra = functools.partial(draws.images, size=outline.per_dispatch)
+  compare = _make_comparison(stage, bound, teacher, images, draws)
   programs = loop.Programs(
     draw_extra=draw_extra if extra is not None else None,
     take_steps=take,
@@ -247,11 +249,13 @@ def prepare(
     estimate_statistics=functools.partial(
       _estimate_statistics, statistics_pass, teacher, images, draws, options
     ),
-    validate=functools.partial(_validate, plan, stage, validation_images, mesh),
+    validate=functools.partial(
+      _validate, plan, stage, validation_images, mesh, compare
+    ),
     before_saving=lambda: None,
   )
   gradient_fn = compilation.jit(
-    functools.partial(steps.differentiate, **bound), once=True
+    functools.partial(gradients.differentiate, **bound), once=True
   )
   return Prepared(
     functools.partial(_start, plan, stage, optimizer, options, initial, mesh),
@@ -401,11 +405,36 @@ def _estimate_statistics(
   )
 
 
+def _make_comparison(
+  stage: StagePlan,
+  bound: dict[str, Any],
+  teacher: Variables | None,
+  images: Split,
+  draws: BatchDraws,
+) -> Callable[[TrainState], dict[str, float]]:
+  """Makes what compares the terms' gradients in the step after a state."""
+  if not stage.compares_terms:
+    return lambda current: {}
+  ratios_fn = gradients.make_term_ratios(**bound)
+
+  def compare(current: TrainState) -> dict[str, float]:
+    number = [int(current.step)]
+    found = ratios_fn(
+      current, teacher, images, draws.indices(number), draws.images(number)
+    )
+    ratios = {name: float(x) for name, x in jax.device_get(found).items()}
+    # A cross-entropy without a gradient has no ratios.
+    return {name: x for name, x in ratios.items() if math.isfinite(x)}
+
+  return compare
+
+
 def _validate(
   plan: Plan,
   stage: StagePlan,
   images: Split,
   mesh: Mesh,
+  compare_terms: Callable[[TrainState], dict[str, float]],
   current: TrainState,
 ) -> loop.Validation:
   """Computes clean and, where the method attacks, robust accuracy.
@@ -431,4 +460,5 @@ def _validate(
     {name: found.accuracy for name, found in judged.items()},
     judged["accuracy_clean"].nonfinite,
     len(images.labels),
+    compare_terms(current),
   )

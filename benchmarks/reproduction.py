@@ -8,6 +8,7 @@ figures into docs/figures. Without an argument it reads that copy again. A part
 without results says "Not measured yet."
 """
 
+import dataclasses
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -18,9 +19,11 @@ if __name__ == "__main__" and not __package__:  # run as a script
 
 from atat_jax.errors import UserError
 from atat_jax.figures import comparison as pictures
+from atat_jax.objectives import OBJECTIVES
 from atat_jax.report import layout
 from atat_jax.runs import files
-from benchmarks import costs, tables
+from atat_jax.runs import tables as rows
+from benchmarks import controls, costs, tables
 from benchmarks.support import machine
 from benchmarks.support.machine import ROOT
 
@@ -62,7 +65,8 @@ def _accuracies(found: dict[str, Any]) -> str:
   parts = []
   for dataset in layout.datasets(found):
     for shown in layout.tables(found):
-      if shown.heading.startswith(f"{dataset}."):
+      # Batch statistics have a part of their own.
+      if shown.kind == "running" and shown.heading.startswith(f"{dataset}."):
         notes = "\n".join(f"- {note}" for note in shown.notes)
         parts += [f"{shown.heading}", layout.table_as_markdown(shown), notes]
     parts.append(f"![Accuracy by method](figures/methods_{dataset}.png)")
@@ -72,63 +76,21 @@ def _accuracies(found: dict[str, Any]) -> str:
 
 
 def _batch_statistics(found: dict[str, Any]) -> str:
-  parts = []
+  parts = [controls.batch_statistics(found)]
   for dataset in layout.datasets(found):
-    lines = [
-      [
-        "method",
-        f"{ATTACK}, running (%)",
-        f"{ATTACK}, batch (%)",
-        "difference (points)",
-        "runs",
-      ]
-    ]
-    fixed = _rows(found, dataset, "running")
-    for label, row in _rows(found, dataset, "batch").items():
-      if label not in fixed or "difference" not in row:
-        continue
-      lines.append(
-        [
-          label,
-          _percent(fixed[label]),
-          _percent(row),
-          layout.points(row["difference"]),
-          str(row["difference"]["num_runs"]),
-        ]
+    columns = layout.columns(found, dataset, "batch")
+    shown = {column.attack for column in controls.BATCH}
+    parts.append(
+      "\n".join(
+        f"- {column.label}: {rows.protocol(column)}."
+        for column in columns
+        if column.protocol["attack"] in shown
       )
-    if len(lines) > 1:
-      shown = layout.Table(
-        heading=dataset,
-        kind="",
-        head=lines[0],
-        rows=[[layout.Cell(text) for text in line] for line in lines[1:]],
-        notes=[],
-      )
-      parts += [
-        f"{dataset}:",
-        layout.table_as_markdown(shown),
-        "![What batch statistics change]"
-        f"(figures/batch_statistics_{dataset}.png)",
-      ]
-  return "\n\n".join(parts)
-
-
-def _rows(
-  found: dict[str, Any], dataset: str, batch_norm: str
-) -> dict[str, dict[str, Any]]:
-  """Returns {method: its row of the headline attack}."""
-  rows = {}
-  for column in layout.columns(found, dataset, batch_norm):
-    if column.protocol["attack"] == ATTACK:
-      # Protocols are not mixed: only the first column of that name counts.
-      for label, _ in column.rows:
-        rows.setdefault(label, column.rows[label, batch_norm])
-      break
-  return rows
-
-
-def _percent(row: dict[str, Any]) -> str:
-  return layout.percent(row["accuracy"], row["standard_error"])
+    )
+    parts.append(
+      f"![What batch statistics change](figures/batch_statistics_{dataset}.png)"
+    )
+  return "\n\n".join(filter(None, parts))
 
 
 def _costs(found: dict[str, Any]) -> str:
@@ -143,6 +105,14 @@ def _training(found: dict[str, Any]) -> str:
   shown = layout.training(found)
   if shown is None:
     return ""
+  # Settings of a method differ from it in the fields that name them.
+  kept = [0, *(i for i, head in enumerate(shown.head) if head in OBJECTIVES)]
+  lines = [[row[i] for i in kept] for row in shown.rows]
+  shown = dataclasses.replace(
+    shown,
+    head=[shown.head[i] for i in kept],
+    rows=[line for line in lines if len({c.text for c in line[1:]}) > 1],
+  )
   return "\n\n".join([layout.table_as_markdown(shown), *shown.notes])
 
 
@@ -159,6 +129,8 @@ def _provenance(found: dict[str, Any]) -> str:
 
 
 PARTS = {
+  "headline": controls.headline,
+  "ablation": controls.ablation,
   "accuracies": _accuracies,
   "batch_statistics": _batch_statistics,
   "costs": _costs,

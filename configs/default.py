@@ -60,6 +60,8 @@ def training() -> dict[str, Any]:
     # A step whose numbers are not finite: stop, skip, rollback.
     "nonfinite": "stop",
     "validate_every_epochs": 1.0,  # each validation also saves a checkpoint
+    # Validations compare the gradients of the loss's terms.
+    "term_gradients": True,
   }
 
 

@@ -118,6 +118,11 @@ class FigureSettings:
     checks.instance(
       "attack", self.attack, Protocol, "what evaluation.parse returns"
     )
+    if not self.attack.measures("running"):
+      raise UserError(
+        f"attack: {self.attack.name!r}; allowed: without statistics=fixed, as"
+        " the analyses have running statistics"
+      )
     checks.integer("seed", self.seed, 0)
     checks.choice("norm", self.norm, balls.BALLS)
     checks.epsilon(self.epsilon, self.norm)

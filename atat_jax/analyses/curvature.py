@@ -17,8 +17,8 @@ show that; the landscape shows the kinks.
 Arrays: `networks` [m], `num_examples`, `protocol`, `tolerance`, and for each
 network `<name>_eigenvalue` float32 [n], in nats per squared unit of the pixels,
 `<name>_residual` float32 [n], `<name>_mean`, the mean eigenvalue, and
-`<name>_interval` float64 [2], its 95 % confidence interval by the normal
-approximation (NaN for one image).
+`<name>_interval` float64 [2], its 95 % confidence interval by Student's t (NaN
+for one image, and where all eigenvalues are equal).
 """
 
 import functools
@@ -277,7 +277,8 @@ def _find(data: files.Arrays) -> base.Finding:
   parts = []
   for name in names:
     low, high = data[f"{name}_interval"]
-    parts.append(f"{name} {means[name]:.3g} (95% {low:.3g} to {high:.3g})")
+    known = f" (95% {low:.3g} to {high:.3g})" if np.isfinite(low) else ""
+    parts.append(f"{name} {means[name]:.3g}{known}")
   sentence = (
     "The largest eigenvalue of the loss's Hessian in the pixels is on average"
     f" {wording.listed(parts)}."

@@ -12,8 +12,9 @@ built in; the distances, which ignore scale, see only what the attack takes from
 one place more than from others.
 
 Arrays: `networks` [m], `distances` (see `map_distances.DISTANCES`), `rounds` [r],
-`labels` [n], `layer`, `protocol`, `confidence` (the bands in words), and for each
-network those of `summarize`, as `<name>_<array>`.
+`labels` [n], `layer`, `protocol`, `confidence` and `auc_confidence` (the bands
+and the AUC's intervals in words), and for each network those of `summarize`, as
+`<name>_<array>`.
 """
 
 import functools
@@ -26,7 +27,6 @@ import numpy as np
 from flax import linen as nn
 from jax import lax
 from jax.sharding import Mesh
-from scipy import stats
 
 from atat_jax import attention, checks, compilation, models, rng, sharding
 from atat_jax.analyses import base
@@ -54,7 +54,9 @@ _ENOUGH = 10
 _MOST_CLASSES = 20
 _FINITE = "finite"
 
-_CONFIDENCE = "95 %: 1.96 standard errors to either side"
+_CONFIDENCE = "95 %, by Student's t"
+_AUC_CONFIDENCE = "95 %, the wider ends of DeLong's and Newcombe's"
+_OLD_AUC_CONFIDENCE = "95 %, from DeLong's standard error"
 
 
 # --- Arrays ------------------------------------------------------------------
@@ -212,6 +214,7 @@ def _facts(
     "layer": np.array(", ".join(dict.fromkeys(layers.values()))),
     "protocol": np.array(attack.describe()),
     "confidence": np.array(_CONFIDENCE),
+    "auc_confidence": np.array(_AUC_CONFIDENCE),
   }
 
 
@@ -240,8 +243,8 @@ def summarize(
     `<distance>_class_mean`, `_low`, `_high` [K] by true class, after the last
     round, and
     `<distance>_auc`, `_auc_low`, `_auc_high`, `_auc_error` [r]: area, interval
-    and standard error (`ranking.auc`), NaN where no image or every image is
-    fooled. Bands are those of `mean_band`.
+    (`intervals.area`) and standard error (`ranking.auc`), NaN where no image or
+    every image is fooled. Bands are those of `mean_band`.
   """
   prediction = measured["prediction"]
   right = prediction == labels
@@ -274,19 +277,14 @@ def _areas(
   distance: np.ndarray, fooled: np.ndarray, right: np.ndarray
 ) -> dict[str, np.ndarray]:
   """Returns areas under the ROC curve [r] with errors and intervals."""
-  area, error = np.array(
-    [
-      auc(values[right], positive[right])
-      for values, positive in zip(distance, fooled, strict=True)
-    ]
-  ).T
-  half = stats.norm.ppf((1 + intervals.LEVEL) / 2) * error
-  return {
-    "auc": area,
-    "auc_error": error,
-    "auc_low": np.clip(area - half, 0, 1),
-    "auc_high": np.clip(area + half, 0, 1),
-  }
+  found = []
+  for values, positive in zip(distance, fooled, strict=True):
+    area, error = auc(values[right], positive[right])
+    count = int(positive[right].sum())
+    ends = intervals.area(area, error, count, int(right.sum()) - count)
+    found.append((area, error, *ends))
+  names = ("auc", "auc_error", "auc_low", "auc_high")
+  return dict(zip(names, np.array(found).T, strict=True))
 
 
 def mean_band(values: np.ndarray, members: np.ndarray) -> dict[str, np.ndarray]:
@@ -298,8 +296,8 @@ def mean_band(values: np.ndarray, members: np.ndarray) -> dict[str, np.ndarray]:
 
   Returns:
     `mean`, `low`, `high` float64 [g]: the mean and its interval
-    (`intervals.mean`). The mean of no member, and the band of fewer than two, is
-    NaN.
+    (`intervals.mean`). The mean of no member is NaN, and so is the band of fewer
+    than two or of equal values.
   """
   found = np.full((3, len(values)), np.nan)
   for place, (row, chosen) in enumerate(zip(values, members, strict=True)):
@@ -508,7 +506,7 @@ def _auc(data: files.Arrays, comparable: dict[str, int]) -> Figure:
     "AUC: how often a fooled image's map has moved farther than that of one that"
     " is not.",
     _counted(data, comparable),
-    "Bars: 95 %, from DeLong's standard error.",
+    f"Bars: {data.get('auc_confidence', _OLD_AUC_CONFIDENCE)}.",
   )
   return fig
 

@@ -444,9 +444,10 @@ def _from_images(
   images: Array,
   labels: Array,
   numbers: _PGDNumbers,
+  loss: str,
 ) -> Array:
   """Makes one run in linf from the clean images: the program of `pgd`."""
-  options = _PGDOptions("linf", "cross_entropy", 1, 1, 1)
+  options = _PGDOptions("linf", loss, 1, 1, 1)
   return _checked_pgd(
     name, key, classifier, images, labels, None, numbers, options
   )
@@ -461,6 +462,7 @@ def ifgsm(
   epsilon: float,
   step_size: float,
   num_steps: int,
+  loss: str = "cross_entropy",
 ) -> Array:
   """Iterative FGSM (Kurakin et al., 2017): linf PGD from the clean image.
 
@@ -472,15 +474,18 @@ def ifgsm(
     epsilon: Radius of the ball, in the unit of the pixels.
     step_size: Length of a step.
     num_steps: Number of steps.
+    loss: Loss that the attack increases, see `pgd`; a targeted one aims at the
+      class of the highest clean logit, the true one excepted.
 
   Returns:
     The last iterate, [B, H, W, C] in the ball and in [0, 1].
 
   Raises:
-    UserError: An argument of a wrong shape, dtype or range, by name.
+    UserError: An argument of a wrong shape, dtype or range, or too few classes
+      for the loss, by name.
   """
   numbers = _PGDNumbers(epsilon, step_size, num_steps, False, 0.0)
-  return _from_images("ifgsm", key, classifier, images, labels, numbers)
+  return _from_images("ifgsm", key, classifier, images, labels, numbers, loss)
 
 
 def fgsm(
@@ -490,6 +495,7 @@ def fgsm(
   labels: Array,
   *,
   epsilon: float,
+  loss: str = "cross_entropy",
 ) -> Array:
   """Fast gradient sign method (Goodfellow et al., 2015).
 
@@ -499,12 +505,14 @@ def fgsm(
     images: Float [B, H, W, C] in [0, 1].
     labels: True classes, integers [B].
     epsilon: Length of the one step from the clean image.
+    loss: Loss that the step increases, see `ifgsm`.
 
   Returns:
     Adversarial images, [B, H, W, C] in the ball and in [0, 1].
 
   Raises:
-    UserError: An argument of a wrong shape, dtype or range, by name.
+    UserError: An argument of a wrong shape, dtype or range, or too few classes
+      for the loss, by name.
   """
   numbers = _PGDNumbers(epsilon, epsilon, 1, False, 0.0)
-  return _from_images("fgsm", key, classifier, images, labels, numbers)
+  return _from_images("fgsm", key, classifier, images, labels, numbers, loss)

@@ -4,6 +4,8 @@ Matplotlib reads what stands between two dollar signs as mathematics, and leaves
 a line whose name begins with an underscore out of the legend.
 """
 
+import re
+
 
 def plain(text: object) -> str:
   """Returns text that matplotlib draws as it is.
@@ -23,3 +25,18 @@ def plain(text: object) -> str:
   ).replace("$", r"\$")
   # A space without width: what follows it is no longer the first letter.
   return f"\N{ZERO WIDTH SPACE}{found}" if found.startswith("_") else found
+
+
+def broken(text: str, width: int) -> str:
+  """Breaks the name of an attack into lines, behind spaces and colons.
+
+  Args:
+    text: The name, which may be as long as the numbers it tells.
+    width: Letters that a line holds; a longer part stays whole.
+  """
+  lines = [""]
+  for part in re.split("(?<=[ :])", text):
+    if lines[-1] and len(lines[-1] + part.rstrip()) > width:
+      lines.append("")
+    lines[-1] += part
+  return "\n".join(line.rstrip() for line in lines)

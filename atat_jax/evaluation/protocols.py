@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from atat_jax import attacks, checks, losses
+from atat_jax import attacks, checks, losses, models
 from atat_jax.attacks import balls, base
 from atat_jax.attacks.autoattack import versions
 from atat_jax.errors import UserError, shown
@@ -24,6 +24,22 @@ from atat_jax.runs import wording
 from atat_jax.typing import Array, Classifier
 
 _NOMINAL, _AUTOATTACK = "nominal", "autoattack"
+
+REFILLED = (
+  "with batch statistics, whose batches are filled up with the images that are"
+  " left; allowed: running statistics"
+)
+"""Why AutoAttack is refused in the BatchNorm mode "batch"."""
+
+STATISTICS = ("through", "fixed")
+"""Values of the option `statistics` of attacks by gradients: whether these pass
+through the batch's statistics or take them as constants (BatchNorm mode
+"batch"). The first is the default."""
+
+_WITHOUT_GRADIENTS = (_NOMINAL, "square", _AUTOATTACK)  # it has other attacks
+
+# Attacks of papers whose gradients pass through the batch's statistics.
+_PUBLISHED = ("fgsm", "ifgsm", "pgd")
 
 # Parameters that the number in a name can set.
 _STEPS = ("num_steps", "num_queries")
@@ -33,8 +49,8 @@ _TRIED_SHAPE, _TRIED_CLASSES = (32, 32, 3), 10
 
 # Numbers of an attack that its function has no parameter for.
 _IMPLIED: dict[str, dict[str, Any]] = {
-  "fgsm": {"num_steps": 1, "num_restarts": 1, "loss": "cross_entropy"},
-  "ifgsm": {"num_restarts": 1, "loss": "cross_entropy"},
+  "fgsm": {"num_steps": 1, "num_restarts": 1},
+  "ifgsm": {"num_restarts": 1},
 }
 
 
@@ -76,8 +92,18 @@ def _signature(attack: str) -> _Signature:
     choices["loss"] = typing.get_args(known["loss"].annotation) or base.LOSSES
   if attack == _AUTOATTACK:
     choices["version"] = tuple(versions.VERSIONS)
+  parameters = {name: known[name] for name in names}
+  if attack not in _WITHOUT_GRADIENTS:
+    # It says which classifier is attacked: no attack knows of BatchNorm.
+    choices["statistics"] = STATISTICS
+    parameters["statistics"] = inspect.Parameter(
+      "statistics",
+      inspect.Parameter.KEYWORD_ONLY,
+      default=STATISTICS[0],
+      annotation=str,
+    )
   return _Signature(
-    {name: known[name] for name in names},
+    parameters,
     steps=next((name for name in _STEPS if name in names), None),
     variant=next((name for name in ("version", "loss") if name in names), None),
     choices=choices,
@@ -128,6 +154,43 @@ class Protocol:
   loss: str | None = None
   options: tuple[tuple[str, Any], ...] = ()
 
+  @property
+  def fixed_statistics(self) -> bool:
+    """Whether the attack takes the batch's statistics as constants."""
+    return ("statistics", "fixed") in self.options
+
+  def measures(self, batch_norm: str) -> bool:
+    """Whether a row of a BatchNorm mode can be made.
+
+    Args:
+      batch_norm: "running" or "batch".
+
+    Returns:
+      False for fixed statistics of no batch ("running"), and for AutoAttack
+      with batch statistics: its batches are filled up with the images that are
+      left, so that no image keeps its statistics.
+    """
+    if batch_norm == "running":
+      return not self.fixed_statistics
+    return self.attack != _AUTOATTACK
+
+  def companions(self) -> tuple["Protocol", ...]:
+    """Names the better attacks on batch statistics beside a published one.
+
+    Returns:
+      For FGSM, I-FGSM and PGD with cross-entropy through the statistics: the
+      same with the statistics fixed, and with the margin loss. None for others.
+    """
+    if self.attack not in _PUBLISHED or self.fixed_statistics:
+      return ()
+    if self.loss != "cross_entropy":
+      return ()
+    fixed = (*self.options, ("statistics", "fixed"))
+    return (
+      dataclasses.replace(self, name=_fixed_name(self.name), options=fixed),
+      dataclasses.replace(self, name=_margin_name(self.name), loss="margin"),
+    )
+
   def arguments(self) -> dict[str, Any]:
     """Returns the keyword arguments of the attack's function."""
     signature = _signature(self.attack)
@@ -143,13 +206,35 @@ class Protocol:
     return {
       name: given[name]
       for name in signature.parameters
-      if given.get(name) is not None
+      if name != "statistics" and given.get(name) is not None
     }
 
   def run(
     self, key: Array, classifier: Classifier, images: Array, labels: Array
   ) -> Array:
-    """Returns the images that the classifier is scored on, [B, H, W, C]."""
+    """Returns the images that the classifier is scored on, [B, H, W, C].
+
+    Args:
+      key: Random key of the attack.
+      classifier: Callable from images to logits; one of `models.classifier`
+        with batch statistics for an attack that holds them fixed.
+      images: Clean images, [B, H, W, C] in [0, 1].
+      labels: True classes, int32 [B].
+
+    Raises:
+      UserError: The attack does not suit the classifier's BatchNorm mode, or
+        refuses an argument.
+    """
+    if self.fixed_statistics:
+      classifier = models.with_fixed_statistics(classifier)
+    elif self.attack == _AUTOATTACK:
+      if models.batch_norm_of(classifier) == "batch":
+        raise UserError(f"attack: {self.name!r} {REFILLED}")
+    return self._attack(key, classifier, images, labels)
+
+  def _attack(
+    self, key: Array, classifier: Classifier, images: Array, labels: Array
+  ) -> Array:
     if self.attack == _NOMINAL:
       return images
     if self.attack == _AUTOATTACK:
@@ -192,6 +277,26 @@ class Protocol:
     return f"{self.name}: {numbers}"
 
 
+def _fixed_name(name: str) -> str:
+  """Returns the name of a protocol with the statistics fixed."""
+  return (
+    name.removesuffix(":statistics=through").replace(
+      ":statistics=through:", ":"
+    )
+    + ":statistics=fixed"
+  )
+
+
+def _margin_name(name: str) -> str:
+  """Returns the name of a cross-entropy protocol with the margin loss."""
+  head, *texts = name.split(":")
+  given = "loss=cross_entropy"
+  if given in texts:
+    texts[texts.index(given)] = "loss=margin"
+    return ":".join([head, *texts])
+  return ":".join([f"{head.removesuffix('-cross_entropy')}-margin", *texts])
+
+
 def _mean_pixel(images: Array, weights: Array) -> Array:
   """Maps images [B, H, W, C] to logits [B, K]: a classifier to be traced."""
   return images.mean((1, 2, 3))[:, None] * weights
@@ -213,7 +318,7 @@ def _dry_run(
 
   def attack(key: Array, weights: Array, images: Array, labels: Array) -> Array:
     classifier = jax.tree_util.Partial(_mean_pixel, weights=weights)
-    return protocol.run(key, classifier, images, labels)
+    return protocol._attack(key, classifier, images, labels)
 
   try:
     jax.eval_shape(
@@ -326,7 +431,8 @@ def parse(
       "pgd20" (random start); "pgd20-margin" (another loss); "apgd100",
       "apgd100-targeted_dlr"; "fab100"; "square5000"; "autoattack",
       "autoattack-fast". Parameters of the attack's function can follow:
-      "pgd20:momentum=1:random_start=false", "square:norm=l2:epsilon=0.5".
+      "pgd20:momentum=1:random_start=false", "square:norm=l2:epsilon=0.5"; and
+      one of `STATISTICS`: "pgd20:statistics=fixed".
     epsilon: Radius, pixels in [0, 1].
     step_size: Length of a step.
     norm: Norm of the ball.

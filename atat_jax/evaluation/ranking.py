@@ -23,7 +23,9 @@ def auc(scores: np.ndarray, positive: np.ndarray) -> tuple[float, float]:
   Returns:
     Area and error, float64. Both are NaN where one of the groups is empty: then
     there is nothing to tell apart. The error is NaN where one has a single
-    example, whose variance is unknown.
+    example, whose variance is unknown. It is 0, which is not to be
+    trusted, where all examples of a group win alike, as in perfect separation;
+    `intervals.area` makes an interval that holds there.
 
   Raises:
     UserError: Scores that are not numbers, or of another shape.

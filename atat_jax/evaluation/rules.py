@@ -258,7 +258,11 @@ def diagnose(rows: Sequence[Row], model: str) -> dict[str, Diagnostic]:
       raise UserError(
         f"rows: one has no {', '.join(lacking)}; allowed: rows of results.json"
       )
-  rows = [row for row in rows if row["model"] == model]
+  rows = [
+    row
+    for row in rows
+    if row["model"] == model and not tables.is_derived(dict(row))
+  ]
   found = _of_attacks(rows)
   alike = _comparable(rows)
   if alike:

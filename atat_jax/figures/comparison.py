@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 from matplotlib import axes, lines, ticker
 
 from atat_jax.drawing import style
-from atat_jax.drawing.text import plain
+from atat_jax.drawing.text import broken, plain
 from atat_jax.errors import DamagedFileError, UserError
 from atat_jax.runs import files, results_format, tables
 
 _ACROSS = 2  # panels beside each other; more would be too small on a telephone
 _ROW = 0.3  # inches of height for each method
+_LETTERS = 36  # in a line of a panel's name
 _LEAST_SPAN = 4  # percentage points that an axis covers at least
 
 
@@ -143,9 +144,9 @@ def _draw(
       shown = [
         row
         for row in rows
-        if all(row[f] == panel.protocol[f] for f in tables.COLUMN_FIELDS)
+        if tables.identity(row) == tables.identity(panel.protocol)
       ]
-      _panel(ax, panel.label, shown, methods)
+      _panel(ax, panel.title, shown, methods)
     fig.suptitle(plain(title))
     fig.legend(handles=_legend(rows), loc="outside lower center", ncols=3)
     return style.save(fig, path)
@@ -154,7 +155,7 @@ def _draw(
 def _panel(
   ax: axes.Axes, title: str, rows: list[tables.Row], methods: list[str]
 ) -> None:
-  ax.set_title(plain(title))
+  ax.set_title(broken(plain(title), _LETTERS))
   ax.set_xlabel("accuracy (%)")
   ax.set_yticks(range(len(methods)), [plain(m) for m in methods])
   ax.set_ylim(len(methods) - 0.5, -0.5)  # the first method on top

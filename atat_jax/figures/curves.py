@@ -46,6 +46,11 @@ _LOSSES = (
   Curve("transfer_clean", "transfer, clean", style.GREEN, "-."),
   Curve("transfer_adversarial", "transfer, attacked", style.PURPLE, "--"),
 )
+_RATIOS = tuple(
+  curve._replace(key=f"{files.GRADIENT_RATIO}{curve.key}")
+  for curve in _LOSSES
+  if curve.key not in ("loss", "cross_entropy")
+)
 _CLEAN = Curve("accuracy_clean", "clean images")
 _ATTACKED = Curve("accuracy_adversarial", "attacked images", line="--")
 _LEARNING_RATE = Curve("learning_rate", "")
@@ -72,6 +77,7 @@ def draw(workdir: pathlib.Path) -> list[pathlib.Path]:
     splits = files.read_metrics(directory / files.METRICS)
     for panel, title, draw_panel in (
       ("loss", "training loss by term", _loss),
+      ("gradients", "gradients of the terms", _gradients),
       ("training", "training accuracy", _training),
       ("validation", "validation accuracy", _validation),
       ("learning_rate", "learning rate", _learning_rate),
@@ -92,14 +98,25 @@ def draw(workdir: pathlib.Path) -> list[pathlib.Path]:
 def _loss(ax: axes.Axes, splits: dict[str, Lines], color: str) -> bool:
   ax.set_ylabel("loss per example")
   drawn = _plot(ax, splits.get("train", []), _LOSSES, color)
+  _logarithmic(ax)  # the terms differ by orders of magnitude
+  return drawn
+
+
+def _gradients(ax: axes.Axes, splits: dict[str, Lines], color: str) -> bool:
+  ax.set_ylabel("gradient norm relative to cross-entropy")
+  drawn = _plot(ax, splits.get("validation", []), _RATIOS, color)
+  _logarithmic(ax)
+  return drawn
+
+
+def _logarithmic(ax: axes.Axes) -> None:
   if any(np.nanmax(line.get_ydata(), initial=0) > 0 for line in ax.lines):
-    ax.set_yscale("log")  # the terms differ by orders of magnitude
+    ax.set_yscale("log")
     low, high = ax.get_ylim()
     if high / low < 100:  # less than two decades: powers of ten say too little
       ax.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
       ax.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
     ax.yaxis.set_minor_formatter(ticker.NullFormatter())
-  return drawn
 
 
 def _training(ax: axes.Axes, splits: dict[str, Lines], color: str) -> bool:

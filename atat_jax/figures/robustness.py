@@ -6,13 +6,14 @@ from typing import Any
 from matplotlib import axes, patches
 
 from atat_jax.drawing import style
-from atat_jax.drawing.text import plain
+from atat_jax.drawing.text import broken, plain
 from atat_jax.runs import comparable, files, tables
 
 _MIXED = (
   "Not all attacks had the same images and ball: the names tell them. Only those"
   " of the same can be compared."
 )
+_LETTERS = 24  # in a line of a name beside the bars
 _THICKNESS = {"running": 0.84, "batch": 0.5}  # height of a bar, in rows
 
 
@@ -38,9 +39,9 @@ def draw(workdir: pathlib.Path) -> list[pathlib.Path]:
   colors = style.model_colors(models)
   # By model, so that what batch statistics claim lies under the real number.
   series.sort(key=lambda pair: models.index(pair[0]))
-  num_bars = sum(len(column.rows) for column in columns)
+  heights = [_height(column) + 1 for column in columns]
   with style.context():
-    fig = style.new_figure(5.2, 1.4 + 0.2 * (num_bars + len(columns)))
+    fig = style.new_figure(5.2, 1.4 + 0.2 * sum(heights))
     ax = fig.add_subplot()
     _draw_bars(ax, columns, series, colors)
     ax.set_xlim(0, 110)  # room for the number behind a bar of 100 %
@@ -56,9 +57,21 @@ def draw(workdir: pathlib.Path) -> list[pathlib.Path]:
       for model, batch_norm in series
     ]
     fig.legend(handles=handles, loc="outside upper left", ncols=2)
-    if comparable.note(columns):
-      style.caption(fig, _MIXED)
+    notes = [_MIXED] if comparable.note(columns) else []
+    if any(column.derived for column in columns):
+      notes.append(tables.WORST_CASE_MEANING)
+    if notes:
+      style.caption(fig, " ".join(notes))
     return [style.save(fig, workdir / files.FIGURES / "robustness.png")]
+
+
+def _name(column: tables.Column) -> str:
+  return broken(plain(column.title), _LETTERS)
+
+
+def _height(column: tables.Column) -> int:
+  """Returns the rows that the bars of a column, or its name, take."""
+  return max(len(column.rows), _name(column).count("\n") + 1)
 
 
 def _draw_bars(
@@ -67,10 +80,11 @@ def _draw_bars(
   series: list[tuple[str, str]],
   colors: dict[str, str],
 ) -> None:
-  y = 0
+  top = 0
   centers = []
   for column in columns:
-    top = y
+    center = top + (_height(column) - 1) / 2
+    y = center - (len(column.rows) - 1) / 2
     for model, batch_norm in series:
       accuracy = column.accuracy(model, batch_norm)
       if accuracy is None:
@@ -88,11 +102,10 @@ def _draw_bars(
         fontweight=weight,
       )
       y += 1
-    centers.append((top + y - 1) / 2)
-    y += 1  # an empty row between two attacks
-  labels = [plain(column.label).replace(" (", "\n(") for column in columns]
-  ax.set_yticks(centers, labels)
-  ax.set_ylim(y - 1, -1)  # the first attack on top
+    centers.append(center)
+    top += _height(column) + 1  # an empty row between two attacks
+  ax.set_yticks(centers, [_name(column) for column in columns])
+  ax.set_ylim(top - 1, -1)  # the first attack on top
 
 
 def _bar(color: str, batch_norm: str) -> dict[str, Any]:

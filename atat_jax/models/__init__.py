@@ -16,7 +16,7 @@ list). `base.Network` brings the fields and the layers of the networks here.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -24,6 +24,7 @@ from flax import linen as nn
 
 from atat_jax import batch_norm as bn
 from atat_jax import checks, compilation
+from atat_jax.errors import UserError
 from atat_jax.models.densenet import DenseNet121
 from atat_jax.models.preact_resnet import PreActResNet18
 from atat_jax.models.resnet import ResNet18, ResNet50
@@ -79,9 +80,12 @@ class _Forward:
 
   model: nn.Module | compilation.Opaque
   batch_norm: BatchNormMode
+  fixed_statistics: bool = False
 
   def __call__(self, variables: Variables, images: Array) -> Array:
     model = compilation.unwrap(self.model)
+    if self.fixed_statistics:
+      return bn.apply_fixed(model, variables, images)
     return bn.apply(model, variables, images, batch_norm=self.batch_norm)[0]
 
 
@@ -90,6 +94,7 @@ def classifier(
   variables: Variables,
   *,
   batch_norm: BatchNormMode = "running",
+  fixed_statistics: bool = False,
 ) -> jax.tree_util.Partial:
   """Wraps a network and its variables as a function of images alone.
 
@@ -98,19 +103,69 @@ def classifier(
     variables: The module's collections. They are the leaves of the returned
       pytree, so that changing weights does not recompile an attack.
     batch_norm: "running", or "batch": the statistics of the batch at hand,
-      which can overstate robustness.
+      which are no fixed classifier, and can make attacks fail.
+    fixed_statistics: Whether gradients take the batch's statistics as constants
+      (`batch_norm.apply_fixed`); the logits are the same. With "batch" only.
 
   Returns:
     A `jax.tree_util.Partial` from images [B, H, W, C] to logits [B, K].
 
   Raises:
-    UserError: Unknown mode.
+    UserError: Unknown mode, or fixed statistics that are the running ones.
   """
   checks.module(model)
   checks.instance(
     "variables", variables, Mapping, "the network's collections by name"
   )
   checks.choice("batch_norm", batch_norm, ("running", "batch"))
+  checks.boolean("fixed_statistics", fixed_statistics)
+  if fixed_statistics and batch_norm != "batch":
+    raise UserError(
+      f"fixed_statistics: True with batch_norm {batch_norm!r}; allowed: with"
+      " 'batch'"
+    )
   return jax.tree_util.Partial(
-    _Forward(compilation.hashable(model), batch_norm), variables
+    _Forward(compilation.hashable(model), batch_norm, bool(fixed_statistics)),
+    variables,
   )
+
+
+def _forward(made: Callable[..., Any]) -> _Forward | None:
+  """Forward pass of what `classifier` made; None for any other callable."""
+  function = compilation.unwrap(getattr(made, "func", None))
+  return function if isinstance(function, _Forward) else None
+
+
+def batch_norm_of(made: Callable[..., Any]) -> BatchNormMode | None:
+  """Returns the BatchNorm mode of a classifier.
+
+  Args:
+    made: Callable from images to logits.
+
+  Returns:
+    "running" or "batch"; None for a callable that `classifier` did not make.
+  """
+  forward = _forward(made)
+  return None if forward is None else forward.batch_norm
+
+
+def with_fixed_statistics(made: Callable[..., Any]) -> jax.tree_util.Partial:
+  """Returns a classifier whose gradients take the statistics as constants.
+
+  Args:
+    made: Result of `classifier` with batch_norm="batch".
+
+  Returns:
+    The classifier that fixed_statistics=True makes of the same network.
+
+  Raises:
+    UserError: Another callable, or one with running statistics.
+  """
+  forward, whole = _forward(made), compilation.unwrap(made)
+  if forward is None or forward.batch_norm != "batch":
+    raise UserError(
+      "classifier: one without batch statistics that can be held fixed;"
+      " allowed: models.classifier(model, variables, batch_norm='batch')"
+    )
+  fixed = dataclasses.replace(forward, fixed_statistics=True)
+  return jax.tree_util.Partial(fixed, *whole.args, **whole.keywords)

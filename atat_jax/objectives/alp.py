@@ -46,6 +46,11 @@ class ALP(PairedPasses):
     super().__post_init__()
     check_weights(self, "weight")
 
+  @property
+  def term_weights(self) -> dict[str, float]:
+    """Weight of the logit pairing in Eq. (2)."""
+    return super().term_weights | {"logit_pairing": self.weight}
+
   def loss(
     self,
     model: nn.Module,

@@ -122,6 +122,12 @@ class ATAT(PairedPasses):
     """Whether a pair of maps has the teacher's."""
     return any(pair.startswith("teacher") for pair in self.pairs)
 
+  @property
+  def term_weights(self) -> dict[str, float]:
+    """Weights of Eq. (7)."""
+    weights = {"attention": self.lambda1, "logit_pairing": self.lambda2}
+    return super().term_weights | weights
+
   def prepare(
     self,
     key: Array,

@@ -70,6 +70,12 @@ class ATATReleased(PairedPasses):
     checks.choice("variant", self.variant, ("logits", "maps"))
     check_weights(self, "weight")
 
+  @property
+  def term_weights(self) -> dict[str, float]:
+    """One weight for both transfer terms."""
+    transfer = ("transfer_clean", "transfer_adversarial")
+    return super().term_weights | dict.fromkeys(transfer, self.weight)
+
   def prepare(
     self,
     key: Array,

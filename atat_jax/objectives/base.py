@@ -105,6 +105,11 @@ class Objective(Protocol):
     """Keys of `Outcome.terms`."""
 
   @property
+  def term_weights(self) -> dict[str, float]:
+    """Each term's weight in the total, which is the sum of weight * term."""
+    return dict.fromkeys(self.term_names, 1.0)
+
+  @property
   def sees_clean(self) -> bool:
     """Whether there are clean logits."""
 

@@ -56,6 +56,11 @@ class MART(PairedPasses):
     super().__post_init__()
     check_weights(self, "beta")
 
+  @property
+  def term_weights(self) -> dict[str, float]:
+    """Weight of the KL in Eq. (11); the margin's is 1."""
+    return super().term_weights | {"kl": self.beta}
+
   def loss(
     self,
     model: nn.Module,

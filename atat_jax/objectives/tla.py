@@ -87,6 +87,12 @@ class TLA(PairedPasses):
     check_weights(self, "lambda1", "lambda2")
     checks.not_negative("margin", self.margin)
 
+  @property
+  def term_weights(self) -> dict[str, float]:
+    """Weights of Eq. (6)."""
+    weights = {"triplet": self.lambda1, "embedding_square": self.lambda2}
+    return super().term_weights | weights
+
   def prepare(
     self,
     key: Array,

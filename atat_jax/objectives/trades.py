@@ -55,6 +55,11 @@ class TRADES(PairedPasses):
     super().__post_init__()
     check_weights(self, "beta")
 
+  @property
+  def term_weights(self) -> dict[str, float]:
+    """Weight of the KL in Eq. (5)."""
+    return super().term_weights | {"kl": self.beta}
+
   def loss(
     self,
     model: nn.Module,

@@ -74,13 +74,16 @@ def as_html(
   Returns:
     HTML.
   """
+  caption = _CAPTION
+  if any(map(tables.is_derived, comparison["rows"])):
+    caption += f" {tables.WORST_CASE_MEANING}"
   return page.render(
     "comparison.html.j2",
     title="Comparison",
     verdict=layout.verdict(comparison),
     accuracies=layout.tables(comparison),
     pictures=pictures,
-    caption=_CAPTION,
+    caption=caption,
     missing=comparison["missing"],
     others=layout.other_tables(comparison),
   )

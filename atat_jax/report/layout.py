@@ -1,6 +1,7 @@
 """Tables of a comparison, and the verdict on it."""
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from atat_jax.report.merge import FIELDS
@@ -143,8 +144,9 @@ def _legend(
     )
   if any(row["standard_error"] is None for row in shown):
     notes.append(
-      "a–b: Wilson's 95% interval over the images, for a method with one run."
-      " It does not tell how much another training seed would change."
+      "a–b: Wilson's 95% interval over the images, for a method with one run"
+      " or with runs that all agree. It does not tell how much another training"
+      " seed would change."
     )
   if any("difference" in row for row in shown):
     notes.append(
@@ -293,10 +295,6 @@ def _ranking(comparison: dict[str, Any], dataset: str) -> str:
   first, *others = [_weakest(group) for group in groups]
   asked, strongest, ranked = first
   where = " on these images in this ball" if others else ""
-  listed = ", ".join(
-    f"{row['model']} {percent(row['accuracy'], row['standard_error'])} %"
-    for row in ranked
-  )
   left_out = comparable.left_out(
     [
       (asked, column.label, f"{wording.percent(rows[0]['accuracy'])} at most")
@@ -307,7 +305,7 @@ def _ranking(comparison: dict[str, Any], dataset: str) -> str:
     f"{dataset}, running statistics, {strongest.label} (of the attacks run on"
     f" every method{where} the one that leaves least; {asked.norm}, epsilon"
     f" {rows_lib.exact_pixels(asked.epsilon)}, {asked.num_examples:,} images):"
-    f" {listed}. {left_out}"
+    f" {_listed(ranked)}. {_worst_case(groups[0])}{left_out}"
   )
   return f"{sentence.rstrip()} An attack only bounds robustness from above."
 
@@ -320,8 +318,30 @@ def _weakest(
     found.columns,
     key=lambda c: sum(row["accuracy"] for row in c.rows.values()),
   )
-  ranked = sorted(strongest.rows.values(), key=lambda row: -row["accuracy"])
-  return found.question, strongest, ranked
+  return found.question, strongest, _best_first(strongest)
+
+
+def _best_first(column: rows_lib.Column) -> list[rows_lib.Row]:
+  return sorted(column.rows.values(), key=lambda row: -row["accuracy"])
+
+
+def _listed(rows: Iterable[rows_lib.Row]) -> str:
+  """Lists methods with their accuracies."""
+  return ", ".join(
+    f"{row['model']} {percent(row['accuracy'], row['standard_error'])} %"
+    for row in rows
+  )
+
+
+def _worst_case(found: comparable.Attacks) -> str:
+  """Says what withstands the attacks of a group, "" where it is not known."""
+  if found.worst_case is None:
+    return ""
+  attacks = rows_lib.attack_members(found.worst_case.protocol)
+  return (
+    f"In the worst case over {len(attacks)} attacks, image by image:"
+    f" {_listed(_best_first(found.worst_case))}. "
+  )
 
 
 def other_tables(comparison: dict[str, Any]) -> list[Table]:

@@ -40,7 +40,7 @@ def compare(workdirs: Sequence[str | os.PathLike[str]]) -> dict[str, Any]:
   Returns:
     Content of `comparison.json`: "format" 1; "source" of the published
     figures; "runs", a fact sheet each; "rows" as in `results.json`, with the
-    mean as "accuracy", "standard_error" (None for one run), "num_runs",
+    mean as "accuracy", "standard_error" (None for one run, or runs that agree), "num_runs",
     "accuracies" by seed, "published", and with batch statistics "difference"
     from running statistics; "missing", a sentence for each run and column
     without a number; "training", the fields in which the methods differ;
@@ -76,20 +76,47 @@ def compare(workdirs: Sequence[str | os.PathLike[str]]) -> dict[str, Any]:
 
 
 def mean_and_error(values: Iterable[float]) -> tuple[float, float | None]:
-  """Returns a mean and its standard error, None for a single value."""
+  """Returns a mean and its standard error.
+
+  The error is None for a single value, and for values that are all equal: a few
+  that agree do not show that there is no spread.
+  """
   numbers = list(values)
   mean = statistics.fmean(numbers)
-  if len(numbers) < 2:
+  if len(numbers) < 2 or max(numbers) - min(numbers) < 1e-12:
     return mean, None
   return mean, statistics.stdev(numbers) / math.sqrt(len(numbers))
 
 
+def paired_difference(
+  first: tables.Row, second: tables.Row
+) -> dict[str, Any] | None:
+  """Compares two merged rows seed by seed, so that what seeds share cancels.
+
+  Args:
+    first: Row of `compare`, with "accuracies" by seed.
+    second: Row that is subtracted.
+
+  Returns:
+    Mean difference as "accuracy", its "standard_error" (None for one seed) and
+    "num_runs", the number of seeds that both have; None if that is 0.
+  """
+  gaps = [
+    accuracy - second["accuracies"][seed]
+    for seed, accuracy in first["accuracies"].items()
+    if seed in second["accuracies"]
+  ]
+  if not gaps:
+    return None
+  mean, error = mean_and_error(gaps)
+  return {"accuracy": mean, "standard_error": error, "num_runs": len(gaps)}
+
+
 def _identity(row: tables.Row) -> tuple[Any, ...]:
   """Returns the protocol of a row; rows that agree on it may be merged."""
-  kind = [row.get(field) for field in tables.COLUMN_FIELDS]
-  kind.append(json.dumps(row.get("options", {}), sort_keys=True))
+  options = json.dumps(row.get("options", {}), sort_keys=True)
   batch_size = row.get("batch_size") if row["batch_norm"] == "batch" else None
-  return (*kind, row["batch_norm"], batch_size)
+  return (*tables.identity(row), options, row["batch_norm"], batch_size)
 
 
 def _merge(group: Group) -> list[tables.Row]:
@@ -119,8 +146,9 @@ def _merged(group: Group, by_seed: dict[int, tables.Row]) -> tables.Row:
     "published": published.accuracy(group.setting, first),
     **_nonfinite(by_seed.values()),
   }
-  if first.get("options"):
-    merged["options"] = first["options"]
+  for field in ("options", "members"):
+    if first.get(field):
+      merged[field] = first[field]
   if first.get(
     "attacks"
   ):  # AutoAttack's; their numbers are part of the protocol
@@ -150,29 +178,18 @@ def _add_differences(rows: list[tables.Row]) -> None:
   """Adds the mean difference of seeds to rows with batch statistics."""
 
   def partners(row: tables.Row) -> tuple[Any, ...]:
-    return (row["model"], *(row.get(field) for field in tables.COLUMN_FIELDS))
+    return row["model"], tables.identity(row)
 
   running = {
-    partners(row): row["accuracies"]
-    for row in rows
-    if row["batch_norm"] == "running"
+    partners(row): row for row in rows if row["batch_norm"] == "running"
   }
   for row in rows:
-    if row["batch_norm"] != "batch":
+    fixed = running.get(partners(row))
+    if row["batch_norm"] != "batch" or fixed is None:
       continue
-    fixed = running.get(partners(row), {})
-    gaps = [
-      accuracy - fixed[seed]
-      for seed, accuracy in row["accuracies"].items()
-      if seed in fixed
-    ]
-    if gaps:
-      mean, error = mean_and_error(gaps)
-      row["difference"] = {
-        "accuracy": mean,
-        "standard_error": error,
-        "num_runs": len(gaps),
-      }
+    found = paired_difference(row, fixed)
+    if found is not None:
+      row["difference"] = found
 
 
 def _complete_attacks(rows: list[tables.Row]) -> None:
@@ -202,7 +219,9 @@ def _missing(groups: list[Group], rows: list[tables.Row]) -> list[str]:
         lacking = [
           column.label
           for column in tables.in_paper_order(tables.columns(shown, FIELDS))
-          if not own & {_identity(row) for row in column.rows.values()}
+          # A worst case lacks an attack, which is named itself.
+          if not column.derived
+          and not own & {_identity(row) for row in column.rows.values()}
         ]
         if lacking:
           sentences.append(

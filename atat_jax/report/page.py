@@ -2,6 +2,7 @@
 
 import base64
 import pathlib
+import re
 from typing import Any
 
 import jinja2
@@ -23,8 +24,9 @@ def data_uri(picture: pathlib.Path) -> str:
 
 
 def breakable(text: str) -> markupsafe.Markup:
-  """Escapes a name and lets a browser break its line at underscores."""
-  return markupsafe.escape(text).replace("_", markupsafe.Markup("_<wbr>"))
+  """Escapes a name and lets a browser break its line behind _, : and =."""
+  place = markupsafe.Markup("<wbr>")
+  return place.join(re.split("(?<=[_:=])", text))  # escapes each part
 
 
 _TEMPLATES.filters |= {"data_uri": data_uri, "breakable": breakable}

@@ -34,12 +34,14 @@ class Line(NamedTuple):
     protocol: Its numbers in words.
     accuracies: One for each model.
     seconds: Time of the evaluations together, or "".
+    derived: True for a worst case over other lines.
   """
 
   label: str
   protocol: str
   accuracies: list[Accuracy]
   seconds: str
+  derived: bool = False
 
 
 class Block(NamedTuple):
@@ -112,11 +114,14 @@ def _line(
   if batch_norm == "batch" and sizes:
     batches = " / ".join(map(str, sorted(sizes)))
     protocol += f"; batches of {batches} images"
+    if column.derived:
+      protocol += f", {tables.OWN_BATCHES}"
   return Line(
     label=column.label,
     protocol=protocol,
     accuracies=[_accuracy(column, model, batch_norm) for model in models(rows)],
     seconds=wording.duration(sum(seconds)) if seconds else "",
+    derived=column.derived,
   )
 
 

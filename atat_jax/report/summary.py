@@ -17,7 +17,8 @@ def verdict(results: dict[str, Any]) -> str:
 
   The strongest attack is the one that, with running statistics, leaves the
   student the least accuracy (the teacher, if there is no student), among those
-  run on the same images in the same ball. What is not comparable is told apart.
+  run on the same images in the same ball; the worst case is over all of these,
+  image by image. What is not comparable is told apart.
 
   Args:
     results: Content of `results.json`.
@@ -39,6 +40,7 @@ def verdict(results: dict[str, Any]) -> str:
     )
   sentences = [
     _robust_accuracy(groups[0], model, alone=len(groups) == 1),
+    _worst_case(groups[0], model),
     _clean_accuracy(columns, model, groups[0].question),
     _left_out(groups[1:], model),
     _batch_statistics(columns, model, groups[0].question),
@@ -76,6 +78,32 @@ def _robust_accuracy(
     f"{sentence}, {_compared(row['accuracy'], teacher)} the teacher "
     f"({wording.percent(teacher)})."
   )
+
+
+def _worst_case(found: comparable.Attacks, model: str) -> str:
+  """Says what withstands all attacks, "" where that is not known."""
+  if found.worst_case is None:
+    return ""
+  row = found.worst_case.rows[model, "running"]
+  count, total = len(tables.attack_members(row)), len(found.columns)
+  attacks = f"all {count} attacks"
+  if count < total:
+    attacks = (
+      f"{count} of the {total} attacks (of the others it is not known which"
+      " images they fool)"
+    )
+  low, high = intervals.proportion(row["accuracy"], row["num_examples"])
+  single = found.strongest.rows[model, "running"]["accuracy"]
+  sentence = (
+    f"In the worst case over {attacks}, image by image, the {model} classifies"
+    f" {wording.percent(row['accuracy'])} correctly (95% confidence:"
+    f" {wording.percent(low)} to {wording.percent(high)}),"
+    f" {_compared(row['accuracy'], single)} under {found.strongest.label} alone"
+  )
+  teacher = found.worst_case.accuracy(roles.TEACHER, "running")
+  if model == roles.TEACHER or teacher is None:
+    return f"{sentence}."
+  return f"{sentence}, the teacher {wording.percent(teacher)}."
 
 
 def _clean_accuracy(

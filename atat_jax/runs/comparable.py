@@ -92,11 +92,14 @@ class Attacks(NamedTuple):
     question: Images and ball.
     columns: Their results.
     strongest: The one that leaves the least accuracy.
+    worst_case: The worst case over them, image by image, where which images
+      they leave is known of at least two.
   """
 
   question: Question
   columns: list[tables.Column]
   strongest: tables.Column
+  worst_case: tables.Column | None
 
 
 def attacks(
@@ -105,7 +108,8 @@ def attacks(
   """Groups the attacks on one classifier by the question that they answer.
 
   Args:
-    columns: Columns of a table; clean images are left out.
+    columns: Columns of a table; clean images are left out, and a worst case is
+      no attack.
     model: Name of the model.
     batch_norm: BatchNorm mode.
 
@@ -117,14 +121,22 @@ def attacks(
   def own(column: tables.Column) -> tables.Row:
     return column.rows[pair]
 
+  present = [column for column in columns if pair in column.rows]
+  worst = [column for column in present if column.derived]
+
+  def made(group: list[tables.Column]) -> Attacks:
+    asked = question(own(group[0]))
+    found = [column for column in worst if question(own(column)) == asked]
+    least = [
+      min(some, key=lambda column: own(column)["accuracy"], default=None)
+      for some in (group, found)
+    ]
+    return Attacks(asked, group, *least)  # type: ignore[arg-type]
+
   return [
-    Attacks(
-      question(own(group[0])),
-      group,
-      min(group, key=lambda column: own(column)["accuracy"]),
-    )
+    made(group)
     for group in grouped(
-      (c for c in columns if not c.nominal and pair in c.rows),
+      (c for c in present if not c.nominal and not c.derived),
       lambda column: question(own(column)),
       lambda column: own(column)["num_examples"],
     )

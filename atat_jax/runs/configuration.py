@@ -20,6 +20,8 @@ _FREE = (
   "teacher.steps_per_dispatch",
   "train.nonfinite",
   "teacher.nonfinite",
+  "train.term_gradients",
+  "teacher.term_gradients",
 )
 # Exceptions among them: they choose the checkpoint.
 _BOUND = (

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from atat_jax.errors import DamagedFileError, UserError
-from atat_jax.runs import locations, results_format
+from atat_jax.runs import locations, results_format, worst_case
 from atat_jax.untrusted import arrays, regular, zips
 
 try:
@@ -35,6 +35,9 @@ except ImportError:  # Windows has no such locks
 
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
+GRADIENT_RATIO = "gradient_ratio/"
+"""Prefix, in a validation's line, of a term's gradient norm in units of the
+cross-entropy's."""
 RESULTS = "results.json"
 REPORT = "report.html"
 EXPLANATION = "explain.html"
@@ -378,6 +381,9 @@ def read_results(
     workdir: Directory of the file.
     needed: Fields that each row must have besides those that all have.
 
+  Returns:
+    Its content; worst cases are computed from the rows, not believed.
+
   Raises:
     UserError: The file is damaged or of another format.
   """
@@ -393,7 +399,7 @@ def read_results(
     raise DamagedFileError(
       f"{path}: not a results file ({found}); move it away to evaluate again"
     )
-  return results
+  return {**results, "rows": worst_case.complete(results["rows"])}
 
 
 def read_autoattack(

@@ -5,6 +5,8 @@ files of earlier versions lack some. What is there must be of its kind and
 range: a page must not show, nor compare, a number that is none.
 """
 
+import base64
+import binascii
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -112,6 +114,15 @@ _DIAGNOSTIC = _object(
   ("rule", "value", "flag", "message"),
 )
 
+_NUMBERS = {
+  "step_size": _or_none(_number(0)),
+  "num_steps": _or_none(_integer(0)),
+  "num_restarts": _or_none(_integer(0)),
+  "loss": _or_none(_TEXT),
+  "seed": _or_none(_integer(0)),
+  "options": _named(_FREE),
+}
+
 _ROW = {
   "model": _TEXT,
   "attack": _TEXT,
@@ -124,19 +135,14 @@ _ROW = {
   "accuracy": _SHARE,
   "dataset": _TEXT,
   "split": _TEXT,
-  "step_size": _or_none(_number(0)),
-  "num_steps": _or_none(_integer(0)),
-  "num_restarts": _or_none(_integer(0)),
-  "loss": _or_none(_TEXT),
+  **_NUMBERS,
   "batch_size": _or_none(_integer(1)),
-  "seed": _or_none(_integer(0)),
   "checkpoint_step": _or_none(_integer(0)),
   "seconds": _or_none(_number(0)),
   "class_accuracy": _or_none(_list_of(_or_none(_SHARE))),
   "nonfinite": _or_none(_integer(0)),
   "nonfinite_points": _or_none(_integer(0)),
   "nonfinite_gradients": _or_none(_integer(0)),
-  "options": _named(_FREE),
   "attacks": _list_of(
     _object(
       {"attack": _TEXT, "numbers": _TEXT, "accuracy": _SHARE},
@@ -144,6 +150,11 @@ _ROW = {
     )
   ),
   "diagnostics": _named(_DIAGNOSTIC),
+  "correct": _or_none(_TEXT),
+  "worst_of": _or_none(_TEXT),
+  "members": _or_none(
+    _list_of(_object({"attack": _TEXT, **_NUMBERS}, ("attack",)))
+  ),
 }
 _NEEDED = (
   "model",
@@ -221,8 +232,33 @@ def fault(results: Mapping[str, Any], needed: Iterable[str] = ()) -> str:
   for number, row in enumerate(rows, 1):
     if found := _fault(row, _ROW, (*_NEEDED, *needed)):
       return f"row {number}: {found}"
+    if found := _correct_fault(row):
+      return f"row {number}: correct: {found}"
   if found := _fault(results.get("run", {}), _RUN, ()):
     return f"run: {found}"
   if not _named(_DIAGNOSTIC).holds(results.get("diagnostics", {})):
     return f"diagnostics; allowed: {_named(_DIAGNOSTIC).allowed}"
+  return ""
+
+
+def _correct_fault(row: Mapping[str, Any]) -> str:
+  """Says what is wrong with the bits of a row, one an image; "" if nothing is."""
+  text, count = row.get("correct"), row["num_examples"]
+  if text is None:
+    return ""
+  size = -(-count // 8)
+  try:
+    packed = base64.b64decode(text, validate=True)
+  except (binascii.Error, ValueError):
+    packed = b""
+  bits = int.from_bytes(packed, "big")
+  unused = 8 * size - count
+  if len(packed) != size or bits & ((1 << unused) - 1):
+    return f"{shown(text)}; allowed: base64 of {count} bits in {size} bytes"
+  share = bits.bit_count() / count
+  if abs(share - row["accuracy"]) > 1e-6:
+    return (
+      f"{bits.bit_count()} of {count} images, accuracy"
+      f" {shown(row['accuracy'])}; allowed: the images that make the accuracy"
+    )
   return ""

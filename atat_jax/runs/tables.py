@@ -1,6 +1,7 @@
 """Rows of `results.json` arranged by attack, and tables in Markdown."""
 
 import dataclasses
+import json
 import math
 import re
 from collections.abc import Sequence
@@ -20,6 +21,9 @@ BATCH_NORM_NAMES = {
 
 BATCH_WARNING = "paper's released protocol, can overstate robustness"
 
+OWN_BATCHES = "those of the batch that each attack made"
+"""Batches of a worst case: each attack judges an image among other ones."""
+
 BATCH_NORM_HEADINGS = {
   "running": "Running statistics: one fixed classifier",
   "batch": f"Batch statistics: {BATCH_WARNING}",
@@ -37,8 +41,22 @@ COLUMN_FIELDS = (
   "loss",
   "num_examples",
   "seed",
+  "worst_of",
 )
-"""Fields on which the rows of a column agree."""
+"""Fields on which the rows of a column agree; a worst case has `members`, too."""
+
+NOMINAL = "nominal"
+"""Attack of a row of clean images: none."""
+
+WORST_CASE = "worst_case"
+"""Attack of a row that `worst_case.complete` derives from others."""
+
+WORST_CASE_MEANING = (
+  "Worst case: share of the images that are correct under every attack of its"
+  " list, derived from the results of these."
+)
+
+_MEMBER_FIELDS = ("step_size", "num_steps", "num_restarts", "loss", "seed")
 
 SHOWN = ("dataset", "split", "step_size", "num_steps", "num_restarts", "loss")
 """Fields that a row must have, besides those that all have, to be on a page."""
@@ -68,12 +86,87 @@ class Column:
   @property
   def nominal(self) -> bool:
     """True if the images are clean."""
-    return self.protocol["attack"] == "nominal"
+    return self.protocol["attack"] == NOMINAL
+
+  @property
+  def derived(self) -> bool:
+    """True if it is the worst case over other columns, and not measured."""
+    return is_derived(self.protocol)
+
+  @property
+  def title(self) -> str:
+    """Its label in a picture, which has no room for its protocol."""
+    return f"{self.label}, derived" if self.derived else self.label
 
   def accuracy(self, model: str, batch_norm: str) -> float | None:
     """Returns an accuracy in [0, 1]; None if it was not measured."""
     row = self.rows.get((model, batch_norm))
     return None if row is None else row["accuracy"]
+
+
+def is_derived(row: Row) -> bool:
+  """Whether a row is a worst case over other rows, and not measured."""
+  return row.get("worst_of") is not None
+
+
+def identity(
+  row: Row, fields: tuple[str, ...] = COLUMN_FIELDS
+) -> tuple[Any, ...]:
+  """Returns the protocol of a row; rows that agree on it share a column.
+
+  A worst case is that of its attacks with all their numbers: the same names
+  may stand for others.
+
+  Args:
+    row: Row of `results.json` or of a comparison.
+    fields: Fields of the protocol.
+  """
+  members = json.dumps(row.get("members"), sort_keys=True)
+  return (*(row.get(field) for field in fields), members)
+
+
+def members(rows: Sequence[Row]) -> list[Row]:
+  """Lists the attacks of a worst case, each with all its numbers.
+
+  Args:
+    rows: Rows of the attacks, and of clean images, which have no numbers.
+
+  Returns:
+    Each once, in an order that is not that of the rows.
+  """
+  fields = (*_MEMBER_FIELDS, "options")
+  found = {}
+  for row in rows:
+    numbers = {f: row[f] for f in fields if row.get(f) is not None}
+    member = {"attack": row["attack"]}
+    if row["attack"] != NOMINAL:
+      member |= numbers
+    found[json.dumps(member, sort_keys=True)] = member
+  return [
+    member
+    for _, member in sorted(
+      found.items(), key=lambda item: (_place(item[1]["attack"]), item[0])
+    )
+  ]
+
+
+def attack_members(row: Row) -> list[Row]:
+  """Lists the attacks of a row that is a worst case, without clean images."""
+  found = row.get("members") or []
+  return [member for member in found if member["attack"] != NOMINAL]
+
+
+def member_names(
+  members: Sequence[Row], among: Sequence[Row] | None = None
+) -> list[str]:
+  """Names the attacks of a worst case, with what tells them from namesakes.
+
+  Args:
+    members: Attacks, as `members` lists them.
+    among: All attacks that must be told apart; None: `members`.
+  """
+  every = list(members if among is None else among)
+  return [_label(member, every, _MEMBER_FIELDS) for member in members]
 
 
 def columns(
@@ -90,8 +183,7 @@ def columns(
   """
   groups: dict[tuple[Any, ...], list[Row]] = {}
   for row in rows:
-    key = tuple(row.get(field) for field in fields)
-    groups.setdefault(key, []).append(row)
+    groups.setdefault(identity(row, fields), []).append(row)
   firsts = [group[0] for group in groups.values()]
   return [
     Column(
@@ -104,15 +196,18 @@ def columns(
 
 
 def in_paper_order(found: list[Column]) -> list[Column]:
-  """Sorts columns: the paper's in its order, others, AutoAttack last."""
+  """Sorts columns: the paper's, others, AutoAttack, then worst cases."""
+  return sorted(
+    found,
+    key=lambda column: (column.derived, _place(column.protocol["attack"])),
+  )
 
-  def place(column: Column) -> int:
-    attack = column.protocol["attack"]
-    if attack in _PAPER_ORDER:
-      return _PAPER_ORDER.index(attack)
-    return len(_PAPER_ORDER) + attack.startswith("autoattack")
 
-  return sorted(found, key=place)
+def _place(attack: str) -> int:
+  """Returns an attack's place: the paper's in its order, others, AutoAttack."""
+  if attack in _PAPER_ORDER:
+    return _PAPER_ORDER.index(attack)
+  return len(_PAPER_ORDER) + attack.startswith("autoattack")
 
 
 NONFINITE = ("nonfinite", "nonfinite_points", "nonfinite_gradients")
@@ -218,6 +313,12 @@ def attack(column: Column) -> str:
   first = column.protocol
   if column.nominal:
     return "clean images, no attack"
+  if column.derived:
+    ball = wording.attack(norm=first.get("norm"), epsilon=first.get("epsilon"))
+    return (
+      f"derived, image by image: correct under every one of"
+      f" {first['worst_of']}; {ball}"
+    )
   parts = [
     wording.attack(
       norm=first.get("norm"),
@@ -256,7 +357,8 @@ def images(column: Column) -> str:
   counts = " / ".join(
     f"{count:,}" for count in dict.fromkeys(row["num_examples"] for row in rows)
   )
-  seeds = " / ".join(dict.fromkeys(_text(row.get("seed")) for row in rows))
+  attacks = [one for row in rows for one in attack_members(row) or [row]]
+  seeds = " / ".join(dict.fromkeys(_text(one.get("seed")) for one in attacks))
   return f"{counts} {first['dataset']} {first['split']} images, seed {seeds}"
 
 
@@ -277,6 +379,8 @@ def _batch_norms(column: Column) -> str:
     sizes = {row["batch_size"] for row in rows if row.get("batch_size")}
     if batch_norm == "batch" and sizes:
       name += f" of {' / '.join(map(str, sorted(sizes)))} images"
+    if batch_norm == "batch" and column.derived:
+      name += f", {OWN_BATCHES}"
     names.append(name)
   return " and ".join(names)
 
@@ -302,9 +406,41 @@ def _label(row: Row, firsts: list[Row], fields: tuple[str, ...]) -> str:
   marks = [
     f"{field}={_value(field, row.get(field))}"
     for field in fields
-    if is_told(field)
+    if field != "worst_of" and is_told(field)
   ]
+  if is_derived(row):
+    marks += _members_marks(row, namesakes, fields)
   return f"{row['attack']} ({', '.join(marks)})" if marks else row["attack"]
+
+
+def _members_marks(
+  row: Row, namesakes: list[Row], fields: tuple[str, ...]
+) -> list[str]:
+  """Tells a worst case from those over other attacks on the same images.
+
+  By the number of its attacks, and where that is not enough by those that it is
+  over and the others are not, or the other way round.
+  """
+  own, count = row.get("members") or [], len(attack_members(row))
+  rivals = [
+    other
+    for other in namesakes
+    if (other.get("members") or []) != own
+    and all(other.get(f) == row.get(f) for f in fields if f != "worst_of")
+  ]
+  if not rivals:
+    return []
+  marks = [wording.plural(count, "attack")]
+  lists = [
+    r.get("members") or [] for r in rivals if len(attack_members(r)) == count
+  ]
+  if not lists:
+    return marks
+  every = [*own, *(member for found in lists for member in found)]
+  more = [one for one in own if any(one not in found for found in lists)]
+  less = [one for one in every if one not in own]
+  names = dict.fromkeys(member_names(more or less, every))
+  return [*marks, f"{'with' if more else 'without'} {', '.join(names)}"]
 
 
 def _differ(field: str, rows: list[Row]) -> bool:

@@ -25,11 +25,14 @@ class Validation(NamedTuple):
     scores: Accuracies by name; the last one chooses the checkpoint.
     nonfinite: Number of clean images whose logits are not finite.
     num_images: Number of images.
+    gradient_ratios: Term of the loss to the norm of its gradient relative to
+      the cross-entropy's (`gradients.term_ratios`).
   """
 
   scores: dict[str, float]
   nonfinite: int
   num_images: int
+  gradient_ratios: dict[str, float]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -150,5 +153,5 @@ def _look(
     found = programs.validate(current)
     journal.check_logits(found.nonfinite, found.num_images, step)
     programs.before_saving()
-    journal.save(current, step, found.scores)
+    journal.save(current, step, found.scores, found.gradient_ratios)
   return current

@@ -199,13 +199,18 @@ class StepBar(contextlib.AbstractContextManager[Any]):
     rate = values["images_per_second"]
     self._bar.set_postfix({"img/s": f"{rate:.0f}", **shown})
 
-  def print_scores(self, step: int, scores: dict[str, float]) -> None:
-    """Prints a line of validation accuracies that stays above the bar."""
-    if not self._bar.disable:
-      self._bar.write(
-        f"{self._bar.desc} step {step}/{self._bar.total} validation: "
-        + ", ".join(f"{name} {100 * v:.1f} %" for name, v in scores.items())
-      )
+  def print_scores(
+    self, step: int, scores: dict[str, float], ratios: dict[str, float]
+  ) -> None:
+    """Prints a line of a validation that stays above the bar."""
+    if self._bar.disable:
+      return
+    line = f"{self._bar.desc} step {step}/{self._bar.total} validation: "
+    line += ", ".join(f"{name} {100 * v:.1f} %" for name, v in scores.items())
+    if ratios:
+      shown = ", ".join(f"{name} {v:.2g}" for name, v in ratios.items())
+      line += f"; gradients relative to cross-entropy: {shown}"
+    self._bar.write(line)
 
 
 class Journal(contextlib.AbstractContextManager[Any]):
@@ -296,16 +301,24 @@ class Journal(contextlib.AbstractContextManager[Any]):
     return {"steps_left_out": float(self._incidents.count(first, step))}
 
   def save(
-    self, current: TrainState, step: int, scores: dict[str, float]
+    self,
+    current: TrainState,
+    step: int,
+    scores: dict[str, float],
+    ratios: dict[str, float],
   ) -> None:
-    """Writes validation accuracies, and a checkpoint with the last as its own."""
-    values = {"epoch": step / self._outline.per_epoch, **scores}
+    """Writes what a validation found, and a checkpoint with its last score."""
+    values = {
+      "epoch": step / self._outline.per_epoch,
+      **scores,
+      **{f"{files.GRADIENT_RATIO}{name}": x for name, x in ratios.items()},
+    }
     self._metrics.write(
       "validation", step, {**values, "attack": self._outline.attack}
     )
     self._checkpointer.save(current, step, list(scores.values())[-1], scores)
     self._saved = step
-    self.bar.print_scores(step, scores)
+    self.bar.print_scores(step, scores, ratios)
 
   def interrupted(self, step: int, signum: int) -> Interrupted:
     """Makes the error that ends a training stopped on request."""

@@ -30,7 +30,7 @@ from atat_jax.errors import UserError, in_section, shown
 from atat_jax.evaluation import Protocol
 from atat_jax.plan import Plan, StagePlan
 from atat_jax.runs import files
-from atat_jax.training import averaging
+from atat_jax.training import averaging, gradients
 from atat_jax.typing import BatchNormMode, PyTree, Variables
 
 
@@ -91,7 +91,7 @@ def _trace_stage(
   mesh: Mesh,
   variables: Variables,
 ) -> None:
-  """Traces the state, the step and the statistics pass of a stage."""
+  """Traces the state, the step and what validations compute with batches."""
   schedule, optimizer = stage.make_optimizer(total)
   _check_rates(schedule, total)
   options = stage.make_options(total)
@@ -123,6 +123,10 @@ def _trace_stage(
     fresh,
     *batch,
   )
+  if stage.compares_terms:
+    jax.eval_shape(
+      functools.partial(gradients.term_ratios, **bound), after, *batch
+    )
   if options.estimates:
     jax.eval_shape(
       functools.partial(averaging.move_statistics, **bound),
@@ -159,8 +163,8 @@ def _trace_evaluation(plan: Plan, variables: Variables) -> None:
   settings = plan.evaluation
   with _named("evaluation.validation_attack"):
     _trace_protocol(plan, settings.validation, "running", variables)
-  for protocol in settings.protocols:
-    for mode in settings.batch_norm:
+  for mode in settings.batch_norm:
+    for protocol in settings.protocols_of(mode):
       with _named(f"evaluation.attacks: {shown(protocol.name)}"):
         _trace_protocol(plan, protocol, mode, variables)
 

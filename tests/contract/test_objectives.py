@@ -25,6 +25,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 KEY = jax.random.key(5)
 ATTACK = dict(epsilon=0.1, step_size=0.03, num_steps=3)
+WEIGHTS = dict(weight=0.6, beta=3.0, lambda1=0.7, lambda2=0.3)
 
 
 def _atat(**fields: Any) -> objectives.Objective:
@@ -235,7 +236,13 @@ def test_gradient_is_that_of_cross_entropy_where_nothing_differs(
 @pytest.mark.parametrize("name", objectives.OBJECTIVES)
 def test_every_objective_keeps_the_contract(name, small):
   """Per example, terms as announced, statistics moved, gradient finite."""
-  objective = objectives.create(name)
+  # Weights that differ, so that none can stand for another.
+  weights = {
+    field: value
+    for field, value in WEIGHTS.items()
+    if field in objectives.defaults(name)
+  }
+  objective = objectives.create(name, **weights)
   model, variables, *_ = small
   batch = _batch(small)
   teacher = variables if objective.needs_teacher else None
@@ -264,10 +271,13 @@ def test_every_objective_keeps_the_contract(name, small):
   ):
     assert (logits is not None) == there
     assert logits is None or logits.shape == (8, 3)
-  # The total weights the terms alike for all examples.
-  terms = np.stack([np.float64(v) for v in outcome.terms.values()], -1)
-  weights, *_ = np.linalg.lstsq(terms, np.float64(outcome.total))
-  np.testing.assert_allclose(outcome.total, terms @ weights, rtol=1e-4)
+  # The total is the sum of weight * term for every example.
+  assert set(objective.term_weights) == set(objective.term_names)
+  total = sum(
+    objective.term_weights[name] * np.float64(value)
+    for name, value in outcome.terms.items()
+  )
+  np.testing.assert_allclose(outcome.total, total, rtol=1e-5)
   moved = jax.tree.map(
     lambda a, b: bool((a != b).all()),
     outcome.batch_stats,
@@ -276,7 +286,7 @@ def test_every_objective_keeps_the_contract(name, small):
   assert all(jax.tree.leaves(moved))
   assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
   assert any((leaf != 0).any() for leaf in jax.tree.leaves(gradient))
-  again = objectives.create(name, **objectives.defaults(name))
+  again = objectives.create(name, **objectives.defaults(name) | weights)
   assert objective == again and hash(objective) == hash(again)
 
 

@@ -109,6 +109,17 @@ def test_one_run_has_no_standard_error(tmp_path):
   assert "±" not in comparison.as_markdown(found).split("## What")[0]
 
 
+def test_runs_that_agree_have_no_standard_error(tmp_path):
+  workdirs = [
+    write_run(tmp_path / str(seed), rows(), seed=seed) for seed in range(3)
+  ]
+  found = merge.compare(workdirs)
+  assert find(found, "at", "pgd20")["standard_error"] is None
+  text = comparison.as_markdown(found).split("## What")[0]
+  assert "±" not in text and "runs that all agree" in text
+  assert merge.mean_and_error([0.1, 0.3 - 0.2]) == (pytest.approx(0.1), None)
+
+
 def test_the_network_that_was_trained_counts(tmp_path):
   both = rows(model="student") + rows(shifted(-0.3), model="teacher")
   workdir = write_run(tmp_path / "a", both, method="atat")
@@ -197,9 +208,9 @@ def test_a_column_that_a_run_lacks_is_a_dash_and_named(tmp_path):
   running, batch = layout.tables(found)
   assert [(cell.text, cell.error) for cell in running.rows[1]] == [
     ("alp", ""),
-    ("80.00", "± 0.00"),
+    ("80.00", ""),
     ("–", ""),
-    ("70.00", "± 0.00"),
+    ("70.00", ""),
   ]
   assert [cell.text for cell in batch.rows[1]] == ["alp", "–", "–"]
   # Where some of the runs have it, their number is told.
@@ -410,7 +421,7 @@ def test_layout_of_the_papers_tables(made):
   ]
   assert [atat[0], toy[0]] == ["atat 2 runs", "toy<b>| 2 runs"]
   assert batch_head == ["accuracy (%)", "nominal", "pgd20"]
-  assert batch_at[2] == "45.50 ± 0.50 +5.0 ± 0.0 paper 45.87"
+  assert batch_at[2] == "45.50 ± 0.50 +5.0 paper 45.87"
   assert "paper 63.81" in page.text
   assert published.SOURCE in page.text
   for text in (

@@ -99,6 +99,78 @@ def test_cifar10_is_the_papers():
   assert names[:5] == ["nominal", "fgsm", "ifgsm20", "pgd7", "pgd20"]
 
 
+def _evaluation(attacks, batch_norm=("running", "batch"), **fields):
+  made = tiny.config(
+    evaluation__attacks=attacks, evaluation__batch_norm=batch_norm, **fields
+  )
+  return config.make_plan(made).evaluation
+
+
+def test_batch_statistics_are_measured_as_published_and_by_better_attacks():
+  settings = _evaluation(
+    "nominal,pgd2,autoattack,square9,pgd2-margin,fgsm,pgd3:statistics=fixed"
+  )
+  found = {
+    mode: [protocol.name for protocol in settings.protocols_of(mode)]
+    for mode in settings.batch_norm
+  }
+  assert found == {
+    "running": "nominal pgd2 autoattack square9 pgd2-margin fgsm".split(),
+    "batch": (
+      "nominal pgd2 pgd2:statistics=fixed pgd2-margin square9 fgsm"
+      " fgsm:statistics=fixed fgsm-margin pgd3:statistics=fixed"
+    ).split(),
+  }
+
+
+def test_another_name_of_a_companion_is_not_measured_twice():
+  settings = _evaluation("pgd2,pgd:loss=margin:num_steps=2", ("batch",))
+  names = [protocol.name for protocol in settings.protocols_of("batch")]
+  assert names == [
+    "pgd2",
+    "pgd2:statistics=fixed",
+    "pgd:loss=margin:num_steps=2",
+  ]
+
+
+@pytest.mark.parametrize(
+  ("attacks", "batch_norm", "fields", "named"),
+  [
+    (
+      "nominal,pgd2:statistics=fixed",
+      ("running",),
+      {},
+      "evaluation.attacks: 'pgd2:statistics=fixed' with batch_norm running",
+    ),
+    (
+      "nominal,autoattack-fast",
+      ("batch",),
+      {},
+      "evaluation.attacks: 'autoattack-fast' with batch statistics",
+    ),
+    (
+      "nominal",
+      ("running",),
+      {"evaluation__validation_attack": "pgd2:statistics=fixed"},
+      "evaluation.validation_attack: 'pgd2:statistics=fixed'; allowed: without",
+    ),
+    (
+      "nominal",
+      ("batch",),
+      {"figures__attack": "pgd2:statistics=fixed"},
+      "figures.attack: 'pgd2:statistics=fixed'; allowed: without",
+    ),
+  ],
+)
+def test_an_attack_that_no_mode_can_measure_is_refused(
+  attacks, batch_norm, fields, named
+):
+  with pytest.raises(UserError) as error:
+    _evaluation(attacks, batch_norm, **fields)
+  assert str(error.value).startswith(named)
+  assert "\n" not in str(error.value)
+
+
 def test_cifar100_is_the_papers():
   made = tiny.load_config("cifar100", "atat")
   plan = config.make_plan(made)
@@ -276,7 +348,7 @@ BAD = [
   ("evaluation__attacks", "pgd0", ["attack", "pgd<steps>"]),
   ("evaluation__attacks", "pgd2,pgd2", ["attacks", "once"]),
   ("evaluation__attacks", "", ["attacks", "nominal"]),
-  ("evaluation__attacks", "fgsm-margin", ["attack", "pgd<steps>-<loss>"]),
+  ("evaluation__attacks", "fgsm-hinge", ["attack", "pgd<steps>-<loss>"]),
   ("evaluation__norm", "l0", ["norm", "l0", "linf"]),
   ("evaluation__norm", "l2", ["norm", "linf for fgsm"]),
   ("evaluation__epsilon", -1.0, ["epsilon"]),

@@ -13,7 +13,7 @@ from atat_jax.runs import roles
 
 pytest_plugins = ("pictures",)
 
-CURVES = ("loss", "training", "validation", "learning_rate")
+CURVES = ("loss", "gradients", "training", "validation", "learning_rate")
 
 
 def write_metrics(path, adversarial, num_steps=40):
@@ -36,16 +36,18 @@ def write_metrics(path, adversarial, num_steps=40):
       line |= {"accuracy_adversarial": 0.5}
     lines.append(line)
     if step % 10 == 0:
-      lines.append(
-        {
-          "split": "validation",
-          "step": step,
-          "epoch": step / 10,
-          "accuracy_clean": 0.9,
-          "accuracy_adversarial": 0.1,
-          "attack": "pgd10 linf epsilon=0.2",
-        }
-      )
+      validation = {
+        "split": "validation",
+        "step": step,
+        "epoch": step / 10,
+        "accuracy_clean": 0.9,
+        "accuracy_adversarial": 0.1,
+        "attack": "pgd10 linf epsilon=0.2",
+      }
+      if adversarial:
+        validation |= {"gradient_ratio/attention": 1e-9 * step}
+        validation |= {"gradient_ratio/logit_pairing": 0.0}
+      lines.append(validation)
   path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
@@ -64,6 +66,7 @@ def test_draws_every_figure_whose_inputs_are_there(figures_drawn, tmp_path):
   np.savez(tmp_path / "curvature.npz", **curvature_arrays())
   paths = figures.draw_all(str(tmp_path))
   curves = [f"curves_{m}_{c}" for m in roles.MODELS for c in CURVES]
+  curves.remove("curves_teacher_gradients")  # it has one term
   names = ["robustness", *curves, "attention_1", "attention_2", "curvature"]
   assert paths == [tmp_path / "figures" / f"{name}.png" for name in names]
   assert list(figures_drawn) == names

@@ -14,6 +14,8 @@ NUMBERS = {"epsilon": 0.2, "step_size": 0.05}
   [
     ("nominal", ("nominal", None, None, None, None, None, None)),
     ("fgsm", ("fgsm", "linf", 0.2, 0.2, 1, 1, "cross_entropy")),
+    ("fgsm-margin", ("fgsm", "linf", 0.2, 0.2, 1, 1, "margin")),
+    ("ifgsm20-margin", ("ifgsm", "linf", 0.2, 0.05, 20, 1, "margin")),
     ("ifgsm20", ("ifgsm", "linf", 0.2, 0.05, 20, 1, "cross_entropy")),
     ("pgd7", ("pgd", "linf", 0.2, 0.05, 7, 3, "cross_entropy")),
     ("pgd100-margin", ("pgd", "linf", 0.2, 0.05, 100, 3, "margin")),
@@ -94,6 +96,9 @@ def test_numbers_that_differ_from_the_plain_attack_are_options(name, options):
     ("apgd:loss=hinge", "loss: 'hinge'; allowed: cross_entropy"),
     ("square:norm=l0", "norm: 'l0'; allowed: l1, l2, linf"),
     ("autoattack:version=best", "version: 'best'; allowed: fast, plus"),
+    ("pgd20:statistics=off", "statistics: 'off'; allowed: fixed, through"),
+    ("square:statistics=fixed", "'statistics'; allowed: "),
+    ("autoattack:statistics=fixed", "'statistics'; allowed: "),
   ],
 )
 def test_an_unknown_parameter_or_value_is_named(name, named):
@@ -121,8 +126,8 @@ def test_an_unknown_parameter_or_value_is_named(name, named):
     "autoattack100",
     "autoattack-best",
     "nominal:epsilon=1",
-    "ifgsm20-margin",
-    "fgsm-margin",
+    "ifgsm20-hinge",
+    "fgsm-margin:loss=dlr",
     "nominal-margin",
     " pgd20",
   ],
@@ -148,6 +153,57 @@ def test_a_number_out_of_range_is_named(options, named):
   with pytest.raises(UserError, match=named):
     evaluation.parse("pgd2", **{**NUMBERS, **options})
   evaluation.parse("nominal", **{**NUMBERS, **options})  # has no numbers
+
+
+@pytest.mark.parametrize(
+  "name", ["fgsm", "ifgsm20", "pgd20-margin", "apgd:norm=l2", "fab"]
+)
+def test_every_attack_by_gradients_can_hold_statistics_fixed(name):
+  plain = evaluation.parse(name, **NUMBERS)
+  through = evaluation.parse(f"{name}:statistics=through", **NUMBERS)
+  assert through.options == plain.options
+  found = evaluation.parse(f"{name}:statistics=fixed", **NUMBERS)
+  assert dict(found.options) == {**dict(plain.options), "statistics": "fixed"}
+  # No attack knows of BatchNorm: its arguments are the same.
+  assert found.arguments() == plain.arguments()
+  assert ", statistics fixed" in found.describe()
+  assert [found.measures(mode) for mode in ("running", "batch")] == [
+    False,
+    True,
+  ]
+
+
+@pytest.mark.parametrize(
+  ("name", "companions"),
+  [
+    ("fgsm", ["fgsm:statistics=fixed", "fgsm-margin"]),
+    ("ifgsm20", ["ifgsm20:statistics=fixed", "ifgsm20-margin"]),
+    (
+      "pgd20-cross_entropy:momentum=1",
+      [
+        "pgd20-cross_entropy:momentum=1:statistics=fixed",
+        "pgd20-margin:momentum=1",
+      ],
+    ),
+    (
+      "pgd:statistics=through:num_steps=5:loss=cross_entropy",
+      [
+        "pgd:num_steps=5:loss=cross_entropy:statistics=fixed",
+        "pgd:statistics=through:num_steps=5:loss=margin",
+      ],
+    ),
+    ("pgd20:statistics=fixed", []),
+    ("pgd20-margin", []),
+    ("apgd100", []),
+    ("square", []),
+    ("nominal", []),
+  ],
+)
+def test_a_companion_is_what_its_name_says(name, companions):
+  found = evaluation.parse(name, num_restarts=2, **NUMBERS).companions()
+  assert [one.name for one in found] == companions
+  for one in found:
+    assert one == evaluation.parse(one.name, num_restarts=2, **NUMBERS)
 
 
 def test_fgsm_and_ifgsm_are_linf_only():

@@ -15,6 +15,7 @@ import pytest
 from scipy import stats
 
 from atat_jax.errors import UserError
+from atat_jax.evaluation import ranking
 from atat_jax.runs import files, intervals, provenance, tables, wording
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -226,16 +227,96 @@ def test_the_interval_of_a_proportion_is_wilsons(share, count):
   assert 0 <= low <= share <= high <= 1
 
 
-def test_the_interval_of_a_mean_is_normal():
-  values = np.random.default_rng(0).normal(size=(3, 50, 2))
+def test_the_interval_of_a_mean_is_students():
+  values = np.random.default_rng(0).normal(size=(3, 5, 2))
   mean, interval = intervals.mean(values, axis=1)
   assert mean.shape == (3, 2) and interval.shape == (3, 2, 2)
-  expected = stats.norm.interval(
-    0.95, values.mean(1), stats.sem(values, axis=1)
-  )
+  expected = stats.ttest_1samp(values, 0.0, axis=1).confidence_interval(0.95)
   np.testing.assert_allclose(interval, np.stack(expected, -1), rtol=1e-12)
-  mean, interval = intervals.mean(np.array([2.0]))
-  assert mean == 2 and np.isnan(interval).all()
+
+
+def test_no_interval_of_a_mean_claims_certainty():
+  for values in ([2.0], [0.1] * 7):
+    mean, interval = intervals.mean(np.array(values))
+    assert mean == pytest.approx(values[0]) and np.isnan(interval).all()
+  # By row: one whose values are equal, one whose are not.
+  _, interval = intervals.mean(np.array([[3.0, 3.0, 3.0], [1.0, 2.0, 3.0]]))
+  assert np.isnan(interval).tolist() == [[True, True], [False, False]]
+
+
+def _binormal(generator, area, m, n):
+  shift = np.sqrt(2) * stats.norm.ppf(area)
+  return generator.normal(shift, size=m), generator.normal(size=n)
+
+
+def _exponential(generator, area, m, n):
+  scale = area / (1 - area)
+  return generator.exponential(scale, size=m), generator.exponential(size=n)
+
+
+def _all_or_nothing(generator, area, m, n):
+  """A positive example beats all negative ones or none."""
+  wins = generator.uniform(size=m) < area
+  return np.where(wins, 2.0, -2.0), generator.uniform(size=n)
+
+
+@pytest.mark.parametrize("draw", [_binormal, _exponential, _all_or_nothing])
+@pytest.mark.parametrize(
+  ("area", "m", "n"),
+  [(0.8, 20, 20), (0.95, 10, 10), (0.98, 10, 50), (0.98, 30, 100)],
+)
+def test_intervals_of_areas_near_1_cover_as_often_as_they_say(draw, area, m, n):
+  generator = np.random.default_rng(1)
+  number, covered, by_delong = 400, 0, 0
+  for _ in range(number):
+    above, below = draw(generator, area, m, n)
+    positive = np.arange(m + n) < m
+    share, error = ranking.auc(np.append(above, below), positive)
+    low, high = intervals.area(share, error, m, n)
+    assert 0 <= low <= share <= high <= 1
+    covered += low <= area <= high
+    by_delong += abs(share - area) <= stats.norm.ppf(0.975) * error
+    # The mirrored question has the mirrored answer.
+    mirrored = intervals.area(1 - share, error, n, m)
+    assert mirrored == pytest.approx((1 - high, 1 - low), abs=1e-7)
+  # Less three standard errors of the simulation, and of its small groups.
+  assert covered / number > 0.91
+  if area > 0.9:
+    assert by_delong / number < 0.9  # it would have shown
+
+
+@pytest.mark.parametrize(("m", "n"), [(10, 10), (10, 500), (200, 12)])
+def test_perfect_separation_leaves_a_doubt(m, n):
+  scores = np.append(np.arange(m) + n, np.arange(n))
+  share, error = ranking.auc(scores, np.arange(m + n) < m)
+  assert (share, error) == (1, 0)
+  low, high = intervals.area(share, error, m, n)
+  count = min(m, n)
+  assert high == 1
+  assert low == pytest.approx(intervals.proportion(1.0, count)[0], abs=1e-12)
+  # The worst scores of an area just within: one group of m wins all or nothing.
+  assert 0.005 < low**count < 0.05
+  assert np.isnan(intervals.area(1.0, float("nan"), 1, n)).all()
+
+
+def test_scores_that_are_all_equal_tell_nothing():
+  positive = np.arange(30) < 11
+  share, error = ranking.auc(np.full(30, 0.1), positive)
+  assert share == pytest.approx(0.5) and error == pytest.approx(0, abs=1e-12)
+  low, high = intervals.area(share, error, 11, 19)
+  assert low < 0.3 and high > 0.7
+
+
+def test_newcombes_end_solves_his_equation():
+  """Method 5 in his words, by a fine grid rather than a root."""
+  m, n, share = 14, 33, 0.91
+  grid = np.linspace(1e-6, 1 - 1e-6, 200_001)
+  star = (m + n) / 2 - 1
+  spread = 1 + star * (1 - grid) / (2 - grid) + star * grid / (1 + grid)
+  error = np.sqrt(grid * (1 - grid) * spread / (m * n))
+  inside = grid[np.abs(grid - share) <= stats.norm.ppf(0.975) * error]
+  low, high = intervals.area(share, 1e-3, m, n)  # DeLong's is inside
+  assert (low, high) == pytest.approx((inside[0], inside[-1]), abs=1e-5)
 
 
 # --- Provenance --------------------------------------------------------------

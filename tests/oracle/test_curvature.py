@@ -107,9 +107,8 @@ def test_formula_of_a_linear_network():
   np.testing.assert_allclose(found["net_eigenvalue"], expected, 1e-3)
   mean, error = np.mean(expected), stats.sem(expected)
   np.testing.assert_allclose(found["net_mean"], mean, 1e-3)
-  np.testing.assert_allclose(
-    found["net_interval"], stats.norm.interval(0.95, mean, error), 1e-3
-  )
+  expected = stats.t.interval(0.95, len(expected) - 1, mean, error)
+  np.testing.assert_allclose(found["net_interval"], expected, 1e-3)
 
 
 def test_batches_make_no_difference():
@@ -152,6 +151,7 @@ def test_where_nothing_bends():
   for name in ("flat", "sure"):
     assert (found[f"{name}_eigenvalue"] == 0).all()
     assert (found[f"{name}_residual"] == 0).all()
+    assert np.isnan(found[f"{name}_interval"]).all()
 
 
 def test_one_image_has_no_interval():

@@ -171,6 +171,14 @@ def test_what_would_fail_after_training_is_found_before(
   assert named in message
 
 
+def test_what_validations_compare_is_rehearsed(dataset, monkeypatch):
+  """A method that does not say the weights of its terms would fail there."""
+  monkeypatch.setattr(objectives.OBJECTIVES["alp"], "term_weights", {})
+  made = tiny.config("alp", model__depth=8, train__term_gradients=True)
+  with pytest.raises(UserError, match=r"^train: .*KeyError: 'cross_entropy'"):
+    rehearsed(made, dataset)
+
+
 @pytest.mark.parametrize("name", ["atat", "mart", "tla"])
 def test_a_good_configuration_is_rehearsed_without_a_word(name, dataset):
   rehearsed(

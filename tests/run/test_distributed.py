@@ -45,7 +45,10 @@ def test_two_processes_make_one_run(tmp_path):
   assert ["report:" in output for output in outputs] == [True, False]
 
   results = json.loads((tmp_path / "two" / "results.json").read_text())
-  assert len(results["rows"]) == 2 * 2 * len(tiny.ATTACKS)
+  # Each network: the attacks of both modes, and their two worst cases.
+  assert len(results["rows"]) == 2 * sum(
+    len(attacks) + 1 for attacks in tiny.MEASURED.values()
+  )
   assert {row["num_examples"] for row in results["rows"]} == {tiny.NUM_TEST}
 
   tiny.run(tmp_path / "one", "train", tiny.config(), num_devices=4)

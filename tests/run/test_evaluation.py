@@ -1,5 +1,6 @@
 """Accuracies against plain loops and against the public attack functions."""
 
+import base64
 import dataclasses
 
 import jax
@@ -183,6 +184,9 @@ def test_accuracy_is_a_function_of_the_key(linear, split, mesh):
 def test_rows_are_what_a_notebook_computes(finished, model_name):
   """The public functions alone give the numbers of `results.json`."""
   rows = [r for r in finished.results["rows"] if r["model"] == model_name]
+  derived = [row for row in rows if row["attack"] == "worst_case"]
+  rows = [row for row in rows if row not in derived]
+  always = {"running": True, "batch": True}
   folder = {"student": "", "teacher": "teacher"}[model_name]
   model, variables = checkpoints.restore_model(finished.workdir / folder)
   test = data.load("digits", validation_size=128).test
@@ -194,6 +198,12 @@ def test_rows_are_what_a_notebook_computes(finished, model_name):
     classifier = models.classifier(
       model, variables, batch_norm=row["batch_norm"]
     )
+    attacked = classifier
+    if "options" in row:
+      assert row["options"] == {"statistics": "fixed"}
+      attacked = models.classifier(
+        model, variables, batch_norm="batch", fixed_statistics=True
+      )
     size = row["batch_size"]
     assert (
       size
@@ -202,21 +212,33 @@ def test_rows_are_what_a_notebook_computes(finished, model_name):
         "batch": tiny.STATISTICS_SIZE,
       }[row["batch_norm"]]
     )
-    correct = 0
+    correct = np.zeros(tiny.NUM_TEST, bool)
     for number, start in enumerate(range(0, tiny.NUM_TEST, size)):
       batch = np.arange(start, start + size) % tiny.NUM_TEST
       x, y = images[batch], labels[batch]
       key = stream(jax.random.key(row["seed"]), "evaluation", number)
       numbers = {k: row[k] for k in ("epsilon", "step_size", "num_steps")}
-      if row["attack"] == "fgsm":
-        x = attacks.fgsm(key, classifier, x, y, epsilon=row["epsilon"])
-      elif row["attack"] == "pgd2":
+      loss = row["loss"]
+      if row["attack"].startswith("fgsm"):
+        x = attacks.fgsm(key, attacked, x, y, epsilon=row["epsilon"], loss=loss)
+      elif row["attack"].startswith("pgd2"):
         x = attacks.pgd(
-          key, classifier, x, y, norm=row["norm"], loss=row["loss"], **numbers
+          key, attacked, x, y, norm=row["norm"], loss=loss, **numbers
         )
       right = np.asarray(predict(classifier, x)) == y
-      correct += right[: tiny.NUM_TEST - start].sum()
-    assert row["accuracy"] == pytest.approx(correct / tiny.NUM_TEST, abs=1e-6)
+      correct[start : start + size] = right[: tiny.NUM_TEST - start]
+    assert row["accuracy"] == pytest.approx(correct.mean(), abs=1e-6)
+    stored = np.frombuffer(base64.b64decode(row["correct"]), np.uint8)
+    np.testing.assert_array_equal(
+      np.unpackbits(stored)[: tiny.NUM_TEST], correct
+    )
+    always[row["batch_norm"]] &= correct
+  assert {row["batch_norm"]: row["accuracy"] for row in derived} == {
+    mode: pytest.approx(robust.mean()) for mode, robust in always.items()
+  }
+  assert {
+    row["batch_norm"]: set(row["worst_of"].split(", ")) for row in derived
+  } == {mode: set(attacks) for mode, attacks in tiny.MEASURED.items()}
 
 
 def test_a_row_counts_what_was_not_finite_and_the_report_says_so(
@@ -242,9 +264,17 @@ def test_a_row_counts_what_was_not_finite_and_the_report_says_so(
   monkeypatch.setattr(evaluation, "judge", spoiled)
   tiny.run(workdir, "evaluate")
   found = files.read_results(workdir)
+  worst = {
+    (row["model"], row["batch_norm"]): row["accuracy"]
+    for row in found["rows"]
+    if row["attack"] == "worst_case"
+  }
   for row in found["rows"]:
+    if row["attack"] == "worst_case":
+      continue
     expected = before[row["model"], row["batch_norm"], row["attack"]]
     bad = row["attack"] == "pgd2"
+    assert worst[row["model"], row["batch_norm"]] <= row["accuracy"]
     assert row["accuracy"] == pytest.approx(
       expected["accuracy"] - bad / tiny.NUM_TEST
     )
@@ -260,6 +290,8 @@ def test_a_row_counts_what_was_not_finite_and_the_report_says_so(
 def test_each_loss_is_looked_at_once_for_each_network(finished):
   rows = finished.results["rows"]
   for row in rows:
+    if row["attack"] == "worst_case":
+      continue
     told = "blind_loss" in row.get("diagnostics", {})
     assert told == (row["loss"] is not None and row["batch_norm"] == "running")
   names = [name for name in finished.results["diagnostics"] if "blind" in name]

@@ -3,6 +3,7 @@
 import html.parser
 import json
 import math
+import re
 import shutil
 
 import jax
@@ -49,6 +50,7 @@ ROW_FIELDS = {
   "seed",
   "accuracy",
   "class_accuracy",
+  "correct",
   "seconds",
 }
 
@@ -60,6 +62,11 @@ def names(directory):
 def read_rows(workdir):
   rows = json.loads((workdir / "results.json").read_text())["rows"]
   return {(r["model"], r["batch_norm"], r["attack"]): r for r in rows}
+
+
+def read_measured(workdir):
+  rows = read_rows(workdir)
+  return {key: rows[key] for key in rows if key[-1] != "worst_case"}
 
 
 def over_classes(row):
@@ -117,9 +124,11 @@ def test_results_obey_the_contract(finished):
   assert sorted(keys) == sorted(
     (model, mode, attack)
     for model in ("teacher", "student")
-    for mode in ("running", "batch")
-    for attack in tiny.ATTACKS
+    for mode, attacks in tiny.MEASURED.items()
+    for attack in (*attacks, "worst_case")
   )
+  assert [row["attack"] for row in rows[-4:]] == 4 * ["worst_case"]
+  rows = rows[:-4]
   config = tiny.config().evaluation
   for row in rows:
     assert set(row) >= ROW_FIELDS
@@ -138,10 +147,13 @@ def test_results_obey_the_contract(finished):
         "nominal": [None, None, None, None],
         "fgsm": ["linf", epsilon, epsilon, 1],
         "pgd2": ["linf", epsilon, config.step_size, 2],
-      }[row["attack"]]
+      }[re.split("[:-]", row["attack"])[0]]
     )
     attacked = row["attack"] != "nominal"
-    assert row["loss"] == ("cross_entropy" if attacked else None)
+    loss = "margin" if "-margin" in row["attack"] else "cross_entropy"
+    assert row["loss"] == (loss if attacked else None)
+    fixed = row["attack"].endswith(":statistics=fixed")
+    assert row.get("options") == ({"statistics": "fixed"} if fixed else None)
     assert row["num_restarts"] == (1 if attacked else None)
   for diagnostic in results["diagnostics"].values():
     assert set(diagnostic) == {"title", "rule", "value", "flag", "message"}
@@ -303,20 +315,30 @@ def test_more_attacks_add_rows_and_keep_the_old(
   made = tiny.config(evaluation__attacks="fgsm,ifgsm2")
   tiny.run(workdir, "evaluate", made)
   after = read_rows(workdir)
-  assert calls == 4 * ["ifgsm2"]  # teacher and student, running and batch
+  batch = ["ifgsm2", "ifgsm2:statistics=fixed", "ifgsm2-margin"]
+  assert calls == 2 * ["ifgsm2", *batch]  # teacher and student
   assert set(after) - set(before) == {
-    (model, mode, "ifgsm2")
+    (model, mode, attack)
     for model in ("teacher", "student")
-    for mode in ("running", "batch")
+    for mode, attacks in (("running", ["ifgsm2"]), ("batch", batch))
+    for attack in attacks
   }
-  assert {key: after[key] for key in before} == before
+  for key, row in before.items():
+    if key[-1] == "worst_case":
+      more = ["ifgsm2"] if key[1] == "running" else batch
+      assert sorted(after[key]["worst_of"].split(", ")) == sorted(
+        [*tiny.MEASURED[key[1]], *more]
+      )
+      assert after[key]["accuracy"] <= row["accuracy"]
+    else:
+      assert after[key] == row
 
   # The report is older than the results now, and is written anew.
   written = []
   monkeypatch.setattr(report, "write_report", written.append)
   tiny.run(workdir, "run", made)
   assert written == [workdir]
-  assert len(calls) == 4
+  assert len(calls) == 8
 
 
 @pytest.fixture(scope="module")
@@ -332,8 +354,14 @@ def test_a_protocol_is_all_its_numbers(finished, quick_look):
   """Another number of images is another row."""
   rows = json.loads((quick_look / "results.json").read_text())["rows"]
   before = finished.results["rows"]
-  assert rows[: len(before)] == before
-  assert [row["num_examples"] for row in rows[len(before) :]] == 4 * [10]
+  assert [row for row in rows if row["num_examples"] == tiny.NUM_TEST] == before
+  quick = [row for row in rows if row not in before]
+  assert {row["num_examples"] for row in quick} == {10}
+  # There is no worst case of one attack.
+  batch = ["pgd2", "pgd2:statistics=fixed", "pgd2-margin", "worst_case"]
+  assert sorted((row["batch_norm"], row["attack"]) for row in quick) == sorted(
+    2 * [("running", "pgd2"), *(("batch", attack) for attack in batch)]
+  )
 
 
 def test_a_quick_look_does_not_hide_the_whole_split(finished, quick_look):
@@ -408,7 +436,7 @@ def test_rows_of_another_checkpoint_go(finished, tmp_path):
   results = json.loads(path.read_text())
   for row in results["rows"]:
     if row["model"] == "student":
-      row.update(checkpoint_step=3, accuracy=0.123)
+      row.update(checkpoint_step=3, accuracy=0.123, correct=None)
   del results["run"]["checksum"]
   path.write_text(json.dumps(results))
   made = tiny.config(evaluation__attacks="nominal")
@@ -418,8 +446,11 @@ def test_rows_of_another_checkpoint_go(finished, tmp_path):
     ("student", "running", "nominal"),
     ("student", "batch", "nominal"),
   }
-  assert found["student", "running", "nominal"]["accuracy"] > 0.9
-  assert len([key for key in found if key[0] == "teacher"]) == 6
+  before = read_rows(finished.workdir)
+  for mode in ("running", "batch"):
+    key = ("student", mode, "nominal")
+    assert found[key]["correct"] == before[key]["correct"]
+  assert len([key for key in found if key[0] == "teacher"]) == 12
 
 
 def test_an_interrupted_evaluation_goes_on(finished, tmp_path, monkeypatch):
@@ -437,11 +468,11 @@ def test_an_interrupted_evaluation_goes_on(finished, tmp_path, monkeypatch):
   monkeypatch.setattr(evaluation, "judge", interrupted)
   with pytest.raises(Interrupted):
     tiny.run(workdir, "evaluate")
-  assert len(read_rows(workdir)) == 5
+  assert len(read_measured(workdir)) == 5
   calls.clear()
   with pytest.raises(Interrupted):
     tiny.run(workdir, "evaluate")
-  assert len(read_rows(workdir)) == 10
+  assert len(read_measured(workdir)) == 10
   monkeypatch.setattr(evaluation, "judge", judge)
   tiny.run(workdir, "evaluate")
   found = read_rows(workdir)
@@ -453,6 +484,7 @@ def test_an_interrupted_evaluation_goes_on(finished, tmp_path, monkeypatch):
     }
 
   assert timeless(found) == timeless(expected)
+  assert list(found) == list(expected)
 
 
 def test_results_of_an_earlier_version_are_kept_and_completed(
@@ -461,9 +493,10 @@ def test_results_of_an_earlier_version_are_kept_and_completed(
   """They have no checksum, accuracy of each class and numbers of parameters."""
   workdir = finished.copy(tmp_path / "run")
   results = finished.results
+  results["rows"] = results["rows"][:-4]  # without worst cases
   missing = results["rows"].pop()
   for row in results["rows"]:
-    del row["class_accuracy"]
+    del row["class_accuracy"], row["correct"]
   del results["run"]["num_parameters"], results["run"]["checksum"]
   (workdir / "results.json").write_text(json.dumps(results))
   tiny.run(workdir, "evaluate")

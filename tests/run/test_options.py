@@ -230,6 +230,79 @@ def test_a_step_with_options_equals_pytorch(small, data, twin, capsys):
     assert_close(current.params, plain.params, **tolerance)
 
 
+def authors_step(twin, variables, images, labels, gamma):
+  """AT-AWP's step by torch.optim, and its d; decay of kernels only.
+
+  The optimizer steps while the weights are w + d, which are then restored.
+  """
+  torch, functional = twin.torch, twin.functional
+  params, stats = (
+    twin.tree(
+      jax.tree.map(lambda x: np.asarray(x, np.float64), variables[item])
+    )
+    for item in ("params", "batch_stats")
+  )
+  paths, leaves = zip(*jax.tree_util.tree_leaves_with_path(params), strict=True)
+  kernels = [path[-1].key == "kernel" for path in paths]
+  for leaf in leaves:
+    leaf.requires_grad_()
+  groups = [
+    {"params": [leaf], "weight_decay": DECAY * kernel}
+    for leaf, kernel in zip(leaves, kernels, strict=True)
+  ]
+  optimizer = torch.optim.SGD(groups, lr=RATE, momentum=0.9)
+
+  def backward():
+    optimizer.zero_grad()
+    out = twin.small(None, params, stats, images, train=True)
+    functional.cross_entropy(out.logits, labels).backward()
+
+  backward()
+  with torch.no_grad():
+    added = [
+      gamma * leaf.norm() / leaf.grad.norm() * leaf.grad
+      if leaf.ndim > 1
+      else torch.zeros_like(leaf)
+      for leaf in leaves
+    ]
+    for leaf, one in zip(leaves, added, strict=True):
+      leaf.add_(one)
+  backward()
+  optimizer.step()
+  with torch.no_grad():
+    for leaf, one in zip(leaves, added, strict=True):
+      leaf.sub_(one)
+  return [x.detach().numpy() for x in leaves], [x.numpy() for x in added]
+
+
+def test_awp_is_the_authors_but_for_the_decay_of_the_perturbation(
+  small, data, twin
+):
+  """Where the optimizer steps at w + d, as theirs does, it decays d too."""
+  gamma, torch = 0.5, twin.torch
+  step, current = build(small, Options(awp_gamma=gamma))
+  batch = assemble(
+    current.rng,
+    current.step,
+    data.images[INDICES[0]],
+    data.labels[INDICES[0]],
+    num_classes=CLASSES,
+    padding=1,
+    flip=True,
+    options=OFF,
+  )
+  images = torch.tensor(np.asarray(batch.images, np.float64))
+  labels = torch.tensor(np.asarray(batch.labels)).long()
+  theirs, added = authors_step(twin, small.variables, images, labels, gamma)
+  current = step(current, None, data, INDICES[0])
+  ours = jax.tree.leaves(current.params)
+  largest = 0.0
+  for a, b, d in zip(ours, theirs, added, strict=True):
+    np.testing.assert_allclose(a, b + RATE * DECAY * d, rtol=1e-4, atol=1e-6)
+    largest = max(largest, np.abs(RATE * DECAY * d).max())
+  assert largest > 1e-4  # it would have shown
+
+
 # ----- accumulation
 
 

@@ -10,6 +10,7 @@ import signal
 import types
 
 import jax
+import minimal
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -313,6 +314,63 @@ def test_divergence_counts_steps_as_log_lines_do(tmp_path):
   # The lines before it were written, its own was not.
   assert step == (lines[-1]["step"] if lines else 0) + 1
   assert not list((workdir / "checkpoints").glob("[0-9]*"))
+
+
+# Gradients of the terms.
+
+
+def added(workdir, step, fields):
+  """How much longer logit pairing makes the gradient of the step after one."""
+  found = []
+  for weight in (objectives.defaults("alp")["weight"], 0.0):
+    made = tiny.config("alp", **fields, objective__weight=weight)
+    plan = config.make_plan(made)
+    (stage,), dataset = plan.stages, plan.data.load()
+    mesh = sharding.make_mesh(jax.devices()[:1])
+    outline = train.make_outline(
+      plan, stage, workdir, len(dataset.train.labels)
+    )
+    prepared = train.prepare(plan, stage, None, dataset, mesh, None, outline)
+    before, saved = checkpoints.restore_before(
+      workdir, prepared.start([]), step + 1
+    )
+    assert saved == step
+    _, gradient, _ = prepared.differentiate(before, range(step, step + 1), None)
+    found.append(jax.tree.leaves(jax.device_get(gradient)))
+  whole, rest = (np.concatenate([x.ravel() for x in each]) for each in found)
+  return np.linalg.norm(whole - rest) / np.linalg.norm(rest)
+
+
+def test_comparing_gradients_changes_no_weight(tmp_path, capsys, monkeypatch):
+  minimal.register_data_set(monkeypatch)
+  minimal.register_network(monkeypatch)
+  small = {"data__name": "minimal", "model__name": "minimal"}
+  for asked in (False, True):
+    made = tiny.config("alp", **small, train__term_gradients=asked)
+    tiny.run(tmp_path / str(asked), "train", made)
+  items = ("params", "opt_state", "run")  # there are no statistics
+  one, other = (stored(tmp_path / str(x), 4, items) for x in (False, True))
+  assert set(one) == set(other)
+  for name in one:
+    np.testing.assert_array_equal(one[name], other[name], err_msg=name)
+  without, lines = (
+    [
+      {k: v for k, v in line.items() if k != "images_per_second"}
+      for line in tiny.metrics(tmp_path / str(asked) / "metrics.jsonl")
+    ]
+    for asked in (False, True)
+  )
+  name = "gradient_ratio/logit_pairing"
+  ratios = {x["step"]: x.pop(name) for x in lines if name in x}
+  assert lines == without
+  assert list(ratios) == [1, 2, 3, 4] and all(
+    0 < x < 100 for x in ratios.values()
+  )
+  shown = f"gradients relative to cross-entropy: logit_pairing {ratios[2]:.2g}"
+  assert capsys.readouterr().out.count(shown) == 1
+  assert ratios[3] == pytest.approx(added(tmp_path / "True", 3, small), 1e-3)
+  # A finished run is not another one for having compared them, or not.
+  tiny.run(tmp_path / "True", "train", tiny.config("alp", **small))
 
 
 # Methods.

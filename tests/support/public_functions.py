@@ -113,11 +113,16 @@ _IN_PROTOCOL = (
 
 
 ENTRIES = [
-  Entry(attacks.fgsm, _attack, _ATTACK),
+  Entry(attacks.fgsm, _attack, {**_ATTACK, "loss": "name"}),
   Entry(
     attacks.ifgsm,
     lambda w: {**_attack(w), "step_size": 0.1, "num_steps": 2},
-    {**_ATTACK, "step_size": "positive", "num_steps": "count"},
+    {
+      **_ATTACK,
+      "step_size": "positive",
+      "num_steps": "count",
+      "loss": "name",
+    },
   ),
   Entry(
     attacks.pgd,
@@ -207,7 +212,20 @@ ENTRIES = [
   Entry(
     models.classifier,
     lambda w: {"model": w.model, "variables": w.variables},
-    {"model": "model", "variables": "collections", "batch_norm": "name"},
+    {
+      "model": "model",
+      "variables": "collections",
+      "batch_norm": "name",
+      "fixed_statistics": "boolean",
+    },
+  ),
+  Entry(
+    models.with_fixed_statistics,
+    lambda w: {
+      "made": models.classifier(w.model, w.variables, batch_norm="batch")
+    },
+    {"made": "classifier"},
+    {"made": "classifier"},
   ),
   Entry(
     analyses.attack_steps,
@@ -748,6 +766,18 @@ ENTRIES += [
       "batch_norm": "name",
     },
   ),
+  *(
+    Entry(
+      function,
+      lambda w: {
+        "model": w.model,
+        "variables": w.variables,
+        "images": w.images,
+      },
+      {"model": "model", "variables": "collections", "images": "arrays"},
+    )
+    for function in (batch_norm.statistics, batch_norm.apply_fixed)
+  ),
   Entry(
     data.load,
     lambda _: {"name": "digits"},
@@ -1143,6 +1173,7 @@ PARTS = (
   "runs.results_format",
   "runs.tables",
   "runs.wording",
+  "runs.worst_case",
   # Made by `objectives.create` and `models.create`, which are in the table.
   "models.base.Network",
   "models.base.ResidualNetwork",
@@ -1210,6 +1241,7 @@ PARTS = (
   "evaluation.rules.steps_converged",
   "evaluation.rules.storable",
   "explain.main",
+  "models.batch_norm_of",
   "models.base.check_size",
   "models.base.check_sizes",
   "models.wide_resnet.average_pool",

@@ -57,11 +57,21 @@ STEPS_PER_EPOCH = 10
 TEACHER_STEPS, STUDENT_STEPS = 10, 20
 NUM_TEST, BATCH_SIZE, STATISTICS_SIZE = 70, 64, 40
 ATTACKS = ("nominal", "fgsm", "pgd2")
+MEASURED = {
+  "running": ATTACKS,
+  "batch": (
+    "nominal",
+    *("fgsm", "fgsm:statistics=fixed", "fgsm-margin"),
+    *("pgd2", "pgd2:statistics=fixed", "pgd2-margin"),
+  ),
+}
+"""BatchNorm mode to the attacks of its rows, in their order."""
 
 _TRAINING = {
   "batch_size": 128,
   "log_every_steps": 4,
   "validate_every_epochs": 0.5,
+  "term_gradients": False,  # a program more to compile
 }
 OVERRIDES = {
   "data.validation_size": 128,

@@ -20,7 +20,7 @@ from atat_jax import attacks, checks, losses, models
 from atat_jax.attacks import balls, base
 from atat_jax.attacks.autoattack import versions
 from atat_jax.errors import UserError, shown
-from atat_jax.runs import wording
+from atat_jax.runs import better_attacks, wording
 from atat_jax.typing import Array, Classifier
 
 _NOMINAL, _AUTOATTACK = "nominal", "autoattack"
@@ -37,9 +37,6 @@ through the batch's statistics or take them as constants (BatchNorm mode
 "batch"). The first is the default."""
 
 _WITHOUT_GRADIENTS = (_NOMINAL, "square", _AUTOATTACK)  # it has other attacks
-
-# Attacks of papers whose gradients pass through the batch's statistics.
-_PUBLISHED = ("fgsm", "ifgsm", "pgd")
 
 # Parameters that the number in a name can set.
 _STEPS = ("num_steps", "num_queries")
@@ -181,7 +178,7 @@ class Protocol:
       For FGSM, I-FGSM and PGD with cross-entropy through the statistics: the
       same with the statistics fixed, and with the margin loss. None for others.
     """
-    if self.attack not in _PUBLISHED or self.fixed_statistics:
+    if self.attack not in better_attacks.PUBLISHED or self.fixed_statistics:
       return ()
     if self.loss != "cross_entropy":
       return ()

@@ -3,6 +3,7 @@
 from typing import Any
 
 from atat_jax.runs import (
+  better_attacks,
   comparable,
   intervals,
   results_format,
@@ -142,21 +143,51 @@ def _left_out(groups: list[comparable.Attacks], model: str) -> str:
 def _batch_statistics(
   columns: list[tables.Column], model: str, asked: comparable.Question
 ) -> str:
+  """Says what the released protocol claims, and what is left of it."""
   both = [column for column in columns if (model, "batch") in column.rows]
-  groups = comparable.attacks(both, model)
+  rows = [column.rows[model, "batch"] for column in both]
+  # The claim is the published attack's, if possible one beside better ones.
+  published = [
+    column
+    for column, row in zip(both, rows, strict=True)
+    if better_attacks.is_published(row)
+  ]
+  judged = [
+    column
+    for column, row in zip(both, rows, strict=True)
+    if better_attacks.find(row, rows)
+  ]
+  groups = comparable.attacks(judged or published or both, model)
   if not groups:
     return ""
   # The images of the verdict, if batch statistics were evaluated on them.
   found = next((g for g in groups if g.question == asked), groups[0])
   where = "" if found.question == asked else f" on {found.question.describe()}"
+  attack = found.strongest.label
+  row = found.strongest.rows[model, "batch"]
   honest = found.strongest.rows[model, "running"]["accuracy"]
-  claimed = found.strongest.rows[model, "batch"]["accuracy"]
   return (
-    "With the statistics of the batch being evaluated, which is how the "
-    f"paper's released code evaluates, the {model} would be credited with "
-    f"{wording.percent(claimed)} under {found.strongest.label}{where}, "
-    f"{_compared(claimed, honest)} the {wording.percent(honest)} of the fixed "
-    "classifier that one would deploy."
+    "With the statistics of the batch being evaluated, which is how the"
+    f" paper's released code evaluates, the {model} would be credited with"
+    f" {wording.percent(row['accuracy'])} under {attack}{where},"
+    f" {_compared(row['accuracy'], honest)} the {wording.percent(honest)} of the"
+    f" fixed classifier that one would deploy. {_better(row, rows)}"
+  )
+
+
+def _better(row: tables.Row, rows: list[tables.Row]) -> str:
+  """Says what better attacks leave of a classifier with batch statistics."""
+  better = better_attacks.find(row, rows)
+  if not better:
+    return (
+      "Attacks that hold those statistics fixed, or have the margin loss, were"
+      " not compared with it."
+    )
+  best = min(better, key=lambda one: one["accuracy"])
+  return (
+    f"{best['attack']} leaves the same classifier"
+    f" {wording.percent(best['accuracy'])},"
+    f" {_compared(best['accuracy'], row['accuracy'])} {row['attack']}."
   )
 
 

@@ -19,7 +19,9 @@ BATCH_NORM_NAMES = {
   "batch": "batch statistics",
 }
 
-BATCH_WARNING = "paper's released protocol, can overstate robustness"
+BATCH_WARNING = (
+  "paper's released protocol, no fixed classifier, its attack can fail"
+)
 
 OWN_BATCHES = "those of the batch that each attack made"
 """Batches of a worst case: each attack judges an image among other ones."""

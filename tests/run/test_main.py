@@ -379,17 +379,25 @@ def test_a_quick_look_changes_no_diagnostics(finished, quick_look):
   }
 
 
-def test_autoattack_by_name(finished, tmp_path, monkeypatch):
+def test_autoattack_by_name(finished, tmp_path, monkeypatch, caplog):
   """AutoAttack and an attack with parameters: measured once, shown everywhere."""
+  caplog.set_level("INFO", "atat_jax.evaluate")
   workdir = finished.copy(tmp_path / "run")
   names = ["autoattack-fast", "square:norm=l2:epsilon=0.5:num_queries=3"]
   made = tiny.config(
     evaluation__attacks=",".join(names),
     evaluation__num_examples=12,
-    evaluation__batch_norm=("running",),
   )
   tiny.run(workdir, "evaluate", made)
   rows = read_rows(workdir)
+  # With batch statistics its batches would be filled up: it is left out.
+  assert {mode for _, mode, attack in rows if attack == names[0]} == {"running"}
+  assert {mode for _, mode, attack in rows if attack == names[1]} == {
+    "running",
+    "batch",
+  }
+  told = f"evaluate: {names[0]} with running statistics only"
+  assert caplog.messages.count(told) == 1
   for model in ("teacher", "student"):
     fast, square = (rows[model, "running", name] for name in names)
     parts = fast["attacks"]

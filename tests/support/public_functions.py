@@ -1169,6 +1169,7 @@ PARTS = (
   "runs.inventory",
   "runs.locations",
   "runs.lock",
+  "runs.overfitting",
   "runs.provenance",
   "runs.results_format",
   "runs.tables",

@@ -10,9 +10,8 @@ through the batch's statistics. The gradient of an image then has parts (see
 margin by which the image is classified. Then the same network is attacked along
 one part at a time, with losses that differ in one respect.
 
-The parts "own" and "cross" take a backward pass for each image and step, hence
-`--num_rows`, the number of images that those attacks see, and `--row_methods` and
-`--row_seeds`, the networks that are attacked so.
+The part "own" takes a backward pass for each image and step: PGD along it runs
+on the first `--num_rows` images, for `--row_methods` and `--row_seeds`.
 """
 
 import argparse
@@ -36,21 +35,20 @@ Row = dict[str, Any]
 ATTACKS = (
   ("cross_entropy", "through"),
   ("cross_entropy", "fixed"),
-  ("cross_entropy", "own"),
-  ("cross_entropy", "cross"),
   ("unit", "through"),
   ("unfooled", "through"),
   ("margin", "through"),
   ("margin", "fixed"),
 )
-"""Loss and part of the gradient of each attack."""
+"""Loss and part of the gradient of each attack on all images."""
 
-BY_ROWS = ("own", "cross")
+PUBLISHED = ATTACKS[0]
+BY_ROWS = (("cross_entropy", "own"), ("cross_entropy", "cross"))
+"""Those that take a backward pass for each image: FGSM on all images, and PGD
+along the first of them on some."""
+
 EDGES = (-math.inf, 0.0, 2.0, 4.0, 6.0, 8.0, math.inf)
 """Edges of the bins of margins, true logit less the largest other one."""
-POINTS = (0, 10)
-"""Steps of the published attack after which gradients are taken apart."""
-
 WORDS = {
   "cross_entropy through": "cross-entropy, everything (as published)",
   "cross_entropy fixed": "cross-entropy, statistics fixed",
@@ -73,12 +71,16 @@ def _programs() -> tuple[Any, Any]:
   from benchmarks.support import cross_terms
 
   def attacked(
-    key: Any, network: Any, images: Any, labels: Any, numbers: Any, **kind: Any
+    key: Any, network: Any, images: Any, labels: Any, numbers: Any, route: str
   ) -> Any:
-    found = cross_terms.attack(key, network, images, labels, **numbers, **kind)
+    found = cross_terms.attack(
+      key, network, images, labels, **numbers, route=route
+    )
     return found, network.through(found).argmax(-1) == labels
 
-  def measured(network: Any, images: Any, labels: Any) -> dict[str, Any]:
+  def measured(
+    network: Any, images: Any, labels: Any, epsilon: Any
+  ) -> dict[str, Any]:
     logits = network.through(images)
     pull = cross_terms.pull("cross_entropy", logits, labels)
     parts = cross_terms.terms(network, images, pull)
@@ -90,6 +92,10 @@ def _programs() -> tuple[Any, Any]:
     def cosine(a: Any, b: Any) -> Any:
       return (flat(balls.unit("l2", a)) * flat(balls.unit("l2", b))).sum(-1)
 
+    def survives(part: Any) -> Any:
+      x = jnp.clip(images + epsilon * jnp.sign(part), 0, 1)
+      return network.through(x).argmax(-1) == labels
+
     lengths = {
       name: balls.length("l2", part) for name, part in parts._asdict().items()
     }
@@ -97,6 +103,8 @@ def _programs() -> tuple[Any, Any]:
       "margin": -losses.margin(logits, labels),
       "pull": jnp.linalg.norm(pull, axis=-1),
       **lengths,
+      "own": survives(parts.direct + parts.statistics),
+      "crossed": survives(parts.cross),
       "cosine": cosine(total, parts.direct),
       "agreement": (jnp.sign(flat(total)) == jnp.sign(flat(parts.direct))).mean(
         -1
@@ -104,7 +112,7 @@ def _programs() -> tuple[Any, Any]:
     }
 
   return (
-    compilation.jit(attacked, static_argnames=("loss", "route")),
+    compilation.jit(attacked, static_argnames="route"),
     compilation.jit(measured),
   )
 
@@ -154,6 +162,7 @@ class Setting:
 
     from atat_jax import rng, sharding
     from atat_jax.data import batches
+    from benchmarks.support import cross_terms
 
     attacked, _ = _programs()
     epsilon = self.numbers["epsilon"]
@@ -163,13 +172,12 @@ class Setting:
       "step_size": epsilon if name == "fgsm" else self.numbers["step_size"],
       "num_steps": 1 if name == "fgsm" else num_steps,
       "random_start": name != "fgsm",
+      "loss": cross_terms.LOSSES.index(loss),
     }
 
     def run(number: int, images: Any, labels: Any) -> Any:
       start = rng.stream(rng.stream(key, "evaluation", number), "start", 0)
-      return attacked(
-        start, self.network, images, labels, numbers, loss=loss, route=route
-      )
+      return attacked(start, self.network, images, labels, numbers, route=route)
 
     found: tuple[np.ndarray, np.ndarray] = batches.map_batches(
       run,
@@ -181,13 +189,17 @@ class Setting:
     return found
 
   def parts(self, images: np.ndarray) -> dict[str, np.ndarray]:
-    """Measures the parts of the gradients at given images, [N] each."""
+    """Measures the parts of the gradients at given images, [N] each.
+
+    "own" and "crossed" say who is classified correctly after a step of epsilon
+    along the own terms, or the cross terms, of all images of its batch.
+    """
     from atat_jax import sharding
     from atat_jax.data import batches
 
     _, measured = _programs()
     found: dict[str, np.ndarray] = batches.map_batches(
-      lambda _, *batch: measured(self.network, *batch),
+      lambda _, *batch: measured(self.network, *batch, self.numbers["epsilon"]),
       images,
       self.labels,
       batch_size=self.numbers["batch_size"],
@@ -235,76 +247,86 @@ def binned(
   return rows
 
 
-def _points(setting: Setting, rescued: np.ndarray) -> list[Row]:
-  """Takes gradients apart along the published attack."""
+def _point(
+  found: dict[str, np.ndarray], steps: int, rescued: np.ndarray
+) -> Row:
+  """Summarises the parts of the gradients after some steps of the attack."""
   from scipy import stats
 
-  rows = []
-  for steps in POINTS:
-    images = setting.images
-    if steps:
-      images, _ = setting.attack(
-        "pgd", "cross_entropy", "through", len(images), steps
-      )
-    found = setting.parts(images)
-    ratio = found["cross"] / np.maximum(found["direct"], 1e-37)
-    rows.append(
-      {
-        "steps": steps,
-        "bins": binned(found, rescued),
-        # Ranks, as margins and ratios span orders of magnitude.
-        "rank_correlation": float(
-          stats.spearmanr(found["margin"], ratio).statistic
-        ),
-        "fooled": float((found["margin"] < 0).mean()),
-        "pull_of_fooled": float(
-          found["pull"][found["margin"] < 0].sum() / found["pull"].sum()
-        ),
-      }
-    )
-  return rows
+  fooled = found["margin"] < 0
+  ratio = found["cross"] / np.maximum(found["direct"], 1e-37)
+  return {
+    "steps": steps,
+    "bins": binned(found, rescued),
+    # Ranks, as margins and ratios span orders of magnitude.
+    "rank_correlation": float(
+      stats.spearmanr(found["margin"], ratio).statistic
+    ),
+    "fooled": float(fooled.mean()),
+    "pull_of_fooled": float(found["pull"][fooled].sum() / found["pull"].sum()),
+  }
 
 
-def measure(setting: Setting, *, num_rows: int, num_steps: int) -> Row:
+def _attack_row(attack: str, loss: str, route: str, correct: np.ndarray) -> Row:
+  return {
+    "attack": attack,
+    "loss": loss,
+    "route": route,
+    "num_examples": len(correct),
+    "accuracy": float(correct.mean()),
+    "correct": _pack(correct),
+  }
+
+
+def measure(
+  setting: Setting, *, num_rows: int, num_steps: int, points: Sequence[int]
+) -> Row:
   """Attacks a network along the parts of its gradients, and measures them.
 
   Args:
     setting: The network and its images.
-    num_rows: Number of images of the attacks that take a pass for each; 0:
-      these attacks do not run.
+    num_rows: Number of images of PGD along own terms; 0: it does not run.
     num_steps: Number of steps of PGD.
+    points: Steps of the published attack before gradients are taken apart.
 
   Returns:
     "attacks", a list of accuracies in [0, 1] with the images that were
     classified correctly, and "points", gradients by margin.
   """
   count = len(setting.labels)
-  attacks, masks = [], {}
-  for name in ("fgsm", "pgd"):
-    for loss, route in ATTACKS:
-      size = min(count, num_rows) if route in BY_ROWS else count
-      if not size:
-        continue
-      _, correct = setting.attack(name, loss, route, size, num_steps)
+  pgd = f"pgd{num_steps}"
+  clean = setting.parts(setting.images)
+  attacks = [
+    _attack_row("fgsm", "cross_entropy", "own", clean["own"]),
+    _attack_row("fgsm", "cross_entropy", "cross", clean["crossed"]),
+  ]
+  masks = {}
+  for loss, route in ATTACKS:
+    for name in ("fgsm", pgd):
+      _, correct = setting.attack(name, loss, route, count, num_steps)
       masks[name, loss, route] = correct
-      attacks.append(
-        {
-          "attack": name if name == "fgsm" else f"pgd{num_steps}",
-          "loss": loss,
-          "route": route,
-          "num_examples": size,
-          "accuracy": float(correct.mean()),
-          "correct": _pack(correct),
-        }
-      )
+      attacks.append(_attack_row(name, loss, route, correct))
+  if num_rows:
+    kind = "cross_entropy", "own"
+    size = min(num_rows, count)
+    _, correct = setting.attack(pgd, *kind, size, num_steps)
+    attacks.append(_attack_row(pgd, *kind, correct))
   through, fixed = (
-    masks["pgd", "cross_entropy", route] for route in ("through", "fixed")
+    masks[pgd, "cross_entropy", route] for route in ("through", "fixed")
   )
+  rescued = through & ~fixed
+  rows = []
+  for steps in points:
+    found = clean
+    if steps:
+      images, _ = setting.attack(pgd, "cross_entropy", "through", count, steps)
+      found = setting.parts(images)
+    rows.append(_point(found, steps, rescued))
   return {
     "num_examples": count,
     **setting.numbers,
     "attacks": attacks,
-    "points": _points(setting, through & ~fixed),
+    "points": rows,
   }
 
 
@@ -338,6 +360,7 @@ def _rows(args: argparse.Namespace) -> Iterator[Row]:
           setting,
           num_rows=args.num_rows if by_rows else 0,
           num_steps=args.num_steps,
+          points=args.points,
         ),
       }
 
@@ -350,38 +373,46 @@ def _mean(values: Sequence[float], scale: float = 100) -> str:
   return text
 
 
-def _shared_accuracy(attack: Row, size: int) -> float:
+def _accuracy(attack: Row, size: int) -> float:
+  """Accuracy on the first images."""
   correct = _unpack(attack["correct"], attack["num_examples"])
   return float(correct[:size].mean())
 
 
 def attack_table(rows: Sequence[Row]) -> str:
-  """Tabulates accuracies (%), all attacks of a network on the same images.
+  """Tabulates accuracies (%), means over the seeds of a network.
 
-  Attacks that take a pass for each image see the first ones only, and all
-  others are counted on these.
+  An attack on fewer images has a line of its own, and beside it the published
+  attack on the same images.
   """
-  networks = list(dict.fromkeys(row["network"] for row in rows))
-  names = list(dict.fromkeys(a["attack"] for a in rows[0]["attacks"]))
-  lines = [
-    ["followed", *(f"{net}, {name}" for net in networks for name in names)]
+  columns = [
+    (network, name)
+    for network in dict.fromkeys(row["network"] for row in rows)
+    for name in dict.fromkeys(a["attack"] for a in rows[0]["attacks"])
   ]
-  for loss, route in ATTACKS:
-    cells = [WORDS[f"{loss} {route}"]]
-    for network in networks:
-      for name in names:
-        found = [
-          _shared_accuracy(
-            attack, min(a["num_examples"] for a in row["attacks"])
-          )
-          for row in rows
-          if row["network"] == network
-          for attack in row["attacks"]
-          if (attack["attack"], attack["loss"], attack["route"])
-          == (name, loss, route)
-        ]
-        cells.append(_mean(found) if found else "-")
-    lines.append(cells)
+  lines = [["followed", *(", ".join(column) for column in columns)]]
+  sizes = sorted({a["num_examples"] for row in rows for a in row["attacks"]})
+  for size, kind in itertools.product(reversed(sizes), (*ATTACKS, *BY_ROWS)):
+    accuracies: dict[tuple[str, str], list[float]] = {}
+    for row in rows:
+      shorter = {
+        a["attack"] for a in row["attacks"] if a["num_examples"] == size
+      }
+      for attack in row["attacks"]:
+        is_seen = attack["num_examples"] == size or (
+          kind == PUBLISHED and attack["attack"] in shorter
+        )
+        if (attack["loss"], attack["route"]) == kind and is_seen:
+          column = (row["network"], attack["attack"])
+          accuracies.setdefault(column, []).append(_accuracy(attack, size))
+    if accuracies:
+      words = WORDS[" ".join(kind)]
+      if size < sizes[-1]:
+        words += f", first {size} images"
+      cells = (accuracies.get(column) for column in columns)
+      lines.append(
+        [words, *(_mean(found) if found else "-" for found in cells)]
+      )
   return tables.markdown(lines)
 
 
@@ -446,7 +477,10 @@ def bin_table(rows: Sequence[Row], steps: int = 0) -> str:
 
 
 def table(rows: Sequence[Row]) -> str:
-  """Tabulates results of `measure` in Markdown."""
+  """Tabulates results of `measure` in Markdown.
+
+  Accuracies, and below them the parts of the gradients by margin.
+  """
   return f"{attack_table(rows)}\n\n{bin_table(rows)}"
 
 
@@ -480,6 +514,13 @@ def parser() -> argparse.ArgumentParser:
   add("--epsilon", type=machine.number, default=0.2)
   add("--step_size", type=machine.number, default=0.05)
   add("--num_steps", type=whole, default=20)
+  add(
+    "--points",
+    nargs="+",
+    type=int,
+    default=[0],
+    help="steps of the published attack before gradients are taken apart",
+  )
   return made
 
 

@@ -66,43 +66,56 @@ def _config(args: argparse.Namespace, seed: int) -> Any:
   return config
 
 
-def train(
-  plan: Any, dataset: Any, formula: str, num_steps: int | None
-) -> tuple[Any, Any, int]:
-  """Trains the student of a plan behind a normalisation.
+class Training:
+  """Student of a plan, to be trained behind several normalisations."""
 
-  Args:
-    plan: Plan of a method without a teacher, its network not normalising.
-    dataset: The data.
-    formula: Name in `FORMULAS`.
-    num_steps: Number of steps; None: that of the plan.
+  def __init__(self, plan: Any, dataset: Any, num_steps: int | None):
+    """Prepares the programs.
 
-  Returns:
-    Module, variables after the last step, and the number of steps.
-  """
-  from atat_jax import sharding, state
-  from atat_jax import train as training
-  from benchmarks.support import normalizations
+    Args:
+      plan: Plan of a method without a teacher, its network not normalising.
+      dataset: The data.
+      num_steps: Number of steps; None: that of the plan.
+    """
+    from atat_jax import sharding, train
+    from benchmarks.support import normalizations
 
-  spec = plan.data.spec
-  model = normalizations.Normalized(plan.model, formula, spec.mean, spec.std)
-  plan = dataclasses.replace(plan, model=model)
-  (stage,) = plan.stages
-  with tempfile.TemporaryDirectory() as folder:
-    outline = training.make_outline(
-      plan, stage, pathlib.Path(folder), len(dataset.train.labels)
-    )
-    total = num_steps or outline.total
-    outline = dataclasses.replace(outline, total=total, per_dispatch=1)
-    prepared = training.prepare(
+    spec = plan.data.spec
+    self.model = normalizations.Normalized(plan.model, spec.mean, spec.std)
+    plan = dataclasses.replace(plan, model=self.model)
+    (stage,) = plan.stages
+    with tempfile.TemporaryDirectory() as folder:
+      outline = train.make_outline(
+        plan, stage, pathlib.Path(folder), len(dataset.train.labels)
+      )
+    self.num_steps = num_steps or outline.total
+    outline = dataclasses.replace(outline, total=self.num_steps, per_dispatch=1)
+    self._prepared = train.prepare(
       plan, stage, None, dataset, sharding.make_mesh(), None, outline
     )
-    current = prepared.start([])
-    for step in range(total):
-      current = prepared.programs.take_steps(
+
+  def run(self, formula: str) -> Any:
+    """Trains from the first step; returns the variables after the last.
+
+    Args:
+      formula: Name in `FORMULAS`.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from atat_jax import state
+    from benchmarks.support import normalizations
+
+    current = self._prepared.start([])
+    old = current.params["formula"]
+    numbers = jnp.array(normalizations.FORMULAS[formula], old.dtype)
+    numbers = jax.device_put(numbers, old.sharding)
+    current = current.replace(params={**current.params, "formula": numbers})
+    for step in range(self.num_steps):
+      current = self._prepared.programs.take_steps(
         current, range(step, step + 1), None
       )
-  return model, state.evaluated(current), total
+    return state.evaluated(current)
 
 
 def thirds(values: np.ndarray) -> np.ndarray:
@@ -160,14 +173,14 @@ def evaluate(
   Returns:
     Accuracies in [0, 1] by protocol; that of PGD-20 by third of the images'
     contrast, and where the network normalises by the clean image in attack and
-    evaluation ("pgd20_anchored"; None where it is the same); the mean distance
-    by which PGD-20 moves an image's mean, and its mean factor on the contrast.
+    evaluation ("pgd20_anchored"); the mean distance by which PGD-20 moves an
+    image's mean, and its mean factor on the contrast.
   """
   from atat_jax import evaluation, models
   from benchmarks.support import normalizations
 
   classifier = models.classifier(model, variables)
-  found: Row = {"pgd20_anchored": None}
+  found: Row = {}
   for name in PROTOCOLS:
     protocol = evaluation.parse(
       name, epsilon=reference.epsilon, step_size=reference.step_size
@@ -187,13 +200,12 @@ def evaluate(
         "mean_shift": np.abs(shift).mean(),
         "contrast_factor": factor.mean(),
       }
-      if model.formula in normalizations.OWN:
-        found["pgd20_anchored"] = _attack(
-          functools.partial(normalizations.anchored, model, variables),
-          split,
-          protocol,
-          batch_size,
-        )[1].mean()
+      found["pgd20_anchored"] = _attack(
+        functools.partial(normalizations.anchored, model, variables),
+        split,
+        protocol,
+        batch_size,
+      )[1].mean()
   return _plain(found)
 
 
@@ -203,7 +215,7 @@ def _plain(value: Any) -> Any:
     return {name: _plain(one) for name, one in value.items()}
   if isinstance(value, list):
     return [_plain(one) for one in value]
-  return None if value is None else float(value)
+  return float(value)
 
 
 def _rows(args: argparse.Namespace) -> Iterator[Row]:
@@ -222,11 +234,11 @@ def _rows(args: argparse.Namespace) -> Iterator[Row]:
       )
     size = args.num_examples or len(dataset.test.labels)
     split = Split(dataset.test.images[:size], dataset.test.labels[:size])
+    training = Training(plan, dataset, args.num_steps)
     for formula in args.formulas:
-      model, variables, steps = train(plan, dataset, formula, args.num_steps)
       found = evaluate(
-        model,
-        variables,
+        training.model,
+        training.run(formula),
         plan.evaluation.validation,
         split,
         args.batch_size,
@@ -236,7 +248,7 @@ def _rows(args: argparse.Namespace) -> Iterator[Row]:
         "data": plan.data.name,
         "formula": formula,
         "training_seed": seed,
-        "num_steps": steps,
+        "num_steps": training.num_steps,
         "num_examples": size,
         "epsilon": plan.evaluation.validation.epsilon,
         **found,
@@ -279,7 +291,6 @@ def table(rows: Sequence[Row]) -> str:
       for row in found
       if row["training_seed"] in base
     ]
-    anchored = [row["pgd20_anchored"] for row in found]
     third = np.mean([row["pgd20_by_contrast"] for row in found], 0)
     lines.append(
       [
@@ -288,7 +299,7 @@ def table(rows: Sequence[Row]) -> str:
         _mean([row["pgd20"] for row in found]),
         _mean(paired) if paired and formula != "dataset" else "-",
         _mean([row["pgd20-margin"] for row in found]),
-        "-" if None in anchored else _mean(anchored),
+        _mean([row["pgd20_anchored"] for row in found]),
         ", ".join(f"{100 * value:.1f}" for value in third),
       ]
     )

@@ -98,6 +98,10 @@ def draw_batch_statistics(
 ) -> list[pathlib.Path]:
   """Draws the effect of batch statistics under one attack, as `draw` does.
 
+  Beside the attack as published are its variants, which attack the same
+  classifiers: with the statistics fixed, and with another loss. All panels
+  share one axis.
+
   Args:
     path: Path of a `comparison.json`.
     attack: Name of the attack.
@@ -106,12 +110,17 @@ def draw_batch_statistics(
   Returns:
     Paths of `batch_statistics_<data set>.png`.
   """
-  rows = [row for row in read(path)["rows"] if row["attack"] == attack]
+  rows = [
+    row
+    for row in read(path)["rows"]
+    if re.split("[-:]", row["attack"])[0] == attack
+  ]
   return [
     _draw(
       [row for row in rows if row["dataset"] == dataset],
       f"{dataset}: what batch statistics change",
       directory / f"batch_statistics_{_file_name(dataset)}.png",
+      one_axis=True,
     )
     for dataset in dict.fromkeys(row["dataset"] for row in rows)
   ]
@@ -123,7 +132,11 @@ def _file_name(dataset: str) -> str:
 
 
 def _draw(
-  rows: list[tables.Row], title: str, path: pathlib.Path
+  rows: list[tables.Row],
+  title: str,
+  path: pathlib.Path,
+  *,
+  one_axis: bool = False,
 ) -> pathlib.Path:
   """Draws one figure; a panel shows both BatchNorm modes of its protocol."""
   methods = list(dict.fromkeys(row["model"] for row in rows))
@@ -146,14 +159,19 @@ def _draw(
         for row in rows
         if tables.identity(row) == tables.identity(panel.protocol)
       ]
-      _panel(ax, panel.title, shown, methods)
+      limits = _limits(rows if one_axis else shown)
+      _panel(ax, panel.title, shown, methods, limits)
     fig.suptitle(plain(title))
     fig.legend(handles=_legend(rows), loc="outside lower center", ncols=3)
     return style.save(fig, path)
 
 
 def _panel(
-  ax: axes.Axes, title: str, rows: list[tables.Row], methods: list[str]
+  ax: axes.Axes,
+  title: str,
+  rows: list[tables.Row],
+  methods: list[str],
+  limits: tuple[float, float],
 ) -> None:
   ax.set_title(broken(plain(title), _LETTERS))
   ax.set_xlabel("accuracy (%)")
@@ -162,7 +180,7 @@ def _panel(
   ax.tick_params(axis="y", length=0)
   ax.grid(visible=False, axis="y")
   colors = style.model_colors(methods)
-  low, high = _limits(rows)
+  low, high = limits
   ax.set_xlim(low, high)
   ticks = ticker.MaxNLocator(6, steps=[1, 2, 5, 10]).tick_values(low, high)
   ax.set_xticks([t for t in ticks if low <= t <= high and 0 <= t <= 100])

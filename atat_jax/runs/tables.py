@@ -206,10 +206,14 @@ def in_paper_order(found: list[Column]) -> list[Column]:
 
 
 def _place(attack: str) -> int:
-  """Returns an attack's place: the paper's in its order, others, AutoAttack."""
-  if attack in _PAPER_ORDER:
-    return _PAPER_ORDER.index(attack)
-  return len(_PAPER_ORDER) + attack.startswith("autoattack")
+  """Returns an attack's place: the paper's in its order, others, AutoAttack.
+
+  The variants of an attack, as "pgd20-margin", are beside it.
+  """
+  name = re.split("[-:]", attack)[0]
+  if name in _PAPER_ORDER:
+    return _PAPER_ORDER.index(name)
+  return len(_PAPER_ORDER) + name.startswith("autoattack")
 
 
 NONFINITE = ("nonfinite", "nonfinite_points", "nonfinite_gradients")

@@ -96,17 +96,20 @@ def statistics(model: nn.Module, variables: Variables, images: Array) -> PyTree:
   return jax.lax.stop_gradient(jax.tree.map(lambda x: x / share, moved))
 
 
-def pull(loss: str, logits: Array, labels: Array) -> Array:
+def pull(loss: str | Array, logits: Array, labels: Array) -> Array:
   """Computes the gradient of the summed loss with respect to the logits.
 
   Args:
-    loss: Name in `LOSSES`.
+    loss: Name in `LOSSES`, or its number there, which may be traced.
     logits: [B, K].
     labels: int32 [B].
 
   Returns:
     [B, K].
   """
+  if not isinstance(loss, str):
+    every = [pull(name, logits, labels) for name in LOSSES]
+    return jnp.stack(every)[loss]
   name = "margin" if loss == "margin" else "cross_entropy"
   found = jax.grad(lambda z: losses.ATTACK_LOSSES[name](z, labels).sum())(
     logits
@@ -150,7 +153,12 @@ def terms(network: Passes, images: Array, cotangent: Array) -> Terms:
 
 
 def gradient(
-  network: Passes, images: Array, labels: Array, *, loss: str, route: str
+  network: Passes,
+  images: Array,
+  labels: Array,
+  *,
+  loss: str | Array,
+  route: str,
 ) -> Array:
   """Computes the part of a gradient that an attack follows.
 
@@ -158,7 +166,7 @@ def gradient(
     network: Passes of the network.
     images: [B, H, W, C].
     labels: int32 [B].
-    loss: Name in `LOSSES`.
+    loss: Name or number, see `pull`.
     route: Name in `ROUTES`.
 
   Returns:
@@ -181,7 +189,7 @@ def attack(
   images: Array,
   labels: Array,
   *,
-  loss: str,
+  loss: str | Array,
   route: str,
   epsilon: Scalar,
   step_size: Scalar,
@@ -197,7 +205,7 @@ def attack(
     network: Passes of the network.
     images: Clean images, [B, H, W, C].
     labels: int32 [B].
-    loss: Name in `LOSSES`.
+    loss: Name or number, see `pull`.
     route: Name in `ROUTES`.
     epsilon: Radius of the ball, in the unit of the pixels.
     step_size: Length of a step, in the same unit.

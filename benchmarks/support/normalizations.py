@@ -1,7 +1,13 @@
-"""Normalisations of the input that the package does not offer, to compare them."""
+"""Normalisations of the input as numbers, to compare them in one program.
+
+All are of one form: an offset is subtracted, the difference is divided by a
+gain and multiplied by a scale. Their numbers are a parameter that does not
+train, so that networks behind different normalisations are compiled once and
+start from the same weights.
+"""
 
 import dataclasses
-from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +15,45 @@ from flax import linen as nn
 
 from atat_jax.typing import Array, Variables
 
-Formula = Callable[[Array, Array, Array, Array, Array], Array]
-"""(images, own mean and deviation, mean and deviation of the data) to the
-network's input."""
+
+class Formula(NamedTuple):
+  """Numbers of a normalisation, most of them 0 or 1.
+
+  Attributes:
+    own_offset: Share of the image's mean in the offset.
+    data_offset: Share of the data's mean in the offset.
+    own_gain: Whether the image's deviation divides.
+    data_gain: Whether the data's deviation divides.
+    scale: Factor on the result.
+    constant: Whether gradients take the image's mean and deviation as given.
+    told: Factor on two more channels, the image's mean and deviation, which
+      are standardised by those of the data.
+  """
+
+  own_offset: float = 0.0
+  data_offset: float = 0.0
+  own_gain: float = 0.0
+  data_gain: float = 0.0
+  scale: float = 1.0
+  constant: float = 0.0
+  told: float = 0.0
+
+
+_DATASET = Formula(data_offset=1.0, data_gain=1.0)
+_PER_IMAGE = Formula(own_offset=1.0, own_gain=1.0)
+
+FORMULAS = {
+  "dataset": _DATASET,
+  "per_image": _PER_IMAGE,
+  "offset": Formula(own_offset=1.0, data_gain=1.0),
+  "gain": Formula(data_offset=1.0, own_gain=1.0),
+  "informed": _PER_IMAGE._replace(told=1.0),
+  "none": Formula(),
+  "double": _DATASET._replace(scale=2.0),
+  "half": _DATASET._replace(scale=0.5),
+  "constant": _PER_IMAGE._replace(constant=1.0),
+}
+"""Normalisations by name; "dataset" and "per_image" are the package's."""
 
 
 def own_statistics(images: Array) -> tuple[Array, Array]:
@@ -29,39 +71,36 @@ def own_statistics(images: Array) -> tuple[Array, Array]:
   return images.mean(axes, keepdims=True), jnp.sqrt(variance)
 
 
-def _constant(x: Array, m: Array, s: Array, mean: Array, std: Array) -> Array:
-  del mean, std
-  m, s = jax.lax.stop_gradient((m, s))
-  return (x - m) / s
+def normalize(
+  images: Array,
+  own: tuple[Array, Array],
+  data: tuple[Array, Array],
+  formula: Formula,
+) -> Array:
+  """Normalises images.
 
+  Args:
+    images: [B, H, W, C] in [0, 1].
+    own: Mean and deviation of each image, [B, 1, 1, 1] each.
+    data: Mean and deviation of the data set's pixels, [C] each.
+    formula: The numbers; they may be traced.
 
-def _informed(x: Array, m: Array, s: Array, mean: Array, std: Array) -> Array:
-  scale = std.mean()
-  told = [(m - mean.mean()) / scale, (s - scale) / scale]
-  shape = (*x.shape[:-1], 1)
-  return jnp.concatenate(
-    [(x - m) / s, *(jnp.broadcast_to(one, shape) for one in told)], -1
+  Returns:
+    [B, H, W, C + 2], the last two channels constant over an image.
+  """
+  mean, std = (
+    x + formula.constant * (jax.lax.stop_gradient(x) - x) for x in own
   )
-
-
-FORMULAS: dict[str, Formula] = {
-  "dataset": lambda x, m, s, mean, std: (x - mean) / std,
-  "per_image": lambda x, m, s, mean, std: (x - m) / s,
-  # One half of per_image each, the other half that of dataset.
-  "offset": lambda x, m, s, mean, std: (x - m) / std,
-  "gain": lambda x, m, s, mean, std: (x - mean) / s,
-  # per_image, and the mean and the deviation as two more channels.
-  "informed": _informed,
-  "none": lambda x, m, s, mean, std: x,
-  "double": lambda x, m, s, mean, std: 2 * (x - mean) / std,
-  "half": lambda x, m, s, mean, std: 0.5 * (x - mean) / std,
-  # per_image, whose gradient takes mean and deviation as constants.
-  "constant": _constant,
-}
-"""Normalisations by name; "dataset" and "per_image" are the package's."""
-
-OWN = ("per_image", "offset", "gain", "informed", "constant")
-"""Names of those that use mean or deviation of the image itself."""
+  offset = formula.own_offset * mean + formula.data_offset * data[0]
+  gain = jnp.where(formula.own_gain > 0, std, 1.0)
+  gain = gain * jnp.where(formula.data_gain > 0, data[1], 1.0)
+  found = formula.scale * (images - offset) / gain
+  typical = data[1].mean()
+  told = [(mean - data[0].mean()) / typical, (std - typical) / typical]
+  shape = (*images.shape[:-1], 1)
+  return jnp.concatenate(
+    [found, *(formula.told * jnp.broadcast_to(x, shape) for x in told)], -1
+  )
 
 
 class Normalized(nn.Module):
@@ -69,16 +108,15 @@ class Normalized(nn.Module):
 
   Attributes:
     network: The network.
-    formula: Name in `FORMULAS`.
     mean: Mean of the data set's pixels, one value a channel.
     std: Standard deviation of the same pixels.
   """
 
   network: nn.Module
-  formula: str
   mean: tuple[float, ...]
   std: tuple[float, ...]
 
+  @nn.compact
   def __call__(
     self, images: Array, *, train: bool = False, like: Array | None = None
   ) -> Array:
@@ -93,10 +131,11 @@ class Normalized(nn.Module):
     Returns:
       [B, K].
     """
+    numbers = self.param("formula", lambda _: jnp.array(_DATASET))
+    formula = Formula(*jax.lax.stop_gradient(numbers))
     own = own_statistics(images if like is None else like)
     data = jnp.asarray(self.mean), jnp.asarray(self.std)
-    found = FORMULAS[self.formula](images, *own, *data)
-    return self.network(found, train=train)
+    return self.network(normalize(images, own, data, formula), train=train)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -69,19 +69,31 @@ def test_own_normalisations_are_the_package_s():
 
   images = np.random.default_rng(0).uniform(size=(3, 4, 4, 3))
   images = jnp.asarray(images, jnp.float32).at[2].set(0.5)
-  mean, std = np.array([0.5, 0.4, 0.3]), np.array([0.2, 0.3, 0.4])
-  own = normalizations.own_statistics(images)
-  made = {
-    name: formula(images, *own, mean, std)
-    for name, formula in normalizations.FORMULAS.items()
+  mean, std = jnp.array([0.5, 0.4, 0.3]), jnp.array([0.2, 0.3, 0.4])
+
+  def made(name, x):
+    own = normalizations.own_statistics(x)
+    formula = normalizations.FORMULAS[name]
+    return normalizations.normalize(x, own, (mean, std), formula)
+
+  wanted = {
+    "per_image": standardize_images(images),
+    "constant": standardize_images(images),
+    "informed": standardize_images(images),
+    "dataset": (images - mean) / std,
+    "none": images,
+    "double": 2 * (images - mean) / std,
+    "offset": (images - images.mean((1, 2, 3), keepdims=True)) / std,
   }
-  np.testing.assert_allclose(
-    made["per_image"], standardize_images(images), atol=1e-5
-  )
-  np.testing.assert_allclose(made["constant"], made["per_image"])
-  np.testing.assert_allclose(made["informed"][..., :3], made["per_image"])
-  np.testing.assert_allclose(made["dataset"], (images - mean) / std, atol=1e-6)
-  assert made["informed"].shape == (3, 4, 4, 5)
+  for name, value in wanted.items():
+    found = made(name, images)
+    np.testing.assert_allclose(found[..., :3], value, atol=1e-5, err_msg=name)
+    told = np.abs(found[..., 3:]).max()
+    assert (told > 0) == (name == "informed")
+  # To one pixel the others are constants only where it is said.
+  for name, is_zero in (("per_image", False), ("constant", True)):
+    gradient = jax.grad(lambda x, name=name: made(name, x)[0, 0, 0, 0])(images)
+    assert (np.abs(gradient[0, 1:]).max() == 0) == is_zero, name
 
 
 @pytest.mark.slow
@@ -89,13 +101,17 @@ def test_a_training_behind_a_normalisation_is_evaluated(tmp_path):
   from atat_jax import data
   from atat_jax.config import make_plan
   from benchmarks import normalization
+  from benchmarks.support import normalizations
 
   args = normalization.parser().parse_args(["--set", "model.width=1"])
   plan = make_plan(normalization._config(args, 0))
   dataset = data.load("digits", validation_size=180)
-  model, variables, steps = normalization.train(plan, dataset, "per_image", 3)
-  assert steps == 3
+  training = normalization.Training(plan, dataset, 3)
+  model, variables = training.model, training.run("informed")
   assert model.network.width == 1
+  np.testing.assert_array_equal(
+    variables["params"]["formula"], normalizations.FORMULAS["informed"]
+  )
   split = data.Split(dataset.test.images[:24], dataset.test.labels[:24])
   found = normalization.evaluate(
     model, variables, plan.evaluation.validation, split, 24
@@ -113,10 +129,12 @@ def test_an_anchored_network_ignores_the_attack_s_own_mean(make_variables):
   inner = models.create(
     "wide_resnet", depth=8, width=1, stem_channels=4, normalization="none"
   )
-  model = normalizations.Normalized(inner, "per_image", (0.5,), (0.3,))
+  model = normalizations.Normalized(inner, (0.5,), (0.3,))
   images = np.random.default_rng(0).uniform(0.2, 0.6, (4, 8, 8, 1))
   images = images.astype(np.float32)
   variables = make_variables(model, images)
+  numbers = jnp.array(normalizations.FORMULAS["per_image"])
+  variables["params"]["formula"] = numbers
   classifier = jax.jit(models.classifier(model, variables))
   anchored = jax.jit(normalizations.anchored(model, variables, images))
   np.testing.assert_allclose(anchored(images), classifier(images), atol=1e-4)

@@ -38,6 +38,7 @@ HEADLINE = (
   Column("the same, margin loss", "pgd20-margin", "batch"),
   Column("PGD-20, running statistics", "pgd20", "running"),
   Column("PGD-20, margin, running", "pgd20-margin", "running"),
+  Column("worst case, running", tables.WORST_CASE, "running"),
   Column("AutoAttack fast, running", AUTOATTACK, "running"),
 )
 HEADLINE_ROWS = {
@@ -57,6 +58,7 @@ HEADLINE_ROWS = {
 ABLATION = (
   Column("PGD-20", "pgd20", "running"),
   Column("PGD-20, margin", "pgd20-margin", "running"),
+  Column("worst case", tables.WORST_CASE, "running"),
   Column("AutoAttack fast", AUTOATTACK, "running"),
 )
 _WEIGHTS = {

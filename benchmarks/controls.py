@@ -141,27 +141,6 @@ def accuracies(
   return "\n\n".join(parts)
 
 
-def difference(row: Row, control: Row) -> Row:
-  """Compares two methods seed by seed.
-
-  Args:
-    row: Row of a comparison.
-    control: Row of the control.
-
-  Returns:
-    "accuracy", the mean difference, its "standard_error" and "num_runs"; empty
-    where they share no seed.
-  """
-  own, other = row.get("accuracies", {}), control.get("accuracies", {})
-  gaps = [
-    accuracy - other[seed] for seed, accuracy in own.items() if seed in other
-  ]
-  if not gaps:
-    return {}
-  mean, error = merge.mean_and_error(gaps)
-  return {"accuracy": mean, "standard_error": error, "num_runs": len(gaps)}
-
-
 def ablation(found: dict[str, Any]) -> str:
   """Writes accuracies, and their paired differences from the control."""
   parts = []
@@ -172,9 +151,10 @@ def ablation(found: dict[str, Any]) -> str:
     for label in _labels(found, ABLATION_ROWS):
       name, control = ABLATION_ROWS[label]
       own = [find(found, dataset, label, column) for column in ABLATION]
+      base = [find(found, dataset, control, column) for column in ABLATION]
       gaps = [
-        difference(row, find(found, dataset, control, column))
-        for row, column in zip(own, ABLATION, strict=True)
+        merge.paired_difference(row, other) if row and other else None
+        for row, other in zip(own, base, strict=True)
       ]
       compared = [
         layout.points(gap) if gap and label != control else "–" for gap in gaps

@@ -113,6 +113,20 @@ def _labels(found: dict[str, Any], wanted: Iterable[str]) -> list[str]:
   return [label for label in wanted if label in present]
 
 
+def _measured(
+  found: dict[str, Any],
+  dataset: str,
+  labels: Sequence[str],
+  columns: Sequence[Column],
+) -> list[Column]:
+  """Selects the columns that any method has a number in."""
+  return [
+    column
+    for column in columns
+    if any(find(found, dataset, label, column) for label in labels)
+  ]
+
+
 def accuracies(
   found: dict[str, Any], rows: dict[str, str], columns: Sequence[Column]
 ) -> str:
@@ -129,11 +143,7 @@ def accuracies(
   parts = []
   for dataset in layout.datasets(found):
     labels = _labels(found, rows)
-    shown = [
-      column
-      for column in columns
-      if any(find(found, dataset, label, column) for label in labels)
-    ]
+    shown = _measured(found, dataset, labels, columns)
     lines = [["accuracy (%)", *(column.head for column in shown), "seeds"]]
     for label in labels:
       cells = [find(found, dataset, label, column) for column in shown]
@@ -147,13 +157,15 @@ def ablation(found: dict[str, Any]) -> str:
   """Writes accuracies, and their paired differences from the control."""
   parts = []
   for dataset in layout.datasets(found):
-    head = ["training", *(column.head for column in ABLATION)]
-    head += [f"{column.head}, minus control" for column in ABLATION]
+    labels = _labels(found, ABLATION_ROWS)
+    columns = _measured(found, dataset, labels, ABLATION)
+    head = ["training", *(column.head for column in columns)]
+    head += [f"{column.head}, minus control" for column in columns]
     lines = [[*head, "seeds"]]
-    for label in _labels(found, ABLATION_ROWS):
+    for label in labels:
       name, control = ABLATION_ROWS[label]
-      own = [find(found, dataset, label, column) for column in ABLATION]
-      base = [find(found, dataset, control, column) for column in ABLATION]
+      own = [find(found, dataset, label, column) for column in columns]
+      base = [find(found, dataset, control, column) for column in columns]
       gaps = [
         merge.paired_difference(row, other) if row and other else None
         for row, other in zip(own, base, strict=True)

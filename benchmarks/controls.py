@@ -6,6 +6,8 @@ one thing, seed by seed. `benchmarks.reproduction` writes these tables into
 docs/reproduction.md.
 """
 
+import math
+import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -102,6 +104,15 @@ def find(found: dict[str, Any], dataset: str, label: str, of: Column) -> Row:
     if own == (dataset, label, of.attack, of.batch_norm):
       return row
   return {}
+
+
+def mean(values: Sequence[float]) -> str:
+  """Writes the mean of shares in percent, with its standard error."""
+  text = f"{100 * statistics.mean(values):.1f}"
+  if len(values) > 1:
+    error = statistics.stdev(values) / math.sqrt(len(values))
+    text += f" ± {100 * error:.1f}"
+  return text
 
 
 def _percent(row: Row) -> str:

@@ -11,7 +11,6 @@ import ctypes
 import dataclasses
 import gc
 import itertools
-import pathlib
 import statistics
 import sys
 import time
@@ -208,18 +207,31 @@ LIMIT = MEGABYTES / 2
 """Growth in a typical block that is a leak, in MB; half of one copy."""
 
 
-def resident() -> float:
-  """Returns the anonymous resident memory of this process in MB.
+class _Allocations(ctypes.Structure):
+  """Answer of glibc's mallinfo2."""
 
-  Free memory that glibc keeps is given back first: its peaks are no leak. Pages
-  of files are not counted: the kernel takes them as it likes.
+  _fields_ = tuple(
+    (name, ctypes.c_size_t)
+    for name in (
+      *("arena", "ordblks", "smblks", "hblks", "mapped"),
+      *("usmblks", "fsmblks", "used", "fordblks", "keepcost"),
+    )
+  )
+
+
+def allocated() -> float:
+  """Returns what is allocated in this process in MB.
+
+  Resident memory tells less: threads keep up to 64 MB each that new arrays fill
+  unseen, and the kernel takes pages of files and of zeros as it likes. Small
+  objects of Python, which are not glibc's, count as 64 bytes.
   """
   gc.collect()
-  with contextlib.suppress(OSError, AttributeError):
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-  status = pathlib.Path("/proc/self/status").read_text().splitlines()
-  (line,) = (line for line in status if line.startswith("RssAnon:"))
-  return int(line.split()[1]) / 2**10
+  ask = ctypes.CDLL("libc.so.6").mallinfo2
+  ask.restype = _Allocations
+  found = ask()
+  small = 64 * sys.getallocatedblocks()
+  return (found.used + found.mapped + small) / 2**20
 
 
 @contextlib.contextmanager
@@ -240,7 +252,7 @@ class Growth:
   """What repetitions left behind.
 
   Attributes:
-    memory: Resident memory after the warm-up and after each block, in MB.
+    memory: Allocated memory after the warm-up and after each block, in MB.
     compilations: Programs compiled after the warm-up.
     seconds: Duration of the repetitions after the warm-up.
   """
@@ -283,12 +295,12 @@ def measure(
     jax.block_until_ready(repeat(number))
   ends = [work.warm_up + repetitions * i // BLOCKS for i in range(BLOCKS + 1)]
   with nothing_older_dies():
-    memory, compilations = [resident()], compiled()
+    memory, compilations = [allocated()], compiled()
     began = time.perf_counter()
     for numbers in itertools.starmap(range, itertools.pairwise(ends)):
       for number in numbers:
         jax.block_until_ready(repeat(number))
-      memory.append(resident())
+      memory.append(allocated())
     seconds = time.perf_counter() - began
   return Growth(tuple(memory), compiled() - compilations, seconds)
 

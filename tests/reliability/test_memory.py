@@ -37,7 +37,12 @@ def block(megabytes):
 )
 def test_a_leak_is_seen(make, compilations):
   kept = []
-  found = measured(lambda number: kept.append(make(number)), compilations)
+
+  def repeat(number):
+    kept.append(make(number))
+    return kept[-1]
+
+  found = measured(repeat, compilations)
   assert found.leaks, found
 
 

@@ -253,7 +253,7 @@ def _run(root: pathlib.Path, *arguments: str) -> str:
     env={**os.environ, "PYTHONPATH": str(root), "PYTEST_ADDOPTS": ""},
     capture_output=True,
     text=True,
-    timeout=540,
+    timeout=1800,
   )
   assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
   return done.stdout + done.stderr

@@ -69,10 +69,14 @@ def training() -> dict[str, Any]:
 
 def _data() -> dict[str, Any]:
   return {
-    "name": "cifar10",  # a name in atat_jax.data.DATASETS
-    "dir": placeholder(str),  # tfds directory, archive or .npz; None: usual
+    # A name in atat_jax.data.DATASETS; your own: npz, folder, tfds:<name>.
+    "name": "cifar10",
+    "dir": placeholder(
+      str
+    ),  # tfds directory, archive, folder, .npz; None: usual
     "cache_dir": placeholder(str),  # decoded copies; None: the user's cache
     "source": "auto",  # tfds, binary, python
+    "size": 0,  # side of pictures in folders, resized and cropped; 0: as they are
     "validation_size": 1024,  # held out of the training split
     "padding": 4,  # pixels before the random crop; 0: no crop
     "flip": True,  # mirror at random

@@ -103,13 +103,12 @@ class DataPlan:
   @functools.cached_property
   def spec(self) -> data.DatasetSpec:
     """Description of the data set, which some are read for, once."""
-    return data.spec(
-      self.name,
-      data_dir=self.dir,
-      cache_dir=self.cache_dir,
-      source=self.source,
-      size=self.size,
-    )
+    where = {"data_dir": self.dir, "cache_dir": self.cache_dir}
+    try:
+      return data.spec(self.name, **where, source=self.source, size=self.size)
+    except UserError as error:
+      # The field has a shorter name than the argument.
+      raise UserError(str(error).removeprefix("data_")) from None
 
   def load(self) -> data.Dataset:
     """Loads the data set.

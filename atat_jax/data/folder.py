@@ -61,27 +61,16 @@ def read(
     )
   root = locations.expand("data_dir", data_dir)
   try:
-    train, test = _splits(root)
-    classes = _folders(train)
-    unknown = [x for x in _folders(test) if x not in classes]
-    if unknown:
-      raise UserError(
-        f"{test / unknown[0]}: a class that {train} does not have"
-      )
-    found = [_pictures(part, classes) for part in (train, test)]
-    filled = {label for _, label in found[0]}
-    for label, folder in enumerate(classes):
-      if label not in filled:
-        raise UserError(f"{train / folder}: no pictures; allowed: some in each")
+    classes, found = _list(root)
   except OSError as error:
     raise UserError(f"data_dir={root}: {error.strerror or error}") from None
 
-  def decode() -> own.Arrays:
+  def decode() -> own.Contents:
     paths = [path for part in found for path, _ in part]
     images = _decode(paths, size)
     labels = np.array([label for part in found for _, label in part], np.int64)
     cut = len(found[0])
-    return own.Arrays(
+    return own.Contents(
       base.Split(images[:cut], labels[:cut]),
       base.Split(images[cut:], labels[cut:]),
       tuple(classes),
@@ -95,6 +84,23 @@ def read(
     cache_dir=cache_dir,
     size=size,
   )
+
+
+def _list(
+  root: pathlib.Path,
+) -> tuple[list[str], list[list[tuple[pathlib.Path, int]]]]:
+  """Lists the classes, and the pictures of both splits with their labels."""
+  train, test = _splits(root)
+  classes = _folders(train)
+  unknown = [x for x in _folders(test) if x not in classes]
+  if unknown:
+    raise UserError(f"{test / unknown[0]}: a class that {train} does not have")
+  found = [_pictures(part, classes) for part in (train, test)]
+  filled = {label for _, label in found[0]}
+  for label, name in enumerate(classes):
+    if label not in filled:
+      raise UserError(f"{train / name}: no pictures; allowed: some in each")
+  return classes, found
 
 
 def _splits(root: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:

@@ -17,7 +17,7 @@ from atat_jax.runs import locations
 from atat_jax.untrusted import arrays, zips
 
 KEYS = ("train_images", "train_labels", "test_images", "test_labels")
-"""Arrays that a file must have."""
+"""Contents that a file must have."""
 
 _OPTIONAL = "class_names"
 
@@ -68,7 +68,7 @@ def read(
     for part in ("train", "test")
   )
   return own.checked(
-    f"npz:{name or path.stem}", own.Arrays(train, test, read_names), path
+    f"npz:{name or path.stem}", own.Contents(train, test, read_names), path
   )
 
 

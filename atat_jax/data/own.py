@@ -28,7 +28,7 @@ _MOST_CHANNELS = 4
 _log = logging.getLogger(__name__)
 
 
-class Arrays(NamedTuple):
+class Contents(NamedTuple):
   """Splits of a data set, and one name for every label."""
 
   train: base.Split
@@ -66,7 +66,7 @@ def decoder(size: int) -> Callable[[bytes], np.ndarray]:
   return decode
 
 
-def describe(name: str, arrays: Arrays) -> base.DatasetSpec:
+def describe(name: str, arrays: Contents) -> base.DatasetSpec:
   """Describes a data set by its arrays.
 
   Args:
@@ -99,7 +99,7 @@ def describe(name: str, arrays: Arrays) -> base.DatasetSpec:
   )
 
 
-def checked(name: str, arrays: Arrays, where: object) -> Described:
+def checked(name: str, arrays: Contents, where: object) -> Described:
   """Describes a data set and checks its splits against the description.
 
   Args:
@@ -131,7 +131,7 @@ def checked(name: str, arrays: Arrays, where: object) -> Described:
     raise UserError(f"{where}: two classes are named {twice!r}")
   if not len(train.images):
     raise UserError(f"{where} (train): holds no images")
-  spec = describe(name, Arrays(train, test, names))
+  spec = describe(name, Contents(train, test, names))
   train, test = (
     base.checked_split(spec, *split, where=f"{where} ({part})")
     for part, split in (("train", train), ("test", test))
@@ -198,7 +198,7 @@ def cached(
   name: str,
   place: pathlib.Path,
   read_from: Sequence[pathlib.Path],
-  decode: Callable[[], Arrays],
+  decode: Callable[[], Contents],
   *,
   cache_dir: str | None,
   size: int,

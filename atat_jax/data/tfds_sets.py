@@ -227,6 +227,38 @@ def _describe(directory: pathlib.Path, name: str) -> _Described:
   return _Described({"train": "train", "test": test}, known["label"].names)
 
 
+def _newest(root: pathlib.Path, name: str) -> pathlib.Path:
+  """Finds the newest version that holds array_record files."""
+  for directory in versions(root, name):
+    if records(directory, name):
+      return directory
+  raise UserError(
+    f"tfds:{name} not found: looked for {name}/<version>/"
+    f"{name.partition('/')[0]}-*.array_record* in {root}; prepare it where"
+    " TensorFlow is, with tfds.builder(name, file_format='array_record')"
+    ".download_and_prepare()"
+  )
+
+
+def _decode_any(directory: pathlib.Path, name: str, size: int) -> own.Contents:
+  """Decodes a prepared version of any set."""
+  try:
+    described = _describe(directory, name)
+  except Exception as error:  # whatever tfds finds wrong
+    raise UserError(f"{directory}: {base.first_line(error)}") from error
+  found = read(
+    directory,
+    name,
+    own.decoder(size),
+    splits=described.splits,
+    remedy="allowed: pictures with labels",
+  )
+  train, test = (
+    base.Split(found[split][0], found[split][1][:, 0]) for split in found
+  )
+  return own.Contents(train, test, tuple(described.class_names))
+
+
 def read_any(
   name: str,
   *,
@@ -258,45 +290,13 @@ def read_any(
       " tfds:svhn_cropped"
     )
   root = locations.expand("data_dir", data_dir) if data_dir else None
-  root = root or default_data_dir()
-  for directory in versions(root, name):
-    found = records(directory, name)
-    if found:
-      break
-  else:
-    raise UserError(
-      f"tfds:{name} not found: looked for {name}/<version>/"
-      f"{name.partition('/')[0]}-*.array_record* in {root}; prepare it where"
-      " TensorFlow is, with tfds.builder(name, file_format='array_record')"
-      ".download_and_prepare()"
-    )
+  directory = _newest(root or default_data_dir(), name)
 
-  def decoded() -> own.Arrays:
-    try:
-      described = _describe(directory, name)
-    except Exception as error:
-      raise UserError(f"{directory}: {base.first_line(error)}") from error
-    arrays = read(
-      directory,
-      name,
-      own.decoder(size),
-      splits=described.splits,
-      remedy="allowed: pictures with labels; see docs/files.md",
-    )
-    parts = {
-      split: base.Split(images, labels[:, 0])
-      for split, (images, labels) in arrays.items()
-    }
-    return own.Arrays(
-      parts["train"], parts["test"], tuple(described.class_names)
-    )
-
-  info = directory / "dataset_info.json"
   return own.cached(
     f"tfds:{name}",
     directory,
-    [info, *found],
-    decoded,
+    [directory / "dataset_info.json", *records(directory, name)],
+    lambda: _decode_any(directory, name, size),
     cache_dir=cache_dir,
     size=size,
   )

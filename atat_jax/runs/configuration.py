@@ -51,7 +51,13 @@ _TRAINING = {
 _LATER: dict[str, tuple[str, dict[str, Any]]] = {
   "data": (
     "padding",
-    {"mix": "none", "mix_alpha": 1.0, "extra": None, "extra_fraction": 0.7},
+    {
+      "size": 0,
+      "mix": "none",
+      "mix_alpha": 1.0,
+      "extra": None,
+      "extra_fraction": 0.7,
+    },
   ),
   "objective": (
     "num_steps",

@@ -30,14 +30,19 @@ from benchmarks.support.machine import ROOT
 PAGE = ROOT / "docs" / "reproduction.md"
 RESULTS = ROOT / "docs" / "results" / "methods.json"
 FIGURES = ROOT / "docs" / "figures"
-OTHERS = (
-  "costs",
-  "longer",
-  "mechanism",
-  "mechanism_own",
-  "normalization",
-)
-"""Parts with a result file of their own beside the comparison."""
+OTHERS = {
+  "headline": "controls",
+  "ablation": "controls",
+  "costs": "costs",
+  "mechanism": "mechanism",
+  "mechanism_own": "mechanism_own",
+  "normalization": "normalization",
+  "normalization_cifar10": "normalization_cifar10",
+}
+"""Parts with a result file of their own beside the comparison, and its name.
+
+`controls.json` is a comparison of the runs with the epochs of `configs/digits.py`.
+"""
 ATTACK = "pgd20"  # the paper's headline
 
 _NOT_MEASURED = "Not measured yet."
@@ -62,7 +67,7 @@ def generate(page: str, results: pathlib.Path) -> str:
   def part(name: str) -> str:
     measured = found
     if name in OTHERS:
-      measured = files.read_json(results.with_name(f"{name}.json"))
+      measured = files.read_json(results.with_name(f"{OTHERS[name]}.json"))
     text = None if measured is None else PARTS[name](measured)
     return text or _NOT_MEASURED
 
@@ -148,14 +153,15 @@ def _provenance(found: dict[str, Any]) -> str:
 
 PARTS = {
   "headline": controls.headline,
-  "ablation": controls.ablation,
+  "ablation": lambda found: f"{controls.ablation(found)}\n\n{_provenance(found)}",
+  "shorter": controls.ablation,
   "accuracies": _accuracies,
   "batch_statistics": _batch_statistics,
   "costs": _costs,
-  "longer": lambda found: f"{controls.ablation(found)}\n\n{_provenance(found)}",
   "mechanism": _experiment(mechanism.table),
   "mechanism_own": _experiment(mechanism.attack_table),
   "normalization": _experiment(normalization.table),
+  "normalization_cifar10": _experiment(normalization.table),
   "training": _training,
   "provenance": _provenance,
 }

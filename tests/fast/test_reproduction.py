@@ -46,7 +46,9 @@ def test_the_page_says_what_was_measured(reproduction):
   assert sorted(markers) == sorted(reproduction.PARTS)
   results, others = reproduction.RESULTS, reproduction.OTHERS
   missing = 0 if results.exists() else len(markers) - len(others)
-  missing += sum(not results.with_name(f"{x}.json").exists() for x in others)
+  missing += sum(
+    not results.with_name(f"{x}.json").exists() for x in others.values()
+  )
   assert text.count("Not measured yet.") == missing
   for name in re.findall(r"\(figures/(\w+\.png)\)", text):
     assert (reproduction.FIGURES / name).exists()

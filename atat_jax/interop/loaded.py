@@ -46,6 +46,18 @@ class Loaded:
     """Number of channels of an image."""
     return self.variables["params"][self.first]["kernel"].shape[2]
 
+  @property
+  def image_side(self) -> int:
+    """Side in pixels of the images that the network was published for."""
+    model: Any = self.model
+    if hasattr(model, "image_size"):
+      return int(model.image_size)
+    small = self.name in ("wide_resnet", "preact_resnet18") or (
+      getattr(model, "small_images", False)
+      or getattr(model, "patch_size", 16) < 16
+    )
+    return 32 if small else 224
+
 
 def normalization_in_words(model: Any) -> str:
   """Returns what a network does to its images first, in words.

@@ -29,7 +29,7 @@ def load(
       check (`sanity`), which can change the normalisation and decides between
       networks that files do not tell apart; None: no check.
     labels: True classes [N] of the images.
-    num_examples: Number of images for the check, the first ones.
+    num_examples: Number of images for the check, evenly spread.
     entry: Entry of the checkpoint to take; None: see `read_state_dict`.
     **fields: Fields of the network that are known, such as num_classes or
       activated_shortcut; they precede what the layout says.
@@ -48,6 +48,9 @@ def load(
   known = {x for name in models.MODELS for x in models.field_names(name)}
   for field in fields:
     checks.choice("field", field, known)
+  if images is not None:  # before the file is read
+    sanity_check.examples(images, labels, 1)
+  checks.count("num_examples", num_examples)
   try:
     found = recognition.recognize(path, entry, fields)
     candidates = results.alternatives(path, found)

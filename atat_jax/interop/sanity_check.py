@@ -148,13 +148,6 @@ def _is_better(right: np.ndarray, than: np.ndarray) -> bool:
   return bool(gained - lost > _SIGMAS * math.sqrt(gained + lost))
 
 
-def _is_chance(right: np.ndarray, classes: np.ndarray, of: int) -> bool:
-  """Whether predictions are right no more often than drawn ones."""
-  share, number = 1 / of, len(right)
-  bound = share + _SIGMAS * math.sqrt(share * (1 - share) / number)
-  return bool(right.mean() <= bound) or len(np.unique(classes)) == 1
-
-
 class _Trial(NamedTuple):
   """One network, its images prepared in one way."""
 
@@ -162,6 +155,17 @@ class _Trial(NamedTuple):
   how: _Preparation
   classes: np.ndarray
   right: np.ndarray
+
+
+def _is_chance(trial: _Trial, labels: np.ndarray, of: int) -> bool:
+  """Whether predictions are right no more often than drawn ones.
+
+  Of a few images that cannot be said.
+  """
+  share, number = 1 / of, len(labels)
+  bound = share + _SIGMAS * math.sqrt(share * (1 - share) / number)
+  constant = len(np.unique(trial.classes)) == 1 < len(np.unique(labels))
+  return bound < 1 and (constant or bool(trial.right.mean() <= bound))
 
 
 def _try(
@@ -194,10 +198,10 @@ def _with(trial: _Trial) -> Loaded:
   if how.reverse:
     variables = with_channels_reversed(loaded)
     mean, std = (x[::-1] if x else x for x in (mean, std))
-  model: Any = loaded.model
-  model = model.clone(normalization=how.normalization)
+  fields: dict[str, Any] = {"normalization": how.normalization}
   if mean is not None:
-    model = model.clone(mean=mean, std=std)
+    fields |= {"mean": mean, "std": std}
+  model: Any = loaded.model.clone(**fields)
   words = how.words if how.reverse else normalization_in_words(model)
   return dataclasses.replace(
     loaded, model=model, variables=variables, normalization=words
@@ -216,23 +220,43 @@ def _best(trials: Sequence[_Trial]) -> _Trial:
   return best
 
 
-def _examples(
-  loaded: Loaded, images: Any, labels: Any, num_examples: int
+def examples(
+  images: Any, labels: Any, num_examples: int
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Checks images and labels, and returns the first of them, in [0, 1]."""
+  """Checks images and labels, and returns some of them, evenly spread.
+
+  Args:
+    images: [N, H, W, C], uint8 or float in [0, 1].
+    labels: True classes [N].
+    num_examples: Most images to return.
+
+  Returns:
+    float32 [n, H, W, C] in [0, 1], and labels [n].
+
+  Raises:
+    UserError: Arrays of another shape, dtype or range.
+  """
   checks.count("num_examples", num_examples)
-  images = checks.host("images", images)[:num_examples]
-  labels = checks.host("labels", labels)[:num_examples]
+  images, labels = checks.host("images", images), checks.host("labels", labels)
+  if images.ndim == 4 and labels.shape == images.shape[:1]:
+    # Data can be in the order of the classes.
+    number = min(len(images), num_examples)
+    spread = np.arange(number) * len(images) // max(number, 1)
+    images, labels = images[spread], labels[spread]
   if images.dtype == np.uint8:
     images = images.astype(np.float32) / np.float32(255)
   checks.inspect_images(images)
+  checks.inspect_labels(labels, len(images), base.LARGEST)
+  return images.astype(np.float32), labels
+
+
+def _check_fit(loaded: Loaded, images: np.ndarray, labels: np.ndarray) -> None:
   checks.inspect_labels(labels, len(images), _num_classes(loaded))
   if images.shape[-1] != loaded.num_channels:
     raise UserError(
       f"images: {images.shape[-1]} channels; allowed: {loaded.num_channels}, as"
       " the weights have"
     )
-  return images.astype(np.float32), labels
 
 
 def _num_classes(loaded: Loaded) -> int:
@@ -273,7 +297,7 @@ def decide(
     candidates: Networks that differ in fields that the file does not show.
     images: [N, H, W, C], uint8 or float in [0, 1].
     labels: True classes [N].
-    num_examples: Number of images that are taken, the first ones.
+    num_examples: Number of images that are taken, evenly spread.
 
   Returns:
     The best network, and its accuracy.
@@ -281,8 +305,9 @@ def decide(
   Raises:
     UserError: See `sanity`; two networks that are equally good.
   """
-  examples = _examples(candidates[0], images, labels, num_examples)
-  trials = [_try(loaded, *examples) for loaded in candidates]
+  images, labels = examples(images, labels, num_examples)
+  _check_fit(candidates[0], images, labels)
+  trials = [_try(loaded, images, labels) for loaded in candidates]
   chosen = [_best(group) for group in trials]
   order = sorted(
     range(len(chosen)), key=lambda i: int(chosen[i].right.sum()), reverse=True
@@ -290,7 +315,7 @@ def decide(
   best, group = chosen[order[0]], trials[order[0]]
   tried = {x.how.words: float(x.right.mean()) for x in group}
   number, of = len(best.right), _num_classes(best.loaded)
-  if _is_chance(best.right, best.classes, of):
+  if _is_chance(best, labels, of):
     listed = ", ".join(f"{k} {_percent(v)}" for k, v in tried.items())
     raise UserError(
       f"weights: chance level, {_percent(best.right.mean())} of {number} images"
@@ -326,7 +351,7 @@ def sanity(
     loaded: Result of `load`.
     images: Clean images [N, H, W, C], uint8 or float in [0, 1].
     labels: True classes [N].
-    num_examples: Number of images that are taken, the first ones.
+    num_examples: Number of images that are taken, evenly spread.
 
   Returns:
     Accuracy, what was tried, and the network with the best preparation.

@@ -109,6 +109,11 @@ def _check_channels(number: int) -> None:
     )
 
 
+def _place(x: np.ndarray) -> tuple[object, ...]:
+  """Returns where numbers lie: a tensor can be saved under two names."""
+  return x.__array_interface__["data"], x.shape, x.strides, x.dtype.str
+
+
 @dataclasses.dataclass
 class Fit:
   """Network's variables from a file, and what does not fit.
@@ -182,7 +187,12 @@ def fit(
     return jnp.asarray(x, jnp.float32)
 
   variables = jax.tree_util.tree_map_with_path(take, expected)
-  unknown = [name for name in left if not _UNUSED.fullmatch(name)]
+  used = {_place(x) for name, x in tensors.items() if name not in left}
+  unknown = [
+    name
+    for name, x in left.items()
+    if not _UNUSED.fullmatch(name) and _place(x) not in used
+  ]
   return Fit(variables, missing, unknown, misshapen)
 
 

@@ -915,14 +915,46 @@ ENTRIES += [
   Entry(
     interop.load_torch,
     lambda w: {"path": w.folder / "x.pth", "model": models.create("vgg16")},
-    {"path": "file", "model": "model", "num_channels": "count"},
+    {
+      "path": "file",
+      "model": "model",
+      "num_channels": "count",
+      "entry": "text?",
+      "check_fields": "boolean",
+    },
     {"path": "weights|missing|world.*"},
   ),
   Entry(
     interop.read_state_dict,
     lambda w: {"path": w.folder / "x.pth"},
-    {"path": "file"},
+    {"path": "file", "entry": "text?"},
     {"path": "weights|missing|world.*"},
+  ),
+  Entry(
+    interop.load,
+    lambda w: {
+      "path": w.weights,
+      "images": w.images,
+      "labels": w.labels,
+    },
+    {
+      "path": "file",
+      "images": "stored images?",
+      "labels": "labels?",
+      "num_examples": "count",
+      "entry": "text?",
+    },
+    {"path": "weights|missing|world.*"},
+  ),
+  Entry(
+    interop.sanity,
+    lambda w: {"loaded": w.loaded, "images": w.images, "labels": w.labels},
+    {
+      "loaded": "subject",
+      "images": "stored images",
+      "labels": "labels",
+      "num_examples": "count",
+    },
   ),
   Entry(
     evaluation.diagnose,
@@ -1011,11 +1043,14 @@ ENTRIES += [
     },
     {"settings": "analyses|indices", "class_names": "labels"},
   ),
-  Entry(
-    analyses.check_images,
-    lambda w: {"settings": w.settings, "count": 2},
-    {"settings": "settings", "count": "count"},
-    {"settings": "analyses|indices"},
+  *(
+    Entry(
+      function,
+      lambda w: {"settings": w.settings, "count": 2},
+      {"settings": "settings", "count": "count"},
+      {"settings": "analyses|indices"},
+    )
+    for function in (analyses.check_images, analyses.for_images)
   ),
   Entry(
     analyses.sections,
@@ -1057,8 +1092,10 @@ ENTRIES += [
       "weights": "paths",
       "photographs": "paths",
       "labels": "label list",
-      "num_classes": "count",
+      "num_classes": "count?",
       "class_names": "file?",
+      "entry": "text?",
+      "fields": "mapping?",
     },
     {
       "names": "model",
@@ -1066,6 +1103,19 @@ ENTRIES += [
       "photographs": "images|path",
       "class_names": "labels|weights",
     },
+  ),
+  Entry(
+    explain.load_weights,
+    lambda w: {"names": [], "weights": [w.weights], "dataset": "digits"},
+    {
+      "names": "model names",
+      "weights": "paths",
+      "dataset": "name",
+      "data_dir": "place?",
+      "entry": "text?",
+      "fields": "mapping?",
+    },
+    {"names": "model", "weights": "path", "dataset": "data.name|name"},
   ),
   Entry(
     explain.load_runs,
@@ -1164,9 +1214,14 @@ PARTS = (
   "figures.comparison",
   "figures.curves",
   "figures.robustness",
+  "interop.entry_names",
+  "interop.layouts",
+  "interop.recognition",
   "interop.safetensors_file",
   "interop.torch_file",
   "interop.torch_names",
+  "interop.wrappers",
+  "models.blocks",
   "models.convolution",
   "models.winograd",
   "report.groups",

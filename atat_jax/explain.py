@@ -256,19 +256,13 @@ def load_photographs(
   """
   checks.sequence("photographs", photographs, "files")
   given = _named(names, weights)
-  if len(checks.sequence("labels", labels, empty=True)) != len(photographs):
-    raise UserError(
-      f"labels: {len(labels)}; allowed: {len(photographs)}, one for each"
-      " photograph"
-    )
-  for label in labels:
-    checks.integer("labels", label, 0)
+  _check_labels(labels, len(photographs))
   classes = None if class_names is None else _read_class_names(class_names)
   known = _fields(fields)
   if num_classes is not None:
     checks.positive("num_classes", num_classes, integer=True)
     known["num_classes"] = num_classes
-    _check_labels(labels, num_classes)
+    _check_classes(labels, num_classes)
     _check_class_names(classes, num_classes)
   loaded = {
     name: _recognized(name, path, entry=entry, **known)
@@ -277,16 +271,12 @@ def load_photographs(
   models_: list[Any] = [network.model for network in loaded.values()]
   (count,) = _only("num_classes", {model.num_classes for model in models_})
   (side,) = _only("images", {x.image_side for x in loaded.values()})
-  _check_labels(labels, count)
+  _check_classes(labels, count)
   _check_class_names(classes, count)
-  resize = side if side < _LARGE else round(side * 8 / 7)
-  images = [
-    read_photograph(path, resize=resize, crop=side) for path in photographs
-  ]
   return Subject(
     what="photographs",
     networks=_networks(loaded),
-    images=np.stack(images),
+    images=_photographs(photographs, side),
     labels=np.array(labels, np.int32),
     class_names=classes or [f"class {number}" for number in range(count)],
     rows=[],
@@ -406,7 +396,25 @@ def _only(field: str, found: set[int]) -> set[int]:
   return found
 
 
-def _check_labels(labels: Sequence[int], num_classes: int) -> None:
+def _photographs(paths: Sequence[str], side: int) -> np.ndarray:
+  """Reads photographs as squares of so many pixels a side."""
+  resize = side if side < _LARGE else round(side * 8 / 7)
+  return np.stack(
+    [read_photograph(path, resize=resize, crop=side) for path in paths]
+  )
+
+
+def _check_labels(labels: Sequence[int], number: int) -> None:
+  """Checks that there is a label, an integer >= 0, for each photograph."""
+  if len(checks.sequence("labels", labels, empty=True)) != number:
+    raise UserError(
+      f"labels: {len(labels)}; allowed: {number}, one for each photograph"
+    )
+  for label in labels:
+    checks.integer("labels", label, 0)
+
+
+def _check_classes(labels: Sequence[int], num_classes: int) -> None:
   for label in labels:
     if label >= num_classes:
       raise UserError(f"labels: {label}; allowed: 0 to {num_classes - 1}")

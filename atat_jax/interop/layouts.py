@@ -33,6 +33,7 @@ Fields: TypeAlias = dict[str, Any]
 CIFAR10 = ((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616))
 CIFAR10_OTHER_STD = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 CIFAR100 = ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
+_MOST_STAGES, _MOST_UNITS = 8, 300  # of any network that is traced
 IMAGENET = (base.IMAGENET_MEAN, base.IMAGENET_STD)
 
 
@@ -85,12 +86,17 @@ def _count(shapes: Shapes, prefix: str, start: int = 0) -> int:
     count += 1
   if not count:
     raise LookupError(f"{prefix}{start}")
+  if count > _MOST_UNITS:
+    raise ValueError(f"{count} of {prefix}")
   return count
 
 
 def _counts(shapes: Shapes, prefix: str, start: int, inside: str) -> tuple:
   """Returns the number of units of each stage: layer1.0, layer1.1, ..."""
-  stages = range(start, start + _count(shapes, prefix, start))
+  number = _count(shapes, prefix, start)
+  if number > _MOST_STAGES:
+    raise ValueError(f"{number} stages")
+  stages = range(start, start + number)
   return tuple(_count(shapes, f"{prefix}{s}.{inside}") for s in stages)
 
 
@@ -225,6 +231,8 @@ def _vgg(shapes: Shapes) -> tuple[str, Fields]:
     if match and len(shape) == 4:
       convs[int(match[1])] = shape[0]
   numbers = sorted(convs)
+  if not 0 < len(numbers) <= _MOST_UNITS:
+    raise ValueError(f"{len(numbers)} convolutions")
   normed = "features.1.running_mean" in shapes
   step = 3 if normed else 2
   sizes, channels = [1], [convs[numbers[0]]]
@@ -245,7 +253,7 @@ def _vgg(shapes: Shapes) -> tuple[str, Fields]:
 
 def _densenet(shapes: Shapes) -> tuple[str, Fields]:
   block = "features.denseblock"
-  numbers = range(1, 1 + _count(shapes, block, 1))
+  numbers = range(1, 1 + min(_count(shapes, block, 1), _MOST_STAGES))
   growth = shapes[f"{block}1.denselayer1.conv2.weight"][0]
   return "densenet121", {
     "stage_sizes": tuple(
@@ -268,7 +276,7 @@ def _stem_channels(shapes: Shapes, prefix: str) -> tuple[int, ...]:
   """Returns the channels of the 3x3 convolutions of a ConvStem; (): none."""
   found, index = [], 0
   while (shape := shapes.get(f"{prefix}.stem.{index}.weight")) is not None:
-    if len(shape) != 4 or shape[2] != 3:
+    if len(shape) != 4 or shape[2] != 3 or len(found) > _MOST_STAGES:
       break
     found.append(shape[0])
     index += 3

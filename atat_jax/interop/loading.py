@@ -59,17 +59,21 @@ def load(
         candidates, images, labels, num_examples
       ).loaded
     if len(candidates) > 1:
-      choices = ", ".join(
-        f"{name}={' or '.join(map(repr, values))}"
-        for name, values in found.open.items()
-      )
-      raise UserError(
-        f"{found.layout.title}: the file does not show which; allowed:"
-        f" {choices}, or images and labels to decide it"
-      )
+      raise UserError(_open(found))
   except UserError as error:
     text = str(error)
-    raise UserError(
-      text if text.startswith(str(path)) else f"{path}: {text}"
-    ) from None
+    text = text if text.startswith(str(path)) else f"{path}: {text}"
+    raise UserError(text) from None
   return candidates[0]
+
+
+def _open(found: recognition.Recognized) -> str:
+  """Says which fields the file leaves open."""
+  choices = ", ".join(
+    f"{name}={' or '.join(map(repr, values))}"
+    for name, values in found.open.items()
+  )
+  return (
+    f"{found.layout.title}: the file does not show which; allowed: {choices}, or"
+    " images and labels to decide it"
+  )

@@ -58,6 +58,10 @@ def read(path: pathlib.Path | str, entry: str | None) -> torch_file.StateDict:
     checks.instance("entry", entry, str, "the name of an entry of the file")
   try:
     if path.suffix == ".safetensors":
+      if entry is not None:
+        raise UserError(
+          f"entry: {entry!r}; allowed: none, a safetensors file has no entries"
+        )
       found = torch_file.StateDict(safetensors_file.read(path), "")
     else:
       found = torch_file.read(path, entry)

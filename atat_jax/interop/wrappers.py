@@ -21,6 +21,7 @@ _COPY = re.compile(r"(.*\.)?attacker\..*")
 _MEANS = frozenset("mu mean means new_mean image_mean pixel_mean".split())
 _STDS = frozenset("sigma std stds sds new_std image_std pixel_std".split())
 _MOST_CHANNELS = 64
+_MOST_WRAPPERS = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,9 +61,16 @@ def without_wrappers(tensors: Tensors) -> Tensors:
   Returns:
     The same arrays by shorter names.
   """
-  while tensors and (first := _shared(tensors)) in _WRAPPERS:
-    tensors = {name[len(first) + 1 :]: x for name, x in tensors.items()}
+  for _ in range(_MOST_WRAPPERS):
+    first = _shared(tensors)
+    if first not in _WRAPPERS:
+      break
+    tensors = _shortened(tensors, first)
   return tensors
+
+
+def _shortened(tensors: Tensors, first: str) -> Tensors:
+  return {name[len(first) + 1 :]: x for name, x in tensors.items()}
 
 
 def _numbers(
@@ -146,14 +154,16 @@ def unwrapped(tensors: Mapping[str, np.ndarray]) -> Iterator[Unwrapped]:
   kept = {name: x for name, x in tensors.items() if x.ndim}
   kept = {k: x for k, x in kept.items() if not _COPY.fullmatch(k)} or kept
   mean, std = _normalization(kept)
+  if not kept:
+    raise UserError("no weights; allowed: the tensors of a network by name")
   kept, words = _averaged(kept)
   longest = next(iter(kept), "")
   kept = without_wrappers(kept)
-  while True:
-    shortest = next(iter(kept), "")
+  for _ in range(_MOST_WRAPPERS):
+    shortest = next(iter(kept))
     prefix = longest[: len(longest) - len(shortest)]
     yield Unwrapped(kept, prefix, mean, std, words)
     first = _shared(kept)
-    if not kept or first is None:
+    if first is None:
       return
-    kept = {name[len(first) + 1 :]: x for name, x in kept.items()}
+    kept = _shortened(kept, first)

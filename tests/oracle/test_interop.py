@@ -202,7 +202,7 @@ def test_weights_of_another_network_are_refused(model, path):
   network = torch_zoo.PreActResNet(other)
   torch.save(network.state_dict(), path)
   text = message(path, model)
-  assert "bn.weight (10,), not (8,)" in text and "more" in text
+  assert "bn.running_mean (10,), not (8,)" in text and "more" in text
   assert "missing" not in text
   with pytest.raises(
     UserError, match=r"WideResNet; allowed: .*shortcut='conv'"

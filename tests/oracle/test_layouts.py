@@ -6,9 +6,10 @@ import re
 
 import numpy as np
 import pytest
+from PIL import Image
 from quick import jit
 
-from atat_jax import interop, models
+from atat_jax import data, explain, interop, models
 from atat_jax.errors import UserError
 
 torch = pytest.importorskip(
@@ -579,3 +580,52 @@ def test_images_decide_between_networks_of_the_same_names(
   loaded = interop.load(path, images=seen, labels=labels)
   assert loaded.model.activated_shortcut == activated
   assert "clean accuracy 100.0 %" in loaded.told
+
+
+# --- The command -------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def reader_of_digits(tmp_path_factory):
+  """Weights of a network with random features and a head fitted to digits."""
+  path = tmp_path_factory.mktemp("digits") / "digits.pth"
+  network = layouts.TradesWideResNet(1, 2, 8, 10, channels=1)
+  network = torch_zoo.randomize(network)
+  train = data.load("digits", validation_size=1).train
+  x = torch.tensor(train.images / 255, dtype=torch.float32).permute(0, 3, 1, 2)
+  with torch.no_grad():
+    features = network.pooled(x)
+    features = torch.cat([features, torch.ones(len(x), 1)], 1)
+    targets = torch.eye(10)[torch.tensor(train.labels).long()]
+    head = torch.linalg.lstsq(features, targets).solution.T
+    network.fc.weight.copy_(head[:, :-1])
+    network.fc.bias.copy_(head[:, -1])
+  torch.save(network.state_dict(), path)
+  return path
+
+
+def test_explain_takes_weights_without_a_model(reader_of_digits, caplog):
+  with caplog.at_level("INFO", "atat_jax"):
+    subject = explain.load_weights([], [str(reader_of_digits)], "digits")
+  assert list(subject.networks) == ["wide_resnet"]
+  model, _ = subject.networks["wide_resnet"]
+  assert model.shortcut == "conv" and model.num_classes == 10
+  assert "Wide ResNet of TRADES" in caplog.text
+  assert "clean accuracy" in caplog.text
+  with pytest.raises(UserError, match="model: 'vit'; allowed: 'wide_resnet'"):
+    explain.load_weights(["vit"], [str(reader_of_digits)], "digits")
+
+
+def test_explain_takes_weights_on_photographs(reader_of_digits, tmp_path):
+  network = layouts.TradesWideResNet(1, 2, 4, 5)
+  path, photograph = tmp_path / "small.pth", tmp_path / "photo.png"
+  torch.save({"model": network.state_dict()}, path)
+  Image.new("RGB", (50, 40), "red").save(photograph)
+  subject = explain.load_photographs([], [path], [photograph], [4])
+  assert subject.images.shape == (1, 32, 32, 3)
+  assert len(subject.class_names) == 5
+  with pytest.raises(UserError, match="labels: 5; allowed: 0 to 4"):
+    explain.load_photographs([], [path], [photograph], [5])
+  other = [path, reader_of_digits]
+  with pytest.raises(UserError, match="num_classes: 5, 10 in the files"):
+    explain.load_photographs([], other, [photograph], [4])

@@ -157,9 +157,11 @@ class TradesGroup(nn.Module):
 
 
 class TradesWideResNet(nn.Module):
-  def __init__(self, units: int, width: int, stem: int, classes: int) -> None:
+  def __init__(
+    self, units: int, width: int, stem: int, classes: int, channels: int = 3
+  ) -> None:
     super().__init__()
-    self.conv1 = conv3(3, stem)
+    self.conv1 = conv3(channels, stem)
     inputs = stem
     for stage, stride in enumerate((1, 2, 2), start=1):
       outputs = stem * width << (stage - 1)
@@ -177,11 +179,14 @@ class TradesWideResNet(nn.Module):
     self.bn1 = nn.BatchNorm2d(inputs)
     self.fc = nn.Linear(inputs, classes)
 
-  def forward(self, x: torch.Tensor) -> torch.Tensor:
+  def pooled(self, x: torch.Tensor) -> torch.Tensor:
     x = self.conv1(x)
     for group in (self.block1, self.block2, self.block3):
       x = group.layer(x)
-    return self.fc(self.bn1(x).relu().mean((2, 3)))
+    return self.bn1(x).relu().mean((2, 3))
+
+  def forward(self, x: torch.Tensor) -> torch.Tensor:
+    return self.fc(self.pooled(x))
 
 
 class PreActResNet(nn.Module):

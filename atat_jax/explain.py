@@ -255,6 +255,7 @@ def load_photographs(
     UserError: Names, files or labels that do not fit, by name.
   """
   checks.sequence("photographs", photographs, "files")
+  paths = [locations.expand("images", path) for path in photographs]
   given = _named(names, weights)
   _check_labels(labels, len(photographs))
   classes = None if class_names is None else _read_class_names(class_names)
@@ -276,7 +277,7 @@ def load_photographs(
   return Subject(
     what="photographs",
     networks=_networks(loaded),
-    images=_photographs(photographs, side),
+    images=_photographs(paths, side),
     labels=np.array(labels, np.int32),
     class_names=classes or [f"class {number}" for number in range(count)],
     rows=[],
@@ -396,7 +397,7 @@ def _only(field: str, found: set[int]) -> set[int]:
   return found
 
 
-def _photographs(paths: Sequence[str], side: int) -> np.ndarray:
+def _photographs(paths: Sequence[pathlib.Path], side: int) -> np.ndarray:
   """Reads photographs as squares of so many pixels a side."""
   resize = side if side < _LARGE else round(side * 8 / 7)
   return np.stack(

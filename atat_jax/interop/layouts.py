@@ -33,7 +33,7 @@ Fields: TypeAlias = dict[str, Any]
 CIFAR10 = ((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616))
 CIFAR10_OTHER_STD = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 CIFAR100 = ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
-_MOST_STAGES, _MOST_UNITS = 8, 300  # of any network that is traced
+_MOST_STAGES, _MOST_UNITS = 8, 300  # more are not traced
 IMAGENET = (base.IMAGENET_MEAN, base.IMAGENET_STD)
 
 

@@ -22,9 +22,9 @@ class Loaded:
     name: Name in `models.MODELS`.
     model: The network; it normalises its images itself.
     variables: {"params": ..., "batch_stats": ...}, float32.
-    layout: Whose network it is and whose names the file has, in words.
-    normalization: What the network does to its images first, in words.
-    told: What was recognised, assumed and found, in one line.
+    layout: Kind of network and origin of the names in the file, in words.
+    normalization: The network's own preparation of its images, in words.
+    told: Everything that was recognised, assumed and found, in one line.
     first: Name of the layer that the images enter.
   """
 
@@ -102,7 +102,7 @@ def alternatives(path: pathlib.Path, found: Recognized) -> list[Loaded]:
 
   Args:
     path: The file, for the words.
-    found: What was recognised in it.
+    found: The network that was recognised in it.
 
   Returns:
     At least one network.

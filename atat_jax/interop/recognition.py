@@ -37,7 +37,7 @@ class Recognized:
     open: Values of each open field.
     variables: The weights.
     words: Choices that were made on the way, in words.
-    source: Where the normalisation comes from, in words.
+    source: Origin of the normalisation, in words.
   """
 
   layout: layouts.Layout

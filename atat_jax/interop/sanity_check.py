@@ -38,7 +38,7 @@ class Sanity:
     accuracy: Share of the images that it classifies correctly, in [0, 1].
     num_examples: Number of these images.
     tried: Preparation in words to accuracy; of most on the first images only.
-    told: What came of it, in one line.
+    told: The outcome, in one line.
   """
 
   loaded: Loaded
@@ -49,7 +49,7 @@ class Sanity:
 
 
 class _Preparation(NamedTuple):
-  """What is done to images [B, H, W, C] in [0, 1] before the first layer."""
+  """Preparation of images [B, H, W, C] in [0, 1] before the first layer."""
 
   words: str
   normalization: str

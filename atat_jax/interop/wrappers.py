@@ -30,11 +30,11 @@ class Unwrapped:
 
   Attributes:
     tensors: Arrays by the names of the network's own code.
-    prefix: What was in front of these names, as "module.model."; "": nothing.
+    prefix: The part that was in front of these names, as "module.model."; "": nothing.
     mean: Mean of each channel, which the file subtracts from images in [0, 1];
       None: the file has none.
     std: The deviation that it divides by.
-    words: What was chosen, in words; "": there was no choice.
+    words: The choice that was made, in words; "": there was no choice.
   """
 
   tensors: Tensors
@@ -98,8 +98,11 @@ def _normalization(
   tensors: Tensors,
 ) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
   """Removes and returns mean and deviation, for images in [0, 1]."""
+  kinds = {name.rpartition(".")[2] for name in tensors}
+  if not (kinds & _MEANS and kinds & _STDS):
+    return None, None
   mean, std = _numbers(tensors, _MEANS), _numbers(tensors, _STDS)
-  if mean is None or std is None:
+  if mean is None or std is None:  # too large for numbers of channels
     return None, None
   if len(mean) != len(std):
     short = min(mean, std, key=len)
@@ -116,7 +119,7 @@ def _normalization(
       f"the normalisation: mean {mean}, deviation {std}; allowed: finite"
       " numbers, deviations > 0"
     )
-  if max(std) > 2:  # of pixels from 0 to 255
+  if max(std) > 2:  # they are for pixels from 0 to 255
     mean, std = (tuple(x / 255 for x in values) for values in (mean, std))
   return mean, std
 

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Collection, Mapping
 
-from atat_jax.errors import UserError, shown
+from atat_jax.errors import UserError, printable, shown
 
 USUAL = (
   "model_state_dict",
@@ -29,15 +29,28 @@ def is_averaged(name: str) -> bool:
   return _AVERAGED.fullmatch(name) is not None
 
 
-def _quoted(names: Collection[str]) -> str:
-  return ", ".join(repr(name) for name in names)
+def listed(names: Collection[str], most: int = 3) -> str:
+  """Lists names of a file in a message: a few of them, each short.
+
+  Args:
+    names: Names.
+    most: Largest number of names that are listed.
+
+  Returns:
+    Text such as "conv1.weight, conv2.weight and 7 more".
+  """
+  some = [printable(name) for name in list(names)[:most]]
+  some = [x if len(x) <= 80 else f"{x[:40]}...{x[-30:]}" for x in some]
+  more = f" and {len(names) - most} more" if len(names) > most else ""
+  return ", ".join(some) + more
 
 
 def _single(found: list[str]) -> str:
   """Returns the only one of several entries of equal right."""
   if len(found) > 1:
     raise UserError(
-      f"entry: several state dicts, {shown(found)}; allowed: entry= one of them"
+      f"entry: several state dicts, {listed(found)}; allowed: entry= one of"
+      " them"
     )
   return found[0]
 
@@ -86,9 +99,8 @@ def choose(
     # A dict can hold the state dict under one more name.
     inside = [x for x in found if x == entry or x.startswith(f"{entry}.")]
     if not inside:
-      raise UserError(
-        f"entry: {shown(entry)}; allowed: {_quoted([x for x in found if x])}"
-      )
+      names = listed([x for x in found if x], 9)
+      raise UserError(f"entry: {shown(entry)}; allowed: {names or 'none'}")
     chosen = inside[0]
   others = [
     name
@@ -103,5 +115,6 @@ def choose(
   raw = chosen == _RAW or any(map(is_averaged, others))
   kind = "averaged " if averaged else "raw " if raw else ""
   return chosen, (
-    f"{kind}weights {chosen!r}, not {_quoted(others[:4])} (entry= takes those)"
+    f"{kind}weights {listed([chosen])}, not {listed(others)} (entry= takes"
+    " those)"
   )

@@ -274,7 +274,8 @@ def _imagenet(_: Fields) -> Fields:
 
 def _stem_channels(shapes: Shapes, prefix: str) -> tuple[int, ...]:
   """Returns the channels of the 3x3 convolutions of a ConvStem; (): none."""
-  found, index = [], 0
+  found: list[int] = []
+  index = 0
   while (shape := shapes.get(f"{prefix}.stem.{index}.weight")) is not None:
     if len(shape) != 4 or shape[2] != 3 or len(found) > _MOST_STAGES:
       break

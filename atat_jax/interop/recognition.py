@@ -9,7 +9,7 @@ from typing import Any
 
 from atat_jax import models
 from atat_jax.errors import UserError
-from atat_jax.interop import layouts, torch_weights, wrappers
+from atat_jax.interop import entry_names, layouts, torch_weights, wrappers
 from atat_jax.typing import Variables
 
 _NEAR = 0.2  # share of common names below which no layout is called near
@@ -88,13 +88,12 @@ def _nearest(candidates: list[wrappers.Unwrapped]) -> tuple[str, str]:
     key=lambda item: item[0],
   )
   if share > 1 - _NEAR:
-    names = list(candidates[-1].tensors)
-    return f"{len(names)} tensors, such as {', '.join(names[:3])}", ""
+    names = candidates[-1].tensors
+    return f"{len(names)} tensors, {entry_names.listed(names)}", ""
   others = _strangers(layout, found.tensors)
   words = f"nearest is {layout.title}"
   if others:
-    words += f", which does not have {', '.join(others[:3])}"
-    words += f" and {len(others) - 3} more" if len(others) > 3 else ""
+    words += f", which does not have {entry_names.listed(others)}"
   else:
     words += ", of which layers or sizes are missing"
   return words, found.prefix
@@ -204,7 +203,9 @@ def recognize(
     differs = f"nearest is {layout.title}; {fitted.words()}"
   else:
     differs, prefix = _nearest(candidates)
-  begin = f"; all names begin with {prefix!r}" if prefix else ""
+  begin = (
+    f"; all names begin with {entry_names.listed([prefix])}" if prefix else ""
+  )
   raise UserError(
     f"no known network: {differs}{begin}; allowed: the layouts of"
     " docs/networks.md, or read_state_dict and a network of your own"

@@ -14,12 +14,17 @@ from flax import linen as nn
 
 from atat_jax import checks
 from atat_jax.errors import UserError
-from atat_jax.interop import layouts, safetensors_file, torch_file, wrappers
+from atat_jax.interop import (
+  entry_names,
+  layouts,
+  safetensors_file,
+  torch_file,
+  wrappers,
+)
 from atat_jax.runs import locations
 from atat_jax.typing import Variables
 
 _MOST_CHANNELS = 1 << 16
-_SHOWN = 3
 
 _LEAVES = {
   "kernel": ".weight",
@@ -145,13 +150,11 @@ class Fit:
       "not of this network": self.left,
       "of another shape (as flax has it)": self.misshapen,
     }
-    parts = []
-    for what, found in lists.items():
-      if found:
-        more = len(found) - _SHOWN
-        end = f" and {more} more" if more > 0 else ""
-        parts.append(f"{what}: {', '.join(found[:_SHOWN])}{end}")
-    return "; ".join(parts)
+    return "; ".join(
+      f"{what}: {entry_names.listed(found)}"
+      for what, found in lists.items()
+      if found
+    )
 
 
 def fit(

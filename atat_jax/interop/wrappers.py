@@ -7,7 +7,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from atat_jax.errors import UserError, shown
+from atat_jax.errors import UserError
 from atat_jax.interop import entry_names
 
 Tensors: TypeAlias = dict[str, np.ndarray]
@@ -88,7 +88,7 @@ def _numbers(
       found[rounded] = name
   if len(found) > 1:
     raise UserError(
-      f"the normalisation: {shown(sorted(found.values()))} have different"
+      f"the normalisation: {entry_names.listed(found.values())} have different"
       " numbers; allowed: one mean and one deviation"
     )
   return next(iter(found), None)
@@ -134,8 +134,8 @@ def _averaged(tensors: Tensors) -> tuple[Tensors, str]:
   kept = {
     name: x for name, x in tensors.items() if name.startswith(f"{first}.")
   }
-  others = ", ".join(repr(x) for x in firsts if x != first)
-  return kept, f"averaged weights {first!r}, not {others}"
+  others = entry_names.listed([x for x in firsts if x != first])
+  return kept, f"averaged weights {first}, not {others}"
 
 
 def unwrapped(tensors: Mapping[str, np.ndarray]) -> Iterator[Unwrapped]:

@@ -350,10 +350,10 @@ def test_which_of_raw_and_averaged_weights_is_told(
   torch.save(save(half, state), path)
   loaded = interop.load(path)
   same(loaded, plain)
-  assert f"averaged weights {mean!r}, not " in loaded.told
+  assert f"averaged weights {mean}, not " in loaded.told
   if raw:
     other = interop.load(path, entry=raw)
-    assert f"raw weights {raw!r}, not {mean!r}" in other.told
+    assert f"raw weights {raw}, not {mean}" in other.told
     kernels = [x.variables["params"]["head"]["kernel"] for x in (other, loaded)]
     np.testing.assert_array_equal(2 * kernels[0], kernels[1])
     with pytest.raises(UserError, match="entry: 'best'; allowed: "):
@@ -363,7 +363,7 @@ def test_which_of_raw_and_averaged_weights_is_told(
 def test_several_state_dicts_of_equal_right_are_refused(state, path):
   torch.save({"last": state, "best": state, "epoch": 3}, path)
   torch.save({"last": state, "best": dict(state), "epoch": 3}, path)
-  assert "entry: several state dicts, ['last', 'best']" in refusal(path)
+  assert "entry: several state dicts, last, best" in refusal(path)
   assert interop.load(path, entry="last").name == "wide_resnet"
 
 
@@ -466,12 +466,12 @@ def test_a_refusal_names_the_nearest_layout_and_what_differs(state, path):
   text = refusal(path)
   assert "nearest is Wide ResNet of TRADES; missing: bn1.running_mean" in text
   assert "not of this network: scores" in text
-  assert "all names begin with 'a.b.'" in text
+  assert "all names begin with a.b." in text
   torch.save(
     {f"encoder.{i}.{j}.weight": torch.zeros(2) for i in "ab" for j in "cd"},
     path,
   )
-  assert "4 tensors, such as a.c.weight" in refusal(path)
+  assert "4 tensors, a.c.weight, " in refusal(path)
 
 
 def test_a_layout_whose_sizes_cannot_be_read_is_still_the_nearest(state, path):

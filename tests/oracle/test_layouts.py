@@ -145,10 +145,12 @@ CASES = {
     {},
   ),
 }
-# The rest go through the same code in the default tests.
 QUICK = set(CASES) - {
+  "andriushchenko",
+  "resnet20, convolutions",
   "wide resnet50-2",
   "resnet50 for cifar",
+  "convnext with a convstem",
   "vit with a convstem",
   "xcit",
 }
@@ -303,7 +305,11 @@ RENAMED = {
     ),
   ],
 )
-@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+@pytest.mark.parametrize(
+  "legacy",
+  [False, pytest.param(True, marks=pytest.mark.slow)],
+  ids=["zip", "legacy"],
+)
 def test_wrappers_are_taken_off(wrap, values, legacy, state, plain, path):
   torch.save(wrap(state), path, _use_new_zipfile_serialization=not legacy)
   loaded = interop.load(path)
@@ -536,7 +542,11 @@ def small_trades():
   [
     (None, r"100\.0 % on 96 images; none of \d+ other preparations"),
     (((0.5,) * 3, (0.5,) * 3), "normalisation pixels from -1 to 1, which was"),
-    (((0.0,) * 3, (1 / 255,) * 3), "normalisation pixels from 0 to 255"),
+    pytest.param(
+      ((0.0,) * 3, (1 / 255,) * 3),
+      "normalisation pixels from 0 to 255",
+      marks=pytest.mark.slow,
+    ),
   ],
 )
 def test_the_preparation_that_classifies_best_is_taken(
@@ -571,7 +581,9 @@ def test_chance_level_is_refused_with_what_was_tried(plain, seen):
     interop.sanity(plain, seen[..., :1], labels)
 
 
-@pytest.mark.parametrize("activated", [True, False])
+@pytest.mark.parametrize(
+  "activated", [pytest.param(True, marks=pytest.mark.slow), False]
+)
 def test_images_decide_between_networks_of_the_same_names(
   activated, path, seen
 ):

@@ -9,7 +9,7 @@ import pytest
 from flax import linen as nn
 from quick import jit
 
-from atat_jax import batch_norm, models
+from atat_jax import batch_norm, checkpoints, models
 from atat_jax.errors import UserError
 from atat_jax.models import base, wide_resnet
 
@@ -185,3 +185,16 @@ def test_unknown_names_are_refused(wrn):
     models.classifier(wrn.model, wrn.variables, batch_norm="eval")
   with pytest.raises(UserError, match="batch_norm: 'eval'; allowed: batch, r"):
     batch_norm.apply(wrn.model, wrn.variables, wrn.images, batch_norm="eval")
+
+
+def test_a_checkpoint_of_an_older_version_has_the_defaults_of_new_fields():
+  """A field that is added to a network must mean by default what was before."""
+  model = models.create("preact_resnet18")
+  wanted = checkpoints.model_spec("preact_resnet18", model, (8, 8, 3))
+  old = {**wanted, "fields": dict(wanted["fields"])}
+  del old["fields"]["family"], old["fields"]["final_batch_norm"]
+  checkpoints._check_same_model(old, wanted, "runs/old")
+  other = models.create("preact_resnet18", final_batch_norm=False)
+  other = checkpoints.model_spec("preact_resnet18", other, (8, 8, 3))
+  with pytest.raises(UserError, match=r"final_batch_norm: False, but .* True"):
+    checkpoints._check_same_model(old, other, "runs/old")

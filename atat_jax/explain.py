@@ -62,7 +62,8 @@ _DATA = {"epsilon": 8 / 255, "step_size": 2 / 255, "norm": "linf"}
 _ATTACK = tuple(_PHOTOGRAPHS)
 _LARGE = 100  # photographs this small are resized and not cropped
 
-_log = logging.getLogger(__name__)
+# As a command this module is called __main__.
+_log = logging.getLogger("atat_jax.explain")
 
 
 @dataclasses.dataclass(frozen=True)

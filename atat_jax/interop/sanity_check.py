@@ -339,10 +339,9 @@ def decide(
 def sanity(
   loaded: Loaded, images: Any, labels: Any, *, num_examples: int = 256
 ) -> Sanity:
-  """Measures the clean accuracy of loaded weights, their images prepared in
-  the usual ways.
+  """Measures the clean accuracy of loaded weights.
 
-  These are: as the network does it, not at all, from -1 to 1, from 0 to 255,
+  Images are prepared in the usual ways: as the network does it, not at all, from -1 to 1, from 0 to 255,
   image by image, mean and deviation of CIFAR-10, CIFAR-100 and ImageNet, and
   blue before red. The network's own stays unless another is better by three
   standard deviations.

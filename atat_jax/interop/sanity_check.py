@@ -341,10 +341,10 @@ def sanity(
 ) -> Sanity:
   """Measures the clean accuracy of loaded weights.
 
-  Images are prepared in the usual ways: as the network does it, not at all, from -1 to 1, from 0 to 255,
-  image by image, mean and deviation of CIFAR-10, CIFAR-100 and ImageNet, and
-  blue before red. The network's own stays unless another is better by three
-  standard deviations.
+  Images are prepared in the usual ways: as the network does it, not at all,
+  from -1 to 1, from 0 to 255, image by image, by mean and deviation of
+  CIFAR-10, CIFAR-100 and ImageNet, and blue before red. The network's own way
+  stays unless another is better by three standard deviations.
 
   Args:
     loaded: Result of `load`.

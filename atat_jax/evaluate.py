@@ -92,7 +92,7 @@ def evaluate(
   """
   found = find_checkpoints(plan, workdir)
   with in_section("figures"):
-    analyses.check_images(plan.figures, len(dataset.test.labels))
+    figures = analyses.for_images(plan.figures, len(dataset.test.labels))
   networks = {}
   for role in plan.evaluated:
     directory, chosen = found[role]
@@ -124,7 +124,7 @@ def evaluate(
     networks,
     dataset.test.images,
     dataset.test.labels,
-    settings=plan.figures,
+    settings=figures,
     class_names=plan.data.spec.class_names,
     mesh=mesh,
   )

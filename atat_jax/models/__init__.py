@@ -25,11 +25,14 @@ from flax import linen as nn
 from atat_jax import batch_norm as bn
 from atat_jax import checks, compilation
 from atat_jax.errors import UserError
+from atat_jax.models.convnext import ConvNeXt
 from atat_jax.models.densenet import DenseNet121
 from atat_jax.models.preact_resnet import PreActResNet18
 from atat_jax.models.resnet import ResNet18, ResNet50
 from atat_jax.models.vgg import VGG16, VGG16BN
+from atat_jax.models.vit import ViT
 from atat_jax.models.wide_resnet import WideResNet
+from atat_jax.models.xcit import XCiT
 from atat_jax.typing import Array, BatchNormMode, Variables
 
 MODELS: dict[str, type[nn.Module]] = {
@@ -40,6 +43,9 @@ MODELS: dict[str, type[nn.Module]] = {
   "resnet18": ResNet18,
   "resnet50": ResNet50,
   "densenet121": DenseNet121,
+  "convnext": ConvNeXt,
+  "vit": ViT,
+  "xcit": XCiT,
 }
 
 

@@ -917,14 +917,46 @@ ENTRIES += [
   Entry(
     interop.load_torch,
     lambda w: {"path": w.folder / "x.pth", "model": models.create("vgg16")},
-    {"path": "file", "model": "model", "num_channels": "count"},
+    {
+      "path": "file",
+      "model": "model",
+      "num_channels": "count",
+      "entry": "text?",
+      "check_fields": "boolean",
+    },
     {"path": "weights|missing|world.*"},
   ),
   Entry(
     interop.read_state_dict,
     lambda w: {"path": w.folder / "x.pth"},
-    {"path": "file"},
+    {"path": "file", "entry": "text?"},
     {"path": "weights|missing|world.*"},
+  ),
+  Entry(
+    interop.load,
+    lambda w: {
+      "path": w.weights,
+      "images": w.images,
+      "labels": w.labels,
+    },
+    {
+      "path": "file",
+      "images": "stored images?",
+      "labels": "labels?",
+      "num_examples": "count",
+      "entry": "text?",
+    },
+    {"path": "weights|missing|world.*"},
+  ),
+  Entry(
+    interop.sanity,
+    lambda w: {"loaded": w.loaded, "images": w.images, "labels": w.labels},
+    {
+      "loaded": "subject",
+      "images": "stored images",
+      "labels": "labels",
+      "num_examples": "count",
+    },
   ),
   Entry(
     evaluation.diagnose,
@@ -1013,11 +1045,14 @@ ENTRIES += [
     },
     {"settings": "analyses|indices", "class_names": "labels"},
   ),
-  Entry(
-    analyses.check_images,
-    lambda w: {"settings": w.settings, "count": 2},
-    {"settings": "settings", "count": "count"},
-    {"settings": "analyses|indices"},
+  *(
+    Entry(
+      function,
+      lambda w: {"settings": w.settings, "count": 2},
+      {"settings": "settings", "count": "count"},
+      {"settings": "analyses|indices"},
+    )
+    for function in (analyses.check_images, analyses.for_images)
   ),
   Entry(
     analyses.sections,
@@ -1053,14 +1088,17 @@ ENTRIES += [
       "weights": [w.folder / "x.pth"],
       "photographs": [w.photograph],
       "labels": [1],
+      "num_classes": 1000,
     },
     {
       "names": "model names",
       "weights": "paths",
       "photographs": "paths",
       "labels": "label list",
-      "num_classes": "count",
+      "num_classes": "count?",
       "class_names": "file?",
+      "entry": "text?",
+      "fields": "mapping?",
     },
     {
       "names": "model",
@@ -1068,6 +1106,19 @@ ENTRIES += [
       "photographs": "images|path",
       "class_names": "labels|weights",
     },
+  ),
+  Entry(
+    explain.load_weights,
+    lambda w: {"names": [], "weights": [w.weights], "dataset": "digits"},
+    {
+      "names": "model names",
+      "weights": "paths",
+      "dataset": "name",
+      "data_dir": "place?",
+      "entry": "text?",
+      "fields": "mapping?",
+    },
+    {"names": "model", "weights": "path", "dataset": "data.name|name"},
   ),
   Entry(
     explain.load_runs,
@@ -1166,9 +1217,19 @@ PARTS = (
   "figures.comparison",
   "figures.curves",
   "figures.robustness",
+  "interop.entry_names",
+  "interop.layouts",
+  "interop.loaded",
+  "interop.recognition",
   "interop.safetensors_file",
+  "interop.sanity_check.decide",
+  "interop.sanity_check.examples",
   "interop.torch_file",
   "interop.torch_names",
+  "interop.torch_weights.fit",
+  "interop.torch_weights.read",
+  "interop.wrappers",
+  "models.blocks",
   "models.convolution",
   "models.winograd",
   "report.groups",

@@ -12,10 +12,12 @@ from atat_jax import attack, evaluation
 from atat_jax.errors import UserError
 from atat_jax.evaluation import measuring
 
+pytest_plugins = ("tiny",)
+
 GENERATOR = np.random.default_rng(0)
 IMAGES = GENERATOR.integers(60, 196, (24, 4, 3, 1), np.uint8)
 WEIGHTS = GENERATOR.normal(size=(12, 3)).astype(np.float32)
-EPSILON = 0.02
+EPSILON = 0.15
 
 
 def logits(weights, images):
@@ -61,7 +63,7 @@ def test_a_linear_classifier_has_its_exact_robust_accuracy():
   assert (row["model"], row["dataset"], row["seed"]) == ("mine", "noise", 3)
   assert (row["epsilon"], row["step_size"]) == (EPSILON, EPSILON / 4)
   assert f"{100 * worst_case():.2f}" in rows.table()
-  assert "linf, epsilon 0.02, 10 steps of 0.005" in rows.table()
+  assert "linf, epsilon 0.15, 10 steps of 0.0375" in rows.table()
 
 
 def test_pixels_and_floats_give_the_same_rows():
@@ -176,7 +178,7 @@ def test_the_command_attacks_a_run(finished, tmp_path, caplog):
   with caplog.at_level(logging.INFO, "atat_jax"):
     attack.main(
       [
-        str(finished),
+        str(finished.workdir),
         "--attacks=fgsm",
         "--num-examples=60",
         "--batch-size=60",

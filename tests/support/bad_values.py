@@ -702,3 +702,4 @@ BANKS["four Booleans"] = NO_ARRAYS | {
   "another length": lambda w: np.zeros(3, bool),
   "two axes": lambda w: np.zeros((2, 2), bool),
 }
+BANKS["text"] = _values(None, 5, True, b"x", [], (), {}, 1.5)

@@ -414,6 +414,22 @@ ENTRIES = [
     },
   ),
   Entry(
+    evaluation.benchmark,
+    lambda w: {**_attack(w), "attacks": "fgsm", "batch_size": 4},
+    {
+      **_ATTACK,
+      "norm": "name",
+      "attacks": "name",
+      "step_size": "positive?",
+      "num_restarts": "count",
+      "batch_size": "count",
+      "dataset": "text",
+      "name": "text",
+      "out": "path?",
+      "mesh": "mesh?",
+    },
+  ),
+  Entry(
     evaluation.parse,
     lambda w: {"name": "pgd2", "epsilon": 0.1, "step_size": 0.1},
     {
@@ -802,7 +818,16 @@ ENTRIES += [
     },
   ),
   Entry(data.check_name, lambda _: {"name": "digits"}, {"name": "name"}),
-  Entry(data.spec, lambda _: {"name": "digits"}, {"name": "name"}),
+  Entry(
+    data.spec,
+    lambda _: {"name": "digits"},
+    {
+      "name": "name",
+      "data_dir": "place?",
+      "cache_dir": "place?",
+      "size": "number",
+    },
+  ),
   Entry(
     augment.to_float, lambda w: {"images": w.split.images}, {"images": "pixels"}
   ),
@@ -1292,9 +1317,11 @@ PARTS = (
   "data.batches.map_batches",
   "data.extra.Extra",
   "data.mixing.boxes",
-  "data.tfds_sets.default_data_dir",
-  "data.tfds_sets.records",
-  "data.tfds_sets.versions",
+  "data.folder",
+  "data.npz",
+  "data.own",
+  "data.pictures",
+  "data.tfds_sets",
   "data.prefetch.Prefetcher",
   "evaluation.accuracies.count_classes",
   "evaluation.accuracies.judge",
@@ -1306,6 +1333,8 @@ PARTS = (
   "evaluation.auditing.in_ball",
   "evaluation.auditing.larger_balls",
   "evaluation.auditing.more_steps",
+  "evaluation.benchmarking.Rows",
+  "evaluation.measuring",
   "evaluation.iterates.pgd_iterates",
   "evaluation.iterates.watch",
   "evaluation.protocols.allowed_names",
@@ -1316,6 +1345,7 @@ PARTS = (
   "evaluation.rules.published_attack",
   "evaluation.rules.steps_converged",
   "evaluation.rules.storable",
+  "attack",
   "explain.main",
   "models.batch_norm_of",
   "models.base.check_size",
@@ -1353,5 +1383,6 @@ PARTS = (
   "runs.files.write_bytes",
   "runs.files.write_json",
   "runs.files.write_text",
+  "runs.terminal.percent",
 )
 """Modules and names that only the package itself calls, after its checks."""

@@ -116,7 +116,10 @@ def benchmark(
   for field, value in (("name", name), ("dataset", dataset)):
     checks.instance(field, value, str, "a text")
   checks.count("batch_size", batch_size)
-  checks.positive("epsilon", epsilon)
+  checks.number("epsilon", epsilon, 0, above=True)
+  if step_size is not None:
+    checks.number("step_size", step_size, 0, above=True)
+  checks.positive("num_restarts", num_restarts, integer=True)
   chosen = _protocols(
     attacks,
     norm=norm,
@@ -127,8 +130,8 @@ def benchmark(
   test = _split(images, labels)
   classifier, *_, num_classes = base.check_arguments(
     classifier,
-    jnp.asarray(measuring.as_floats(test.images[:1])),
-    jnp.zeros(1, jnp.int32),
+    jnp.asarray(measuring.as_floats(test.images[:2])),
+    jnp.zeros(len(test.labels[:2]), jnp.int32),
   )
   checks.inspect_labels(test.labels, len(test.images), num_classes)
   mesh = sharding.mesh_or_all(mesh)
@@ -163,7 +166,14 @@ def benchmark(
 
 def _protocols(names: str, **numbers: Any) -> list[protocols.Protocol]:
   """Parses the attacks; clean images come first in any case."""
-  chosen = list(protocols.parse_list(names, **numbers))
+  checks.instance("attacks", names, str, "a list of attacks, see parse")
+  try:
+    chosen = list(protocols.parse_list(names, **numbers))
+  except UserError as error:
+    text = str(error).removeprefix("attack: ")
+    raise UserError(
+      f"attacks: {text}" if text != str(error) else text
+    ) from None
   clean = [one for one in chosen if one.name == "nominal"]
   others = [one for one in chosen if one.name != "nominal"]
   return [*(clean or protocols.parse_list("nominal", **numbers)), *others]

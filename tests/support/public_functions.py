@@ -415,9 +415,10 @@ ENTRIES = [
   ),
   Entry(
     evaluation.benchmark,
-    lambda w: {**_attack(w), "attacks": "fgsm", "batch_size": 4},
+    lambda w: {**_attack(w), "attacks": "pgd1", "batch_size": 4},
     {
       **_ATTACK,
+      "images": "clean images",
       "norm": "name",
       "attacks": "name",
       "step_size": "positive?",

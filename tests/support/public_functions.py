@@ -414,6 +414,23 @@ ENTRIES = [
     },
   ),
   Entry(
+    evaluation.benchmark,
+    lambda w: {**_attack(w), "attacks": "pgd1", "batch_size": 4},
+    {
+      **_ATTACK,
+      "images": "clean images",
+      "norm": "name",
+      "attacks": "name",
+      "step_size": "positive?",
+      "num_restarts": "count",
+      "batch_size": "count",
+      "dataset": "text",
+      "name": "text",
+      "out": "path?",
+      "mesh": "mesh?",
+    },
+  ),
+  Entry(
     evaluation.parse,
     lambda w: {"name": "pgd2", "epsilon": 0.1, "step_size": 0.1},
     {
@@ -802,7 +819,16 @@ ENTRIES += [
     },
   ),
   Entry(data.check_name, lambda _: {"name": "digits"}, {"name": "name"}),
-  Entry(data.spec, lambda _: {"name": "digits"}, {"name": "name"}),
+  Entry(
+    data.spec,
+    lambda _: {"name": "digits"},
+    {
+      "name": "name",
+      "data_dir": "place?",
+      "cache_dir": "place?",
+      "size": "number",
+    },
+  ),
   Entry(
     augment.to_float, lambda w: {"images": w.split.images}, {"images": "pixels"}
   ),
@@ -1297,9 +1323,11 @@ PARTS = (
   "data.batches.map_batches",
   "data.extra.Extra",
   "data.mixing.boxes",
-  "data.tfds_sets.default_data_dir",
-  "data.tfds_sets.records",
-  "data.tfds_sets.versions",
+  "data.folder",
+  "data.npz",
+  "data.own",
+  "data.pictures",
+  "data.tfds_sets",
   "data.prefetch.Prefetcher",
   "evaluation.accuracies.count_classes",
   "evaluation.accuracies.judge",
@@ -1311,6 +1339,8 @@ PARTS = (
   "evaluation.auditing.in_ball",
   "evaluation.auditing.larger_balls",
   "evaluation.auditing.more_steps",
+  "evaluation.benchmarking.Rows",
+  "evaluation.measuring",
   "evaluation.iterates.pgd_iterates",
   "evaluation.iterates.watch",
   "evaluation.protocols.allowed_names",
@@ -1321,6 +1351,7 @@ PARTS = (
   "evaluation.rules.published_attack",
   "evaluation.rules.steps_converged",
   "evaluation.rules.storable",
+  "attack",
   "explain.main",
   "models.batch_norm_of",
   "models.base.check_size",
@@ -1358,5 +1389,6 @@ PARTS = (
   "runs.files.write_bytes",
   "runs.files.write_json",
   "runs.files.write_text",
+  "runs.terminal.percent",
 )
 """Modules and names that only the package itself calls, after its checks."""

@@ -653,7 +653,7 @@ def module(value: object, name: str = "model") -> None:
 def _made(model: nn.Module, shape: tuple[int, ...]) -> dict[str, Any]:
   """Shapes and dtypes of a network's variables, by their paths."""
   images = jax.ShapeDtypeStruct(shape, np.float32)
-  kwargs = mode_arguments(model, train=False)
+  kwargs: Any = mode_arguments(model, train=False)
   made = jax.eval_shape(
     lambda key, x: model.init(key, x, **kwargs), jax.random.key(0), images
   )
@@ -716,16 +716,12 @@ def variables(
   one = (1, *image_shape[-3:])
   expected = _expected(model, tuple(int(n) for n in one))
   collections = {path.split("/")[0] for path in expected}
-  if collections and not collections.intersection(variables):
-    raise UserError(
-      f"{name}: {', '.join(map(str, list(variables)[:5])) or 'none'}; allowed: the"
-      f" network's collections, {', '.join(sorted(collections))}, as model.init"
-      " returns them (of parameters alone {'params': params})"
-    )
   given = _arrays(
     meta.unbox({k: v for k, v in variables.items() if k in collections}), name
   )
   what = f"the variables of {type(model).__name__} for images {list(one[1:])}"
+  if variables and not collections.intersection(variables):
+    what += ", {'params': params, ...} as model.init returns them"
   for path, wanted in expected.items():
     if path not in given:
       raise UserError(f"{name}: no {path}; allowed: {what}")

@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-
 from flax import linen as nn
 from flax import nnx
 

@@ -373,7 +373,7 @@ def _layer(
 ) -> Layer | None:
   """Returns a tensor as a layer; None: tokens that make no grid."""
   if len(output.shape) == 4:
-    return Layer(place, output, output.shape[1:3])  # type: ignore[arg-type]
+    return Layer(place, output, output.shape[1:3])
   count = output.shape[1]
   if grid is not None:
     extra = count - grid[0] * grid[1]
@@ -426,8 +426,8 @@ def _last(
       return "", f"{missing}, but tokens; allowed: their layer: {_few(tokens)}"
     hidden = f" outside{_where(inside)}" if inside else ""
     return "", (
-      f"{missing}{hidden}; Grad-CAM needs one, and models.from_functions(features,"
-      " head, weights) makes it between two functions"
+      f"{missing}{hidden}; allowed: a network with one, such as models.from_functions("
+      "features, head, weights) makes of two functions"
     )
   # A single pixel (gates, or what follows the pooling) makes no map.
   large = [n for n, layer in spatial.items() if max(layer.grid) > 1]

@@ -326,14 +326,17 @@ def _of_linen(
 
 def _of_nnx(network: nnx.Module, call: Call) -> tuple[nn.Module, Variables]:
   graph, *states = nnx.split(network, nnx.Param, nnx.BatchStat, ...)
-  trees, arrays = zip(*map(_split, states), strict=True)
+  (params, weights), (moved, statistics), (rest, state) = map(_split, states)
   variables = {
-    "params": {"weights": arrays[0]},
-    "batch_stats": {"statistics": arrays[1]},
-    "rest": {"state": arrays[2]},
+    "params": {"weights": weights},
+    "batch_stats": {"statistics": statistics},
+    "rest": {"state": state},
   }
   used = {k: v for k, v in variables.items() if all(v.values())}
-  return _OfNnx(graph, *trees, call), used
+  model = _OfNnx(
+    graph=graph, params=params, statistics=moved, rest=rest, call=call
+  )
+  return model, used
 
 
 def from_functions(

@@ -131,6 +131,8 @@ UNCHECKED = [
   "atat_jax.data.cifar.read_cifar100: data_dir",
   "atat_jax.data.digits.read: data_dir",
   "atat_jax.explain.load_runs: data_dir",
+  # Any pytree.
+  "atat_jax.models.adapted.from_functions: weights",
 ]
 
 

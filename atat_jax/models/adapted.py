@@ -24,6 +24,8 @@ from atat_jax.errors import UserError, shown
 from atat_jax.models.base import Features
 from atat_jax.typing import Array, PyTree, Variables
 
+_ARRAYS = jax.Array | np.ndarray | jax.ShapeDtypeStruct
+
 Call = Callable[..., Any]
 """`call(network, images)` to logits; it may take `train` or the like, too."""
 
@@ -94,7 +96,7 @@ class _Tree:
 def _split(tree: PyTree) -> tuple[_Tree, dict[str, Array]]:
   """Splits a pytree into its arrays by name and the rest."""
   leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
-  arrays = tuple(isinstance(x, jax.Array | np.ndarray) for _, x in leaves)
+  arrays = tuple(isinstance(x, _ARRAYS) for _, x in leaves)
   named = {
     jax.tree_util.keystr(path, simple=True, separator="/") or "array": leaf
     for (path, leaf), is_array in zip(leaves, arrays, strict=True)
@@ -221,23 +223,26 @@ class _OfNnx(nn.Module):
   @nn.compact
   def __call__(self, images: Array, *, train: bool = False) -> Array:
     """Maps images [B, H, W, C] to logits [B, K]."""
-    weights = self.param("weights", lambda _: self.params.placeholders())
-    statistics = self.variable(
-      "batch_stats", "statistics", self.statistics.placeholders
-    )
-    rest = self.variable("rest", "state", self.rest.placeholders)
     network = nnx.merge(
       self.graph,
-      self.params.filled(weights),
-      self.statistics.filled(statistics.value),
-      self.rest.filled(rest.value),
+      self._filled("params", "weights", self.params),
+      self._filled("batch_stats", "statistics", self.statistics),
+      self._filled("rest", "state", self.rest),
     )
     network.train() if train else network.eval()
     with _layers_of(network):
       logits = _called(self.call, network, images, train)
-    if self.is_mutable_collection("batch_stats") and not self.is_initializing():
-      statistics.value = _split(nnx.state(network, nnx.BatchStat))[1]
+    moves = self.statistics.specs and self.is_mutable_collection("batch_stats")
+    if moves and not self.is_initializing():
+      moved = _split(nnx.state(network, nnx.BatchStat))[1]
+      self.put_variable("batch_stats", "statistics", moved)
     return logits
+
+  def _filled(self, collection: str, name: str, tree: _Tree) -> PyTree:
+    """Returns a part of the network's state with the arrays that are given."""
+    if not tree.specs:  # the network has none
+      return tree.filled({})
+    return tree.filled(self.variable(collection, name, tree.placeholders).value)
 
 
 def _plain_call(network: Any, images: Array) -> Any:

@@ -6,6 +6,7 @@ import foreign
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 
 from atat_jax import attention, models
 from atat_jax.errors import UserError
@@ -137,3 +138,13 @@ def test_layers_of_an_nnx_network_are_its_modules():
   assert attention.chosen_layers(model, variables, IMAGES, None) == (
     "blocks/1",
   )
+
+
+def test_an_nnx_module_called_twice_or_under_remat():
+  twice, remat = (
+    models.adapt(nnx.eval_shape(make))
+    for make in (foreign.NnxTwice, foreign.NnxRemat)
+  )
+  assert attention.chosen_layers(*twice, IMAGES, None) == ("last:2",)
+  with pytest.raises(UserError, match=r"'first', and is followed by .*remat"):
+    attention.chosen_layers(*remat, IMAGES, None)

@@ -230,6 +230,28 @@ class NeedsAMask(nn.Module):
     return _head(nn.Conv(4, (3, 3), name="conv")(x) * mask)
 
 
+class NnxTwice(nnx.Module):
+  """One module called twice; neither statistics nor dropout."""
+
+  def __init__(self) -> None:
+    rngs = nnx.Rngs(0)
+    self.first = nnx.Conv(3, 4, (3, 3), rngs=rngs)
+    self.last = nnx.Conv(4, 4, (3, 3), rngs=rngs)
+    self.head = nnx.Linear(4, NUM_CLASSES, rngs=rngs)
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    x = self.last(nnx.relu(self.last(nnx.relu(self.first(x)))))
+    return self.head(x.mean((1, 2)))
+
+
+class NnxRemat(NnxTwice):
+  """The last module under nnx.remat."""
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    x = nnx.remat(lambda last, x: last(x))(self.last, self.first(x))
+    return self.head(x.mean((1, 2)))
+
+
 class NnxBlock(nnx.Module):
   """A residual block with BatchNorm."""
 

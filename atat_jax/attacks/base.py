@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 
 from atat_jax import checks, losses
 from atat_jax.attacks import balls, classifiers, nonfinite
@@ -163,11 +162,6 @@ def check_arguments(
       checks.number(name, value, 0, LARGEST_LENGTH, above=True)
     else:
       checks.integer(name, value, 1, MOST_STEPS)
-  if isinstance(classifier, nn.Module) and classifier.scope is None:
-    raise UserError(
-      f"classifier: a {type(classifier).__name__} without its variables;"
-      " allowed: models.classifier(model, variables)"
-    )
   classifier = as_pytree(classifier)
   images = checks.images(images)
   # Balls and perturbations are too coarse in 16 bits.

@@ -11,6 +11,7 @@ is kept once the call is over.
 import contextlib
 import dataclasses
 import random
+import traceback
 import weakref
 from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from typing import Any
@@ -145,6 +146,7 @@ def reason(error: Exception) -> str:
     The message of a `UserError`.
   """
   text = next(iter(str(error).strip().splitlines()), "")
+  text = text.partition(" (https://")[0]  # flax's pages about its errors
   concrete = (
     jax.errors.ConcretizationTypeError,
     jax.errors.TracerArrayConversionError,
@@ -155,8 +157,48 @@ def reason(error: Exception) -> str:
   text = text if len(text) <= 200 else text[:200] + "..."
   return (
     f"classifier: {type(error).__name__}: {text}; allowed: a function that JAX"
-    " can trace, from images [B, H, W, C] to logits [B, K]"
+    f" can trace, from images [B, H, W, C] to logits [B, K]{_remedy(error)}"
   )
+
+
+_REMEDIES = {
+  "TracerArrayConversionError": (
+    "a PyTorch network is loaded by interop.load_torch or converted by torch2jax"
+  ),
+  "ScopeCollectionNotFound": (
+    "a linen network needs all its collections, {'params': ..., 'batch_stats':"
+    " ...}, as model.init returns them"
+  ),
+  "ScopeParamNotFoundError": "a linen network needs the variables of its own",
+  "ScopeParamShapeError": (
+    "a linen network needs images of the shape for which it was initialised,"
+    " channels last"
+  ),
+  "TraceContextError": (
+    "an nnx network must be in evaluation mode, network.eval(), as it must not"
+    " change itself"
+  ),
+}
+
+
+def _remedy(error: Exception) -> str:
+  """Names what helps against an exception of a network's library; "": nothing."""
+  found = _REMEDIES.get(type(error).__name__, "")
+  if isinstance(error, TypeError) and "required" in str(error):
+    found = (
+      "arguments besides the images are bound in a lambda, or for a network by"
+      " models.adapt(network, variables, call=...)"
+    )
+  modules = {
+    str(frame.f_globals.get("__name__")).partition(".")[0]
+    for frame, _ in traceback.walk_tb(error.__traceback__)
+  }
+  if "equinox" in modules:
+    found = (
+      "an Equinox network takes one image [C, H, W]: models.classifier("
+      "*models.adapt(network)), or jax.vmap of it"
+    )
+  return f" ({found})" if found else ""
 
 
 def _generators() -> Hashable:

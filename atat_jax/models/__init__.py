@@ -1,5 +1,7 @@
 """Networks: `create` makes one by name, `classifier` wraps it for an attack.
 
+`adapt` and `from_functions` make a module of a network of another kind.
+
 Adding a network is one file and one line in `MODELS`. What its class must be:
 
 - a linen module whose fields all have defaults, among them `num_classes`;
@@ -25,6 +27,7 @@ from flax import linen as nn
 from atat_jax import batch_norm as bn
 from atat_jax import checks, compilation
 from atat_jax.errors import UserError
+from atat_jax.models.adapted import adapt, from_functions
 from atat_jax.models.convnext import ConvNeXt
 from atat_jax.models.densenet import DenseNet121
 from atat_jax.models.preact_resnet import PreActResNet18
@@ -34,6 +37,17 @@ from atat_jax.models.vit import ViT
 from atat_jax.models.wide_resnet import WideResNet
 from atat_jax.models.xcit import XCiT
 from atat_jax.typing import Array, BatchNormMode, Variables
+
+__all__ = [
+  "MODELS",
+  "adapt",
+  "batch_norm_of",
+  "classifier",
+  "create",
+  "field_names",
+  "from_functions",
+  "with_fixed_statistics",
+]
 
 MODELS: dict[str, type[nn.Module]] = {
   "wide_resnet": WideResNet,

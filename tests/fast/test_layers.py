@@ -56,6 +56,7 @@ PLACES = {
   "absl": ("runtime",),
   "tensorflow": (),
   "torch": (),
+  "equinox": (),
   "clu": (),
   "haiku": (),
 }

@@ -725,6 +725,26 @@ ENTRIES += [
     {"name": "model"},
   ),
   Entry(
+    models.adapt,
+    lambda w: {
+      "network": w.model,
+      "variables": w.variables,
+      "call": lambda network, images: network(images),
+    },
+    {"network": "no function", "variables": "collections", "call": "function"},
+    {"network": "network|variables"},
+  ),
+  Entry(
+    models.from_functions,
+    lambda _: {"features": lambda x: x, "head": lambda x: x.mean((1, 2))},
+    {"features": "function", "head": "function"},
+  ),
+  Entry(
+    attention.layers,
+    lambda w: {"model": w.model, "variables": w.variables, "images": w.images},
+    {"model": "model", "variables": "variables", "images": "image batch"},
+  ),
+  Entry(
     attention.layer_names,
     lambda w: {"model": w.model, "variables": w.variables, "images": w.images},
     {"model": "model", "variables": "variables", "images": "image batch"},
@@ -1303,6 +1323,8 @@ PARTS = (
   "analyses.base.section",
   "analyses.base.write",
   "analyses.shift.mean_band",
+  "attention.taps.listing",
+  "attention.taps.run",
   "analyses.shift.summarize",
   "analyses.shift.telling_round",
   "analyses.shift.verdict",

@@ -83,6 +83,7 @@ def parse(tree: Mapping[str, Any], where: pathlib.Path) -> Configuration:
     "cache_dir": "cache_dir",
     "validation_size": "validation_size",
     "source": "source",
+    "size": "size",
   }
   return Configuration(
     method=tree["method"],

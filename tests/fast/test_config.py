@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 
+import numpy as np
 import pytest
 import tiny
 from ml_collections import ConfigDict
@@ -29,10 +30,22 @@ def leaves(tree, path=""):
       yield f"{path}{key}", value
 
 
+@pytest.fixture(scope="module")
+def own_data(tmp_path_factory):
+  """A data set of somebody's own."""
+  path = tmp_path_factory.mktemp("own") / "mine.npz"
+  images = np.arange(400 * 8 * 8 * 3).reshape(400, 8, 8, 3).astype(np.uint8)
+  labels = np.arange(400) % 4
+  arrays = {"train_images": images, "train_labels": labels}
+  np.savez(path, **arrays, test_images=images[:8], test_labels=labels[:8])
+  return str(path)
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", NAMES)
-def test_shipped_configurations_are_valid(name, method):
+def test_shipped_configurations_are_valid(name, method, own_data):
   made = tiny.load_config(name, method)
+  made.data.dir = own_data  # which the others do not read yet
   assert made.method == method
   plan = config.make_plan(made)
   # The user can set every hyperparameter of the method and of the network.
@@ -478,7 +491,9 @@ def test_numbers_of_a_teacher_that_is_not_trained_are_checked_too():
     config.make_plan(tiny.config("at", teacher__num_epochs=0))
 
 
-def test_an_objective_in_the_registry_is_configured_like_any_other(monkeypatch):
+def test_an_objective_in_the_registry_is_configured_like_any_other(
+  monkeypatch, own_data
+):
   """Its dataclass alone has its fields and their defaults."""
 
   @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -490,6 +505,7 @@ def test_an_objective_in_the_registry_is_configured_like_any_other(monkeypatch):
     made = tiny.load_config(name, "toy")
     assert made.objective.to_dict() == {"weight": 0.25}
     made.objective.weight = 0.75
+    made.data.dir = own_data
     assert config.make_plan(made).objective == Toy(weight=0.75)
   assert tiny.config("toy", objective__weight=0.5).objective.weight == 0.5
   with pytest.raises(ValueError, match=r"method: 'madry'.*toy"):
@@ -604,6 +620,7 @@ def test_a_finished_run_tells_its_data_and_its_attack(tmp_path):
       "data_dir": "here",
       "cache_dir": None,
       "source": "auto",
+      "size": 0,
       "validation_size": 128,
     }
     assert found.attack == {"epsilon": 0.1, "step_size": 0.05, "norm": "linf"}
@@ -613,9 +630,11 @@ def test_a_finished_run_tells_its_data_and_its_attack(tmp_path):
     configuration.parse({"seed": 0}, tmp_path)
 
 
-def test_model_spec_makes_the_same_model():
+def test_model_spec_makes_the_same_model(own_data):
   for name in NAMES:
-    plan = config.make_plan(tiny.load_config(name, "standard"))
+    made = tiny.load_config(name, "standard")
+    made.data.dir = own_data
+    plan = config.make_plan(made)
     spec = json.loads(json.dumps(plan.model_spec))
     fields = {
       key: tuple(value) if isinstance(value, list) else value

@@ -1,4 +1,4 @@
-"""How AutoAttack's batches are filled at scale, counted without a network.
+"""Counts how AutoAttack's batches are filled at scale, without a network.
 
   python -m benchmarks.schedule --num_examples=10000 --batch_size=512 \\
     --clean=0.83 --robust=0.50 --out=schedule.json
@@ -182,17 +182,6 @@ def count(
     share = shares.pop(0) if shares else 0.0
     stops = _script(job.name, job.num_runs, alive, share, generator)
     extra = job.num_evaluations - job.num_steps
-    made = slots.Slots(
-      jax.random.key(seed),
-      None,
-      dataclasses.replace(job, search=scripted(extra), num_restarts=1),
-      epsilon=0.1,
-      images=stops[:, None, None, :],
-      labels=np.zeros(num_examples, np.int32),
-      ranking=np.tile(np.arange(job.num_runs), (num_examples, 1)),
-      mesh=mesh,
-      batch_size=batch_size,
-    )
     done = np.zeros((num_examples, job.num_runs), bool)
 
     def on_fooled(examples: np.ndarray, _: np.ndarray) -> None:
@@ -200,6 +189,17 @@ def count(
 
     found: dict[str, int] = {}
     with _counted(found):
+      made = slots.Slots(
+        jax.random.key(seed),
+        None,
+        dataclasses.replace(job, search=scripted(extra), num_restarts=1),
+        epsilon=0.1,
+        images=stops[:, None, None, :],
+        labels=np.zeros(num_examples, np.int32),
+        ranking=np.tile(np.arange(job.num_runs), (num_examples, 1)),
+        mesh=mesh,
+        batch_size=batch_size,
+      )
       began = time.perf_counter()
       made.run(done, alive, on_fooled=on_fooled)
       seconds = time.perf_counter() - began

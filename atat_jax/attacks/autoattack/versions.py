@@ -29,6 +29,7 @@ class Version:
       `Randomized` classifiers.
     enlarged: Whether APGD in l1 starts with three times epsilon.
     targeting: Way to choose the classes of the targeted attacks.
+    num_targets: Largest number of these classes.
   """
 
   attacks: tuple[str, ...]
@@ -36,11 +37,13 @@ class Version:
   eot_samples: int = 1
   enlarged: bool = True
   targeting: str = "logits"
+  num_targets: int = 9
 
 
 VERSIONS: dict[str, Version] = {
   "standard": Version(("apgd-ce", "apgd-t", "fab-t", "square")),
   "fast": Version(("apgd-ce", "apgd-t")),
+  "quick": Version(("apgd-ce", "apgd-t"), targeting="malt", num_targets=5),
   "rand": Version(("apgd-ce", "apgd-dlr"), eot_samples=20, enlarged=False),
   "plus": Version(
     ("apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"),
@@ -101,7 +104,10 @@ def _defaults(name: str, version: Version, norm: str) -> dict[str, int]:
     numbers["eot_samples"] = version.eot_samples
   enlarged = norm == "l1" and version.enlarged
   if name in _TARGETED:
-    numbers["num_targets"] = 5 if enlarged and name == "apgd-t" else 9
+    few = enlarged and name == "apgd-t"
+    numbers["num_targets"] = (
+      min(5, version.num_targets) if few else version.num_targets
+    )
   else:
     many = name == "apgd-ce" and enlarged
     numbers["num_restarts"] = 5 if many else version.num_restarts

@@ -380,9 +380,8 @@ def _aims(
   loss: str, targeting: str, norm: str, num_targets: int, num_classes: int
 ) -> dict[str, Any]:
   """Returns the arguments of `search.run` that depend on the kind of loss."""
-  if base.check_loss(loss, num_classes):
-    return aiming(targeting, norm, num_targets, num_classes)
-  return {"loss": loss}
+  aims = aiming(targeting, norm, num_targets, num_classes)
+  return aims if base.check_loss(loss, num_classes) else {"loss": loss}
 
 
 def apgd(

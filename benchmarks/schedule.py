@@ -120,25 +120,24 @@ def _counted(found: dict[str, int]) -> Iterator[None]:
   from atat_jax.attacks.autoattack import slots
 
   found.update(dict.fromkeys(Count._fields[:-1], 0))
-  advance, load = slots._jitted_advance, slots.Slots._load
+  advance, load = slots.Slots._advance, slots.Slots._load
 
-  def counting(*args: Any, **kwargs: Any) -> Any:
-    before = np.asarray(args[5])
-    state, after = advance(*args, **kwargs)
-    steps = np.asarray(after) - before
+  def counting(self: Any, batch: Any, turn: int) -> None:
+    active, before = batch.active, np.asarray(batch.device[2])
+    advance(self, batch, turn)
+    steps = np.where(active, np.asarray(batch.device[2]) - before, 0)
     found["needed"] += int(steps.sum())
     found["made"] += int(steps.max()) * len(steps)
     found["turns"] += 1
-    found["full"] += int((before < args[6]).all())
-    found["fetches"] += int(np.asarray(state.fooled).any())
-    return state, after
+    found["full"] += int(active.all())
+    found["fetches"] += int(np.asarray(batch.device[1].fooled).any())
 
   def loading(self: Any, *args: Any) -> Any:
     found["loads"] += 1
     return load(self, *args)
 
   with (
-    mock.patch.object(slots, "_jitted_advance", counting),
+    mock.patch.object(slots.Slots, "_advance", counting),
     mock.patch.object(slots.Slots, "_load", loading),
     mock.patch.object(slots, "_costs", lambda: slots._ACCELERATOR_COSTS),
   ):

@@ -440,7 +440,7 @@ class _Evaluation:
         save(snapshot())
       stops.check()
 
-    slots, judged = self._slots(job), 0
+    slots, judged = self._slots(job, self._targets(job)), 0
     confirmation = screens.Confirmation(
       self._score,
       self._labels,
@@ -481,7 +481,7 @@ class _Evaluation:
       images, self._batch_size, rng.stream(self._key, "confirm")
     )
 
-  def _slots(self, job: Job) -> Slots:
+  def _slots(self, job: Job, ranking: np.ndarray) -> Slots:
     classifier = self._screen if job.screened else self._classifier
     assert classifier is not None  # noqa: S101 - narrows the type, cannot fail
     return Slots(
@@ -491,7 +491,7 @@ class _Evaluation:
       epsilon=self._epsilon,
       images=self._images,
       labels=self._labels,
-      ranking=self._targets(job),
+      ranking=ranking,
       mesh=self._mesh,
       batch_size=self._batch_size,
     )

@@ -84,7 +84,10 @@ def parser() -> argparse.ArgumentParser:
   add("--epsilon", type=number, help="default: 8/255, 0.5 (l2), 12 (l1)")
   which = made.add_mutually_exclusive_group()
   which.add_argument(
-    "--version", choices=["standard", "fast", "plus"], default="standard"
+    "--version",
+    choices=["standard", "fast", "quick", "plus"],
+    default="standard",
+    help="attacks; their numbers on our side, the original has its own",
   )
   which.add_argument(
     "--attacks",

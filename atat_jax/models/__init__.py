@@ -22,11 +22,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
 from atat_jax import batch_norm as bn
 from atat_jax import checks, compilation
-from atat_jax.errors import UserError
+from atat_jax.errors import UserError, shown
 from atat_jax.models.adapted import adapt, from_functions
 from atat_jax.models.convnext import ConvNeXt
 from atat_jax.models.densenet import DenseNet121
@@ -189,3 +190,34 @@ def with_fixed_statistics(made: Callable[..., Any]) -> jax.tree_util.Partial:
     )
   fixed = dataclasses.replace(forward, fixed_statistics=True)
   return jax.tree_util.Partial(fixed, *whole.args, **whole.keywords)
+
+
+def with_dtype(made: Callable[..., Any], dtype: Any) -> jax.tree_util.Partial:
+  """Returns a classifier that computes in another dtype, with the same weights.
+
+  Args:
+    made: Result of `classifier`, of a network with a field `dtype`.
+    dtype: Floating-point dtype of the convolutions, e.g. "bfloat16".
+
+  Returns:
+    The classifier that the network with this dtype makes.
+
+  Raises:
+    UserError: Another callable, a network without a dtype, or no such dtype.
+  """
+  forward, whole = _forward(made), compilation.unwrap(made)
+  model: Any = forward and compilation.unwrap(forward.model)
+  if forward is None or not hasattr(model, "dtype"):
+    raise UserError(
+      "classifier: one whose dtype cannot be changed; allowed:"
+      " models.classifier(model, variables), of a model with a field dtype"
+    )
+  try:
+    changed = model.clone(dtype=jnp.dtype(dtype))
+  except TypeError:
+    raise UserError(
+      f"dtype: {shown(dtype)}; allowed: a floating-point dtype, such as"
+      " bfloat16"
+    ) from None
+  forward = dataclasses.replace(forward, model=compilation.hashable(changed))
+  return jax.tree_util.Partial(forward, *whole.args, **whole.keywords)

@@ -1,5 +1,6 @@
 """The benchmarks beside PyTorch: equal networks and gradients, one small run."""
 
+import importlib
 import importlib.util
 import json
 import os
@@ -199,6 +200,22 @@ def test_the_smoke_plan_runs(tmp_path):
   assert (
     curve["values"] == [2, 4] and curve["flops"][1] == 2 * curve["flops"][0]
   )
+
+
+def test_the_schedule_counts_each_evaluation_once():
+  """Where no image is ever fooled, every run of every image is made in full."""
+  schedule = importlib.import_module("benchmarks.schedule")
+  shares = {"num_examples": 20, "batch_size": 16, "clean": 0.8}
+  whole = schedule.count("fast", robust=0.8, **shares)
+  assert whole["apgd-ce"].needed == 16 * 101
+  assert whole["apgd-t"].needed == 16 * 9 * 101
+  ce = whole["apgd-ce"]
+  assert (ce.made, ce.turns, ce.full) == (16 * 101, 21, 21)  # turns of 5 steps
+  some = schedule.count("fast", robust=0.4, **shares)
+  # Seven or eight of sixteen images are fooled within 20 steps.
+  assert 8 * 101 < some["apgd-ce"].needed <= 8 * 101 + 8 * 101
+  assert some["apgd-ce"].made >= some["apgd-ce"].needed
+  assert 8 * 9 * 101 <= some["apgd-t"].needed < 16 * 9 * 101
 
 
 # --- AutoAttack beside the original, where it is installed --------------------

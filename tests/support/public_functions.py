@@ -153,6 +153,7 @@ ENTRIES = [
       "num_restarts": "count",
       "eot_samples": "count",
       "enlarged": "boolean",
+      "targeting": "name",
     },
   ),
   Entry(
@@ -165,6 +166,7 @@ ENTRIES = [
       "num_targets": "count",
       "num_restarts": "count",
       "targeted": "boolean",
+      "targeting": "name",
     },
   ),
   Entry(
@@ -185,6 +187,8 @@ ENTRIES = [
       "norm": "name",
       "version": "name",
       "options": "options?",
+      "targeting": "name?",
+      "screening": "name?",
       "batch_size": "count",
       "mesh": "mesh?",
       "state_path": "path?",
@@ -225,6 +229,15 @@ ENTRIES = [
       "made": models.classifier(w.model, w.variables, batch_norm="batch")
     },
     {"made": "classifier"},
+    {"made": "classifier"},
+  ),
+  Entry(
+    models.with_dtype,
+    lambda w: {
+      "made": models.classifier(w.model, w.variables),
+      "dtype": "bfloat16",
+    },
+    {"made": "classifier", "dtype": "name"},
     {"made": "classifier"},
   ),
   Entry(
@@ -1029,6 +1042,7 @@ ENTRIES += [
       "norm": "name",
       "num_classes": "count",
       "options": "options?",
+      "targeting": "name?",
     },
   ),
   Entry(
@@ -1244,6 +1258,7 @@ PARTS = (
   "trial",
   "untrusted",
   "attacks.autoattack.progress",
+  "attacks.autoattack.screening",
   "attacks.autoattack.slots",
   "attacks.balls",
   "attacks.base",
@@ -1252,6 +1267,7 @@ PARTS = (
   "attacks.nonfinite",
   "attacks.search",
   "attacks.simplex",
+  "attacks.targeting",
   "data.archives",
   "data.base",
   "data.prepare",

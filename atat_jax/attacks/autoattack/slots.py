@@ -58,6 +58,8 @@ class Job:
       attacks.
     num_restarts: Number of runs for each target.
     steps_at_once: Number of steps between two checks for finished rows.
+    targeting: Way to choose the classes aimed at, see `targeting.TARGETINGS`.
+    screened: Whether it runs on the screening network, see `screening`.
   """
 
   name: str
@@ -66,6 +68,8 @@ class Job:
   num_targets: int = 1
   num_restarts: int = 1
   steps_at_once: int = 5
+  targeting: str = "logits"
+  screened: bool = False
 
   @property
   def num_runs(self) -> int:
@@ -274,6 +278,7 @@ class Slots:
     *,
     on_fooled: Callable[[np.ndarray, np.ndarray], None],
     on_steps: Callable[[Callable[[], InFlight]], None] = lambda _: None,
+    on_failed: Callable[[np.ndarray, np.ndarray], None] | None = None,
     in_flight: InFlight | None = None,
   ) -> None:
     """Runs the job on all examples that are still robust.
@@ -285,6 +290,8 @@ class Slots:
       on_fooled: Called with the examples fooled and their images.
       on_steps: Called after every few steps with a function that returns the
         unfinished runs.
+      on_failed: Called with the examples of runs that ended without success and
+        the images that these return; may remove examples, too.
       in_flight: Unfinished runs to resume; ignored if they do not fit.
     """
     pending = int((~done[robust]).sum())
@@ -305,7 +312,7 @@ class Slots:
       if fresh.any():
         self._load(batch, fresh)
       self._advance(batch, turn)
-      self._harvest(batch, done, robust, on_fooled)
+      self._harvest(batch, done, robust, on_fooled, on_failed)
       on_steps(functools.partial(self._snapshot, batch))
 
   def _put(self, array: np.ndarray) -> Array:
@@ -417,6 +424,7 @@ class Slots:
     done: np.ndarray,
     robust: np.ndarray,
     on_fooled: Callable[[np.ndarray, np.ndarray], None],
+    on_failed: Callable[[np.ndarray, np.ndarray], None] | None,
   ) -> None:
     """Takes finished runs, and those of fooled examples, out of their rows."""
     assert batch.device is not None  # noqa: S101 - narrows the type, cannot fail
@@ -432,6 +440,10 @@ class Slots:
       rows = rows[first]
       images = sharding.to_host(self._mesh, state.adversarial)
       on_fooled(examples[rows], images[rows])
+    failed = active & ~fooled & (i >= self._limit)
+    if on_failed is not None and failed.any():
+      images = sharding.to_host(self._mesh, state.adversarial)
+      on_failed(examples[failed], images[failed])
     over = active & (fooled | (i >= self._limit))
     done[examples[over], batch.runs[over]] = True
     examples[over] = -1

@@ -25,10 +25,11 @@ _REMEDY = (
 
 def aval(value: Any) -> jax.ShapeDtypeStruct:
   """Returns an array's shape and type."""
-  return _shape(jax.typeof(value))
+  return shape(jax.typeof(value))
 
 
-def _shape(aval: Any) -> jax.ShapeDtypeStruct:
+def shape(aval: Any) -> jax.ShapeDtypeStruct:
+  """Returns the shape and type that an abstract value has."""
   return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=aval.weak_type)
 
 
@@ -302,8 +303,8 @@ class Skeleton:
     def evaluate(arrays: list[Array], flat: list[Array]) -> list[Any]:
       return _Substitution(reading, arrays).closed(closed, *flat)
 
-    flat = [_shape(v.aval) for v in closed.jaxpr.invars]
-    arrays = [_shape(jax.typeof(array)) for array in reading.arrays]
+    flat = [shape(v.aval) for v in closed.jaxpr.invars]
+    arrays = [shape(jax.typeof(array)) for array in reading.arrays]
     clean = jax.make_jaxpr(evaluate)(arrays, flat)
     function = core.jaxpr_as_fun(clean)
 

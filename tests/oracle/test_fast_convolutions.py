@@ -1,0 +1,251 @@
+"""Classifiers with their convolutions replaced, against what they were."""
+
+import functools
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from jax import lax
+from jax.extend import core
+from quick import jit
+
+from atat_jax import attacks
+from atat_jax.attacks import base, convolutions
+
+KEY = jax.random.key(0)
+Convolution = Callable[[jax.Array], jax.Array]
+
+
+def _array(*shape: int) -> np.ndarray:
+  return np.random.default_rng(sum(shape)).normal(size=shape)
+
+
+def _convolution(
+  layout: str = "NHWC/HWIO/NHWC",
+  sides: tuple[int, int] = (3, 3),
+  channels: tuple[int, int] = (2, 3),
+  strides: tuple[int, int] = (1, 1),
+  padding: Any = "SAME",
+  dtype: Any = np.float64,
+  **others: Any,
+) -> Convolution:
+  """A function of images [2, 7, 8, C], whose result is NHWC again."""
+  numbers = tuple(layout.split("/"))
+  shape = dict(zip("HWIO", (*sides, *channels), strict=True))
+  shape["I"] //= others.get("feature_group_count", 1)
+  kernel = _array(*(shape[axis] for axis in numbers[1])).astype(dtype)
+
+  def function(x: jax.Array) -> jax.Array:
+    y = lax.conv_general_dilated(
+      x.astype(dtype).transpose(["NHWC".index(axis) for axis in numbers[0]]),
+      kernel,
+      strides,
+      padding,
+      dimension_numbers=numbers,
+      **others,
+    )
+    return y.transpose([numbers[2].index(axis) for axis in "NHWC"])
+
+  return function
+
+
+def _plain_convolutions(function: Convolution, x: jax.Array) -> int:
+  """Number of convolutions without a derivative of their own."""
+
+  def count(jaxpr: Any) -> int:
+    total = 0
+    for eqn in jaxpr.eqns:
+      if eqn.primitive.name.startswith(("custom_vjp", "custom_jvp")):
+        continue
+      total += eqn.primitive.name == "conv_general_dilated"
+      total += sum(map(count, core.jaxprs_in_params(eqn.params)))
+    return total
+
+  return count(jax.make_jaxpr(lambda x: function(x))(x).jaxpr)
+
+
+def _assert_replaced(function: Convolution, x: Any) -> None:
+  """Checks that all convolutions were replaced and nothing else happened."""
+  fast = convolutions.fast(function)
+  assert _plain_convolutions(function, x) > 0
+  assert _plain_convolutions(fast, x) == 0
+
+  def both(x: jax.Array) -> list[Any]:
+    found = []
+    for f in (fast, function):
+      y, pullback = jax.vjp(f, x)
+      found.append((y, *pullback(jnp.sin(y))))
+    return found
+
+  actual, expected = jit(both)(x)
+  for a, b in zip(actual, expected, strict=True):
+    assert a.shape == b.shape and a.dtype == b.dtype
+    np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9)
+
+
+FORMS: dict[str, dict[str, Any]] = {
+  "NCHW": {"layout": "NCHW/OIHW/NCHW"},
+  "NCHW, strided": {"layout": "NCHW/OIHW/NCHW", "strides": (2, 2)},
+  "three layouts": {"layout": "CHWN/WIHO/HCNW", "channels": (5, 3)},
+  "VALID": {"padding": "VALID", "strides": (3, 2)},
+  "uneven padding": {"padding": ((0, 2), (1, 0)), "channels": (5, 3)},
+  "a row": {"sides": (1, 7), "channels": (5, 3)},
+  "a thin column": {"sides": (5, 2)},
+  "a strided rectangle": {"sides": (2, 3), "strides": (1, 2)},
+  "many channels": {"channels": (64, 64)},
+  "patches": {"sides": (2, 3), "strides": (2, 3), "padding": "VALID"},
+  "patches with gaps": {"sides": (2, 1), "strides": (3, 3)},
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_any_layout_stride_and_padding_keeps_its_values(name, x64):
+  channels = FORMS[name].get("channels", (2, 3))[0]
+  x = _array(2, 8 if channels == 64 else 7, 8, channels)
+  _assert_replaced(_convolution(**FORMS[name]), x)
+
+
+def _scanned(function: Convolution, x: jax.Array) -> jax.Array:
+  return lax.scan(lambda y, _: (function(y), None), x, None, length=2)[0]
+
+
+def _switched(function: Convolution, x: jax.Array) -> jax.Array:
+  return lax.cond(x.sum() > 0, function, lambda x: -function(x), x)
+
+
+def _searched(function: Convolution, x: jax.Array) -> jax.Array:
+  """A while loop, which has no derivative, and something that has one."""
+  size = lax.stop_gradient(x)
+  size = lax.while_loop(
+    lambda y: (function(y) ** 2).sum() < 10, lambda y: y + function(y), size
+  )
+  return function(x) * size
+
+
+STRUCTURES: dict[str, Callable[[Convolution, jax.Array], jax.Array]] = {
+  "jit": lambda f, x: jax.jit(f)(x),
+  "remat": lambda f, x: jax.checkpoint(f)(x),
+  "vmap": lambda f, x: jax.vmap(lambda row: f(row[None])[0])(x),
+  "scan": _scanned,
+  "cond": _switched,
+  "while": _searched,
+  "jit in scan in remat": lambda f, x: jax.checkpoint(
+    lambda x: _scanned(jax.jit(f), x)
+  )(x),
+}
+
+
+@pytest.mark.parametrize(
+  ("structure", "channels"),
+  [*((name, 2) for name in STRUCTURES), ("scan", 64), ("remat", 64)],
+)
+def test_convolutions_inside_other_programs_are_replaced(
+  structure, channels, x64
+):
+  """64 channels have a form with constants of its own."""
+  function = _convolution(channels=(channels, channels))
+  x = _array(2, 4, 4, channels) / 10
+  _assert_replaced(functools.partial(STRUCTURES[structure], function), x)
+
+
+LEFT: dict[str, dict[str, Any]] = {
+  "groups": {"feature_group_count": 2, "channels": (2, 4)},
+  "dilated kernel": {"rhs_dilation": (2, 2)},
+  "dilated image": {"lhs_dilation": (1, 2), "padding": ((1, 1), (1, 1))},
+  "wide padding": {"padding": ((3, 3), (1, 1))},
+  "large kernel": {"sides": (7, 20)},
+  "16 bits": {"dtype": jnp.bfloat16},
+}
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_what_has_no_faster_form_is_left_alone(name):
+  function = _convolution(**({"dtype": np.float32} | LEFT[name]))
+  x = _array(2, 7, 8, 2).astype(np.float32)
+  fast = convolutions.fast(function)
+  assert _plain_convolutions(fast, x) == 1
+  np.testing.assert_array_equal(jit(fast)(x), jit(function)(x))
+
+
+def test_other_backends_keep_their_convolutions(monkeypatch):
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  function = _convolution(dtype=np.float32)
+  assert convolutions.fast(function) is function
+
+
+@pytest.mark.parametrize("kind", ["vjp", "jvp"])
+def test_derivatives_of_the_author_are_kept(kind):
+  inner = _convolution(dtype=np.float32)
+  if kind == "vjp":
+    function: Any = jax.custom_vjp(inner)
+    function.defvjp(
+      lambda x: (inner(x), None), lambda _, g: (jnp.full((2, 7, 8, 2), 5.0),)
+    )
+  else:
+    function = jax.custom_jvp(inner)
+    function.defjvp(lambda x, t: (inner(*x), 5 * t[0].sum() * inner(*x)))
+  x = _array(2, 7, 8, 2).astype(np.float32)
+  found, expected = (
+    jax.grad(lambda x, f=f: f(x).sum())(x)
+    for f in (convolutions.fast(function), function)
+  )
+  np.testing.assert_array_equal(found, expected)
+  assert np.ptp(found) == 0  # the planted derivative
+
+
+class _Net(nn.Module):
+  """Plain convolutions of flax, as a user has them."""
+
+  @nn.compact
+  def __call__(self, images: jax.Array) -> jax.Array:
+    x = nn.relu(nn.Conv(6, (3, 3))(images))
+    x = nn.relu(nn.Conv(8, (3, 3), 2, padding=1)(x))
+    return nn.Dense(4)(x.mean((1, 2)))
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_attacks_alone_replace_a_networks_convolutions(compilations):
+  """Its gradient, new weights, and what stays alive."""
+  model, images = _Net(), jax.random.uniform(KEY, (3, 8, 8, 3))
+  make = jit(model.init)
+  held = {"variables": make(KEY, images)}
+
+  def classifier(images: jax.Array) -> jax.Array:
+    return model.apply(held["variables"], images)
+
+  for evaluate, left in ((base.score, 2), (base.apply, 0)):
+    function = functools.partial(evaluate, classifier, KEY)
+    assert _plain_convolutions(function, images) == left
+  found = jit(lambda x: base.evaluate(classifier, KEY, x, lambda z: z[:, 0]))(
+    images
+  )
+  logits, gradient = jit(
+    lambda x: (
+      classifier(x),
+      jax.grad(lambda x: classifier(x)[:, 0].sum())(x),
+    )
+  )(images)
+  np.testing.assert_allclose(found.logits, logits, rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(
+    found.gradient, gradient, rtol=1e-5, atol=1e-6 * abs(gradient).max()
+  )
+
+  def run() -> jax.Array:
+    numbers = {"epsilon": 0.1, "step_size": 0.03, "num_steps": 2}
+    return attacks.pgd(KEY, classifier, images, jnp.arange(3), **numbers)
+
+  first = run()
+  held["variables"] = make(jax.random.key(1), images)
+  before = compilations()
+  assert not np.array_equal(run(), first)
+  assert compilations() == before
+  alive = weakref.ref(held["variables"]["params"]["Conv_0"]["kernel"])
+  held.clear()
+  gc.collect()
+  assert alive() is None

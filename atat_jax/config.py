@@ -59,6 +59,7 @@ _EVALUATION: dict[str, Any] = {
   "batch_statistics_size": int,
   "num_examples": int,
   "seed": int,
+  "teacher": bool,
 }
 # Numbers of attacks that have a field of their own.
 _SHARED = ("epsilon", "step_size", "norm", "num_restarts")
@@ -286,6 +287,7 @@ def _make_evaluation(fields: Fields) -> EvaluationPlan:
       batch_statistics_size=fields["batch_statistics_size"],
       num_examples=fields["num_examples"],
       seed=fields["seed"],
+      teacher=fields["teacher"],
     )
     _check_section(fields, _EVALUATION, bits=True)
     return made

@@ -94,7 +94,8 @@ def evaluate(
   with in_section("figures"):
     analyses.check_images(plan.figures, len(dataset.test.labels))
   networks = {}
-  for role, (directory, chosen) in found.items():
+  for role in plan.evaluated:
+    directory, chosen = found[role]
     model, variables = checkpoints.restore_model(
       directory, step=chosen.step, expected=plan.model_spec
     )

@@ -333,6 +333,7 @@ class EvaluationPlan:
     batch_statistics_size: Number of images in a batch in the mode "batch".
     num_examples: Number of test images, from the first on; 0: all of them.
     seed: Seed of the attacks.
+    teacher: Whether the teacher is evaluated beside the student.
   """
 
   validation: Protocol
@@ -342,6 +343,7 @@ class EvaluationPlan:
   batch_statistics_size: int
   num_examples: int
   seed: int
+  teacher: bool = True
 
   def __post_init__(self) -> None:
     """Checks all numbers."""
@@ -462,6 +464,12 @@ class Plan:
     teacher = {} if self.teacher is None else {roles.TEACHER: self.teacher}
     last = self.stages[-1]
     return {**teacher, last.name: last.directory}
+
+  @property
+  def evaluated(self) -> tuple[str, ...]:
+    """Roles of the networks that are evaluated and explained."""
+    last = self.stages[-1].name
+    return tuple(self.networks) if self.evaluation.teacher else (last,)
 
 
 @functools.lru_cache(maxsize=16)  # tracing a deep network takes a second

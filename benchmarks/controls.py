@@ -38,6 +38,7 @@ HEADLINE = (
   Column("the same, margin loss", "pgd20-margin", "batch"),
   Column("PGD-20, running statistics", "pgd20", "running"),
   Column("PGD-20, margin, running", "pgd20-margin", "running"),
+  Column("worst case, running", tables.WORST_CASE, "running"),
   Column("AutoAttack fast, running", AUTOATTACK, "running"),
 )
 HEADLINE_ROWS = {
@@ -57,6 +58,7 @@ HEADLINE_ROWS = {
 ABLATION = (
   Column("PGD-20", "pgd20", "running"),
   Column("PGD-20, margin", "pgd20-margin", "running"),
+  Column("worst case", tables.WORST_CASE, "running"),
   Column("AutoAttack fast", AUTOATTACK, "running"),
 )
 _WEIGHTS = {
@@ -141,27 +143,6 @@ def accuracies(
   return "\n\n".join(parts)
 
 
-def difference(row: Row, control: Row) -> Row:
-  """Compares two methods seed by seed.
-
-  Args:
-    row: Row of a comparison.
-    control: Row of the control.
-
-  Returns:
-    "accuracy", the mean difference, its "standard_error" and "num_runs"; empty
-    where they share no seed.
-  """
-  own, other = row.get("accuracies", {}), control.get("accuracies", {})
-  gaps = [
-    accuracy - other[seed] for seed, accuracy in own.items() if seed in other
-  ]
-  if not gaps:
-    return {}
-  mean, error = merge.mean_and_error(gaps)
-  return {"accuracy": mean, "standard_error": error, "num_runs": len(gaps)}
-
-
 def ablation(found: dict[str, Any]) -> str:
   """Writes accuracies, and their paired differences from the control."""
   parts = []
@@ -172,9 +153,10 @@ def ablation(found: dict[str, Any]) -> str:
     for label in _labels(found, ABLATION_ROWS):
       name, control = ABLATION_ROWS[label]
       own = [find(found, dataset, label, column) for column in ABLATION]
+      base = [find(found, dataset, control, column) for column in ABLATION]
       gaps = [
-        difference(row, find(found, dataset, control, column))
-        for row, column in zip(own, ABLATION, strict=True)
+        merge.paired_difference(row, other) if row and other else None
+        for row, other in zip(own, base, strict=True)
       ]
       compared = [
         layout.points(gap) if gap and label != control else "–" for gap in gaps

@@ -162,6 +162,7 @@ def _make_run(
   config.seed = seed + TEACHER_SEED if method == TEACHER else seed
   config.evaluation.batch_norm = ("running", "batch")
   config.evaluation.attacks = args.attacks
+  config.evaluation.teacher = False  # it is a run of its own
   # The other analyses would take minutes for all runs together.
   config.figures.analyses = "attention"
   if make_plan(config).objective.needs_teacher:

@@ -276,6 +276,7 @@ def table(rows: Sequence[Row]) -> str:
       "difference",
       "PGD-20, margin",
       "PGD-20, normalised by the clean image",
+      "change of an image's mean",
       "low, middle, high contrast",
     ]
   ]
@@ -300,6 +301,7 @@ def table(rows: Sequence[Row]) -> str:
         _mean(paired) if paired and formula != "dataset" else "-",
         _mean([row["pgd20-margin"] for row in found]),
         _mean([row["pgd20_anchored"] for row in found]),
+        f"{np.mean([row['mean_shift'] for row in found]):.3f}",
         ", ".join(f"{100 * value:.1f}" for value in third),
       ]
     )

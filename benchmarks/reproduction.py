@@ -11,7 +11,7 @@ without results says "Not measured yet."
 import dataclasses
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 if __name__ == "__main__" and not __package__:  # run as a script
@@ -23,14 +23,15 @@ from atat_jax.objectives import OBJECTIVES
 from atat_jax.report import layout
 from atat_jax.runs import files
 from atat_jax.runs import tables as rows
-from benchmarks import controls, costs, tables
+from benchmarks import controls, costs, mechanism, normalization, tables
 from benchmarks.support import machine
 from benchmarks.support.machine import ROOT
 
 PAGE = ROOT / "docs" / "reproduction.md"
 RESULTS = ROOT / "docs" / "results" / "methods.json"
 FIGURES = ROOT / "docs" / "figures"
-COSTS = "costs.json"
+OTHERS = ("costs", "mechanism", "normalization")
+"""Parts with a result file of their own beside the comparison."""
 ATTACK = "pgd20"  # the paper's headline
 
 _NOT_MEASURED = "Not measured yet."
@@ -41,8 +42,8 @@ def generate(page: str, results: pathlib.Path) -> str:
 
   Args:
     page: Markdown with markers.
-    results: A `comparison.json`, which may be missing, like `costs.json` beside
-      it, which `benchmarks/costs.py` writes.
+    results: A `comparison.json`, which may be missing, like the files beside it
+      that `benchmarks/costs.py`, `mechanism.py` and `normalization.py` write.
 
   Returns:
     The new text of the page.
@@ -51,10 +52,11 @@ def generate(page: str, results: pathlib.Path) -> str:
     UserError: A marker with an unknown name, or results that cannot be read.
   """
   found = pictures.read(results) if results.exists() else None
-  costs_found = files.read_json(results.with_name(COSTS))
 
   def part(name: str) -> str:
-    measured = costs_found if name == "costs" else found
+    measured = found
+    if name in OTHERS:
+      measured = files.read_json(results.with_name(f"{name}.json"))
     text = None if measured is None else PARTS[name](measured)
     return text or _NOT_MEASURED
 
@@ -101,6 +103,16 @@ def _costs(found: dict[str, Any]) -> str:
   )
 
 
+def _experiment(
+  table: Callable[[Sequence[dict[str, Any]]], str],
+) -> Callable[[dict[str, Any]], str]:
+  return lambda found: (
+    f"{table(found['rows'])}\n\n`{found['command']}`; commit"
+    f" `{found['commit']}`, {found['date'][:10]}, devices:"
+    f" {', '.join(found['devices'])}."
+  )
+
+
 def _training(found: dict[str, Any]) -> str:
   shown = layout.training(found)
   if shown is None:
@@ -134,6 +146,8 @@ PARTS = {
   "accuracies": _accuracies,
   "batch_statistics": _batch_statistics,
   "costs": _costs,
+  "mechanism": _experiment(mechanism.table),
+  "normalization": _experiment(normalization.table),
   "training": _training,
   "provenance": _provenance,
 }

@@ -119,6 +119,7 @@ def _evaluation() -> dict[str, Any]:
     "batch_statistics_size": 100,  # images a batch in the mode batch
     "num_examples": 0,  # test images, from the first on; 0: all
     "seed": 0,
+    "teacher": True,  # whether it is evaluated beside the student
   }
 
 

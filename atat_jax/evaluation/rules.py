@@ -74,7 +74,11 @@ def _evidence(rows: Sequence[Row], model: str) -> Evidence:
   return Evidence(
     model=model,
     running=_accuracies(rows, "running"),
-    batch=_accuracies(rows, "batch"),
+    # Earlier versions ran AutoAttack in batches that it fills up.
+    batch=_accuracies(
+      [row for row in rows if not row["attack"].startswith("autoattack")],
+      "batch",
+    ),
     pgd=sorted(
       (row["num_steps"], row["accuracy"])
       for row in rows

@@ -86,7 +86,12 @@ def setting_name(method: str, fields: Mapping[str, Any]) -> str:
   Returns:
     One of `SETTINGS` if all fields that settings of this method change agree
     with it; otherwise the method.
+
+  Raises:
+    UserError: Unknown method.
   """
+  _member(method)
+  checks.instance("fields", fields, Mapping, "hyperparameters by name")
   own = {name: made for name, (of, made) in SETTINGS.items() if of == method}
   changed = {field for made in own.values() for field in made}
   given = {field: fields[field] for field in changed & fields.keys()}

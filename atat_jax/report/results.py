@@ -113,9 +113,7 @@ def _line(
   sizes = {row["batch_size"] for row in own if row.get("batch_size")}
   if batch_norm == "batch" and sizes:
     batches = " / ".join(map(str, sorted(sizes)))
-    protocol += f"; batches of {batches} images"
-    if column.derived:
-      protocol += f", {tables.OWN_BATCHES}"
+    protocol += f"; batches of {batches} images{tables.batches(column)}"
   return Line(
     label=column.label,
     protocol=protocol,

@@ -26,6 +26,9 @@ BATCH_WARNING = (
 OWN_BATCHES = "those of the batch that each attack made"
 """Batches of a worst case: each attack judges an image among other ones."""
 
+REFILLED_BATCHES = "filled up with images that are still robust"
+"""Batches of AutoAttack, which earlier versions ran with batch statistics."""
+
 BATCH_NORM_HEADINGS = {
   "running": "Running statistics: one fixed classifier",
   "batch": f"Batch statistics: {BATCH_WARNING}",
@@ -375,6 +378,15 @@ def protocol(column: Column) -> str:
   )
 
 
+def batches(column: Column) -> str:
+  """Says what the batches of batch statistics were, where it is not plain."""
+  if column.derived:
+    return f", {OWN_BATCHES}"
+  if column.protocol["attack"].startswith("autoattack"):
+    return f", {REFILLED_BATCHES}"
+  return ""
+
+
 def _batch_norms(column: Column) -> str:
   names = []
   for batch_norm in BATCH_NORMS:
@@ -385,8 +397,8 @@ def _batch_norms(column: Column) -> str:
     sizes = {row["batch_size"] for row in rows if row.get("batch_size")}
     if batch_norm == "batch" and sizes:
       name += f" of {' / '.join(map(str, sorted(sizes)))} images"
-    if batch_norm == "batch" and column.derived:
-      name += f", {OWN_BATCHES}"
+    if batch_norm == "batch":
+      name += batches(column)
     names.append(name)
   return " and ".join(names)
 

@@ -12,7 +12,7 @@ A loss enters by its gradient with respect to the logits, [B, K], so that its
 scale can be changed image by image.
 """
 
-import dataclasses
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -20,9 +20,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from atat_jax import batch_norm, losses, models
+from atat_jax import losses, models
 from atat_jax.attacks import balls, projected_gradient
-from atat_jax.typing import Array, Classifier, PyTree, Scalar, Variables
+from atat_jax.typing import Array, Classifier, Scalar, Variables
 
 ROUTES = ("through", "fixed", "own", "cross")
 """Parts of the gradient that an attack can follow: all, the direct one, direct
@@ -55,45 +55,12 @@ class Passes(NamedTuple):
   fixed: Classifier
 
 
-@dataclasses.dataclass(frozen=True)
-class _FixedForward:
-  """Pass with fixed statistics; compares by value, to be compiled once."""
-
-  model: nn.Module
-
-  def __call__(self, variables: Variables, images: Array) -> Array:
-    found = statistics(self.model, variables, images)
-    return batch_norm.apply(
-      self.model, variables | {"batch_stats": found}, images
-    )[0]
-
-
 def passes(model: nn.Module, variables: Variables) -> Passes:
   """Makes both passes of a network with BatchNorm; a pytree."""
-  return Passes(
-    models.classifier(model, variables, batch_norm="batch"),
-    jax.tree_util.Partial(_FixedForward(model), variables),
+  make = functools.partial(
+    models.classifier, model, variables, batch_norm="batch"
   )
-
-
-def statistics(model: nn.Module, variables: Variables, images: Array) -> PyTree:
-  """Computes mean and variance of a batch at every BatchNorm, as constants.
-
-  Args:
-    model: Network with the field `batch_norm_momentum`.
-    variables: Its variables.
-    images: [B, H, W, C].
-
-  Returns:
-    The collection `batch_stats` with which running statistics give the logits
-    of batch statistics.
-  """
-  none = jax.tree.map(jnp.zeros_like, variables["batch_stats"])
-  _, moved = batch_norm.apply(
-    model, variables | {"batch_stats": none}, images, batch_norm="batch"
-  )
-  share = 1 - model.batch_norm_momentum
-  return jax.lax.stop_gradient(jax.tree.map(lambda x: x / share, moved))
+  return Passes(make(), make(fixed_statistics=True))
 
 
 def pull(loss: str | Array, logits: Array, labels: Array) -> Array:

@@ -139,10 +139,10 @@ def test_bins_count_every_image_once_and_average_their_own():
     "cosine": np.ones(5),
     "agreement": np.full(5, 0.5),
   }
-  rows = mechanism.binned(parts, margin == 1)
+  rows = mechanism.binned(parts, margin < 5, margin < 1)
   assert [row["count"] for row in rows] == [1, 2, 0, 1, 0, 1]
   assert rows[1]["cross_over_direct"] == 4
-  assert rows[1]["rescued"] == 0.5
+  assert (rows[1]["rescued"], rows[3]["rescued"]) == (0.5, 0)
   assert math.isfinite(rows[3]["cross_over_direct"])
   assert rows[0]["margin"] == [None, 0.0]
   assert "pull" not in rows[2]
@@ -173,3 +173,40 @@ def test_attacks_on_fewer_images_are_compared_on_these():
   assert cells[f"{published}, first 2 images"] == "50.0"
   assert cells["cross-entropy, own terms only, first 2 images"] == "0.0"
   assert "margin, everything" not in cells
+
+
+def test_normalisations_are_compared_seed_by_seed():
+  from benchmarks import normalization
+
+  def row(formula, seed, pgd20):
+    return {
+      "formula": formula,
+      "training_seed": seed,
+      "nominal": 1.0,
+      "pgd20": pgd20,
+      "pgd20-margin": 0.5,
+      "pgd20_anchored": 0.5,
+      "mean_shift": 0.1,
+      "pgd20_by_contrast": [0.1, 0.2, 0.3],
+    }
+
+  rows = [
+    row("dataset", 0, 0.7),
+    row("offset", 0, 0.6),
+    row("dataset", 1, 0.5),
+    row("offset", 1, 0.4),
+    row("offset", 2, 0.0),
+  ]
+  _, _, _, found = normalization.table(rows).splitlines()
+  # A seed without `dataset` counts in the mean, not in the difference.
+  assert "33.3" in found
+  assert "-10.0 ± 0.0" in found
+
+
+def test_thirds_are_in_order_and_of_equal_size():
+  from benchmarks import normalization
+
+  values = np.array([5.0, 1, 4, 2, 6, 3])
+  np.testing.assert_array_equal(
+    normalization.thirds(values), [2, 0, 1, 0, 2, 1]
+  )

@@ -407,8 +407,8 @@ def test_layout_of_the_papers_tables(made):
   page = Page(made[0])
   assert page.headings[:2] == [
     "cifar10. Running statistics: one fixed classifier",
-    "cifar10. Batch statistics: paper's released protocol, can overstate"
-    " robustness",
+    "cifar10. Batch statistics: paper's released protocol, no fixed classifier,"
+    " its attack can fail",
   ]
   head, at, atat, toy, batch_head, batch_at, *_ = page.rows
   assert head == ["accuracy (%)", "nominal", "fgsm", "pgd20", "autoattack"]

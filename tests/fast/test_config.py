@@ -456,6 +456,11 @@ def test_stages_are_the_networks_to_train(tmp_path):
   assert tmp_path / plan.networks["teacher"] == tmp_path / "teacher"
   assert tmp_path / plan.networks["student"] == tmp_path
 
+  assert plan.evaluated == ("teacher", "student")
+  alone = config.make_plan(tiny.config(evaluation__teacher=False))
+  assert list(alone.networks) == ["teacher", "student"]
+  assert alone.evaluated == ("student",)
+
   # A teacher of another run is used, not trained.
   other = tmp_path / "other"
   plan = config.make_plan(tiny.config(teacher_workdir=str(other)))

@@ -44,8 +44,9 @@ def test_the_page_says_what_was_measured(reproduction):
   assert reproduction.generate(text, reproduction.RESULTS) == text
   markers = re.findall(r"<!-- generated: (\w+) -->", text)
   assert sorted(markers) == sorted(reproduction.PARTS)
-  missing = 0 if reproduction.RESULTS.exists() else len(markers) - 1
-  missing += not reproduction.RESULTS.with_name("costs.json").exists()
+  results, others = reproduction.RESULTS, reproduction.OTHERS
+  missing = 0 if results.exists() else len(markers) - len(others)
+  missing += sum(not results.with_name(f"{x}.json").exists() for x in others)
   assert text.count("Not measured yet.") == missing
   for name in re.findall(r"\(figures/(\w+\.png)\)", text):
     assert (reproduction.FIGURES / name).exists()

@@ -91,6 +91,13 @@ def test_the_larger_of_two_accuracies_is_named_and_claims_no_more():
   assert not flags(evaluation.diagnose(made, "student"))["batch_statistics"]
 
 
+def test_autoattack_in_batches_that_it_fills_up_is_no_evidence():
+  made = rows({**SOUND, "autoattack": 0.4})
+  made += rows({**SOUND, "autoattack": 0.8}, batch_norm="batch")
+  found = evaluation.diagnose(made, "student")["batch_statistics"]
+  assert not found["flag"] and "autoattack" not in found["message"]
+
+
 NAMES = ("pgd20", "pgd20:statistics=fixed", "pgd20-margin")
 
 

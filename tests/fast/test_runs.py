@@ -184,6 +184,8 @@ def test_a_protocol_in_words():
       row("student", "pgd20", "batch", 0.2, **options),
       row("student", "nominal", "running", 0.1, num_examples=10_000),
       row("student", "square", "running", 0.1, num_steps=5000, step_size=None),
+      # As earlier versions have measured it.
+      row("student", "autoattack", "batch", 0.1, num_steps=None, loss=None),
     ]
   )
   assert [tables.protocol(column) for column in columns] == [
@@ -194,6 +196,9 @@ def test_a_protocol_in_words():
     " running statistics",
     "linf, epsilon 8/255, 5,000 queries, 1 restart, cross_entropy loss; 297"
     " digits test images, seed 0; BatchNorm: running statistics",
+    "linf, epsilon 8/255, 1 restart; 297 digits test images, seed 0; BatchNorm:"
+    " batch statistics of 100 images, filled up with images that are still"
+    " robust",
   ]
 
 

@@ -685,6 +685,17 @@ ENTRIES += [
     {"name": "method"},
   ),
   Entry(
+    objectives.setting,
+    lambda _: {"name": "atat_mixture"},
+    {"name": "name"},
+    {"name": "method"},
+  ),
+  Entry(
+    objectives.setting_name,
+    lambda _: {"method": "atat", "fields": {"lambda1": 0.0, "lambda2": 0.0}},
+    {"method": "name", "fields": "mapping"},
+  ),
+  Entry(
     objectives.make_batch,
     lambda w: {"images": w.images, "labels": w.labels, "num_classes": 5},
     {"images": "image batch", "labels": "classes", "num_classes": "count"},

@@ -14,7 +14,15 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
-from atat_jax import analyses, attention, checks, data, fields, optim
+from atat_jax import (
+  analyses,
+  attention,
+  checks,
+  data,
+  evaluation,
+  fields,
+  optim,
+)
 from atat_jax.data import mixing
 from atat_jax.errors import UserError
 from atat_jax.evaluation import Protocol
@@ -182,6 +190,8 @@ class StagePlan:
     nonfinite: Policy on a step that is not finite, one of `options.POLICIES`.
     term_gradients: Whether validations compare the gradients of the loss's
       terms.
+    overfitting_alarm: Whether validations also measure a single step, to find
+      catastrophic overfitting.
   """
 
   name: str
@@ -217,6 +227,7 @@ class StagePlan:
   validate_every_epochs: float
   nonfinite: str = "stop"
   term_gradients: bool = True
+  overfitting_alarm: bool = True
 
   def __post_init__(self) -> None:
     """Checks all numbers, also those that the optimizer is made of."""
@@ -399,6 +410,23 @@ class EvaluationPlan:
         found.setdefault(one.name, one)
     return tuple(found.values())
 
+  @property
+  def single_step(self) -> Protocol | None:
+    """One step of the validation's radius from the clean image, FGSM in linf.
+
+    None where the validation attack is no more than that, so that a comparison
+    would show nothing.
+    """
+    attack = self.validation
+    if attack.epsilon is None or attack.norm is None or attack.num_steps == 1:
+      return None
+    return evaluation.parse(
+      "pgd1:random_start=false",
+      epsilon=attack.epsilon,
+      step_size=attack.epsilon,
+      norm=attack.norm,
+    )
+
   def size_of_batch(self, mode: str) -> int:
     """Number of images in a batch in a BatchNorm mode."""
     return self.batch_statistics_size if mode == "batch" else self.batch_size
@@ -438,6 +466,13 @@ class Plan:
       raise UserError(
         f"profile_steps: {steps}; allowed: (), or a first and a last step, from"
         " 1"
+      )
+    single = getattr(self.objective, "takes_single_step", False)
+    if single and self.evaluation.single_step is None:
+      raise UserError(
+        f"evaluation.validation_attack: {self.evaluation.validation.name!r};"
+        " allowed: of several steps where objective.attack_method has one, as"
+        " it chooses the checkpoint (pgd10)"
       )
     _check_network(self.model, self.data.spec)
     layers = getattr(self.objective, "layers", ())

@@ -28,7 +28,7 @@ from atat_jax.data import Dataset, Extra, Split
 from atat_jax.errors import UserError, in_section
 from atat_jax.objectives import Batch, Outcome
 from atat_jax.plan import Plan, StagePlan
-from atat_jax.runs import configuration
+from atat_jax.runs import configuration, overfitting
 from atat_jax.state import TrainState
 from atat_jax.training import averaging, gradients, loop, soundness
 from atat_jax.training.draws import BatchDraws
@@ -444,7 +444,11 @@ def _validate(
   classifier = models.classifier(plan.model, state.evaluated(current))
   protocols = {"accuracy_clean": _NOMINAL}
   if stage.objective.attacks:
-    protocols["accuracy_adversarial"] = plan.evaluation.validation
+    single_step = plan.evaluation.single_step
+    if stage.overfitting_alarm and single_step is not None:
+      protocols[overfitting.SINGLE_STEP] = single_step
+    # The last one chooses the checkpoint.
+    protocols[overfitting.ROBUST] = plan.evaluation.validation
   judged = {
     name: evaluation.judge(
       jax.random.key(plan.evaluation.seed),

@@ -30,7 +30,7 @@ from benchmarks.support.machine import ROOT
 PAGE = ROOT / "docs" / "reproduction.md"
 RESULTS = ROOT / "docs" / "results" / "methods.json"
 FIGURES = ROOT / "docs" / "figures"
-OTHERS = ("costs", "mechanism", "normalization")
+OTHERS = ("costs", "mechanism", "mechanism_own", "normalization")
 """Parts with a result file of their own beside the comparison."""
 ATTACK = "pgd20"  # the paper's headline
 
@@ -147,6 +147,7 @@ PARTS = {
   "batch_statistics": _batch_statistics,
   "costs": _costs,
   "mechanism": _experiment(mechanism.table),
+  "mechanism_own": _experiment(mechanism.attack_table),
   "normalization": _experiment(normalization.table),
   "training": _training,
   "provenance": _provenance,

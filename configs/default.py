@@ -62,6 +62,8 @@ def training() -> dict[str, Any]:
     "validate_every_epochs": 1.0,  # each validation also saves a checkpoint
     # Validations compare the gradients of the loss's terms.
     "term_gradients": True,
+    # Validations also measure one step, and say where only that is withstood.
+    "overfitting_alarm": True,
   }
 
 

@@ -69,6 +69,15 @@ def _accumulate(momentum: Scalar, total: Array, gradient: Array) -> Array:
   return jnp.clip(total, -_LARGEST_SUM, _LARGEST_SUM)
 
 
+def _confinement(
+  ball: balls.Ball, images: Array, epsilon: Scalar, bounded: bool
+) -> Callable[[Array], Array]:
+  """Makes what keeps iterates in [0, 1], and in the balls if `bounded`."""
+  if not bounded:
+    return lambda images_adv: jnp.clip(images_adv, 0.0, 1.0)
+  return lambda images_adv: balls.project(ball, images_adv, images, epsilon)
+
+
 def ascend(
   logits_fn: Callable[[State, Array], tuple[Array, State]],
   state: State,
@@ -147,13 +156,17 @@ def counted_ascend(
   targets: Array | None,
   momentum: Scalar | None,
   eot_samples: int,
+  bounded: bool = True,
 ) -> tuple[Array, State, Counts]:
   """Runs `ascend`, whose arguments it has, and counts what was not finite.
+
+  Unless `bounded`, iterates are kept in [0, 1], but not in the ball (N-FGSM).
 
   Returns:
     The last iterate, the last state, and the counts, [B] each.
   """
   ball = balls.BALLS[norm]
+  confine = _confinement(ball, images, epsilon, bounded)
 
   def objective(images_adv: Array, state: State) -> tuple[Array, Any]:
     logits, state = logits_fn(state, images_adv)
@@ -178,7 +191,7 @@ def counted_ascend(
     if momentum is not None:
       gradient = total = _accumulate(momentum, total, gradient)
     step = step_size * ball.direction(gradient)
-    images_adv = balls.project(ball, images_adv + step, images, epsilon)
+    images_adv = confine(images_adv + step)
     return images_adv, state, total, nonfinite.add(counts, new)
 
   total = () if momentum is None else jnp.zeros_like(start)

@@ -10,7 +10,7 @@ from matplotlib import axes, ticker
 
 from atat_jax.drawing import style
 from atat_jax.drawing.text import plain
-from atat_jax.runs import files, roles, tables
+from atat_jax.runs import files, overfitting, roles, tables
 
 Lines = list[dict[str, Any]]
 
@@ -53,6 +53,7 @@ _RATIOS = tuple(
 )
 _CLEAN = Curve("accuracy_clean", "clean images")
 _ATTACKED = Curve("accuracy_adversarial", "attacked images", line="--")
+_SINGLE_STEP = Curve(overfitting.SINGLE_STEP, "under a single step", line=":")
 _LEARNING_RATE = Curve("learning_rate", "")
 
 
@@ -131,7 +132,7 @@ def _validation(ax: axes.Axes, splits: dict[str, Lines], color: str) -> bool:
   attack = next((line["attack"] for line in lines if line.get("attack")), None)
   robust = f"under {attack}" if attack else "attacked images"
   robust = plain(textwrap.fill(robust, 50))  # the width of the figure
-  curves = (_CLEAN, _ATTACKED._replace(label=robust))
+  curves = (_CLEAN, _SINGLE_STEP, _ATTACKED._replace(label=robust))
   return _plot(ax, lines, curves, color, scale=100)
 
 

@@ -17,13 +17,23 @@ from atat_jax import batch_norm, checks, fields, losses
 from atat_jax.attacks import balls, projected_gradient
 from atat_jax.errors import UserError
 from atat_jax.objectives.base import Batch, Objective
-from atat_jax.typing import Array, BatchNormMode, PyTree, Variables
+from atat_jax.typing import (
+  Array,
+  BatchNormMode,
+  PyTree,
+  Scalar,
+  Variables,
+)
 
+METHODS = ("pgd", "fgsm_rs", "n_fgsm")
 STARTS = ("uniform", "gaussian")
 PASSES = ("mixture", "in_turn", "separate")
 
 GAUSSIAN_START = 0.001
 """Standard deviation of the start of TRADES and MART, in pixels."""
+
+SINGLE_STEPS = {"fgsm_rs": 1.25, "n_fgsm": 1.0}
+"""Length of the step of a single-step method, in epsilons, by its authors."""
 
 Forward = Callable[[PyTree, Array, Array], tuple[Any, PyTree]]
 """(batch_stats, images, labels) to a tree of [B, ...] and moved batch_stats."""
@@ -75,12 +85,20 @@ class InnerAttack(Objective):
   """Inner maximisation: projected gradient ascent on the student's loss.
 
   Only the gradient with respect to the images is taken. The defaults are those
-  of Madry et al.'s code and of the paper's.
+  of Madry et al.'s code and of the paper's. Single-step methods take one
+  gradient: `step_size`, `num_steps` and `attack_start` are PGD's alone.
 
   Attributes:
+    attack_method: "pgd"; "fgsm_rs", one step from a uniform start, projected
+      (Wong et al., 2020, Algorithm 3); or "n_fgsm", one step from uniform noise
+      larger than the ball, not projected (de Jorge et al., 2022).
     epsilon: Radius of the ball, pixels in [0, 1].
     step_size: Length of a step.
     num_steps: Number of steps.
+    single_step_size: Length of the step of a single-step method, in epsilons;
+      0: its authors' (`SINGLE_STEPS`).
+    single_step_noise: Radius of the noise of "n_fgsm", in epsilons; 0: none,
+      which is FGSM from the clean image.
     norm: Norm of the ball: "linf", "l2" or "l1".
     attack_loss: Loss that the attack increases: "cross_entropy", "margin" or
       "dlr" of the label, or "kl", KL(p(x) || p(x_adv)) as in TRADES.
@@ -95,9 +113,12 @@ class InnerAttack(Objective):
       comparable with ATAT, whose student does.
   """
 
+  attack_method: str = "pgd"
   epsilon: float = 8 / 255
   step_size: float = 2 / 255
   num_steps: int = 7
+  single_step_size: float = 0.0
+  single_step_noise: float = 2.0
   norm: str = "linf"
   attack_loss: str = "cross_entropy"
   attack_start: str = "uniform"
@@ -111,8 +132,11 @@ class InnerAttack(Objective):
   def __post_init__(self) -> None:
     """Checks the hyperparameters of the attack."""
     fields.check_values(type(self), vars(self), bits=False)
+    checks.choice("attack_method", self.attack_method, METHODS)
     checks.epsilon(self.epsilon, self.norm)
     checks.positive("step_size", self.step_size)
+    checks.not_negative("single_step_size", self.single_step_size)
+    checks.not_negative("single_step_noise", self.single_step_noise)
     checks.positive("num_steps", self.num_steps, integer=True)
     checks.choice("norm", self.norm, balls.BALLS)
     checks.choice(
@@ -133,6 +157,11 @@ class InnerAttack(Objective):
   def needs_teacher(self) -> bool:
     """Whether there is a teacher, if only to start from."""
     return self.starts_from_teacher
+
+  @property
+  def takes_single_step(self) -> bool:
+    """Whether the attack is a single-step method, which may overfit to it."""
+    return self.attack_method in SINGLE_STEPS
 
   def prepare(
     self,
@@ -169,32 +198,44 @@ class InnerAttack(Objective):
     if loss == "kl":
       clean, _ = logits_fn(stats, batch.images)
       loss = functools.partial(losses.kl_divergence, clean)
-    if self.attack_start == "gaussian":
-      noise = jax.random.normal(key, batch.images.shape, batch.images.dtype)
-      start = batch.images + GAUSSIAN_START * noise
-    else:
-      start = projected_gradient.random_start(
-        key, batch.images, epsilon=epsilon, norm=self.norm
-      )
     # A gradient that is not finite counts as 0 there, which must not hide it.
     images_adv, stats, wrong = projected_gradient.counted_ascend(
       logits_fn,
       stats,
-      start,
+      self._start(key, batch.images, epsilon),
       batch.images,
       batch.labels,
       epsilon=epsilon,
-      step_size=batch.epsilon_scale * self.step_size,
-      num_steps=self.num_steps,
+      step_size=self._step_size(batch.epsilon_scale),
+      num_steps=1 if self.takes_single_step else self.num_steps,
       norm=self.norm,
       loss=loss,
       targeted=False,
       targets=None,
       momentum=None,
       eot_samples=1,
+      bounded=self.attack_method != "n_fgsm",
     )
     finite = (wrong.points + wrong.gradients) == 0
     return InnerAttackResult(images_adv, stats, finite)
+
+  def _start(self, key: Array, images: Array, epsilon: Scalar) -> Array:
+    """Draws the first iterate, [B, H, W, C]."""
+    if self.attack_method == "pgd" and self.attack_start == "gaussian":
+      noise = jax.random.normal(key, images.shape, images.dtype)
+      return images + GAUSSIAN_START * noise
+    if self.attack_method == "n_fgsm":
+      epsilon = self.single_step_noise * epsilon
+    return projected_gradient.random_start(
+      key, images, epsilon=epsilon, norm=self.norm
+    )
+
+  def _step_size(self, scale: Scalar) -> Scalar:
+    """Length of a step, where the batch scales epsilon."""
+    if not self.takes_single_step:
+      return scale * self.step_size
+    share = self.single_step_size or SINGLE_STEPS[self.attack_method]
+    return scale * (share * self.epsilon)
 
   def _attacked_pass(
     self, model: nn.Module, params: PyTree, stats: PyTree, images: Array

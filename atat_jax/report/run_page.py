@@ -12,9 +12,11 @@ from atat_jax.runs import (
   comparable,
   files,
   locations,
+  overfitting,
   provenance,
   roles,
   tables,
+  wording,
 )
 
 
@@ -52,7 +54,7 @@ def write_report(workdir: str | os.PathLike[str]) -> pathlib.Path:
     "run.html.j2",
     title=_title(config, rows),
     date=run.get("date"),
-    verdict=summary.verdict(found),
+    verdict=" ".join([summary.verdict(found), *_overfitting(workdir, run)]),
     images=results.images(rows),
     models=results.models(rows),
     blocks=results.blocks(rows),
@@ -85,6 +87,29 @@ def is_old(workdir: pathlib.Path) -> bool:
     for path in shown
     if path.exists()
   )
+
+
+def _overfitting(workdir: pathlib.Path, run: dict[str, Any]) -> list[str]:
+  """Says where the training overfitted, and which checkpoint this page is of."""
+  lines = files.read_metrics(workdir / files.METRICS).get("validation", [])
+  found = overfitting.find(lines)
+  if not found:
+    return []
+  first = found[0]
+  steps = [
+    f"{point['step']:,}"
+    for model, point in run.get("checkpoints", {}).items()
+    if model != roles.TEACHER
+  ]
+  which = f" This page is of step {wording.listed(steps)}." if steps else ""
+  return [
+    f"{len(found)} of {wording.plural(len(lines), 'validation')} of the training"
+    f" showed catastrophic overfitting, the first at step {first.step:,}:"
+    " accuracy under the validation attack went from"
+    f" {wording.percent(first.robust[0])} to {wording.percent(first.robust[1])},"
+    f" under a single step from {wording.percent(first.single_step[0])} to"
+    f" {wording.percent(first.single_step[1])}.{which}"
+  ]
 
 
 def _title(config: dict[str, Any], rows: list[tables.Row]) -> str:

@@ -22,6 +22,8 @@ _FREE = (
   "teacher.nonfinite",
   "train.term_gradients",
   "teacher.term_gradients",
+  "train.overfitting_alarm",
+  "teacher.overfitting_alarm",
 )
 # Exceptions among them: they choose the checkpoint.
 _BOUND = (

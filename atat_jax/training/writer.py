@@ -20,7 +20,7 @@ from tensorboardX.proto import event_pb2
 from tqdm import tqdm
 
 from atat_jax import checkpoints, metrics
-from atat_jax.runs import files
+from atat_jax.runs import files, overfitting
 from atat_jax.state import TrainState
 from atat_jax.training.incidents import Incidents
 from atat_jax.training.interrupts import Interrupted
@@ -245,6 +245,8 @@ class Journal(contextlib.AbstractContextManager[Any]):
       self._metrics = stack.enter_context(metrics_writer)
       self.bar = stack.enter_context(bar)
       self._opened = stack.pop_all()
+    found = files.read_metrics(outline.directory / files.METRICS)
+    self._validations = found.get("validation", [])
 
   def __exit__(self, *error: object) -> None:
     """Closes the metrics and the bar."""
@@ -313,12 +315,27 @@ class Journal(contextlib.AbstractContextManager[Any]):
       **scores,
       **{f"{files.GRADIENT_RATIO}{name}": x for name, x in ratios.items()},
     }
+    self._validations.append({"step": step, **scores})
     self._metrics.write(
-      "validation", step, {**values, "attack": self._outline.attack}
+      "validation",
+      step,
+      {**values, "attack": self._outline.attack, **self._alarm(step)},
     )
     self._checkpointer.save(current, step, list(scores.values())[-1], scores)
     self._saved = step
     self.bar.print_scores(step, scores, ratios)
+
+  def _alarm(self, step: int) -> dict[str, str]:
+    """Remark on a validation; a collapse that goes on is logged once."""
+    found = overfitting.find(self._validations)
+    if not found or found[-1].step != step:
+      return {}
+    text = found[-1].describe()
+    before = [line["step"] for line in self._validations[:-1]]
+    goes_on = [one.step for one in found[:-1]][-1:] == before[-1:]
+    if jax.process_index() == 0 and not goes_on:
+      _log.warning("%s: step %d: %s", self._outline.name, step, text)
+    return {overfitting.ALARM: text}
 
   def interrupted(self, step: int, signum: int) -> Interrupted:
     """Makes the error that ends a training stopped on request."""

@@ -124,6 +124,73 @@ def test_attack_and_its_statistics_equal_a_pytorch_loop(
   assert all(jax.tree.leaves(unmoved)) != moves
 
 
+# (objective, attack, its fields, radius of the start, step, radius of the clip),
+# all in epsilons, as the authors' codes have them.
+SINGLE = {
+  "fgsm_rs": ("at", {}, 1.0, 1.25, 1.0),
+  "fgsm_rs, step": ("at", {"single_step_size": 0.5}, 1.0, 0.5, 1.0),
+  "n_fgsm": ("at", {}, 2.0, 1.0, np.inf),
+  "n_fgsm, noise": ("atat", {"single_step_noise": 3.0}, 3.0, 1.0, np.inf),
+  "n_fgsm, none": ("at", {"single_step_noise": 0.0}, 0.0, 1.0, np.inf),
+  "n_fgsm, kl": ("trades", {}, 2.0, 1.0, np.inf),
+}
+
+
+@pytest.mark.parametrize("case", SINGLE)
+def test_a_single_step_method_equals_its_authors_step_in_pytorch(
+  case, small, twin, x64
+):
+  name, fields, start, step, clip = SINGLE[case]
+  example = small.astype(np.float64)
+  model, variables, images, labels = example
+  # PGD's numbers are those of another attack, and must not count.
+  objective = objectives.create(
+    name,
+    **ATTACK,
+    **fields,
+    attack_method=case.split(",")[0],
+    attack_start="gaussian",
+    attack_batch_norm="batch",
+    attack_moves_statistics=True,
+  )
+  scale = 0.5
+  batch = _batch(example)._replace(epsilon_scale=scale)
+  attacked = quick.jit(
+    lambda variables: objective.attack(KEY, model, variables, batch)
+  )(variables)
+
+  torch = twin.torch
+  params, stats = (twin.tree(variables[n]) for n in ("params", "batch_stats"))
+  clean = torch.tensor(np.asarray(images))
+  epsilon = scale * ATTACK["epsilon"]
+  draws = jax.random.uniform(KEY, images.shape, np.float64, -1.0, 1.0)
+  delta = start * epsilon * torch.tensor(np.asarray(draws))
+  delta = torch.clamp(delta, 0 - clean, 1 - clean).requires_grad_()
+  target = None
+  if objective.attack_loss == "kl":
+    first = twin.small(model, params, stats, clean, train=True)
+    target = first.logits.softmax(1)
+  result = twin.small(model, params, stats, clean + delta, train=True)
+  if target is None:
+    y = torch.tensor(np.array(labels)).long()
+    loss = torch.nn.functional.cross_entropy(result.logits, y)
+  else:
+    loss = torch.nn.functional.kl_div(
+      result.logits.log_softmax(1), target, reduction="batchmean"
+    )
+  (gradient,) = torch.autograd.grad(loss, delta)
+  moved = delta + step * epsilon * gradient.sign()
+  moved = moved.clamp(-clip * epsilon, clip * epsilon)
+  expected = clean + torch.clamp(moved, 0 - clean, 1 - clean)
+  expected = expected.detach().numpy()
+  np.testing.assert_allclose(attacked.images_adv, expected, rtol=0, atol=1e-12)
+  _assert_trees_close(dict(attacked.batch_stats), result.stats, rtol=1e-10)
+  assert attacked.finite.all()
+  # The start, the step and the clip have all been felt.
+  length = np.abs(expected - np.asarray(images)).max()
+  assert length == pytest.approx(min(start + step, clip) * epsilon, rel=0.02)
+
+
 def test_moved_statistics_are_where_the_students_pass_starts(small):
   """The pass on 2B images moves what the attack left, not the old ones."""
   model, variables, images, _ = small

@@ -504,6 +504,33 @@ def test_a_running_attack_cannot_move_statistics():
   config.make_plan(tiny.config(**fields))
 
 
+@pytest.mark.parametrize(
+  ("attack", "norm", "expected"),
+  [
+    ("pgd10", "linf", 1),
+    ("autoattack", "l2", 1),
+    ("pgd1", "linf", None),
+    ("fgsm", "linf", None),
+    ("nominal", "linf", None),
+  ],
+)
+def test_a_single_step_is_validated_by_several(attack, norm, expected):
+  fields = {"evaluation__validation_attack": attack, "evaluation__norm": norm}
+  # Of another norm, only the validation: FGSM is in the list of the table.
+  fields["evaluation__attacks"] = "nominal"
+  found = config.make_plan(tiny.config("at", **fields)).evaluation.single_step
+  if expected:
+    assert (found.num_steps, found.norm) == (1, norm)
+    assert found.epsilon == found.step_size == 0.2
+    assert ("random_start", False) in found.options
+    return
+  assert found is None
+  made = tiny.config("at", objective__attack_method="fgsm_rs", **fields)
+  message = rf"validation_attack: '{attack}'; allowed: of several steps"
+  with pytest.raises(UserError, match=message):
+    config.make_plan(made)
+
+
 def test_a_workdir_belongs_to_one_training(tmp_path):
   made = tiny.config()
   record = config.make_plan(made).record

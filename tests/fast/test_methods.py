@@ -15,9 +15,12 @@ from atat_jax.errors import UserError
 
 # Madry et al.'s code, which the code of ATAT uses.
 ATTACK = {
+  "attack_method": "pgd",
   "epsilon": 0.03137254901960784,
   "step_size": 0.00784313725490196,
   "num_steps": 7,
+  "single_step_size": 0.0,
+  "single_step_noise": 2.0,
   "norm": "linf",
   "attack_loss": "cross_entropy",
   "attack_start": "uniform",
@@ -147,6 +150,15 @@ def test_defaults_of_an_unknown_method_are_refused():
     (
       dict(attack_batch_norm="running", attack_moves_statistics=True),
       "attack_moves_statistics: True; allowed: False where",
+    ),
+    (dict(attack_method="fgsm"), "attack_method: 'fgsm'; allowed: fgsm_rs, n_"),
+    (
+      dict(single_step_size=-1.0),
+      "single_step_size: -1.0; allowed: a number >= 0",
+    ),
+    (
+      dict(single_step_noise=float("inf")),
+      "single_step_noise: inf; allowed: a number >= 0",
     ),
     (dict(attack_start="zero"), "attack_start: 'zero'; allowed: gaussian, un"),
     (

@@ -1180,6 +1180,7 @@ PARTS = (
   "runs.inventory",
   "runs.locations",
   "runs.lock",
+  "runs.overfitting",
   "runs.provenance",
   "runs.results_format",
   "runs.tables",

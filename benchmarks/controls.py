@@ -6,6 +6,8 @@ one thing, seed by seed. `benchmarks.reproduction` writes these tables into
 docs/reproduction.md.
 """
 
+import math
+import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -104,6 +106,15 @@ def find(found: dict[str, Any], dataset: str, label: str, of: Column) -> Row:
   return {}
 
 
+def mean(values: Sequence[float]) -> str:
+  """Writes the mean of shares in percent, with its standard error."""
+  text = f"{100 * statistics.mean(values):.1f}"
+  if len(values) > 1:
+    error = statistics.stdev(values) / math.sqrt(len(values))
+    text += f" ± {100 * error:.1f}"
+  return text
+
+
 def _percent(row: Row) -> str:
   return layout.percent(row.get("accuracy"), row.get("standard_error"))
 
@@ -111,6 +122,20 @@ def _percent(row: Row) -> str:
 def _labels(found: dict[str, Any], wanted: Iterable[str]) -> list[str]:
   present = {row["model"] for row in found["rows"]}
   return [label for label in wanted if label in present]
+
+
+def _measured(
+  found: dict[str, Any],
+  dataset: str,
+  labels: Sequence[str],
+  columns: Sequence[Column],
+) -> list[Column]:
+  """Selects the columns that any method has a number in."""
+  return [
+    column
+    for column in columns
+    if any(find(found, dataset, label, column) for label in labels)
+  ]
 
 
 def accuracies(
@@ -129,11 +154,7 @@ def accuracies(
   parts = []
   for dataset in layout.datasets(found):
     labels = _labels(found, rows)
-    shown = [
-      column
-      for column in columns
-      if any(find(found, dataset, label, column) for label in labels)
-    ]
+    shown = _measured(found, dataset, labels, columns)
     lines = [["accuracy (%)", *(column.head for column in shown), "seeds"]]
     for label in labels:
       cells = [find(found, dataset, label, column) for column in shown]
@@ -147,13 +168,15 @@ def ablation(found: dict[str, Any]) -> str:
   """Writes accuracies, and their paired differences from the control."""
   parts = []
   for dataset in layout.datasets(found):
-    head = ["training", *(column.head for column in ABLATION)]
-    head += [f"{column.head}, minus control" for column in ABLATION]
+    labels = _labels(found, ABLATION_ROWS)
+    columns = _measured(found, dataset, labels, ABLATION)
+    head = ["training", *(column.head for column in columns)]
+    head += [f"{column.head}, minus control" for column in columns]
     lines = [[*head, "seeds"]]
-    for label in _labels(found, ABLATION_ROWS):
+    for label in labels:
       name, control = ABLATION_ROWS[label]
-      own = [find(found, dataset, label, column) for column in ABLATION]
-      base = [find(found, dataset, control, column) for column in ABLATION]
+      own = [find(found, dataset, label, column) for column in columns]
+      base = [find(found, dataset, control, column) for column in columns]
       gaps = [
         merge.paired_difference(row, other) if row and other else None
         for row, other in zip(own, base, strict=True)

@@ -15,18 +15,17 @@ on the first `--num_rows` images, for `--row_methods` and `--row_seeds`.
 """
 
 import argparse
-import base64
 import functools
 import itertools
 import math
 import pathlib
-import statistics
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from atat_jax.runs import tables
+from atat_jax.runs import tables, worst_case
+from benchmarks import controls
 from benchmarks.support import machine
 from benchmarks.support.machine import whole
 
@@ -114,15 +113,6 @@ def _programs() -> tuple[Any, Any]:
     compilation.jit(attacked, static_argnames="route"),
     compilation.jit(measured),
   )
-
-
-def _pack(correct: np.ndarray) -> str:
-  return base64.b64encode(np.packbits(correct).tobytes()).decode()
-
-
-def _unpack(text: str, count: int) -> np.ndarray:
-  bits = np.frombuffer(base64.b64decode(text), np.uint8)
-  return np.unpackbits(bits, count=count).astype(bool)
 
 
 class Setting:
@@ -278,7 +268,7 @@ def _attack_row(attack: str, loss: str, route: str, correct: np.ndarray) -> Row:
     "route": route,
     "num_examples": len(correct),
     "accuracy": float(correct.mean()),
-    "correct": _pack(correct),
+    "correct": worst_case.pack(correct),
   }
 
 
@@ -368,18 +358,9 @@ def _rows(args: argparse.Namespace) -> Iterator[Row]:
       }
 
 
-def _mean(values: Sequence[float], scale: float = 100) -> str:
-  values = [scale * value for value in values]
-  text = f"{statistics.mean(values):.1f}"
-  if len(values) > 1:
-    text += f" ± {statistics.stdev(values) / math.sqrt(len(values)):.1f}"
-  return text
-
-
 def _accuracy(attack: Row, size: int) -> float:
   """Accuracy on the first images."""
-  correct = _unpack(attack["correct"], attack["num_examples"])
-  return float(correct[:size].mean())
+  return float(worst_case.unpack(attack)[:size].mean())
 
 
 def attack_table(rows: Sequence[Row]) -> str:
@@ -414,7 +395,7 @@ def attack_table(rows: Sequence[Row]) -> str:
         words += f", first {size} images"
       cells = (accuracies.get(column) for column in columns)
       lines.append(
-        [words, *(_mean(found) if found else "-" for found in cells)]
+        [words, *(controls.mean(found) if found else "-" for found in cells)]
       )
   return tables.markdown(lines)
 

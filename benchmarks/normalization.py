@@ -16,9 +16,7 @@ import argparse
 import ast
 import dataclasses
 import functools
-import math
 import pathlib
-import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -27,6 +25,7 @@ import numpy as np
 
 from atat_jax.errors import UserError
 from atat_jax.runs import tables
+from benchmarks import controls
 from benchmarks.support import machine, networks
 from benchmarks.support.machine import whole
 
@@ -255,14 +254,6 @@ def _rows(args: argparse.Namespace) -> Iterator[Row]:
       }
 
 
-def _mean(values: Sequence[float]) -> str:
-  text = f"{100 * statistics.mean(values):.1f}"
-  if len(values) > 1:
-    error = statistics.stdev(values) / math.sqrt(len(values))
-    text += f" ± {100 * error:.1f}"
-  return text
-
-
 def table(rows: Sequence[Row]) -> str:
   """Tabulates accuracies (%) in Markdown, the mean of all seeds a row.
 
@@ -296,11 +287,11 @@ def table(rows: Sequence[Row]) -> str:
     lines.append(
       [
         formula,
-        _mean([row["nominal"] for row in found]),
-        _mean([row["pgd20"] for row in found]),
-        _mean(paired) if paired and formula != "dataset" else "-",
-        _mean([row["pgd20-margin"] for row in found]),
-        _mean([row["pgd20_anchored"] for row in found]),
+        controls.mean([row["nominal"] for row in found]),
+        controls.mean([row["pgd20"] for row in found]),
+        controls.mean(paired) if paired and formula != "dataset" else "-",
+        controls.mean([row["pgd20-margin"] for row in found]),
+        controls.mean([row["pgd20_anchored"] for row in found]),
         f"{np.mean([row['mean_shift'] for row in found]):.3f}",
         ", ".join(f"{100 * value:.1f}" for value in third),
       ]

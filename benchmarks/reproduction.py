@@ -30,7 +30,13 @@ from benchmarks.support.machine import ROOT
 PAGE = ROOT / "docs" / "reproduction.md"
 RESULTS = ROOT / "docs" / "results" / "methods.json"
 FIGURES = ROOT / "docs" / "figures"
-OTHERS = ("costs", "mechanism", "mechanism_own", "normalization")
+OTHERS = (
+  "costs",
+  "longer",
+  "mechanism",
+  "mechanism_own",
+  "normalization",
+)
 """Parts with a result file of their own beside the comparison."""
 ATTACK = "pgd20"  # the paper's headline
 
@@ -146,6 +152,7 @@ PARTS = {
   "accuracies": _accuracies,
   "batch_statistics": _batch_statistics,
   "costs": _costs,
+  "longer": lambda found: f"{controls.ablation(found)}\n\n{_provenance(found)}",
   "mechanism": _experiment(mechanism.table),
   "mechanism_own": _experiment(mechanism.attack_table),
   "normalization": _experiment(normalization.table),

@@ -40,10 +40,10 @@ def compare(workdirs: Sequence[str | os.PathLike[str]]) -> dict[str, Any]:
   Returns:
     Content of `comparison.json`: "format" 1; "source" of the published
     figures; "runs", a fact sheet each; "rows" as in `results.json`, with the
-    mean as "accuracy", "standard_error" (None for one run, or runs that agree), "num_runs",
-    "accuracies" by seed, "published", and with batch statistics "difference"
-    from running statistics; "missing", a sentence for each run and column
-    without a number; "training", the fields in which the methods differ;
+    mean as "accuracy", "standard_error" (None for one run, or runs that agree),
+    "num_runs", "accuracies" by seed, "published", and with batch statistics
+    "difference" from running statistics; "missing", a sentence for each run and
+    column without a number; "training", the fields in which the methods differ;
     "costs", the time of a training step. Rows that met numbers that are not
     finite have the counts of the seed with the most (`tables.NONFINITE`).
 
@@ -98,8 +98,9 @@ def paired_difference(
     second: Row that is subtracted.
 
   Returns:
-    Mean difference as "accuracy", its "standard_error" (None for one seed) and
-    "num_runs", the number of seeds that both have; None if that is 0.
+    Mean difference as "accuracy", its "standard_error" (None for one seed,
+    or seeds that agree) and "num_runs", the number of seeds that both have;
+    None if that is 0.
   """
   gaps = [
     accuracy - second["accuracies"][seed]

@@ -64,13 +64,11 @@ def _robust_accuracy(
     if count > 1
     else f"the only attack run{where}"
   )
-  low, high = intervals.proportion(row["accuracy"], row["num_examples"])
   sentence = (
     f"Under {found.strongest.label}, {rank} ({row['norm']}, epsilon "
     f"{tables.exact_pixels(row['epsilon'])}), the {model} classifies "
     f"{wording.percent(row['accuracy'])} of {row['num_examples']:,} "
-    f"{row['dataset']} {row['split']} images correctly (95% confidence: "
-    f"{wording.percent(low)} to {wording.percent(high)})"
+    f"{row['dataset']} {row['split']} images correctly {_confidence(row)}"
   )
   teacher = found.strongest.accuracy(roles.TEACHER, "running")
   if model == roles.TEACHER or teacher is None:
@@ -79,6 +77,11 @@ def _robust_accuracy(
     f"{sentence}, {_compared(row['accuracy'], teacher)} the teacher "
     f"({wording.percent(teacher)})."
   )
+
+
+def _confidence(row: tables.Row) -> str:
+  low, high = intervals.proportion(row["accuracy"], row["num_examples"])
+  return f"(95% confidence: {wording.percent(low)} to {wording.percent(high)})"
 
 
 def _worst_case(found: comparable.Attacks, model: str) -> str:
@@ -93,12 +96,10 @@ def _worst_case(found: comparable.Attacks, model: str) -> str:
       f"{count} of the {total} attacks (of the others it is not known which"
       " images they fool)"
     )
-  low, high = intervals.proportion(row["accuracy"], row["num_examples"])
   single = found.strongest.rows[model, "running"]["accuracy"]
   sentence = (
     f"In the worst case over {attacks}, image by image, the {model} classifies"
-    f" {wording.percent(row['accuracy'])} correctly (95% confidence:"
-    f" {wording.percent(low)} to {wording.percent(high)}),"
+    f" {wording.percent(row['accuracy'])} correctly {_confidence(row)},"
     f" {_compared(row['accuracy'], single)} under {found.strongest.label} alone"
   )
   teacher = found.worst_case.accuracy(roles.TEACHER, "running")

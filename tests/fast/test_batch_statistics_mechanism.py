@@ -149,6 +149,7 @@ def test_bins_count_every_image_once_and_average_their_own():
 
 
 def test_attacks_on_fewer_images_are_compared_on_these():
+  from atat_jax.runs import worst_case
   from benchmarks import mechanism
 
   def attack(route, correct):
@@ -157,7 +158,7 @@ def test_attacks_on_fewer_images_are_compared_on_these():
       "loss": "cross_entropy",
       "route": route,
       "num_examples": len(correct),
-      "correct": mechanism._pack(np.array(correct, bool)),
+      "correct": worst_case.pack(np.array(correct, bool)),
     }
 
   row = {

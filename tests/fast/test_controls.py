@@ -71,7 +71,7 @@ def test_a_setting_is_compared_with_its_control_seed_by_seed(
     row["PGD-20, minus control"] == f"{100 * mean:+.1f} ± {100 * error:.1f}"
   )
   assert row["PGD-20"].startswith("65.00 ± ") and row["seeds"] == "3"
-  assert row["AutoAttack fast"] == "–", "not measured"
+  assert "AutoAttack fast" not in row, "not measured"
   control = dict(
     zip(head, cells(text, "(0, 0), from the teacher"), strict=True)
   )

@@ -8,12 +8,14 @@ differentiated, and its convolutions are replaced on the way: those of two
 dimensions, in any layout, with any strides. Grouped and dilated ones, those of
 other dtypes than float32 and float64 and those with a very large kernel stay as
 they are, as does what has a derivative of its own (`jax.custom_jvp`,
-`jax.custom_vjp`), which is its author's. Logits and gradients are equal up to
-rounding. Nothing is kept: the rewritten program is part of the attack's.
+`jax.custom_vjp`), which is its author's, and `convolution.as_written`. Logits
+and gradients are equal up to rounding. Nothing is kept: the rewritten program
+is part of the attack's.
 
 On other backends nothing is replaced.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -25,10 +27,9 @@ from atat_jax.compilation import programs
 from atat_jax.models import convolution
 from atat_jax.typing import Array
 
-_DTYPES = (np.float32, np.float64)
-_CALLS = ("jit", "pjit", "closed_call", "core_call")
-_REMATERIALIZED = ("checkpoint", "remat", "remat2")
-_LOOPS = ("scan", "while", "cond")
+# Primitives whose programs are replaced in their parameters.
+_HOLDERS = ("jit", "closed_call", "scan", "while", "cond")
+_REMATERIALIZED = ("checkpoint", "remat2")  # names of one primitive
 
 
 def fast(function: Callable[[Array], Any]) -> Callable[[Array], Any]:
@@ -50,9 +51,9 @@ def fast(function: Callable[[Array], Any]) -> Callable[[Array], Any]:
       return function(x)
 
     closed, shapes = jax.make_jaxpr(traced, return_shape=True)(x)
-    return jax.tree.unflatten(
-      jax.tree.structure(shapes), _evaluate(closed, [x])
-    )
+    if programs.has_open_rules(closed):
+      return function(x)
+    return jax.tree.unflatten(jax.tree.structure(shapes), _evaluate(closed, x))
 
   return call
 
@@ -84,19 +85,32 @@ def _is_replaced(eqn: Any) -> bool:
     return False
   params = eqn.params
   x, kernel = (v.aval for v in eqn.invars)
+  result = eqn.outvars[0].aval
   plain = (
     params["feature_group_count"],
     params["batch_group_count"],
     *params["lhs_dilation"],
     *params["rhs_dilation"],
   )
-  if x.ndim != 4 or x.dtype not in _DTYPES or any(n != 1 for n in plain):
-    return False
-  if params["preferred_element_type"] not in (None, x.dtype):
+  if x.ndim != 4 or any(n != 1 for n in plain) or not _is_ordinary(x, result):
     return False
   order = _orders(params["dimension_numbers"]).kernel
   sides = tuple(kernel.shape[axis] for axis in order[:2])
   return convolution.fits(sides, params["window_strides"], params["padding"])
+
+
+def _is_ordinary(x: Any, result: Any) -> bool:
+  """Whether the form's own operations keep the type of a convolution."""
+  # Without jax_enable_x64 that of float64 is float32.
+  dtypes = (np.float32, jax.dtypes.canonicalize_dtype(np.float64))
+  return (
+    x.dtype in dtypes
+    and result.dtype == x.dtype
+    and not result.weak_type
+    and 0 not in (*x.shape, *result.shape)
+    # Axes that are split over devices by their types cannot be reshaped.
+    and all(axis is None for axis in (*x.sharding.spec, *result.sharding.spec))
+  )
 
 
 def _convolve(eqn: Any, x: Array, kernel: Array) -> Array:
@@ -110,13 +124,6 @@ def _convolve(eqn: Any, x: Array, kernel: Array) -> Array:
   return result.transpose(np.argsort(orders.result))
 
 
-def _programs(eqn: Any) -> list[Any]:
-  """The programs that an equation runs, where they may be rewritten."""
-  if eqn.primitive.name not in (*_CALLS, *_REMATERIALIZED, *_LOOPS):
-    return []
-  return list(core.jaxprs_in_params(eqn.params))
-
-
 def _has_any(program: Any) -> bool:
   """Whether a program has a convolution to replace."""
   return any(
@@ -125,17 +132,25 @@ def _has_any(program: Any) -> bool:
   )
 
 
+def _programs(eqn: Any) -> list[Any]:
+  """The programs that an equation runs, where they may be rewritten."""
+  name, params = eqn.primitive.name, eqn.params
+  rewritten = name in _HOLDERS and not convolution.is_kept(params.get("name"))
+  # One that is differentiated already keeps less when it is taken as it is.
+  rewritten |= name in _REMATERIALIZED and not params["differentiated"]
+  return list(core.jaxprs_in_params(params)) if rewritten else []
+
+
 def _rewritten(value: Any) -> Any:
   """A parameter of an equation, its programs rewritten."""
   if isinstance(value, core.ClosedJaxpr) and _has_any(value):
-    avals = map(programs.shape, value.in_avals)
-    return jax.make_jaxpr(lambda *args: _evaluate(value, args))(*avals)
+    return jax.make_jaxpr(functools.partial(_evaluate, value))(*value.in_avals)
   if type(value) is tuple:  # the branches of a cond
     return tuple(map(_rewritten, value))
   return value
 
 
-def _evaluate(program: Any, args: Sequence[Any]) -> list[Any]:
+def _evaluate(program: Any, *args: Any) -> list[Any]:
   """Evaluates a program, its convolutions replaced."""
   jaxpr, consts = program, ()
   if isinstance(program, core.ClosedJaxpr):
@@ -156,18 +171,15 @@ def _evaluate(program: Any, args: Sequence[Any]) -> list[Any]:
 def _equation(eqn: Any, args: list[Any]) -> Sequence[Any]:
   if _is_replaced(eqn):
     return [_convolve(eqn, *args)]
-  name, params = eqn.primitive.name, eqn.params
+  params = eqn.params
   if any(map(_has_any, _programs(eqn))):
-    inner = params.get("jaxpr", params.get("call_jaxpr"))
-    if name in _CALLS:
-      return _evaluate(inner, args)
-    if name in _REMATERIALIZED:
+    if eqn.primitive.name in _REMATERIALIZED:
       return jax.checkpoint(
-        lambda *args: _evaluate(inner, args),
+        functools.partial(_evaluate, params["jaxpr"]),
         policy=params["policy"],
         prevent_cse=params["prevent_cse"],
       )(*args)
-    params = {key: _rewritten(value) for key, value in params.items()}
+    params = {name: _rewritten(value) for name, value in params.items()}
   with eqn.ctx.manager:
     out = eqn.primitive.bind(*args, **eqn.primitive.get_bind_params(params))
   return out if eqn.primitive.multiple_results else [out]

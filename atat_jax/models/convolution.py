@@ -10,7 +10,8 @@ TPU need none of this and get plain XLA convolutions.
 
 import functools
 import math
-from typing import TypeAlias
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,9 @@ from atat_jax.typing import Array
 
 Padding: TypeAlias = tuple[tuple[int, int], tuple[int, int]]
 Strides: TypeAlias = tuple[int, int]
+
+# Name by which a program says that its convolutions stay.
+_KEPT = "convolutions_as_written"
 
 _DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 CONVOLUTIONS = ("auto", "canonical", "xla")
@@ -288,6 +292,32 @@ def fits(sides: tuple[int, ...], strides: Strides, padding: Padding) -> bool:
   return within and small
 
 
+def as_written(function: Callable[..., Any]) -> Callable[..., Any]:
+  """Keeps the convolutions of a function as they are, inside attacks too.
+
+  There, on CPU, a classifier's plain convolutions get the form that is fast
+  (`attacks.convolutions`), which has no forward-mode derivative and other
+  rounding errors. This is for those who need the one or measure the other.
+
+  Args:
+    function: Function of arrays that JAX can trace, such as a classifier.
+
+  Returns:
+    The same function under `jax.jit`.
+  """
+
+  def kept(*args: Any) -> Any:
+    return function(*args)
+
+  kept.__name__ = _KEPT
+  return jax.jit(kept)
+
+
+def is_kept(name: str | None) -> bool:
+  """Returns whether a program of this name is `as_written`."""
+  return name == _KEPT
+
+
 def convolve(
   x: Array,
   kernel: Array,
@@ -305,17 +335,19 @@ def convolve(
     padding: "same" or "symmetric" (see `explicit_padding`).
     convolution: "canonical", "xla", or "auto": canonical on CPU, xla elsewhere.
       The canonical form has no forward-mode derivative (`jax.jvp`); use "xla"
-      for that. Reverse mode can be differentiated again in both.
+      for that, which stays inside attacks (`as_written`). Reverse mode can be
+      differentiated again in both.
 
   Returns:
     [B, ceil(H / stride), ceil(W / stride), F].
   """
   pads = explicit_padding(padding, x.shape[1:3], kernel.shape[0], stride)
-  if convolution == "auto":
-    on_cpu = jax.default_backend() == "cpu"
-    convolution = "canonical" if on_cpu else "xla"
-  function = canonical if convolution == "canonical" else _xla
-  return function(x, kernel, (stride, stride), pads)
+  strides = stride, stride
+  on_cpu = jax.default_backend() == "cpu"
+  if convolution == "canonical" or (convolution == "auto" and on_cpu):
+    return canonical(x, kernel, strides, pads)
+  plain = functools.partial(_xla, strides=strides, padding=pads)
+  return (as_written(plain) if convolution == "xla" else plain)(x, kernel)
 
 
 class Conv(nn.Module):

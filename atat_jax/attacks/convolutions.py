@@ -31,6 +31,9 @@ from atat_jax.typing import Array
 _HOLDERS = ("jit", "closed_call", "scan", "while", "cond")
 _REMATERIALIZED = ("checkpoint", "remat2")  # names of one primitive
 
+# Traced and differentiated once for convolutions of the same shapes.
+_canonical = jax.jit(convolution.canonical, static_argnums=(2, 3))
+
 
 def fast(function: Callable[[Array], Any]) -> Callable[[Array], Any]:
   """Replaces the convolutions of a function that have a faster form.
@@ -115,7 +118,7 @@ def _is_ordinary(x: Any, result: Any) -> bool:
 
 def _convolve(eqn: Any, x: Array, kernel: Array) -> Array:
   orders = _orders(eqn.params["dimension_numbers"])
-  result = convolution.canonical(
+  result = _canonical(
     x.transpose(orders.x),
     kernel.transpose(orders.kernel),
     tuple(eqn.params["window_strides"]),

@@ -305,12 +305,18 @@ def as_written(function: Callable[..., Any]) -> Callable[..., Any]:
   Returns:
     The same function under `jax.jit`.
   """
+  return jax.jit(_named(function))
 
+
+def _named(function: Callable[..., Any]) -> Callable[..., Any]:
   def kept(*args: Any) -> Any:
     return function(*args)
 
   kept.__name__ = _KEPT
-  return jax.jit(kept)
+  return kept
+
+
+_xla_as_written = jax.jit(_named(_xla), static_argnums=(2, 3))
 
 
 def is_kept(name: str | None) -> bool:
@@ -342,12 +348,14 @@ def convolve(
     [B, ceil(H / stride), ceil(W / stride), F].
   """
   pads = explicit_padding(padding, x.shape[1:3], kernel.shape[0], stride)
-  strides = stride, stride
-  on_cpu = jax.default_backend() == "cpu"
-  if convolution == "canonical" or (convolution == "auto" and on_cpu):
-    return canonical(x, kernel, strides, pads)
-  plain = functools.partial(_xla, strides=strides, padding=pads)
-  return (as_written(plain) if convolution == "xla" else plain)(x, kernel)
+  forms: dict[str, Callable[..., Array]] = {
+    "canonical": canonical,
+    "xla": _xla_as_written,
+    "auto": _xla,
+  }
+  if convolution == "auto" and jax.default_backend() == "cpu":
+    convolution = "canonical"
+  return forms[convolution](x, kernel, (stride, stride), pads)
 
 
 class Conv(nn.Module):

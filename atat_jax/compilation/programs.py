@@ -67,7 +67,7 @@ def _holds_tracer(value: Any, seen: set[int]) -> bool:
 
 
 def _parts(value: Any) -> list[Any]:
-  """What a function closes over, and what JAX's wrappers of functions hold."""
+  """The values that a function closes over or a wrapper of JAX holds."""
   if isinstance(value, types.FunctionType):
     return [*(value.__closure__ or ()), *(value.__defaults__ or ())]
   if isinstance(value, functools.partial):

@@ -134,7 +134,7 @@ def _searched(function: Convolution, x: jax.Array) -> jax.Array:
 
 
 def _gradient(function: Convolution, x: jax.Array) -> jax.Array:
-  """As of classifiers that explain or regularise themselves."""
+  """A gradient, as classifiers compute it that explain themselves."""
   return jax.grad(lambda x: jnp.sin(function(x)).sum())(x)
 
 
@@ -166,7 +166,7 @@ def test_convolutions_inside_other_programs_are_replaced(
 
 
 def test_second_derivatives_keep_their_values(x64):
-  """Of a thin, a strided and a plain convolution, one after the other."""
+  """A thin, a strided and a plain convolution, one after the other."""
   layers = [
     _convolution(channels=(2, 5)),
     _convolution(channels=(5, 6), strides=(2, 2)),
@@ -267,7 +267,7 @@ def test_convolutions_of_split_images_are_left_alone():
 
 
 def test_convolutions_as_written_are_left_alone():
-  """In attacks, in networks of this package, and with forward derivatives."""
+  """Attacks keep them, networks of this package too; so does `jax.jvp`."""
   function = _convolution(dtype=np.float32)
   x = _array(2, 7, 8, 2).astype(np.float32)
   kept = convolution.as_written(function)

@@ -16,7 +16,7 @@ from benchmarks.support import machine, networks, plain, timing
 from benchmarks.support.machine import whole
 
 _STEPS = 10
-_KEPT_STEPS = 2  # of the slow side
+_KEPT_STEPS = 2  # slow ones
 
 
 def _sides(network: networks.Network) -> list[Callable[[], Any]]:

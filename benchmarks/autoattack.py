@@ -63,7 +63,8 @@ def _add_network_flags(parser: argparse.ArgumentParser) -> None:
     action="append",
     default=[],
     metavar="wrn-DEPTH-WIDTH",
-    help="network with random weights on random images, for smoke tests",
+    help="network with random weights on random images, for smoke tests; also"
+    " one of flax's own layers, such as resnet-20",
   )
   add("--data_dir", help="folder of the data; default: the run's")
   add(
@@ -240,10 +241,11 @@ class Twin:
   """
 
   def __init__(self, network: networks.Network, device: str, *, freeze: bool):
-    from benchmarks.support.pytorch import TorchWideResNet
+    from benchmarks.support import pytorch
 
     self.device = device
-    self.module = TorchWideResNet(network.model, network.variables).to(device)
+    module = pytorch.copy(network.model, network.variables)
+    self.module = module.to(device)
     if freeze:
       self.module.requires_grad_(False)
 

@@ -114,7 +114,7 @@ def _undecided(found: Diagnostic, unusable: int, count: int) -> Diagnostic:
 Predict = Callable[[np.ndarray, int, Array], np.ndarray]
 """Function (images [N, H, W, C], batch size, key) to logits [N, K]."""
 
-_jitted_logits = compilation.jit(base.apply)
+_jitted_logits = compilation.jit(base.score)
 
 
 class Scorer:

@@ -113,6 +113,8 @@ class _Session:
     key = tree, tuple(map(programs.signature, flat))
     if key not in self._forward:
       self._forward[key] = self._trace(avals)
+    if self._forward[key] is None:
+      return self.combine(leaves)(*args)
     jaxpr, consts, out_tree = self._forward[key]
     out = core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, consts))(
       *jax.tree.leaves((list(leaves), args))
@@ -132,6 +134,8 @@ class _Session:
       raise UserError(reason(error)) from error
     if self._check is not None:
       self._check(avals[1], shapes)
+    if programs.has_open_rules(closed):
+      return None  # to be called in the trace that differentiates it
     consts = list(map(_own, closed.consts))
     return closed.jaxpr, consts, jax.tree.structure(shapes)
 

@@ -172,6 +172,23 @@ def test_an_attack_runs_beside_pytorch(quick):
 
 
 @pytest.mark.slow
+def test_a_network_of_flax_runs_in_both_forms_and_equals_its_torch_copy(quick):
+  torch = pytest.importorskip("torch")
+  from benchmarks import foreign
+  from benchmarks.support import networks, pytorch
+
+  row = foreign.measure("resnet-8", 2, repeats=1)
+  assert "| resnet-8/b2 |" in foreign.table([row])
+  assert row["step_to_gradient"][0] < row["kept_to_gradient"][0]
+  network = networks.random_network("resnet-8", 3, seed=0)
+  expected = network.model.apply(network.variables, network.images)
+  twin = pytorch.copy(network.model, network.variables)
+  with torch.no_grad():
+    found = twin(torch.from_numpy(network.images.transpose(0, 3, 1, 2).copy()))
+  np.testing.assert_allclose(found.numpy(), expected, atol=1e-5)
+
+
+@pytest.mark.slow
 def test_the_smoke_plan_runs(tmp_path):
   """Each benchmark in a process of its own, as the runner starts it."""
   pytest.importorskip("torch")

@@ -27,6 +27,7 @@ from atat_jax.attacks.autoattack import versions
 from atat_jax.attacks.autoattack.progress import EnsembleProgress, Store
 from atat_jax.attacks.autoattack.slots import InFlight, Job, Slots
 from atat_jax.attacks.diagnostics import Diagnostic
+from atat_jax.compilation.ahead import Ahead
 from atat_jax.process import stops
 from atat_jax.runs import locations, wording
 from atat_jax.typing import Array, Classifier
@@ -210,7 +211,12 @@ class _Evaluation:
     self._batch_size = min(batch_size, len(self._images))
     self._mesh = sharding.mesh_or_all(mesh)
     self._classifier = sharding.put_replicated(self._mesh, classifier)
-    self._predict = diagnostics.Scorer(self._classifier, self._mesh)
+    # On several devices, where arrays lie is known once a program is compiled.
+    alone = self._mesh.size == 1 and jax.process_count() == 1
+    self._ahead = Ahead(enabled=alone)
+    self._predict = diagnostics.Scorer(
+      self._classifier, self._mesh, self._ahead
+    )
     self._store: Store | None = None
     self._save_every_s = 0.0
 
@@ -229,11 +235,14 @@ class _Evaluation:
 
   def run(self, *, progress: bool) -> AutoAttackResult:
     """Runs the attacks that are not done yet and all diagnostics."""
-    with self._store.lock() if self._store else contextlib.nullcontext():
+    lock = self._store.lock() if self._store else contextlib.nullcontext()
+    with lock, self._ahead:
       return self._run(progress=progress)
 
   def _run(self, *, progress: bool) -> AutoAttackResult:
+    self._prepare_diagnostics()
     self._classify_clean()
+    self._prepare_attacks(self._ensemble.jobs)
     before = self._diagnose_before()
     self._run_attacks(progress=progress)
     done = self._progress
@@ -252,6 +261,38 @@ class _Evaluation:
       diagnostics=found,
       protocol=self._protocol(),
     )
+
+  def _prepare_diagnostics(self) -> None:
+    """Has the programs that look at the classifier compiled in threads."""
+    half = max(1, self._batch_size // 2)
+    self._predict.prepare(self._images, half, self._key)
+    diagnostics.prepare_looks(
+      self._ahead,
+      self._classifier,
+      self._images[: self._batch_size],
+      self._labels[: self._batch_size],
+      self._ensemble.losses,
+    )
+
+  def _prepare_attacks(self, jobs: Sequence[Job]) -> None:
+    """Has the programs of attacks compiled in threads.
+
+    Args:
+      jobs: Attacks to come, the next one first. How many runs the next one has
+        to make is known; of the images that others will find, half may be gone
+        after the first attack, and a tenth after later ones.
+    """
+    progress = self._progress
+    robust = progress.robust & ~progress.claimed
+    share = 1.0
+    for job in jobs:
+      if job.name in progress.accuracies:
+        continue
+      pending = int((~progress.done[job.name][robust]).sum())
+      if share < 1 or progress.in_flight is None:
+        self._slots(job).prepare(pending, int(share * pending))
+      began = len(progress.accuracies) > 1  # more than "clean"
+      share = 0.9 if began else 0.5
 
   def _classify_clean(self) -> None:
     """Classifies the clean images and restores the progress on them."""
@@ -286,6 +327,7 @@ class _Evaluation:
     }
 
   def _diagnose_before(self) -> dict[str, Diagnostic]:
+    self._ahead.wait("gradients")
     found = diagnostics.diagnose_classifier(
       self._key,
       self._classifier,
@@ -344,6 +386,7 @@ class _Evaluation:
     ) as bar:
       for number, job in enumerate(jobs):
         if job.name not in done.accuracies and done.robust.any():
+          self._prepare_attacks(jobs[number:])
           self._run_attack(job, bar, number)
         robust = done.robust.mean()
         bar.set_postfix_str(f"{job.name}, robust {robust:.2%}", refresh=False)
@@ -404,6 +447,7 @@ class _Evaluation:
       ranking=self._ranking,
       mesh=self._mesh,
       batch_size=self._batch_size,
+      ahead=self._ahead,
     )
 
   def _verify(self, name: str) -> int:

@@ -1,0 +1,128 @@
+"""Programs that are compiled in threads, while the caller goes on.
+
+XLA releases Python's lock while it compiles, so that several programs compile
+side by side, and beside whatever the caller computes. Tracing stays with the
+caller. What is compiled here is found by the call that needs it; a program that
+could not be compiled is left to that call, which raises what it always raises.
+"""
+
+import atexit
+import contextlib
+import os
+import queue
+import threading
+import types
+from collections.abc import Callable, Hashable
+
+_MOST_THREADS = 8
+
+_threads: set[threading.Thread] = set()
+
+
+@atexit.register
+def _finish() -> None:
+  """Waits for what is being compiled: XLA's own end must not overtake it."""
+  for thread in list(_threads):
+    thread.join()
+
+
+class Ahead:
+  """Compiles programs in threads until its `with` block is left.
+
+  Leaving the block waits for nothing: programs that nobody has asked for are
+  not compiled any more, and the one that a thread is at ends on its own.
+
+  Args:
+    enabled: Whether there are threads; without them nothing is done ahead.
+  """
+
+  def __init__(self, *, enabled: bool = True):
+    self._enabled = enabled
+    self._queue: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
+    self._tasks: dict[Hashable, _Task] = {}
+    self._num_threads = 0
+
+  def __enter__(self) -> "Ahead":
+    """Returns itself."""
+    return self
+
+  def __exit__(
+    self,
+    kind: type[BaseException] | None,
+    error: BaseException | None,
+    trace: types.TracebackType | None,
+  ) -> None:
+    """Drops what has not been begun."""
+    for task in self._tasks.values():
+      task.take()
+    for _ in range(self._num_threads):
+      self._queue.put(None)
+    self._enabled = False
+
+  def add(
+    self, name: Hashable, lower: Callable[[], Callable[[], object]]
+  ) -> None:
+    """Has a program compiled, unless one of this name was added before.
+
+    Args:
+      name: Name of the program, for `wait`.
+      lower: Function that traces the program, now and here, and returns what
+        compiles it, as `.ahead` of a `compilation.jit` does. Its errors are
+        left to the call that needs the program.
+    """
+    if not self._enabled or name in self._tasks:
+      return
+    try:
+      compile_program = lower()
+    except Exception:  # whatever a classifier raises while it is traced
+      return
+    task = self._tasks[name] = _Task(compile_program)
+    self._queue.put(task)
+    if self._num_threads < min(_MOST_THREADS, os.cpu_count() or 1):
+      self._num_threads += 1
+      thread = threading.Thread(
+        target=_work, args=(self._queue,), name="compile", daemon=True
+      )
+      _threads.add(thread)
+      thread.start()
+
+  def wait(self, name: Hashable) -> None:
+    """Waits for a program that is being compiled.
+
+    One that no thread has begun is left to the caller, as is one that was never
+    added, or that failed.
+    """
+    task = self._tasks.get(name)
+    if task is not None and not task.take():
+      task.done.wait()
+
+
+class _Task:
+  """A program to compile; whoever takes it first has it."""
+
+  def __init__(self, compile_program: Callable[[], object]):
+    self._compile = compile_program
+    self._free = threading.Lock()
+    self.done = threading.Event()
+
+  def take(self) -> bool:
+    """Returns whether the caller is the first to take it."""
+    return self._free.acquire(blocking=False)
+
+  def run(self) -> None:
+    """Compiles the program, if nobody has taken it."""
+    if not self.take():
+      return
+    try:
+      with contextlib.suppress(Exception):  # the call that needs it raises
+        self._compile()
+    finally:
+      del self._compile  # it holds the program's arguments
+      self.done.set()
+
+
+def _work(tasks: "queue.SimpleQueue[_Task | None]") -> None:
+  """Compiles what is queued, until there is nothing more to come."""
+  while (task := tasks.get()) is not None:
+    task.run()
+  _threads.discard(threading.current_thread())

@@ -109,7 +109,7 @@ class StepPrograms:
 
   def __exit__(self, *error: Any) -> None:
     """Drops what no thread has begun; waits for nothing."""
-    self._ahead.__exit__(*error)
+    self._ahead.close()
 
   def make(self, stage: StagePlan, total: int) -> _Made:
     """Makes the functions of a stage of so many steps, once."""

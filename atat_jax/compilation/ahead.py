@@ -12,16 +12,20 @@ import os
 import queue
 import threading
 import types
+import weakref
 from collections.abc import Callable, Hashable
 
 _MOST_THREADS = 8
 
 _threads: set[threading.Thread] = set()
+_open: "weakref.WeakSet[Ahead]" = weakref.WeakSet()
 
 
 @atexit.register
 def _finish() -> None:
   """Waits for what is being compiled: XLA's own end must not overtake it."""
+  for ahead in list(_open):  # in a thread that is not heard any more
+    ahead.close()
   for thread in list(_threads):
     thread.join()
 
@@ -41,6 +45,7 @@ class Ahead:
     self._queue: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
     self._tasks: dict[Hashable, _Task] = {}
     self._num_threads = 0
+    _open.add(self)
 
   def __enter__(self) -> "Ahead":
     """Returns itself."""
@@ -52,12 +57,16 @@ class Ahead:
     error: BaseException | None,
     trace: types.TracebackType | None,
   ) -> None:
-    """Drops what has not been begun."""
-    for task in self._tasks.values():
-      task.take()
+    """Closes it."""
+    self.close()
+
+  def close(self) -> None:
+    """Drops what no thread has begun; waits for nothing."""
+    for task in list(self._tasks.values()):
+      task.leave()
     for _ in range(self._num_threads):
       self._queue.put(None)
-    self._enabled = False
+    self._num_threads, self._enabled = 0, False
 
   def add(
     self, name: Hashable, lower: Callable[[], Callable[[], object]]
@@ -93,32 +102,46 @@ class Ahead:
     added, or that failed.
     """
     task = self._tasks.get(name)
-    if task is not None and not task.take():
+    if task is not None:
+      task.leave()
       task.done.wait()
 
 
 class _Task:
-  """A program to compile; whoever takes it first has it."""
+  """A program to compile, once: by a thread, or by whoever needs it.
+
+  Attributes:
+    done: Set when no thread compiles it, or will.
+  """
 
   def __init__(self, compile_program: Callable[[], object]):
     self._compile = compile_program
-    self._free = threading.Lock()
+    self._taken = threading.Lock()
     self.done = threading.Event()
 
-  def take(self) -> bool:
-    """Returns whether the caller is the first to take it."""
-    return self._free.acquire(blocking=False)
+  @property
+  def begun(self) -> bool:
+    """Whether somebody has taken it."""
+    return self._taken.locked()
+
+  def leave(self) -> None:
+    """Leaves it to the caller, unless a thread has taken it."""
+    if self._taken.acquire(blocking=False):
+      self._end()
 
   def run(self) -> None:
-    """Compiles the program, if nobody has taken it."""
-    if not self.take():
+    """Compiles it, unless it was left to another."""
+    if not self._taken.acquire(blocking=False):
       return
     try:
       with contextlib.suppress(Exception):  # the call that needs it raises
         self._compile()
     finally:
-      del self._compile  # it holds the program's arguments
-      self.done.set()
+      self._end()
+
+  def _end(self) -> None:
+    del self._compile  # it holds the program's arguments
+    self.done.set()
 
 
 def _work(tasks: "queue.SimpleQueue[_Task | None]") -> None:

@@ -1,5 +1,6 @@
 """The cache of compiled programs: on by default, within limits, with a way off."""
 
+import logging
 import os
 import pathlib
 import stat
@@ -118,7 +119,7 @@ def test_a_link_is_not_followed(tmp_path):
 
 def test_a_limit_that_is_no_number_is_told(monkeypatch, caplog):
   monkeypatch.setenv(cache.VARIABLE, "plenty")
-  monkeypatch.setattr(cache._log.parent.parent, "propagate", True)
+  monkeypatch.setattr(logging.getLogger("atat_jax"), "propagate", True)
   cache.enable_by_default()
   assert "plenty" in caplog.text
   assert jax.config.jax_compilation_cache_dir is not None

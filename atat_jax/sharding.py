@@ -82,24 +82,6 @@ def batch_sharding(
   return NamedSharding(mesh, PartitionSpec(*[None] * axis, "data"))
 
 
-def shape(
-  array: jax.ShapeDtypeStruct | jax.Array | np.ndarray, placed: NamedSharding
-) -> jax.ShapeDtypeStruct:
-  """Describes an array as it will lie on the devices.
-
-  Args:
-    array: An array, or its shape.
-    placed: Its sharding to be.
-
-  Returns:
-    Its shape, dtype and sharding.
-  """
-  weak = bool(getattr(array, "weak_type", False))
-  return jax.ShapeDtypeStruct(
-    array.shape, array.dtype, sharding=placed, weak_type=weak
-  )
-
-
 def put_replicated(mesh: Mesh, tree: PyTree) -> PyTree:
   """Copies a pytree of arrays (the same in every process) to every device."""
   sharding = replicated(mesh)

@@ -24,7 +24,7 @@ from atat_jax import (
   state,
   steps,
 )
-from atat_jax.compilation.ahead import Ahead
+from atat_jax.compilation.ahead import Ahead, placed
 from atat_jax.data import Dataset, Extra, Split
 from atat_jax.errors import UserError, in_section
 from atat_jax.objectives import Batch, Outcome
@@ -170,7 +170,7 @@ class StepPrograms:
       teacher if objective.starts_from_teacher else None,
     )
     current, teacher, images = jax.tree.map(
-      lambda x: sharding.shape(x, sharding.replicated(self._mesh)),
+      lambda x: placed(x, sharding.replicated(self._mesh)),
       (fresh, teacher, dataset.train),
     )
     size, axis = outline.per_dispatch, int(outline.per_dispatch > 1)

@@ -14,6 +14,9 @@ import threading
 import types
 import weakref
 from collections.abc import Callable, Hashable
+from typing import Any
+
+import jax
 
 _MOST_THREADS = 8
 
@@ -105,6 +108,22 @@ class Ahead:
     if task is not None:
       task.leave()
       task.done.wait()
+
+
+def placed(array: Any, where: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+  """Describes an array as it will lie on the devices.
+
+  Args:
+    array: An array, or its shape.
+    where: Its sharding.
+
+  Returns:
+    Its shape, dtype and sharding.
+  """
+  weak = bool(getattr(array, "weak_type", False))
+  return jax.ShapeDtypeStruct(
+    array.shape, array.dtype, sharding=where, weak_type=weak
+  )
 
 
 class _Task:

@@ -130,7 +130,7 @@ def test_a_call_finds_the_program(kind, compilations):
   mesh = sharding.make_mesh(jax.devices()[:1])
   x = sharding.put_replicated(mesh, np.arange(3, dtype=np.float32))
   weights = sharding.put_replicated(mesh, np.arange(2, 5, dtype=np.float32))
-  shape = sharding.shape(x, sharding.replicated(mesh))
+  shape = threads.placed(x, sharding.replicated(mesh))
   if kind == "an array":
     function = compilation.jit(lambda w, x: w * x - 5)
     first = weights

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from atat_jax import compilation, sharding
 from atat_jax.attacks import search as search_lib
 from atat_jax.attacks.search import Problem, Search, SearchSettings
-from atat_jax.compilation.ahead import Ahead
+from atat_jax.compilation.ahead import Ahead, placed
 from atat_jax.typing import Array, Classifier
 
 
@@ -293,8 +293,8 @@ class Slots:
     none, whole = np.zeros(size, int), np.ones(size, bool)
     arguments = self._arguments(none, none)
     shapes = _jitted_begin.eval_shape(*arguments, search=self._beginning)  # type: ignore[attr-defined]
-    placed = sharding.replicated(self._mesh)
-    rows = jax.tree.map(lambda x: sharding.shape(x, placed), shapes)
+    where = sharding.replicated(self._mesh)
+    rows = jax.tree.map(lambda x: placed(x, where), shapes)
     advancing = self._advancing(0, rows, whole)
     self._add(self._name("advance", size), _jitted_advance, *advancing)
     self._add(self._name("begin", size), _jitted_begin, *arguments)

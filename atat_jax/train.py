@@ -348,9 +348,8 @@ def prepare(
     step_programs: Train steps that are being compiled; None: none are.
   """
   made = StepPrograms(plan, mesh) if step_programs is None else step_programs
-  options, schedule, optimizer, bound, train_step = made.make(
-    stage, outline.total
-  )
+  functions = made.make(stage, outline.total)
+  options, schedule, optimizer, bound, train_step = functions
   initial = teacher if stage.objective.starts_from_teacher else None
   statistics_pass = averaging.make_statistics_pass(**bound)
   teacher, images, validation_images = sharding.put_replicated(
@@ -381,15 +380,24 @@ def prepare(
     ),
     before_saving=lambda: None,
   )
+  start = functools.partial(
+    _start, plan, stage, optimizer, options, initial, mesh
+  )
+  differentiate = _make_differentiation(bound, teacher, images, draws)
+  return Prepared(start, programs, draws, differentiate)
+
+
+def _make_differentiation(
+  bound: dict[str, Any],
+  teacher: Variables | None,
+  images: Split,
+  draws: BatchDraws,
+) -> Callable[..., tuple[Batch, PyTree, Outcome]]:
+  """Makes what differentiates the loss of one step, for its replay."""
   gradient_fn = compilation.jit(
     functools.partial(gradients.differentiate, **bound), once=True
   )
-  return Prepared(
-    functools.partial(_start, plan, stage, optimizer, options, initial, mesh),
-    programs,
-    draws,
-    functools.partial(_differentiate, gradient_fn, teacher, images, draws),
-  )
+  return functools.partial(_differentiate, gradient_fn, teacher, images, draws)
 
 
 def _make_draws(

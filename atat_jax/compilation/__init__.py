@@ -140,14 +140,20 @@ class _Jitted:
       function, given, self._donated, name=name, options=options
     )
 
-  def ahead(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Traces a call anew and lowers it."""
+  def ahead(
+    self, outermost: Callable[[], Any], *args: Any, **kwargs: Any
+  ) -> Callable[[], Any]:
+    """Traces a call and lowers it; returns what compiles it."""
+    args, kwargs, opaque = self.prepare(args, kwargs)
+    if not opaque:
+      return outermost().lower(*args, **kwargs).compile  # type: ignore[no-any-return]
     enable_by_default()
     function, given, name = self._split(args, kwargs)
     options = compiler_options(**self._effort)
-    return captures.lower(
+    lowered = captures.lower(
       function, given, self._donated, name=name, options=options
     )
+    return lowered.compile  # type: ignore[no-any-return]
 
   def shapes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Returns the shapes of the function's result, traced anew."""
@@ -210,18 +216,10 @@ def jit(
       return jitted.shapes(args, kw)
     return nested.eval_shape(*args, **kw)
 
-  def ahead(*args: Any, **kw: Any) -> Callable[[], Any]:
-    args, kw, opaque = jitted.prepare(args, kw)
-    lower = jitted.ahead if opaque else _lowered
-    return lower(args, kw).compile  # type: ignore[no-any-return]
-
-  def _lowered(args: tuple[Any, ...], kw: dict[str, Any]) -> Any:
-    return outermost().lower(*args, **kw)  # type: ignore[attr-defined]
-
   # Gives access to the program, and to its compilation time, as in jax.jit.
   call.lower = lambda *args, **kw: outermost().lower(*args, **kw)  # type: ignore[attr-defined]
   call.eval_shape = eval_shape  # type: ignore[attr-defined]
-  call.ahead = ahead  # type: ignore[attr-defined]
+  call.ahead = functools.partial(jitted.ahead, outermost)  # type: ignore[attr-defined]
   return call
 
 

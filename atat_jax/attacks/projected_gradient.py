@@ -280,8 +280,12 @@ def _start(
 
 
 # The generator's many integer operations take XLA:CPU longer to optimise than a
-# small network: they are a program of their own, which FGSM does without.
-_jitted_start = compilation.jit(_start, light=True, static_argnames="norm")
+# small network: they are a program of their own, which FGSM does without. The
+# uniform numbers of linf are the same however much they are optimised.
+_jitted_starts = {
+  light: compilation.jit(_start, light=light, static_argnames="norm")
+  for light in (False, True)
+}
 
 
 def _first_start(
@@ -291,7 +295,7 @@ def _first_start(
   random = numbers.random_start
   if not isinstance(random, jax.Array) and not random:
     return images
-  return _jitted_start(
+  return _jitted_starts[norm == "linf"](
     key, images, numbers.epsilon, random, np.int32(0), norm=norm
   )
 

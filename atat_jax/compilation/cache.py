@@ -9,6 +9,7 @@ import contextlib
 import logging
 import os
 import pathlib
+from typing import Any
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
@@ -25,6 +26,11 @@ _MIN_SECONDS, _JAX_SECONDS = 0.1, 1.0
 
 _log = logging.getLogger(__name__)
 _decided = False
+
+
+def _config(name: str) -> Any:
+  """Value of an option of JAX."""
+  return getattr(jax.config, name)
 
 
 def _limit() -> int:
@@ -103,7 +109,7 @@ def disable_persistent_cache() -> None:
   global _decided
   _decided = True
   own = locations.cache("compiled")
-  if own is None or jax.config.jax_compilation_cache_dir != str(own):
+  if own is None or _config("jax_compilation_cache_dir") != str(own):
     return
   jax.config.update("jax_compilation_cache_dir", None)
   compilation_cache.reset_cache()
@@ -119,8 +125,8 @@ def enable_by_default() -> None:
   if _decided:
     return
   _decided = True
-  if jax.config.jax_compilation_cache_dir is not None:
+  if _config("jax_compilation_cache_dir") is not None:
     return
-  if jax.config.jax_enable_compilation_cache and _limit():
-    chosen = jax.config.jax_persistent_cache_min_compile_time_secs
+  if _config("jax_enable_compilation_cache") and _limit():
+    chosen = _config("jax_persistent_cache_min_compile_time_secs")
     _use_own_folder(_MIN_SECONDS if chosen == _JAX_SECONDS else chosen)

@@ -145,11 +145,19 @@ def _take(tree: Any, rows: Array) -> Any:
   return jax.tree.map(lambda x: x[rows], tree)
 
 
-# Random numbers for new rows: seldom needed, and slow to optimise.
-_jitted_begin = compilation.jit(_begin, light=True, static_argnames="search")
-_jitted_refill = compilation.jit(
-  _refill, light=True, static_argnames="search", donate_argnums=1
-)
+class _Beginnings:
+  """Programs that begin runs: in an empty batch, and in rows of another."""
+
+  def __init__(self, *, light: bool):
+    self.begin = compilation.jit(_begin, light=light, static_argnames="search")
+    self.refill = compilation.jit(
+      _refill, light=light, static_argnames="search", donate_argnums=1
+    )
+
+
+# Random numbers take XLA:CPU long to optimise, and are seldom drawn. Uniform
+# ones, of linf, are the same however much; normal ones are rounded otherwise.
+_beginnings = {light: _Beginnings(light=light) for light in (False, True)}
 _jitted_advance = compilation.jit(
   _advance, static_argnames="search", donate_argnames="state"
 )
@@ -266,6 +274,8 @@ class Slots:
     self._ahead = Ahead(enabled=False) if ahead is None else ahead
     # Searches that begin alike share the programs that begin.
     self._beginning = getattr(job.search, "beginning", job.search)
+    uniform = getattr(self._beginning, "norm", "") == "linf"
+    self._programs = _beginnings[uniform]
     self.under_way = 0.0
     self.nonfinite = np.zeros(2, np.int64)
     self._mesh, self._job = mesh, job
@@ -292,15 +302,15 @@ class Slots:
       return
     none, whole = np.zeros(size, int), np.ones(size, bool)
     arguments = self._arguments(none, none)
-    shapes = _jitted_begin.eval_shape(*arguments, search=self._beginning)  # type: ignore[attr-defined]
+    shapes = self._programs.begin.eval_shape(*arguments, search=self._beginning)  # type: ignore[attr-defined]
     where = sharding.replicated(self._mesh)
     rows = jax.tree.map(lambda x: placed(x, where), shapes)
     advancing = self._advancing(0, rows, whole)
     self._add(self._name("advance", size), _jitted_advance, *advancing)
-    self._add(self._name("begin", size), _jitted_begin, *arguments)
+    self._add(self._name("begin", size), self._programs.begin, *arguments)
     if pending > size:
       refilling = self._put(whole), rows, *arguments
-      self._add(self._name("refill", size), _jitted_refill, *refilling)
+      self._add(self._name("refill", size), self._programs.refill, *refilling)
 
   def _add(
     self, name: tuple[Hashable, ...], program: Any, *arguments: Any
@@ -422,10 +432,10 @@ class Slots:
     arguments, size = self._arguments(examples, batch.runs), len(examples)
     if batch.device is None:
       self._ahead.wait(self._name("begin", size))
-      batch.device = _jitted_begin(*arguments, search=self._beginning)
+      batch.device = self._programs.begin(*arguments, search=self._beginning)
     else:
       self._ahead.wait(self._name("refill", size))
-      batch.device = _jitted_refill(
+      batch.device = self._programs.refill(
         self._put(fresh), batch.device, *arguments, search=self._beginning
       )
     return batch.device

@@ -382,9 +382,9 @@ def _extremes(x: Array) -> Array:
 
 def _range(x: Array | np.ndarray) -> tuple[Any, Any]:
   """Smallest and largest number, in the array's own dtype."""
-  found = _extremes(x) if isinstance(x, jax.Array) else None
+  found = None if _on_host(x) else _extremes(x)
   if found is None or isinstance(found, jax.core.Tracer):
-    host = np.asarray(x)  # a numpy array, or a constant inside jit
+    host = np.asarray(x)  # where numpy reads it, or a constant inside jit
     return host.min(), host.max()
   low, high = np.asarray(found)  # one transfer
   return low, high

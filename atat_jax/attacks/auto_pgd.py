@@ -134,6 +134,11 @@ class APGD:
   def _radii(self) -> tuple[float, ...]:
     return _ENLARGED if self.enlarged else (1.0,)
 
+  @property
+  def beginning(self) -> "APGD":
+    """Search that begins alike: the same for every loss."""
+    return dataclasses.replace(self, loss="cross_entropy", eot_samples=1)
+
   def num_evaluations(self, num_steps: int) -> int:
     """Steps, and one evaluation of every part's starting point."""
     return num_steps + len(self._radii)

@@ -91,6 +91,11 @@ class FAB:
     """Refuses anything but True and False."""
     checks.boolean("targeted", self.targeted)
 
+  @property
+  def beginning(self) -> "FAB":
+    """Search that begins alike, whatever it aims at."""
+    return dataclasses.replace(self, targeted=True)
+
   def num_evaluations(self, num_steps: int) -> int:
     """Number of steps, each of which evaluates two points."""
     return num_steps

@@ -359,9 +359,47 @@ def call(
   Returns:
     The result of the function.
   """
-  sessions = [opaque.session for opaque in find(arguments)]
   if not at_top_level():
     return jax.jit(lambda arguments: function(arguments))(arguments)
+  program, given, out_tree = _program(
+    function, arguments, donated, name, options
+  )
+  return jax.tree.unflatten(out_tree, program(*given))
+
+
+def lower(
+  function: Callable[..., Any],
+  arguments: dict[str, Any],
+  donated: Collection[str],
+  *,
+  name: Hashable | None,
+  options: dict[str, Any],
+) -> Any:
+  """Traces and lowers what `call` with these arguments, or their shapes, runs.
+
+  Args:
+    function: As in `call`.
+    arguments: As in `call`; a `jax.ShapeDtypeStruct` may stand for an array.
+    donated: As in `call`.
+    name: As in `call`.
+    options: As in `call`.
+
+  Returns:
+    The program, whose method `compile` has the next `call` find it compiled.
+  """
+  program, given, _ = _program(function, arguments, donated, name, options)
+  return program.lower(*given)
+
+
+def _program(
+  function: Callable[..., Any],
+  arguments: dict[str, Any],
+  donated: Collection[str],
+  name: Hashable | None,
+  options: dict[str, Any],
+) -> tuple[Any, tuple[Any, ...], Any]:
+  """Returns a program, what to call it with, and its result's structure."""
+  sessions = [opaque.session for opaque in find(arguments)]
   given = {key: arguments[key] for key in arguments if key in donated}
   kept = {key: arguments[key] for key in arguments if key not in donated}
   flat_given, flat_kept = jax.tree.leaves(given), jax.tree.leaves(kept)
@@ -375,7 +413,7 @@ def call(
     if keeps:
       sessions[0].programs[key] = found
   compiled, arrays, out_tree = found
-  return jax.tree.unflatten(out_tree, compiled(arrays, flat_given, flat_kept))
+  return compiled, (arrays, flat_given, flat_kept), out_tree
 
 
 def shapes(

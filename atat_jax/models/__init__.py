@@ -47,6 +47,7 @@ __all__ = [
   "create",
   "field_names",
   "from_functions",
+  "with_dtype",
   "with_fixed_statistics",
 ]
 

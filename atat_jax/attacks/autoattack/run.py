@@ -29,6 +29,7 @@ from atat_jax.attacks.autoattack import versions
 from atat_jax.attacks.autoattack.progress import EnsembleProgress, Store
 from atat_jax.attacks.autoattack.slots import InFlight, Job, Slots
 from atat_jax.attacks.diagnostics import Diagnostic
+from atat_jax.compilation.ahead import Ahead
 from atat_jax.errors import UserError
 from atat_jax.process import stops
 from atat_jax.runs import locations, wording
@@ -219,7 +220,12 @@ class _Evaluation:
     self._batch_size = min(batch_size, len(self._images))
     self._mesh = sharding.mesh_or_all(mesh)
     self._classifier = sharding.put_replicated(self._mesh, classifier)
-    self._predict = diagnostics.Scorer(self._classifier, self._mesh)
+    # On several devices, where arrays lie is known once a program is compiled.
+    alone = self._mesh.size == 1 and jax.process_count() == 1
+    self._ahead = Ahead(enabled=alone)
+    self._predict = diagnostics.Scorer(
+      self._classifier, self._mesh, self._ahead
+    )
     self._jobs = ensemble.jobs
     self._screen: Classifier | None = None
     self._screen_name, self._tolerance = "", 0.0
@@ -264,11 +270,14 @@ class _Evaluation:
 
   def run(self, *, progress: bool) -> AutoAttackResult:
     """Runs the attacks that are not done yet and all diagnostics."""
-    with self._store.lock() if self._store else contextlib.nullcontext():
+    lock = self._store.lock() if self._store else contextlib.nullcontext()
+    with lock, self._ahead:
       return self._run(progress=progress)
 
   def _run(self, *, progress: bool) -> AutoAttackResult:
+    self._prepare_diagnostics()
     self._classify_clean()
+    self._prepare_attacks(self._jobs)
     before = self._diagnose_before()
     self._run_attacks(progress=progress)
     done = self._progress
@@ -287,6 +296,39 @@ class _Evaluation:
       diagnostics=found,
       protocol=self._protocol(),
     )
+
+  def _prepare_diagnostics(self) -> None:
+    """Has the programs that look at the classifier compiled in threads."""
+    half = max(1, self._batch_size // 2)
+    self._predict.prepare(self._images, half, self._key)
+    diagnostics.prepare_looks(
+      self._ahead,
+      self._classifier,
+      self._images[: self._batch_size],
+      self._labels[: self._batch_size],
+      self._ensemble.losses,
+    )
+
+  def _prepare_attacks(self, jobs: Sequence[Job]) -> None:
+    """Has the programs of attacks compiled in threads.
+
+    Args:
+      jobs: Attacks to come, the next one first. How many runs the next one has
+        to make is known; of the images that others will find, half may be gone
+        after the first attack, and a tenth after later ones.
+    """
+    progress = self._progress
+    share = 1.0
+    for job in jobs:
+      # A network that screens leaves too little to foresee.
+      if job.name in progress.accuracies or job.screened != jobs[0].screened:
+        continue
+      pending = int((~progress.done[job.name][self._open(job)]).sum())
+      if share < 1 or progress.in_flight is None:
+        # The order of the targets changes no program.
+        self._slots(job, self._ranking).prepare(pending, int(share * pending))
+      began = len(progress.accuracies) > 1  # more than "clean"
+      share = 0.9 if began else 0.5
 
   def _classify_clean(self) -> None:
     """Classifies the clean images and restores the progress on them."""
@@ -332,6 +374,7 @@ class _Evaluation:
     } | ({} if self._screen is None else {"screening": screening})
 
   def _diagnose_before(self) -> dict[str, Diagnostic]:
+    self._ahead.wait("gradients")
     found = diagnostics.diagnose_classifier(
       self._key,
       self._classifier,
@@ -398,6 +441,7 @@ class _Evaluation:
     ) as bar:
       for number, job in enumerate(jobs):
         if job.name not in done.accuracies and self._has_work(job):
+          self._prepare_attacks(jobs[number:])
           self._run_attack(job, bar, number)
         robust = done.robust.mean()
         bar.set_postfix_str(f"{job.name}, robust {robust:.2%}", refresh=False)
@@ -494,6 +538,7 @@ class _Evaluation:
       ranking=ranking,
       mesh=self._mesh,
       batch_size=self._batch_size,
+      ahead=self._ahead,
     )
 
   def _targets(self, job: Job) -> np.ndarray:

@@ -23,7 +23,9 @@ def get_config(choice: str = "atat") -> ConfigDict:
   config = default.get_config(choice)
   config.data.name = "cifar100"
   default.make_cifar(config)
-  config.evaluation.attacks = "nominal,fgsm,ifgsm20,pgd10,pgd20,pgd20-margin"
+  if config.recipe != "fast":
+    attacks = "nominal,fgsm,ifgsm20,pgd10,pgd20,pgd20-margin"
+    config.evaluation.attacks = attacks
   if config.recipe == "paper":
     # The natural network of the released code stopped at step 100,000.
     config.teacher.update(num_epochs=261, boundaries=(0.4, 0.6))

@@ -362,8 +362,7 @@ def table(rows: Sequence[Row]) -> str:
       [_seconds(row) / _seconds(base[row["seed"]]) for row in found]
     )
     paired = [
-      row["averaged"]["worst_case"]
-      - base[row["seed"]]["averaged"]["worst_case"]
+      row["averaged"][MARGIN] - base[row["seed"]]["averaged"][MARGIN]
       for row in found
     ]
     lines.append(

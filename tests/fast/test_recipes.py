@@ -27,43 +27,49 @@ def test_images_are_halved_by_the_mean_of_four_pixels(recipes):
   assert found.images[1, 1, 2, 2] == round(mean)
 
 
-def row(variant, seed, margin, passes=100):
-  accuracy = {"nominal": 0.5, "pgd20": margin + 0.01, "pgd10-margin": margin}
+def row(variant, seed, robust, passes=100):
+  accuracy = {"nominal": 0.5, "robust": robust}
   return {
     "variant": variant,
     "seed": seed,
-    "num_steps": 10,
     "passes": passes,
-    "seconds_per_step": 0.5,
-    "averaged": accuracy,
-    "last": {**accuracy, "pgd10-margin": margin - 0.02},
+    "seconds": 2.0,
+    "averaged": {"10": accuracy, "4": accuracy, "20": accuracy, "40": accuracy},
+    "last": {"nominal": 0.4, "robust": robust - 0.02},
   }
 
 
 def test_differences_are_taken_seed_by_seed(recipes):
-  text = recipes.table(
-    [
-      row("reference", 0, 0.20),
-      row("reference", 1, 0.30),
-      row("other", 0, 0.21, passes=150),
-      row("other", 1, 0.31, passes=150),
-    ]
-  )
+  rows = [
+    row("reference", 0, 0.20),
+    row("reference", 1, 0.30),
+    row("other", 0, 0.21, passes=150),
+    row("other", 1, 0.31, passes=150),
+  ]
+  text = recipes.table(rows)
   cells = [cell.strip() for cell in text.splitlines()[-1].strip("|").split("|")]
   assert cells == [
-    *("other", "2", "10", "1.50", "1.00", "50.0 ± 0.0", "27.0 ± 5.0"),
-    *("26.0 ± 5.0", "1.0 ± 0.0", "24.0 ± 5.0"),
+    *("other", "2", "1.50", "1.00", "50.0 ± 0.0", "26.0 ± 5.0"),
+    *("1.0 ± 0.0", "24.0 ± 5.0"),
   ]
+  last = recipes.averages_table(rows).splitlines()[2]
+  assert last.split("|")[2].strip() == "40.0 ± 0.0"
 
 
-@pytest.mark.parametrize("group", ["attacks", "training"])
-def test_every_variant_is_a_plan(recipes, group):
-  from atat_jax.config import make_plan
+def test_a_variant_is_an_attack_of_the_package_at_its_cost(recipes):
+  from atat_jax.objectives import create
+  from atat_jax.objectives.adversarial import SINGLE_STEPS
+  from benchmarks.support import flops
 
-  args = recipes.parser().parse_args([group])
-  names = [variant.name for variant in recipes.GROUPS[group]]
-  assert names[0] == recipes.REFERENCE and len(set(names)) == len(names)
-  for variant in recipes.GROUPS[group]:
-    for fields in (variant.fields, {**variant.fields, **variant.early}):
-      made = recipes._config(args, fields, 3)
-      assert make_plan(made).stages[0].num_epochs == made.train.num_epochs
+  named = {variant.name: variant for variant in recipes.VARIANTS}
+  assert len(named) == len(recipes.VARIANTS)
+  for name, steps in (("pgd10", 10), ("pgd2", 2), ("n_fgsm", 1)):
+    expected = 6 * flops.passes(create("at"), steps)
+    assert named[name].passes() == expected, name
+  for name, length in SINGLE_STEPS.items():
+    assert named[name].num_steps == 1
+    assert named[name].step_size == pytest.approx(8 * length)
+  noise = create("at", attack_method="n_fgsm").single_step_noise
+  assert named["n_fgsm"].noise == noise
+  # Not projected there: a ball that no iterate leaves.
+  assert named["n_fgsm"].radius == noise + SINGLE_STEPS["n_fgsm"]

@@ -320,7 +320,7 @@ def _make_row(
   """A row of the table without its result."""
   row = {
     "model": model,
-    "dataset": plan.data.name,
+    "dataset": plan.data.spec.name,
     "split": "test",
     "num_examples": num_examples,
     "attack": protocol.name,

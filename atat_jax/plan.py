@@ -56,10 +56,12 @@ class DataPlan:
   """Data set, its location, and the images that a training batch is made of.
 
   Attributes:
-    name: Name in `data.DATASETS`.
+    name: Name in `data.DATASETS`, maybe with a colon and more.
     dir: Directory or file that holds the data; None: the usual place.
     cache_dir: Directory of decoded copies; None: the user's cache.
     source: Format that is read: "auto", or one that the data set knows.
+    size: Side in pixels to which pictures are resized and cropped, where the
+      data set allows it; 0: they keep their size.
     validation_size: Number of training images held out for validation.
     padding: Pixels of zero padding before the random crop; 0: no crop.
     flip: Whether training images are mirrored at random.
@@ -73,6 +75,7 @@ class DataPlan:
   dir: str | None
   cache_dir: str | None
   source: str
+  size: int
   validation_size: int
   padding: int
   flip: bool
@@ -84,7 +87,7 @@ class DataPlan:
   def __post_init__(self) -> None:
     """Checks every field that can be checked without reading data."""
     fields.check_values(type(self), vars(self), bits=False)
-    checks.choice("name", self.name, data.DATASETS)
+    data.check_name(self.name)
     checks.positive("validation_size", self.validation_size, integer=True)
     largest = min(self.spec.image_shape[:2])
     if not 0 <= self.padding <= largest:
@@ -97,10 +100,15 @@ class DataPlan:
         f"extra_fraction: {self.extra_fraction}; allowed: between 0 and 1"
       )
 
-  @property
+  @functools.cached_property
   def spec(self) -> data.DatasetSpec:
-    """Description of the data set."""
-    return data.spec(self.name)
+    """Description of the data set, which some are read for, once."""
+    where = {"data_dir": self.dir, "cache_dir": self.cache_dir}
+    try:
+      return data.spec(self.name, **where, source=self.source, size=self.size)
+    except UserError as error:
+      # The field has a shorter name than the argument.
+      raise UserError(str(error).removeprefix("data_")) from None
 
   def load(self) -> data.Dataset:
     """Loads the data set.
@@ -114,6 +122,7 @@ class DataPlan:
       cache_dir=self.cache_dir,
       validation_size=self.validation_size,
       source=self.source,
+      size=self.size,
     )
 
   def open_extra(self) -> data.Extra | None:

@@ -33,6 +33,7 @@ def get_config(choice: str = "atat") -> ConfigDict:
   config = default.get_config(choice)
   config.data.name = "cifar10"
   default.make_cifar(config)
+  config.figures.indices = (1450, 7558)  # landscapes of the paper's Figure 1
   if config.recipe == "paper":
     # The natural network of the released code stopped at step 70,000.
     config.teacher.update(num_epochs=183, boundaries=(4 / 7, 6 / 7))

@@ -23,6 +23,7 @@ def get_config(choice: str = "atat") -> ConfigDict:
   config = default.get_config(choice)
   config.data.name = "cifar100"
   default.make_cifar(config)
+  config.figures.indices = (1450, 7558)  # landscapes of the paper's Figure 1
   if config.recipe != "fast":
     attacks = "nominal,fgsm,ifgsm20,pgd10,pgd20,pgd20-margin"
     config.evaluation.attacks = attacks

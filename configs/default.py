@@ -82,10 +82,14 @@ def training() -> dict[str, Any]:
 
 def _data() -> dict[str, Any]:
   return {
-    "name": "cifar10",  # a name in atat_jax.data.DATASETS
-    "dir": placeholder(str),  # tfds directory, archive or .npz; None: usual
+    # A name in atat_jax.data.DATASETS; your own: npz, folder, tfds:<name>.
+    "name": "cifar10",
+    "dir": placeholder(
+      str
+    ),  # tfds directory, archive, folder, .npz; None: usual
     "cache_dir": placeholder(str),  # decoded copies; None: the user's cache
     "source": "auto",  # tfds, binary, python
+    "size": 0,  # side of pictures in folders, resized and cropped; 0: as they are
     "validation_size": 1024,  # held out of the training split
     "padding": 4,  # pixels before the random crop; 0: no crop
     "flip": True,  # mirror at random
@@ -145,7 +149,7 @@ def _figures() -> dict[str, Any]:
     "num_images": 12,  # attention maps: the first test images
     "rounds": (2, 8, 16),  # rounds, shift: steps of the attack that are shown
     "num_followed": 3,  # rounds: the first test images
-    "indices": (1450, 7558),  # landscapes: around these test images
+    "indices": (0, 1),  # landscapes: around these test images
     "num_points": 41,  # landscapes: points a side
     # shift, curvature, steps, epsilons: over the first test images
     "num_examples": 500,

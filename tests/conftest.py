@@ -1,6 +1,8 @@
 """What all tests share: eight CPU devices, small networks, their PyTorch twins.
 
 The tests run on the CPU backend (set JAX_PLATFORMS to choose another one).
+Most of their time is compilation, so that all programs, those of the processes
+that they start included, compile quickly and run slowly (`quick.OPTIONS`).
 Compiled programs are kept in pytest's cache directory between sessions.
 """
 
@@ -21,9 +23,10 @@ from flax import linen as nn
 
 from atat_jax import compilation, models
 
-# Before anything asks for a device: the backend reads both when it starts.
-if "JAX_PLATFORMS" not in os.environ:
+# Before anything asks for a device: the backend reads all when it starts.
+if os.environ.get("JAX_PLATFORMS", "cpu") == "cpu":
   jax.config.update("jax_platforms", "cpu")
+  os.environ["XLA_FLAGS"] = quick.flags()
 jax.config.update("jax_num_cpu_devices", 8)
 
 _COMPILATION = "/jax/core/compile/backend_compile_duration"
@@ -48,6 +51,67 @@ def pytest_configure(config: pytest.Config) -> None:
   )
   jax.config.update("jax_compilation_cache_dir", path)
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+# Files whose tests share the finished run of `tiny`, its programs, or the process
+# that runs its commands.
+_SHARING = (
+  "tests/run/test_main.py",
+  "tests/run/test_train.py",
+  "tests/run/test_checkpoints.py",
+  "tests/run/test_evaluation.py",
+  "tests/reliability/test_corruption.py",
+  "tests/reliability/test_kills.py",
+  "tests/reliability/test_machines.py",
+  "tests/run/test_interrupts.py",
+)
+# Those that take longest; no worker is left alone with one in the end.
+_FIRST = (
+  *_SHARING,
+  "tests/contract/test_attacks.py",
+  "tests/run/test_autoattack.py",
+  "tests/run/test_toy_members.py",
+  "tests/oracle/test_apgd.py",
+  "tests/oracle/test_square.py",
+  "tests/oracle/test_fab.py",
+)
+
+
+def _file(nodeid: str) -> str:
+  return nodeid.split("::", 1)[0]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+  """Puts the files that take longest first."""
+  places = {file: place for place, file in enumerate(_FIRST)}
+  items.sort(key=lambda item: places.get(_file(item.nodeid), len(places)))
+
+
+def pytest_collection_finish() -> None:
+  """Lets the garbage collector pass over what the imports have made."""
+  gc.collect()
+  gc.freeze()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+  """Gives a file to one worker, and those that share a run to the same one.
+
+  With many workers, making the run again is quicker than waiting for one.
+  """
+  if config.getvalue("dist") != "loadfile":
+    return None
+  from xdist.scheduler import LoadScopeScheduling
+
+  together = _SHARING if len(config.getvalue("tx")) <= 4 else ()
+
+  class Scheduling(LoadScopeScheduling):
+    def _split_scope(self, nodeid: str) -> str:
+      file = _file(nodeid)
+      return "a finished run" if file in together else file
+
+  config.option.loadscopereorder = False  # else by the number of tests
+  return Scheduling(config, log)
 
 
 def _num_mappings() -> int:

@@ -106,7 +106,8 @@ def check_images(settings: FigureSettings, count: int) -> None:
     last = max(ANALYSES[name].images(settings, count))
     if last >= count:
       raise UserError(
-        f"indices: {last}; allowed: 0 to {count - 1}, there are {count} images"
+        f"indices: {last}; allowed: 0 to {count - 1}, there are {count} images;"
+        " --config.figures.indices=0,1 takes the first two"
       )
 
 

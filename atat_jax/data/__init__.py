@@ -2,7 +2,10 @@
 
 Adding a data set is one file and one line in `DATASETS`: a module with a
 `DatasetSpec` and a function `read(*, data_dir, cache_dir, source)` that returns
-the official training and test splits (see `base.Source`).
+the official training and test splits (see `base.Source`). Data that need no code:
+`npz`, one file with arrays; `folder`, pictures in a folder for each class;
+`tfds:<name>`, any prepared tfds set of images with labels. After a colon, the
+first two take a name for the results (`npz:flowers`), by default the file's.
 """
 
 from atat_jax.process import commands
@@ -11,9 +14,18 @@ if commands.is_running("atat_jax.data.prepare"):
   commands.begin("stopped; the same command starts again")
 
 from atat_jax import checks
-from atat_jax.data import base, cifar, digits, extra
+from atat_jax.data import (
+  base,
+  cifar,
+  digits,
+  extra,
+  folder,
+  npz,
+  tfds_sets,
+)
 from atat_jax.data.base import Dataset, DatasetSpec, Split
 from atat_jax.data.extra import Extra
+from atat_jax.errors import UserError
 from atat_jax.runs import locations
 
 __all__ = [
@@ -22,6 +34,7 @@ __all__ = [
   "DatasetSpec",
   "Extra",
   "Split",
+  "check_name",
   "extra",
   "load",
   "spec",
@@ -31,21 +44,61 @@ DATASETS: dict[str, base.Source] = {
   "digits": base.Source(digits.SPEC, digits.read),
   "cifar10": base.Source(cifar.CIFAR10, cifar.read_cifar10),
   "cifar100": base.Source(cifar.CIFAR100, cifar.read_cifar100),
+  "npz": base.Source(None, npz.read),
+  "folder": base.Source(None, folder.read),
+  "tfds": base.Source(None, tfds_sets.read_any),
 }
 
 
-def _source(name: str) -> base.Source:
-  checks.choice("name", name, DATASETS)
-  return DATASETS[name]
-
-
-def spec(name: str) -> DatasetSpec:
-  """Returns the description of a data set without reading it.
+def check_name(name: str) -> None:
+  """Checks the name of a data set.
 
   Raises:
-    UserError: No data set has this name.
+    UserError: Not a name in `DATASETS`; or a colon behind one that knows what
+      it is.
   """
-  return _source(name).spec
+  _source(name)
+
+
+def _source(name: str) -> tuple[base.Source, str]:
+  """Returns the member and what stands behind the colon."""
+  checks.instance("name", name, str, ", ".join(DATASETS))
+  key, colon, rest = name.partition(":")
+  checks.choice("name", key, DATASETS)
+  if colon and (DATASETS[key].spec is not None or not rest):
+    raise UserError(f"name: {name!r}; allowed: {', '.join(DATASETS)}")
+  return DATASETS[key], rest
+
+
+def spec(
+  name: str,
+  *,
+  data_dir: str | None = None,
+  cache_dir: str | None = None,
+  source: str = "auto",
+  size: int = 0,
+) -> DatasetSpec:
+  """Returns the description of a data set.
+
+  That of a known data set needs no data. Others are read for it.
+
+  Args:
+    name: See `load`.
+    data_dir: See `load`.
+    cache_dir: See `load`.
+    source: See `load`.
+    size: See `load`.
+
+  Raises:
+    UserError: No data set has this name; or it describes itself and cannot be
+      read.
+  """
+  member, rest = _source(name)
+  if member.spec is not None:
+    return member.spec
+  where = {"data_dir": data_dir, "cache_dir": cache_dir}
+  found = member.read(rest, **where, source=source, size=size)
+  return found[0]
 
 
 def load(
@@ -55,6 +108,7 @@ def load(
   cache_dir: str | None = None,
   validation_size: int = 1024,
   source: str = "auto",
+  size: int = 0,
 ) -> Dataset:
   """Loads a data set into memory.
 
@@ -65,14 +119,18 @@ def load(
   part of a larger one. The test split is the official one, untouched.
 
   Args:
-    name: Name in `DATASETS`.
-    data_dir: Place of the data. For CIFAR a directory with a tfds data set or
-      an official archive, or the path of an archive or of a decoded `.npz`;
-      default `$TFDS_DATA_DIR` or `~/tensorflow_datasets`.
+    name: Name in `DATASETS`, maybe with a colon and more.
+    data_dir: Place of the data. For CIFAR a directory with a tfds data set, an
+      official archive or what was extracted from it, or the path of an archive
+      or of a decoded `.npz`; default `$TFDS_DATA_DIR` or
+      `~/tensorflow_datasets`, as for `tfds:<name>`. For `npz` the file, for
+      `folder` the folder.
     cache_dir: Directory for decoded copies; default
       `$XDG_CACHE_HOME/atat_jax/data` or `~/.cache/atat_jax/data`.
     validation_size: Number of training images held out.
     source: "auto", or one kind of source, for CIFAR "tfds", "binary", "python".
+    size: Side in pixels to which pictures in folders or in a tfds set are
+      resized and cropped; 0: they have one size and keep it.
 
   Returns:
     Disjoint splits; images uint8 `[N, H, W, C]`, labels int32 `[N]`.
@@ -82,14 +140,20 @@ def load(
       them), damaged data, or a `validation_size` that leaves nothing to train
       on.
   """
-  member = _source(name)
+  member, rest = _source(name)
   checks.count("validation_size", validation_size)
+  checks.integer("size", size, 0, 4096)
   for field, place in (("data_dir", data_dir), ("cache_dir", cache_dir)):
     if place is not None:
       locations.expand(field, place)
   checks.instance("source", source, str, "'auto', or a kind of source")
-  official_train, test = member.read(
-    data_dir=data_dir, cache_dir=cache_dir, source=source
-  )
+  where = {"data_dir": data_dir, "cache_dir": cache_dir, "source": source}
+  if member.spec is None:
+    found, official_train, test = member.read(rest, **where, size=size)
+  elif size:
+    raise UserError(f"size: {size}; allowed: 0, {name} has images of one size")
+  else:
+    found = member.spec
+    official_train, test = member.read(**where)
   train, validation = base.hold_out(official_train, validation_size)
-  return Dataset(member.spec, train, validation, test)
+  return Dataset(found, train, validation, test)

@@ -211,16 +211,33 @@ class _Limited(io.RawIOBase):
     return block
 
 
-def _members(
-  path: pathlib.Path, layouts: Mapping[str, Archive]
-) -> Iterator[tuple[str, str, bytes]]:
-  """Yields kind, file name and content of every member that a layout names."""
-  wanted = {
+def _wanted(
+  layouts: Mapping[str, Archive],
+) -> dict[str, tuple[str, str, int]]:
+  """Kind, file name and number of images of each file that a layout names."""
+  return {
     f"{layout.folder}/{name}": (kind, name, layout.records[split])
     for kind, layout in layouts.items()
     for split, names in layout.files.items()
     for name in names
   }
+
+
+def _extracted(
+  folder: pathlib.Path, layouts: Mapping[str, Archive]
+) -> Iterator[tuple[str, str, bytes]]:
+  """Yields kind, file name and content of the files of an extracted archive."""
+  for kind, name, records in _wanted(layouts).values():
+    path = folder / name
+    if path.is_file():
+      yield kind, name, regular.read_bytes(path, records * _RECORD + 10_000)
+
+
+def _members(
+  path: pathlib.Path, layouts: Mapping[str, Archive]
+) -> Iterator[tuple[str, str, bytes]]:
+  """Yields kind, file name and content of every member that a layout names."""
+  wanted = _wanted(layouts)
   total = sum(records for _, _, records in wanted.values()) * _RECORD
   with (
     regular.open_regular(path) as file,
@@ -254,7 +271,7 @@ def read_archive(
   """Reads an official archive, binary or python version, whatever its name.
 
   Args:
-    path: A tar file compressed with gzip.
+    path: A tar file compressed with gzip, or the folder of its files.
     spec: Description of the data set, `cifar.CIFAR10` or `cifar.CIFAR100`.
     source: "binary" or "python" to accept only that version.
 
@@ -274,8 +291,9 @@ def read_archive(
     kind: layout for kind, layout in known.items() if source in ("auto", kind)
   }
   decoded = {}
+  members = _extracted if path.is_dir() else _members
   try:
-    for kind, name, content in _members(path, layouts):
+    for kind, name, content in members(path, layouts):
       if (kind, name) in decoded:
         raise ValueError(f"two members are {layouts[kind].folder}/{name}")
       decoded[kind, name] = _decode_member(kind, layouts[kind], name, content)

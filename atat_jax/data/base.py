@@ -11,8 +11,8 @@ import hashlib
 import json
 import logging
 import pathlib
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -68,15 +68,18 @@ class Source(NamedTuple):
   """Member of `DATASETS`.
 
   Attributes:
-    spec: Description of the data set; its `name` is the key in `DATASETS`.
+    spec: Description of the data set; its `name` is the key in `DATASETS`. None
+      where the data describe themselves.
     read: Function `read(*, data_dir, cache_dir, source)` that returns the
       official training and test splits, checked by `checked_split`. `load`
       takes the validation split from the former. A data set without a file
-      ignores the directories.
+      ignores the directories. Where `spec` is None: function
+      `read(name, *, data_dir, cache_dir, source, size)` of the name after the
+      colon that returns the description and the two splits (`own.Described`).
   """
 
-  spec: DatasetSpec
-  read: Callable[..., tuple[Split, Split]]
+  spec: DatasetSpec | None
+  read: Callable[..., tuple[Any, ...]]
 
 
 def first_line(error: Exception) -> str:
@@ -183,6 +186,45 @@ def checked_split(
   return Split(images, labels.astype(np.int32, copy=False))
 
 
+def stack(
+  images: Sequence[np.ndarray], names: Sequence[object] | None = None
+) -> np.ndarray:
+  """Stacks pictures of one size; they get the same channels.
+
+  Args:
+    images: Pictures, uint8 `[H, W, C]` each: grey, grey and alpha, colour, or
+      colour and alpha.
+    names: A name for each, for the error message; default: its number.
+
+  Returns:
+    uint8 `[N, H, W, C]`: colour where any picture has colour, alpha only where
+    all have it.
+
+  Raises:
+    UserError: Pictures of different sizes.
+  """
+  if not images:
+    return np.empty((0, 1, 1, 1), np.uint8)
+  for number, image in enumerate(images):
+    if image.shape[:2] != images[0].shape[:2]:
+      name = names[number] if names else f"image {number}"
+      raise UserError(
+        f"{name}: {image.shape[1]} x {image.shape[0]} pixels, those before"
+        f" {images[0].shape[1]} x {images[0].shape[0]}; allowed: one size, or"
+        " --config.data.size=64, which resizes and crops all to squares"
+      )
+  colours = max(3 if image.shape[2] >= 3 else 1 for image in images)
+  alpha = all(image.shape[2] in (2, 4) for image in images)
+  found = np.empty(
+    (len(images), *images[0].shape[:2], colours + alpha), np.uint8
+  )
+  for image, place in zip(images, found, strict=True):
+    place[..., :colours] = image[..., : 3 if image.shape[2] >= 3 else 1]
+    if alpha:
+      place[..., -1] = image[..., -1]
+  return found
+
+
 def cache_root(cache_dir: str | None) -> pathlib.Path | None:
   """Returns `cache_dir`, by default in `$XDG_CACHE_HOME` or `~/.cache`.
 
@@ -233,7 +275,12 @@ def write_cache(
     test: The official test split.
     origin: Identity of the files that were decoded; JSON values.
   """
-  header = {"format": _CACHE_FORMAT, "name": spec.name, "origin": origin}
+  header = {
+    "format": _CACHE_FORMAT,
+    "name": spec.name,
+    "origin": origin,
+    "spec": dataclasses.asdict(spec),
+  }
   arrays = {
     "header": np.array(json.dumps(header, sort_keys=True)),
     "train_images": train.images,

@@ -13,40 +13,19 @@ Krizhevsky, "Learning multiple layers of features from tiny images", 2009.
 
 import io
 import logging
-import os
 import pathlib
-import re
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
-import tqdm
 
 from atat_jax import checks
-from atat_jax.data import archives, base, record_files
+from atat_jax.data import archives, base, tfds_sets
 from atat_jax.errors import DamagedFileError, UserError
-from atat_jax.runs import files, locations
-from atat_jax.untrusted import regular
+from atat_jax.runs import locations
 
 SOURCES = ("auto", "tfds", "binary", "python")
 _IMAGE_SHAPE = (32, 32, 3)
-_CHUNK = 1000  # records decoded at a time
-
-_SMALLEST_RECORD = 60  # bytes of a PNG picture
-_LARGEST_NOTE = 1 << 20  # bytes of a file of a tfds version without records
-# Entries of its JSON files that make tfds import or open something.
-_TFDS_VALUES = {
-  "pythonclassname": [
-    f"tensorflow_datasets.core.features.{name}"
-    for name in (
-      "class_label_feature.ClassLabel",
-      "features_dict.FeaturesDict",
-      "image_feature.Image",
-      "text_feature.Text",
-    )
-  ],
-  "filepathtemplate": ["{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"],
-}
 
 _log = logging.getLogger(__name__)
 
@@ -84,157 +63,36 @@ CIFAR100 = base.DatasetSpec(
 )
 
 
-# --- tensorflow-datasets -----------------------------------------------------
+def _png(spec: base.DatasetSpec) -> Callable[[bytes], np.ndarray]:
+  """Makes a decoder of PNG pictures of the described shape."""
 
+  def decode(content: bytes) -> np.ndarray:
+    from PIL import Image
 
-def default_data_dir() -> pathlib.Path:
-  """Returns tfds' own directory: `$TFDS_DATA_DIR` or `~/tensorflow_datasets`."""
-  root = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-  return locations.expand("data_dir", root)
+    picture = Image.open(io.BytesIO(content), formats=["PNG"])
+    # Nothing has been unpacked yet.
+    if picture.size != spec.image_shape[1::-1]:
+      raise ValueError(f"it is {list(picture.size)}")
+    image = np.asarray(picture)
+    if image.shape != spec.image_shape or image.dtype != np.uint8:
+      raise ValueError(f"it is {image.dtype} {list(image.shape)}")
+    return image
 
-
-def tfds_versions(data_dir: pathlib.Path, name: str) -> list[pathlib.Path]:
-  """Returns the directories of a data set's prepared versions, newest first.
-
-  Leftovers of an interrupted preparation have other names and are not found.
-  """
-  versions = [
-    path
-    for path in (data_dir / name).glob("*.*.*")
-    if re.fullmatch(r"\d+\.\d+\.\d+", path.name)
-    and (path / "dataset_info.json").is_file()
-  ]
-  return sorted(
-    versions, key=lambda path: [*map(int, path.name.split("."))], reverse=True
-  )
-
-
-def tfds_records(directory: pathlib.Path, name: str) -> list[pathlib.Path]:
-  """Returns the array_record files of a prepared version, [] if it has none."""
-  return sorted(directory.glob(f"{name}-*.array_record*"))
-
-
-def _entries(tree: Any) -> Iterator[tuple[str, Any]]:
-  """Yields every key of a JSON tree with its value."""
-  if isinstance(tree, dict):
-    yield from tree.items()
-  if isinstance(tree, dict | list):
-    for value in tree.values() if isinstance(tree, dict) else tree:
-      yield from _entries(value)
-
-
-def _check_tfds(directory: pathlib.Path, name: str) -> int:
-  """Checks what tfds would believe of a prepared version.
-
-  Its files name classes, whose modules tfds imports, and paths, which it opens.
-
-  Returns:
-    Number of bytes of all record files.
-
-  Raises:
-    Exception: The version is not one of this data set, mostly `UserError`,
-      `ValueError` or `OSError`.
-  """
-  records = tfds_records(directory, name)
-  for path in directory.iterdir():
-    if not path.is_dir() and path not in records:
-      regular.read_bytes(path, _LARGEST_NOTE)
-  for path in sorted(directory.glob("*.json")):
-    for key, value in _entries(files.read_json(path)):
-      plain = key.replace("_", "").lower()
-      known = _TFDS_VALUES.get(plain)
-      if known is not None and value not in known:
-        raise ValueError(f"{path.name}: {key} is {value!r}")
-  for path in records:
-    record_files.check(path)
-  return sum(path.stat().st_size for path in records)
-
-
-def _decode_records(
-  records: Any, spec: base.DatasetSpec, split: str, size: int
-) -> tuple[np.ndarray, np.ndarray]:
-  """Decodes a data source of PNG bytes to images and labels `[N, 1]`.
-
-  Args:
-    records: The data source.
-    spec: Description of the data set.
-    split: Name of the split, for the progress bar.
-    size: Number of bytes of the files of the data source.
-  """
-  from PIL import Image
-
-  total = len(records)
-  if total * _SMALLEST_RECORD > size:
-    raise ValueError(f"{total} records in {size} bytes")
-  images = np.empty((total, *spec.image_shape), np.uint8)
-  labels = np.empty((total, 1), np.int64)
-  ids = []
-  progress = tqdm.tqdm(
-    total=total,
-    desc=f"decoding {spec.name} {split}, once",
-    unit=" images",
-    disable=None,  # where the output is no terminal
-  )
-  with progress:
-    for start in range(0, total, _CHUNK):
-      chunk = range(start, min(start + _CHUNK, total))
-      found = records.__getitems__(list(chunk))
-      for i, record in zip(chunk, found, strict=True):
-        picture = Image.open(io.BytesIO(record["image"]), formats=["PNG"])
-        # Nothing has been unpacked yet.
-        if picture.size != spec.image_shape[1::-1]:
-          raise ValueError(f"image {i} is {list(picture.size)}")
-        image = np.asarray(picture)
-        if image.shape != spec.image_shape or image.dtype != np.uint8:
-          raise ValueError(f"image {i} is {image.dtype} {list(image.shape)}")
-        images[i], labels[i] = image, record["label"]
-        ids.append(record["id"])
-      progress.update(len(chunk))
-  # tfds shuffles the examples; their ids carry the official number.
-  order = np.argsort(np.array(ids))
-  return images[order], labels[order]
-
-
-def _read_tfds(
-  directory: pathlib.Path, spec: base.DatasetSpec
-) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-  """Reads `data_dir/name/version` in the official order, not in tfds'."""
-  try:
-    import tensorflow_datasets as tfds
-
-    size = _check_tfds(directory, spec.name)
-    splits = {}
-    for split in ("train", "test"):
-      records = tfds.data_source(
-        f"{spec.name}:{directory.name}",
-        split=split,
-        data_dir=str(directory.parent.parent),
-        download=False,
-        # Decoding one image at a time through tfds takes twice as long.
-        decoders={"image": tfds.decode.SkipDecoding()},
-        builder_kwargs={"file_format": "array_record"},
-      )
-      splits[split] = _decode_records(records, spec, split, size)
-  except ImportError as error:
-    raise UserError(
-      f"{directory}: reading it needs the Python packages tensorflow-datasets,"
-      f" array_record and pillow ({base.first_line(error)})"
-    ) from error
-  # The C++ code that reads record files raises exceptions of its own.
-  except Exception as error:
-    raise UserError(
-      f"{directory}: cannot be read as {spec.name} of tensorflow-datasets"
-      f" ({type(error).__name__}: {base.first_line(error)}); remove it and"
-      f" prepare it again: `{_prepare_command(spec, directory.parent.parent)}`"
-    ) from error
-  return splits
+  return decode
 
 
 # --- Finding a source --------------------------------------------------------
 
 
 class _Found(NamedTuple):
-  """Source on disk of the kind "cache" (a decoded copy), "tfds" or "archive"."""
+  """Source on disk.
+
+  Attributes:
+    kind: "cache" (a decoded copy), "tfds", "archive", or "folder", an archive
+      that was extracted.
+    path: File or folder.
+    files: Files whose change makes a decoded copy old.
+  """
 
   kind: str
   path: pathlib.Path
@@ -264,15 +122,23 @@ def _find(
       _Found("archive", data_dir, (data_dir,)) if source != "tfds" else None
     )
   if source in ("auto", "tfds"):
-    for directory in tfds_versions(data_dir, spec.name):
-      records = tfds_records(directory, spec.name)
+    for directory in tfds_sets.versions(data_dir, spec.name):
+      records = tfds_sets.records(directory, spec.name)
       if records:
         info = directory / "dataset_info.json"
         return _Found("tfds", directory, (info, *records))
   for kind, layout in archives.ARCHIVES[spec.name].items():
+    if source not in ("auto", kind):
+      continue
     archive = data_dir / layout.filename
-    if source in ("auto", kind) and archive.is_file():
+    if archive.is_file():
       return _Found("archive", archive, (archive,))
+    for folder in (data_dir / layout.folder, data_dir):
+      parts = tuple(
+        folder / x for names in layout.files.values() for x in names
+      )
+      if all(part.is_file() for part in parts):
+        return _Found("folder", folder, parts)
   return None
 
 
@@ -307,7 +173,7 @@ def _read(
 ) -> tuple[base.Split, base.Split]:
   checks.choice("source", source, SOURCES)
   if data_dir is None or data_dir == "":
-    root = default_data_dir()
+    root = tfds_sets.default_data_dir()
   else:
     root = locations.expand("data_dir", data_dir)
   if cache_dir is not None:
@@ -334,7 +200,14 @@ def _read(
       _log.info("decoding again: %s", error)
 
   if found.kind == "tfds":
-    arrays = _read_tfds(found.path, spec)
+    prepare = _prepare_command(spec, found.path.parent.parent)
+    arrays = tfds_sets.read(
+      found.path,
+      spec.name,
+      _png(spec),
+      splits={"train": "train", "test": "test"},
+      remedy=f"remove it and prepare it again: `{prepare}`",
+    )
   else:
     arrays = archives.read_archive(found.path, spec, source)
   train, test = (
@@ -359,7 +232,7 @@ def read_cifar10(
   Args:
     data_dir: A directory with a tfds data set or an official archive in it, or
       the path of an archive or of a decoded `.npz`; default
-      `default_data_dir()`.
+      `tfds_sets.default_data_dir()`.
     cache_dir: Directory for decoded copies; default `base.cache_root(None)`.
     source: "tfds", "binary" or "python", or "auto": the first of these that
       exists.

@@ -1,35 +1,14 @@
 """Reader of photographs for ImageNet networks."""
 
 import pathlib
-from typing import IO, Any
 
 import numpy as np
 
 from atat_jax import checks
+from atat_jax.data import pictures
 from atat_jax.errors import UserError
 from atat_jax.runs import locations
 from atat_jax.untrusted import regular
-
-# No format for which Pillow starts another program, as it does for PostScript.
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-_MOST_PIXELS = 178_956_970  # Pillow's own limit, 512 MiB of colours
-
-
-def _decode(file: IO[bytes], resize: int) -> Any:
-  """Decodes an image, upright and in colour; its size is checked before."""
-  from PIL import Image, ImageOps
-
-  with Image.open(file, formats=_FORMATS) as image:
-    width, height = image.size
-    scale = resize / min(width, height)
-    pixels = width * height * max(1.0, scale) ** 2
-    if pixels > _MOST_PIXELS:
-      raise ValueError(
-        f"{width} x {height}, with a shorter side of {resize} {pixels:.0f}"
-        f" pixels; allowed: at most {_MOST_PIXELS}"
-      )
-    return ImageOps.exif_transpose(image).convert("RGB")
-
 
 _LARGEST = 16_384
 """Longest shorter side in pixels; a longer one is a slip of the pen."""
@@ -42,7 +21,8 @@ def read_photograph(
 
   The shorter side becomes `resize` pixels (bilinear, antialiased, rounded to
   8 bits), the longer one in proportion. A photograph is rotated upright if its
-  EXIF data say how.
+  EXIF data say how. Grey values of 16 bits and floats in [0, 1] are scaled; the
+  transparency of a picture is left out.
 
   Args:
     path: Image file that Pillow can read; grey ones get three equal channels.
@@ -54,10 +34,8 @@ def read_photograph(
 
   Raises:
     UserError: Not an image, one of too many pixels before or after it is
-      resized, or a crop larger than the image.
+      resized, floats outside [0, 1], or a crop larger than the image.
   """
-  from PIL import Image
-
   path = locations.expand("path", path)
   checks.count("resize", resize)
   checks.integer("resize", resize, 1, _LARGEST)
@@ -66,7 +44,7 @@ def read_photograph(
     raise UserError(f"crop: {crop}; allowed: at most resize, {resize}")
   try:
     with regular.open_regular(path) as file:
-      image = _decode(file, resize)
+      image = pictures.decode(file, shorter_side=resize)
   except UserError:
     raise
   except OSError as error:
@@ -74,9 +52,5 @@ def read_photograph(
   except Exception as error:  # a damaged file can raise anything in a decoder
     reason = " ".join(f"{type(error).__name__}: {error}".split())
     raise UserError(f"{path}: not an image ({reason})") from None
-  shorter = min(image.size)
-  width, height = (resize * side // shorter for side in image.size)
-  image = image.resize((width, height), Image.Resampling.BILINEAR)
-  left, top = round((width - crop) / 2), round((height - crop) / 2)
-  image = image.crop((left, top, left + crop, top + crop))
+  image = pictures.resize_and_crop(image.convert("RGB"), resize, crop)
   return np.asarray(image, np.float32) / 255

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tqdm
 
-from atat_jax.data import archives, base, cifar
+from atat_jax.data import archives, base, cifar, tfds_sets
 from atat_jax.errors import UserError
 from atat_jax.process import commands, stops
 from atat_jax.runs import files, locations, lock
@@ -201,7 +201,7 @@ def _checked(
   spec = _SPECS[name]
   root = locations.expand("data_dir", data_dir) if data_dir else None
   try:
-    root = (root or cifar.default_data_dir()).resolve()
+    root = (root or tfds_sets.default_data_dir()).resolve()
   except (OSError, RuntimeError) as error:  # links that lead in a circle
     raise UserError(f"data_dir={data_dir}: {base.first_line(error)}") from None
   return spec, root
@@ -221,7 +221,7 @@ def prepare(
   Args:
     name: "cifar10" or "cifar100".
     data_dir: Root of the tfds data directory; default
-      `cifar.default_data_dir()`.
+      `tfds_sets.default_data_dir()`.
     archive: Official archive (binary or python version) to use instead of
       downloading it.
 
@@ -233,8 +233,8 @@ def prepare(
       a directory that cannot be used.
   """
   spec, root = _checked(name, data_dir)
-  for directory in cifar.tfds_versions(root, name):
-    if cifar.tfds_records(directory, name):
+  for directory in tfds_sets.versions(root, name):
+    if tfds_sets.records(directory, name):
       print(f"{directory} is prepared already, nothing to do")
       return directory
   target = root / name / _version(name)

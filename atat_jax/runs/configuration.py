@@ -33,6 +33,45 @@ _BOUND = (
   "evaluation.step_size",
 )
 
+# Fields that the first version did not have, with the value that means what it
+# did: a file without them counts as one with these. Each section has them where
+# it has the field in front. A field of the training that is added needs a line.
+_TRAINING = {
+  "clip_norm": 0.0,
+  "accumulate_steps": 1,
+  "remat": False,
+  "label_smoothing": 0.0,
+  "epsilon_warmup": 0.0,
+  "awp_gamma": 0.0,
+  "awp_start": 0.0,
+  "ema_decay": 0.0,
+  "swa_start": 0.0,
+  "statistics_batches": 0,
+}
+_LATER: dict[str, tuple[str, dict[str, Any]]] = {
+  "data": (
+    "padding",
+    {
+      "size": 0,
+      "mix": "none",
+      "mix_alpha": 1.0,
+      "extra": None,
+      "extra_fraction": 0.7,
+    },
+  ),
+  "objective": (
+    "num_steps",
+    {
+      "attack_method": "pgd",
+      "single_step_size": 0.0,
+      "single_step_noise": 2.0,
+      "starts_from_teacher": False,
+    },
+  ),
+  "train": ("num_epochs", _TRAINING),
+  "teacher": ("num_epochs", _TRAINING),
+}
+
 # Fields that a run's teacher does not depend on.
 _STUDENTS = ("train.", "objective.", "recipe")
 
@@ -67,7 +106,8 @@ def parse(tree: Mapping[str, Any], where: pathlib.Path) -> Configuration:
     where: Working directory, for the message.
 
   Returns:
-    The configuration. Fields that an older version did not write are left out.
+    The configuration. Fields that an older version did not write are left out,
+    but for those of the training whose meaning then is known.
 
   Raises:
     UserError: The tree is not the configuration of a run.
@@ -83,6 +123,7 @@ def parse(tree: Mapping[str, Any], where: pathlib.Path) -> Configuration:
     "cache_dir": "cache_dir",
     "validation_size": "validation_size",
     "source": "source",
+    "size": "size",
   }
   return Configuration(
     method=tree["method"],
@@ -143,14 +184,20 @@ def training_fields(tree: Mapping[str, Any]) -> dict[str, Any]:
     tree: Content of `config.json`.
 
   Returns:
-    Dotted name of each field to its value.
+    Dotted name of each field to its value. A field that came with a later
+    version than the file has the value that means what the file's version did.
   """
-  return {
+  found = {
     path: value
     for path, value in _leaves(tree)
     if path in _BOUND
     or not any(path == f or path.startswith(f + ".") for f in _FREE)
   }
+  for section, (companion, later) in _LATER.items():
+    if f"{section}.{companion}" in found:
+      for field, value in later.items():
+        found.setdefault(f"{section}.{field}", value)
+  return found
 
 
 def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -181,10 +228,15 @@ def check(tree: Mapping[str, Any], workdir: pathlib.Path) -> None:
   for field, value in training_fields(tree).items():
     if teacher_only and field.startswith(_STUDENTS):
       continue
-    if found.get(field) != value:
+    if field not in found:
+      raise UserError(
+        f"config.{field}: {value!r}, but {workdir} holds a run of a version"
+        " without this field; use another --workdir"
+      )
+    if found[field] != value:
       raise UserError(
         f"config.{field}: {value!r}, but {workdir} holds a run with"
-        f" {found.get(field)!r}; use that or another --workdir"
+        f" {found[field]!r}; use that or another --workdir"
       )
 
 

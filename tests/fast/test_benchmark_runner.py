@@ -104,25 +104,22 @@ def test_a_command_that_ignores_sigterm_is_killed_with_its_children(
 ):
   child = "trap '' TERM; echo $$ > $OUT/child; while :; do sleep 0.02; done"
   status, found, _ = call(
-    f"stubborn | 0.3 | trap '' TERM; sh -c {shlex.quote(child)}; true"
+    f"stubborn | 2 | trap '' TERM; sh -c {shlex.quote(child)}; true"
   )
   assert status == 75 and found["stubborn"]["exit_code"] == -signal.SIGKILL
   number = int((tmp_path / "out" / "child").read_text())
-  for _ in range(100):
-    state = pathlib.Path(f"/proc/{number}/stat")
-    if not state.exists() or ") Z" in state.read_text():
-      break
+  end, state = time.monotonic() + 60, pathlib.Path(f"/proc/{number}/stat")
+  while state.exists() and ") Z" not in state.read_text():
+    assert time.monotonic() < end, "the child still runs"
     time.sleep(0.02)
-  else:
-    raise AssertionError("the child still runs")
 
 
 def test_the_budget_ends_the_call(call):
   began = time.monotonic()
   status, found, output = call(
-    "first | 60 | sleep 30", "second | 60 | true", budget=0.6
+    "first | 300 | sleep 100", "second | 60 | true", budget=0.6
   )
-  assert time.monotonic() - began < 5
+  assert time.monotonic() - began < 50
   assert status == 75 and found["first"]["status"] == "stopped"
   assert "second" not in found and "second: not started" in output
 
@@ -131,7 +128,7 @@ def test_sigterm_stops_the_runner_and_the_next_call_resumes(tmp_path):
   plan = tmp_path / "plan.txt"
   plan.write_text(
     "first | 60 | touch $OUT/first\n"
-    "long | 60 | test -e $OUT/started || { touch $OUT/started; sleep 30; }\n"
+    "long | 600 | test -e $OUT/started || { touch $OUT/started; sleep 300; }\n"
     "last | 60 | true\n"
   )
   out = tmp_path / "out"
@@ -141,7 +138,7 @@ def test_sigterm_stops_the_runner_and_the_next_call_resumes(tmp_path):
   while not (out / "started").exists() and time.monotonic() < end:
     time.sleep(0.02)
   os.kill(runner.pid, signal.SIGTERM)
-  output = runner.communicate(timeout=30)[0].decode()
+  output = runner.communicate(timeout=120)[0].decode()
   assert runner.returncode == 128 + signal.SIGTERM
   assert "| long " in output
   found = json.loads((out / "run.json").read_text())["commands"]

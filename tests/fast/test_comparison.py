@@ -144,6 +144,16 @@ def test_other_trainings_are_other_rows(tmp_path):
   }
 
 
+def test_a_run_of_an_older_version_is_the_same_training(tmp_path):
+  fields = {"attack_method": "pgd", "single_step_size": 0.0}
+  workdirs = [
+    write_run(tmp_path / "older", rows(), num_steps=7),
+    write_run(tmp_path / "newer", rows(), seed=1, num_steps=7, **fields),
+  ]
+  found = merge.compare(workdirs)
+  assert find(found, "at", "pgd20")["num_runs"] == 2
+
+
 @pytest.mark.parametrize(
   ("field", "value"),
   [

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 
+import numpy as np
 import pytest
 import tiny
 from ml_collections import ConfigDict
@@ -29,10 +30,22 @@ def leaves(tree, path=""):
       yield f"{path}{key}", value
 
 
+@pytest.fixture(scope="module")
+def own_data(tmp_path_factory):
+  """A data set of somebody's own."""
+  path = tmp_path_factory.mktemp("own") / "mine.npz"
+  images = np.arange(400 * 8 * 8 * 3).reshape(400, 8, 8, 3).astype(np.uint8)
+  labels = np.arange(400) % 4
+  arrays = {"train_images": images, "train_labels": labels}
+  np.savez(path, **arrays, test_images=images[:8], test_labels=labels[:8])
+  return str(path)
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", NAMES)
-def test_shipped_configurations_are_valid(name, method):
+def test_shipped_configurations_are_valid(name, method, own_data):
   made = tiny.load_config(name, method)
+  made.data.dir = own_data  # which the others do not read yet
   assert made.method == method
   plan = config.make_plan(made)
   # The user can set every hyperparameter of the method and of the network.
@@ -523,7 +536,9 @@ def test_numbers_of_a_teacher_that_is_not_trained_are_checked_too():
     config.make_plan(tiny.config("at", teacher__num_epochs=0))
 
 
-def test_an_objective_in_the_registry_is_configured_like_any_other(monkeypatch):
+def test_an_objective_in_the_registry_is_configured_like_any_other(
+  monkeypatch, own_data
+):
   """Its dataclass alone has its fields and their defaults."""
 
   @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -535,6 +550,7 @@ def test_an_objective_in_the_registry_is_configured_like_any_other(monkeypatch):
     made = tiny.load_config(name, "toy")
     assert made.objective.to_dict() == {"weight": 0.25}
     made.objective.weight = 0.75
+    made.data.dir = own_data
     assert config.make_plan(made).objective == Toy(weight=0.75)
   assert tiny.config("toy", objective__weight=0.5).objective.weight == 0.5
   with pytest.raises(ValueError, match=r"method: 'madry'.*toy"):
@@ -619,6 +635,105 @@ def test_a_workdir_belongs_to_one_training(tmp_path):
   assert path.read_bytes() == before
 
 
+FIRST = {
+  "data": "name validation_size padding flip",
+  "model": "name normalization batch_norm_momentum batch_norm_epsilon dtype"
+  " depth width activation negative_slope shortcut strides stem_channels"
+  " padding",
+  "train": "num_epochs batch_size schedule learning_rate boundaries factor"
+  " warmup_fraction momentum nesterov weight_decay log_every_steps"
+  " validate_every_epochs",
+  "objective": "epsilon step_size num_steps norm attack_loss attack_start"
+  " attack_batch_norm attack_moves_statistics student_batch_norm weight beta"
+  " lambda1 lambda2 margin layer layers pairs maps normalization distance p"
+  " variant",
+  "evaluation": "validation_attack norm epsilon step_size",
+}
+"""Fields of the first version, and those that came with a method."""
+
+LATER = {
+  "data.mix": "mixup",
+  "data.extra": "more.npz",
+  "objective.attack_method": "fgsm_rs",
+  "objective.single_step_size": 0.1,
+  "objective.starts_from_teacher": True,
+  "train.ema_decay": 0.9,
+  "teacher.clip_norm": 1.0,
+  "train.remat": True,
+}
+"""Later fields to a value that does not mean what the first version did."""
+
+
+def older(record):
+  """The configuration as the first version would have written it."""
+  made = json.loads(json.dumps(record))
+  for section, names in (FIRST | {"teacher": FIRST["train"]}).items():
+    made[section] = {
+      k: v for k, v in made[section].items() if k in names.split()
+    }
+  return made
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_field_that_was_added_does_not_part_a_run_from_its_workdir(
+  method, tmp_path
+):
+  record = config.make_plan(tiny.config(method)).record
+  if record["objective"].get("starts_from_teacher"):
+    record["objective"]["starts_from_teacher"] = False
+  stored = older(record)
+  left = configuration.training_fields(record).keys()
+  left -= configuration.training_fields(stored).keys()
+  assert not left, (
+    f"{left}: give each the value that means what older versions did, in"
+    " atat_jax/runs/configuration.py; or add it to FIRST if it came with its"
+    " method, network or data set"
+  )
+  configuration.write(stored, tmp_path)
+  configuration.check(record, tmp_path)
+  assert configuration.read(tmp_path).training == (
+    configuration.training_fields(record)
+  )
+
+
+@pytest.mark.parametrize(("field", "value"), LATER.items())
+def test_an_added_field_with_another_meaning_is_another_training(
+  field, value, tmp_path
+):
+  record = config.make_plan(tiny.config("atat")).record
+  record["objective"]["starts_from_teacher"] = False
+  stored = older(record)
+  section, name = field.split(".")
+  before = record[section][name]
+  record[section][name] = value
+  configuration.write(stored, tmp_path)
+  with pytest.raises(UserError) as error:
+    configuration.check(record, tmp_path)
+  message = one_line(error)
+  assert f"config.{field}: {value!r}" in message
+  assert f"holds a run with {before!r}" in message
+
+
+def test_a_field_that_is_there_is_compared_as_it_is(tmp_path):
+  record = config.make_plan(tiny.config("at")).record
+  stored = json.loads(json.dumps(record))
+  stored["objective"]["attack_method"] = "n_fgsm"
+  configuration.write(stored, tmp_path)
+  with pytest.raises(UserError, match="holds a run with 'n_fgsm'"):
+    configuration.check(record, tmp_path)
+
+
+def test_a_field_whose_older_meaning_is_unknown_is_refused(tmp_path):
+  record = config.make_plan(tiny.config("at")).record
+  stored = json.loads(json.dumps(record))
+  del stored["model"]["shortcut"]
+  configuration.write(stored, tmp_path)
+  with pytest.raises(
+    UserError, match=r"model\.shortcut: .* without this field"
+  ):
+    configuration.check(record, tmp_path)
+
+
 def test_another_method_does_not_fit_a_workdir(tmp_path):
   records = {m: config.make_plan(tiny.config(m)).record for m in ("atat", "at")}
   configuration.write(records["atat"], tmp_path)
@@ -649,6 +764,7 @@ def test_a_finished_run_tells_its_data_and_its_attack(tmp_path):
       "data_dir": "here",
       "cache_dir": None,
       "source": "auto",
+      "size": 0,
       "validation_size": 128,
     }
     assert found.attack == {"epsilon": 0.1, "step_size": 0.05, "norm": "linf"}
@@ -658,9 +774,11 @@ def test_a_finished_run_tells_its_data_and_its_attack(tmp_path):
     configuration.parse({"seed": 0}, tmp_path)
 
 
-def test_model_spec_makes_the_same_model():
+def test_model_spec_makes_the_same_model(own_data):
   for name in NAMES:
-    plan = config.make_plan(tiny.load_config(name, "standard"))
+    made = tiny.load_config(name, "standard")
+    made.data.dir = own_data
+    plan = config.make_plan(made)
     spec = json.loads(json.dumps(plan.model_spec))
     fields = {
       key: tuple(value) if isinstance(value, list) else value

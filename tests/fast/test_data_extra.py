@@ -140,7 +140,7 @@ def test_results_come_in_order_and_before_they_are_asked_for():
     return x * x
 
   with Prefetcher(square, range(6), depth=3) as ahead:
-    assert third.wait(10)  # nobody has asked for anything
+    assert third.wait(60)  # nobody has asked for anything
     assert [ahead.get() for _ in range(6)] == [0, 1, 4, 9, 16, 25]
   assert [x for x, _ in calls] == list(range(6))
   assert threading.current_thread().name not in {name for _, name in calls}

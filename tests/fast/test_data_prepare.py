@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from atat_jax.data import cifar, prepare
+from atat_jax.data import cifar, prepare, tfds_sets
 from atat_jax.errors import UserError
 
 TRAIN10 = archives.random_images(30, 10, seed=1)
@@ -178,7 +178,7 @@ def test_what_is_not_renamed_yet_is_not_found(tmp_path, archive):
   root = tmp_path / "tfds"
   version = prepare.prepare("cifar10", data_dir=str(root), archive=str(archive))
   version.rename(version.with_name("incomplete.ABCDEF_3.0.2"))
-  assert cifar.tfds_versions(root, "cifar10") == []
+  assert tfds_sets.versions(root, "cifar10") == []
 
 
 def test_damaged_records_are_a_user_error(tmp_path, archive):

@@ -356,7 +356,7 @@ def test_a_disk_that_is_full_ends_a_training_in_one_line(tmp_path):
     [sys.executable, "-c", _FULL_METRICS, str(tmp_path), "2900"],
     capture_output=True,
     text=True,
-    timeout=60,
+    timeout=600,
     check=True,
   )
   assert done.stdout == f"{tmp_path / files.TENSORBOARD}: File too large\n"

@@ -71,7 +71,7 @@ def test_a_library_is_not_watched():
 
 # --- A process that is watched -----------------------------------------------
 
-_WAIT = "import time; time.sleep(30)"
+_WAIT = "import time; time.sleep(250)"
 
 
 def run(body, *, grace=5.0):
@@ -91,7 +91,7 @@ with commands.plain_exits():
     [*listening, sys.executable, "-c", code],
     capture_output=True,
     text=True,
-    timeout=60,
+    timeout=200,
   )
   return made.returncode, made.stderr
 

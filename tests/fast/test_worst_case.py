@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import run_files
 from html_page import Page
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from atat_jax import evaluation, figures, report
@@ -45,13 +45,15 @@ def worst(*rows):
   return [r for r in worst_case.complete(rows) if tables.is_derived(r)]
 
 
+SLOW = [HealthCheck.too_slow]  # the machine may be busy
+
 CLEAN = row("nominal", [1, 1, 1, 0])
 FGSM = row("fgsm", [1, 1, 0, 0])
 PGD = row("pgd20", [1, 0, 1, 0])
 
 
 @given(st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, suppress_health_check=SLOW)
 def test_the_worst_case_is_that_of_a_loop_over_images(data):
   count = data.draw(st.integers(1, 30))
   number = data.draw(st.integers(2, 5))
@@ -77,7 +79,7 @@ def test_the_worst_case_is_that_of_a_loop_over_images(data):
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=40))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, suppress_health_check=SLOW)
 def test_bits_come_back_and_are_as_described(correct):
   text = worst_case.pack(np.array(correct))
   assert text == bits(*correct)

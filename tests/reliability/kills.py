@@ -14,6 +14,7 @@ figures. Prints one line a kill and a table of phases.
 
 import argparse
 import collections
+import contextlib
 import dataclasses
 import json
 import os
@@ -37,13 +38,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 import tiny  # noqa: E402  found by the line above
 
 # AutoAttack saves its state so often that a kill finds runs in flight.
-_LAUNCH = """
-import runpy, sys
+_PRELUDE = """
 from atat_jax import attacks
 attacks.autoattack.__kwdefaults__["save_every_s"] = 0.3
-sys.path.insert(0, ".")
-sys.argv[0] = "main.py"
-runpy.run_path("main.py", run_name="__main__")
 """
 
 _FLAGS = (
@@ -53,7 +50,7 @@ _FLAGS = (
   "--config.evaluation.num_examples=24",
 )
 
-_TIME_LIMIT_S = 300.0
+_TIME_LIMIT_S = 900.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +76,7 @@ def _any(pattern: str) -> Callable[[pathlib.Path], bool]:
 
 
 PHASES = (
-  Phase("start", lambda _: True, 4.0),
+  Phase("start", lambda _: True, 1.0),
   Phase("compilation", _any("config.json"), 6.0, compiles=True),
   Phase("step", _any("**/metrics.jsonl"), 2.0),
   Phase("checkpoint", _any("**/checkpoints/*tmp*"), 0.1),
@@ -98,39 +95,39 @@ class Harness:
     folder: Folder of all working directories, logs and caches.
     arguments: Arguments of `main.py`, without the working directory.
     rng: Source of every random choice.
+    server: Process that starts the command.
     report: Function that prints a line.
   """
 
   folder: pathlib.Path
   arguments: Sequence[str]
   rng: random.Random
+  server: tiny.Server
   report: Callable[[str], object] = print
   kills: collections.Counter[str] = dataclasses.field(
     default_factory=collections.Counter
   )
 
-  def start(self, workdir: pathlib.Path, *, compiles: bool) -> Any:
-    """Starts the command in a process group of its own."""
+  def start(self, workdir: pathlib.Path, *, compiles: bool) -> None:
+    """Starts the command."""
     cache = self.folder / "cache"
     if compiles:
       cache = pathlib.Path(tempfile.mkdtemp(dir=self.folder, prefix="cache-"))
-    with (self.folder / f"{workdir.name}.log").open("a") as log:
-      return subprocess.Popen(
-        [
-          *(sys.executable, "-c", _LAUNCH),
-          f"--workdir={workdir}",
-          *self.arguments,
-        ],
-        cwd=ROOT,
-        env={
-          **os.environ,
-          **tiny.QUICK,
-          "JAX_COMPILATION_CACHE_DIR": str(cache),
-        },
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-      )
+    log = self._log(workdir)
+    self.server.start(
+      [f"--workdir={workdir}", *self.arguments],
+      out=log,
+      err=log,
+      cache=cache,
+      prelude=_PRELUDE,
+    )
+
+  def _log(self, workdir: pathlib.Path) -> pathlib.Path:
+    return self.folder / f"{workdir.name}.log"
+
+  def _failure(self, workdir: pathlib.Path, status: int) -> RuntimeError:
+    words = self._log(workdir).read_text()[-3000:]
+    return RuntimeError(f"{workdir.name} ended with {status}: {words}")
 
   def finish(self, workdir: pathlib.Path) -> None:
     """Runs the command to its end.
@@ -138,10 +135,9 @@ class Harness:
     Raises:
       RuntimeError: It failed; the message is the end of its output.
     """
-    status = self.start(workdir, compiles=False).wait(_TIME_LIMIT_S)
-    if status:
-      log = (self.folder / f"{workdir.name}.log").read_text()
-      raise RuntimeError(f"{workdir.name} ended with {status}: {log[-3000:]}")
+    self.start(workdir, compiles=False)
+    if status := self.server.wait(_TIME_LIMIT_S):
+      raise self._failure(workdir, status)
 
   def kill(self, workdir: pathlib.Path, phase: Phase) -> bool:
     """Starts the command and kills it in a phase.
@@ -149,27 +145,30 @@ class Harness:
     Returns:
       Whether it was killed; False: it had finished before.
     """
-    process = self.start(workdir, compiles=phase.compiles)
+    self.start(workdir, compiles=phase.compiles)
     began = time.monotonic()
     while not phase.begun(workdir):
-      if process.poll() is not None:
+      if self._has_ended(workdir, 0.002):
         return False
       if time.monotonic() - began > _TIME_LIMIT_S:
         raise RuntimeError(f"{workdir.name}: no {phase.name} in time")
-      time.sleep(0.002)
-    delay = self.rng.uniform(0, phase.seconds)
-    try:
-      status = process.wait(delay)
-      if status:
-        log = (self.folder / f"{workdir.name}.log").read_text()
-        raise RuntimeError(f"{workdir.name} ended with {status}: {log[-3000:]}")
+    if self._has_ended(workdir, self.rng.uniform(0, phase.seconds)):
       return False
-    except subprocess.TimeoutExpired:
-      os.killpg(process.pid, signal.SIGKILL)
-      process.wait()
+    os.killpg(self.server.pid, signal.SIGKILL)
+    self.server.wait()
     self.kills[phase.name] += 1
     seconds = time.monotonic() - began
     self.report(f"{workdir.name}: killed in {phase.name} after {seconds:.2f} s")
+    return True
+
+  def _has_ended(self, workdir: pathlib.Path, seconds: float) -> bool:
+    """Waits a while; whether the command has come to its end by itself."""
+    try:
+      status = self.server.wait(seconds)
+    except subprocess.TimeoutExpired:
+      return False
+    if status:
+      raise self._failure(workdir, status)
     return True
 
   def chain(
@@ -295,23 +294,24 @@ def run(
     Differences, one line each; empty if the kills changed nothing.
   """
   report(f"seed {seed}")
-  harness = Harness(folder, arguments, random.Random(seed), report)
-  harness.finish(folder / "whole")
-  wanted = contents(folder / "whole")
-  if len(wanted) < 50:
-    raise RuntimeError(f"the undisturbed run left only {sorted(wanted)}")
   found: list[str] = []
   number = 0
-  while (left := num_kills - harness.kills.total()) > 0:
-    chosen = list(phases)
-    if left < len(chosen):
-      chosen = harness.rng.sample(chosen, left)
-      chosen.sort(key=phases.index)
-    workdir, killed = harness.chain(number, chosen)
-    differ = differences(wanted, contents(workdir))
-    report(f"{workdir.name}: {killed} kills, {len(differ)} differences")
-    found += [f"{workdir.name}: {name}" for name in differ]
-    number += 1
+  with contextlib.closing(tiny.Server()) as server:
+    harness = Harness(folder, arguments, random.Random(seed), server, report)
+    harness.finish(folder / "whole")
+    wanted = contents(folder / "whole")
+    if len(wanted) < 50:
+      raise RuntimeError(f"the undisturbed run left only {sorted(wanted)}")
+    while (left := num_kills - harness.kills.total()) > 0:
+      chosen = list(phases)
+      if left < len(chosen):
+        chosen = harness.rng.sample(chosen, left)
+        chosen.sort(key=phases.index)
+      workdir, killed = harness.chain(number, chosen)
+      differ = differences(wanted, contents(workdir))
+      report(f"{workdir.name}: {killed} kills, {len(differ)} differences")
+      found += [f"{workdir.name}: {name}" for name in differ]
+      number += 1
   report(f"compared {len(wanted)} entries of {number} chains")
   for phase in phases:
     report(f"{phase.name:<12} {harness.kills[phase.name]:>3} kills")

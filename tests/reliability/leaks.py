@@ -10,11 +10,11 @@ import contextlib
 import ctypes
 import dataclasses
 import gc
-import os
-import pathlib
+import itertools
+import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import callables
@@ -200,38 +200,81 @@ WORK = {
 }
 
 
-def resident() -> float:
-  """Returns the resident memory of this process in MB, without free memory.
+BLOCKS = 5
+"""Equal parts of a measurement, after each of which memory is read."""
 
-  glibc keeps what has been freed; its peaks are no leak.
+LIMIT = MEGABYTES / 2
+"""Growth in a typical block that is a leak, in MB; half of one copy."""
+
+
+class _Allocations(ctypes.Structure):
+  """Answer of glibc's mallinfo2."""
+
+  _fields_ = tuple(
+    (name, ctypes.c_size_t)
+    for name in (
+      *("arena", "ordblks", "smblks", "hblks", "mapped"),
+      *("usmblks", "fsmblks", "used", "fordblks", "keepcost"),
+    )
+  )
+
+
+def allocated() -> float:
+  """Returns what is allocated in this process in MB.
+
+  Resident memory tells less: threads keep up to 64 MB each that new arrays fill
+  unseen, and the kernel takes pages of files and of zeros as it likes. Small
+  objects of Python, which are not glibc's, count as 64 bytes.
   """
   gc.collect()
-  with contextlib.suppress(OSError, AttributeError):
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-  pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
-  return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+  ask = ctypes.CDLL("libc.so.6").mallinfo2
+  ask.restype = _Allocations
+  found = ask()
+  small = 64 * sys.getallocatedblocks()
+  return (found.used + found.mapped + small) / 2**20
+
+
+@contextlib.contextmanager
+def nothing_older_dies() -> Iterator[None]:
+  """Keeps what exists: its death would hide a leak, its search takes long."""
+  gc.collect()
+  gc.freeze()
+  older = jax.live_arrays()
+  try:
+    yield
+  finally:
+    older.clear()
+    gc.unfreeze()
 
 
 @dataclasses.dataclass(frozen=True)
 class Growth:
-  """What a repetition left behind.
+  """What repetitions left behind.
 
   Attributes:
-    before: Resident memory after the warm-up, in MB.
-    after: Resident memory at the end, in MB.
+    memory: Allocated memory after the warm-up and after each block, in MB.
     compilations: Programs compiled after the warm-up.
     seconds: Duration of the repetitions after the warm-up.
   """
 
-  before: float
-  after: float
+  memory: tuple[float, ...]
   compilations: int
   seconds: float
 
   @property
-  def share(self) -> float:
-    """Growth of the resident memory relative to that after the warm-up."""
-    return self.after / self.before - 1
+  def typical(self) -> float:
+    """Median growth of a block in MB; no single event of the process moves it.
+
+    What earlier work frees, and a cache that is filled once, are such events.
+    """
+    return statistics.median(
+      after - before for before, after in itertools.pairwise(self.memory)
+    )
+
+  @property
+  def leaks(self) -> bool:
+    """Whether memory grows with the repetitions."""
+    return self.typical > LIMIT
 
 
 def measure(
@@ -241,7 +284,7 @@ def measure(
 
   Args:
     work: Work to repeat.
-    repetitions: Repetitions after the warm-up.
+    repetitions: Repetitions after the warm-up, at least one a block.
     compiled: Function that returns the number of compilations so far.
 
   Returns:
@@ -250,11 +293,16 @@ def measure(
   repeat = work.start()
   for number in range(work.warm_up):
     jax.block_until_ready(repeat(number))
-  before, compilations, began = resident(), compiled(), time.perf_counter()
-  for number in range(work.warm_up, work.warm_up + repetitions):
-    jax.block_until_ready(repeat(number))
-  seconds = time.perf_counter() - began
-  return Growth(before, resident(), compiled() - compilations, seconds)
+  ends = [work.warm_up + repetitions * i // BLOCKS for i in range(BLOCKS + 1)]
+  with nothing_older_dies():
+    memory, compilations = [allocated()], compiled()
+    began = time.perf_counter()
+    for numbers in itertools.starmap(range, itertools.pairwise(ends)):
+      for number in numbers:
+        jax.block_until_ready(repeat(number))
+      memory.append(allocated())
+    seconds = time.perf_counter() - began
+  return Growth(tuple(memory), compiled() - compilations, seconds)
 
 
 def main() -> int:
@@ -269,10 +317,11 @@ def main() -> int:
   bad = False
   for name, work in WORK.items():
     found = measure(work, work.often, lambda: len(compiled))
-    bad |= found.share > 0.05 or found.compilations > 0
+    bad |= found.leaks or found.compilations > 0
     print(
       f"{name:<12} {work.often:>5} times, {found.seconds:6.1f} s:"
-      f" {found.before:6.0f} MB -> {found.after:6.0f} MB ({found.share:+.1%}),"
+      f" {found.memory[0]:6.0f} MB -> {found.memory[-1]:6.0f} MB,"
+      f" {found.typical:+.1f} MB a block,"
       f" {found.compilations} compilations",
       flush=True,
     )

@@ -4,6 +4,7 @@
 values that only a trace, or the real number of steps, shows to be wrong.
 """
 
+import functools
 import math
 import pathlib
 
@@ -44,9 +45,14 @@ def flat(tree, path=""):
       yield path + name, value
 
 
+@functools.cache
+def usual(method):
+  return tiny.config(method)
+
+
 def changed(method, changes):
   """The tiny configuration with values that its types would not let in."""
-  made = tiny.config(method)
+  made = usual(method).copy_and_resolve_references()
   made.unlock()
   for field, value in changes.items():
     *sections, name = field.split(".")

@@ -361,7 +361,12 @@ def test_whatever_comes_at_length(world, data):
   _check_junk(world, data)
 
 
-@settings(max_examples=300, deadline=None, database=None)
+@settings(
+  max_examples=300,
+  deadline=None,
+  database=None,
+  suppress_health_check=list(HealthCheck),
+)
 @given(st.text(max_size=30) | st.from_regex(r"pgd[0-9]*(:[a-z_]+=[0-9a-z.]*)?"))
 def test_any_text_is_a_protocol_or_is_refused_in_one_line(text):
   try:

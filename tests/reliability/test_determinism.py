@@ -43,7 +43,7 @@ def run(workdir, *extra, mode="train", method="standard", env=None, cwd=None):
     cwd=cwd or tiny.ROOT,
     capture_output=True,
     text=True,
-    timeout=300,
+    timeout=900,
     check=False,
   )
   assert outcome.returncode == 0, outcome.stderr[-2000:]

@@ -47,7 +47,7 @@ def outcomes(tmp_path_factory):
     [sys.executable, hostile.__file__, str(folder)],
     capture_output=True,
     text=True,
-    timeout=300,
+    timeout=900,
     env=os.environ | {"JAX_PLATFORMS": "cpu"},
   )
   assert found.returncode == 0, found.stderr[-3000:]

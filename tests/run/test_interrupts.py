@@ -30,7 +30,7 @@ class Process:
 
   def signal_when(self, ready, signum):
     """Sends a signal to the running process once `ready()` is true."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not ready():
       assert self._process.poll() is None, self.output.read_text()
       assert time.monotonic() < deadline, self.output.read_text()
@@ -40,7 +40,7 @@ class Process:
   def wait(self):
     """Waits for the end; returns exit status and output."""
     try:
-      return self._process.wait(180), self.output.read_text()
+      return self._process.wait(600), self.output.read_text()
     finally:
       self._process.kill()
 

@@ -5,6 +5,7 @@ They change neither the operations nor their dtypes.
 """
 
 import functools
+import os
 
 import jax
 
@@ -15,3 +16,10 @@ OPTIONS = {
 }
 
 jit = functools.partial(jax.jit, compiler_options=OPTIONS)
+
+
+def flags() -> str:
+  """The variable XLA_FLAGS of a process that compiles all programs so."""
+  given = os.environ.get("XLA_FLAGS", "").split()
+  own = [f"--{name}={str(value).lower()}" for name, value in OPTIONS.items()]
+  return " ".join(dict.fromkeys([*given, *own]))

@@ -9,6 +9,7 @@ fixtures. (pytest warns of modules that it loads second, unless they say
 PYTEST_DONT_REWRITE.)
 """
 
+import functools
 import hashlib
 import importlib.util
 import json
@@ -16,11 +17,13 @@ import logging
 import os
 import pathlib
 import re
+import select
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import types
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -40,17 +43,11 @@ from atat_jax import (
 )
 from atat_jax.data import batches
 from atat_jax.training import averaging, writer
+from atat_jax.trial import rehearsal
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
-QUICK = {
-  "XLA_FLAGS": " ".join(
-    [
-      os.environ.get("XLA_FLAGS", ""),
-      *(f"--{k}={str(v).lower()}" for k, v in quick.OPTIONS.items()),
-    ]
-  )
-}
+QUICK = {"XLA_FLAGS": quick.flags()}
 """Environment of a process whose programs compile quickly."""
 
 STEPS_PER_EPOCH = 10
@@ -92,8 +89,8 @@ OVERRIDES = {
 }
 
 
-def load_config(name: str, method: str | None = None) -> ConfigDict:
-  """Loads `configs/<name>.py`, with its default method or another choice."""
+@functools.cache
+def _configurations(name: str) -> types.ModuleType:
   path = ROOT / "configs" / f"{name}.py"
   spec = importlib.util.spec_from_file_location(f"configs_{name}", path)
   module = importlib.util.module_from_spec(spec)
@@ -102,7 +99,12 @@ def load_config(name: str, method: str | None = None) -> ConfigDict:
     spec.loader.exec_module(module)
   finally:
     sys.path[:] = found
-  return module.get_config(*([method] if method else []))
+  return module
+
+
+def load_config(name: str, method: str | None = None) -> ConfigDict:
+  """Loads `configs/<name>.py`, with its default method or another choice."""
+  return _configurations(name).get_config(*([method] if method else []))
 
 
 def config(method: str = "atat", **overrides: Any) -> ConfigDict:
@@ -151,6 +153,7 @@ def devices(number: int) -> Iterator[None]:
 
 
 _made: dict[Any, Any] = {}
+_rehearse = rehearsal.rehearse
 
 
 def _remembered(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -165,16 +168,30 @@ def _remembered(function: Callable[..., Any]) -> Callable[..., Any]:
   return make
 
 
+_rehearsed: set[tuple[str, int]] = set()
+
+
+def _rehearse_once(
+  plan: Any, workdir: pathlib.Path, dataset: Any, mesh: Any
+) -> None:
+  """Rehearses a plan unless that has gone well before."""
+  key = json.dumps(plan.record, sort_keys=True), mesh.size
+  if key not in _rehearsed:
+    _rehearse(plan, workdir, dataset, mesh)
+    _rehearsed.add(key)
+
+
 @contextmanager
 def quick_programs() -> Iterator[None]:
-  """Programs compile quickly, and trainings of one plan share theirs.
+  """Programs compile quickly, and runs of one plan share theirs.
 
   Compilation takes most of a tiny run's time, and a resumed run, which is a new
-  process elsewhere, would compile the same programs again.
+  process elsewhere, would trace and compile the same programs again.
   """
   options = compilation.compiler_options() | quick.OPTIONS
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(compilation, "compiler_options", lambda **_: options)
+    patch.setattr(rehearsal, "rehearse", _rehearse_once)
     for owner, name in (
       (plan.StagePlan, "make_optimizer"),
       (steps, "make_train_step"),
@@ -319,6 +336,7 @@ def finished(
     patch.setattr(writer.MetricsWriter, "write", counted_write)
     patch.setattr(evaluation, "judge", counted_evaluation)
     _made.clear()  # this run compiles all of its programs
+    _rehearsed.clear()
     jax.clear_caches()
     with noted_programs(counts.programs):
       run(workdir)
@@ -353,20 +371,26 @@ class Outcome(NamedTuple):
 
 
 # Runs `python main.py` many times without importing everything again: JAX has
-# not started a backend when the process forks.
+# not started a backend when the process forks. Says the number of each process,
+# and its status when it has ended.
 _SERVER = """
 import json, os, runpy, sys, traceback
 import jax, tensorboardX
 from atat_jax import pipeline
 sys.path.insert(0, os.getcwd())
 for line in sys.stdin:
-  arguments, out, err = json.loads(line)
+  arguments, out, err, cache, prelude = json.loads(line)
   child = os.fork()
   if child == 0:
+    os.setpgid(0, 0)
     for path, stream in ((out, 1), (err, 2)):
-      os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+      os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+    if cache:
+      os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
+      jax.config.update("jax_compilation_cache_dir", cache)
     sys.argv, status = ["main.py", *arguments], 0
     try:
+      exec(prelude)
       runpy.run_path("main.py", run_name="__main__")
     except SystemExit as error:
       status = error.code
@@ -379,16 +403,23 @@ for line in sys.stdin:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status or 0)  # an orderly exit takes a second
-  status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-  print(status, flush=True)
+  try:
+    os.setpgid(child, child)  # whoever is first
+  except OSError:
+    pass
+  print(child, flush=True)
+  print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
-class CommandLine:
-  """Runs `python main.py` in the repository, one command after the other."""
+class Server:
+  """Runs `python main.py` in the repository, one process after the other.
 
-  def __init__(self, folder: pathlib.Path) -> None:
-    self._folder = folder
+  Attributes:
+    pid: Number of the process, which leads a group of its own.
+  """
+
+  def __init__(self) -> None:
     self._server = subprocess.Popen(
       [sys.executable, "-W", "ignore", "-c", _SERVER],
       cwd=ROOT,
@@ -396,23 +427,72 @@ class CommandLine:
       stdin=subprocess.PIPE,
       stdout=subprocess.PIPE,
       stderr=subprocess.DEVNULL,
-      text=True,
+      bufsize=0,  # so that `ready` sees all that there is
     )
+    self._status: int | None = None
+    self.pid = 0
 
-  def __call__(self, *arguments: object) -> Outcome:
-    """Runs one command to its end."""
-    out, err = self._folder / "stdout", self._folder / "stderr"
-    request = [list(map(str, arguments)), str(out), str(err)]
-    self._server.stdin.write(json.dumps(request) + "\n")
-    self._server.stdin.flush()
-    status = int(self._server.stdout.readline())
-    return Outcome(status, out.read_text(), err.read_text())
+  def start(
+    self,
+    arguments: Sequence[object],
+    *,
+    out: pathlib.Path,
+    err: pathlib.Path,
+    cache: pathlib.Path | None = None,
+    prelude: str = "",
+  ) -> None:
+    """Starts one; the one before has ended.
+
+    Args:
+      arguments: Arguments of `main.py`.
+      out: File to which the output is appended.
+      err: The same for errors.
+      cache: Folder of compiled programs; None: that of this process.
+      prelude: Code that runs first.
+    """
+    made = list(map(str, arguments)), str(out), str(err), cache and str(cache)
+    self._server.stdin.write(json.dumps([*made, prelude]).encode() + b"\n")
+    self.pid = int(self._server.stdout.readline())
+    self._status = None
+
+  def wait(self, timeout: float | None = None) -> int:
+    """Waits for the end and returns the exit status.
+
+    Raises:
+      subprocess.TimeoutExpired: It is still at work.
+    """
+    if self._status is None:
+      stdout = self._server.stdout
+      if not select.select([stdout], [], [], timeout)[0]:
+        raise subprocess.TimeoutExpired("main.py", timeout)
+      self._status = int(stdout.readline())
+    return self._status
 
   def close(self) -> None:
-    """Ends the process."""
+    """Ends the server."""
     self._server.stdin.close()
     self._server.wait()
     self._server.stdout.close()
+
+
+class CommandLine:
+  """Runs `python main.py` to its end, one command after the other."""
+
+  def __init__(self, folder: pathlib.Path) -> None:
+    self._folder = folder
+    self._server = Server()
+
+  def __call__(self, *arguments: object) -> Outcome:
+    """Runs one command."""
+    out, err = self._folder / "stdout", self._folder / "stderr"
+    out.unlink(missing_ok=True)
+    err.unlink(missing_ok=True)
+    self._server.start(arguments, out=out, err=err)
+    return Outcome(self._server.wait(), out.read_text(), err.read_text())
+
+  def close(self) -> None:
+    """Ends the server."""
+    self._server.close()
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,160 @@
+"""Reader of pictures in a folder for each class.
+
+  mine/train/<class>/*.png
+  mine/test/<class>/*.png      (or val, validation)
+
+Classes are numbered in the order of their names, as torchvision's ImageFolder
+does.
+"""
+
+import pathlib
+
+import numpy as np
+import tqdm
+
+from atat_jax.data import base, own
+from atat_jax.errors import UserError
+from atat_jax.runs import locations
+from atat_jax.untrusted import regular
+
+_SUFFIXES = {
+  f".{name}"
+  for name in "jpg jpeg png webp bmp gif tif tiff ppm pgm pbm pnm".split()
+}
+_TESTS = ("test", "val", "validation")
+_LARGEST_FILE = 1 << 28  # bytes of a picture file
+
+
+def read(
+  name: str,
+  *,
+  data_dir: str | None = None,
+  cache_dir: str | None = None,
+  source: str = "auto",
+  size: int = 0,
+) -> own.Described:
+  """Reads pictures in folders, from their decoded copy where there is one.
+
+  Pictures of one data set get the same channels: colour where any picture has
+  colour, alpha only where all have it.
+
+  Args:
+    name: Name of the data set in results; "": the folder's.
+    data_dir: Folder with `train` and `test` in it.
+    cache_dir: Directory for decoded copies; default `base.cache_root(None)`.
+    source: "auto", the only one.
+    size: Side of the square images in pixels, see `own.decoder`; 0: pictures
+      have one size and keep it.
+
+  Returns:
+    Description and splits; pictures in the order of their paths.
+
+  Raises:
+    UserError: No such folder, no pictures, a picture that cannot be read, or
+      pictures of several sizes while `size` is 0.
+  """
+  own.check_source(source, ("auto",))
+  if not data_dir:
+    raise UserError(
+      "data_dir: missing; allowed: a folder with train/<class>/* and"
+      " test/<class>/*"
+    )
+  root = locations.expand("data_dir", data_dir)
+  try:
+    classes, found = _list(root)
+  except OSError as error:
+    raise UserError(f"data_dir={root}: {error.strerror or error}") from None
+
+  def decode() -> own.Contents:
+    paths = [path for part in found for path, _ in part]
+    images = _decode(paths, size)
+    labels = np.array([label for part in found for _, label in part], np.int64)
+    cut = len(found[0])
+    return own.Contents(
+      base.Split(images[:cut], labels[:cut]),
+      base.Split(images[cut:], labels[cut:]),
+      tuple(classes),
+    )
+
+  return own.cached(
+    f"folder:{name or root.resolve().name}",
+    root,
+    [path for part in found for path, _ in part],
+    decode,
+    cache_dir=cache_dir,
+    size=size,
+  )
+
+
+def _list(
+  root: pathlib.Path,
+) -> tuple[list[str], list[list[tuple[pathlib.Path, int]]]]:
+  """Lists the classes, and the pictures of both splits with their labels."""
+  train, test = _splits(root)
+  classes = _folders(train)
+  unknown = [x for x in _folders(test) if x not in classes]
+  if unknown:
+    raise UserError(f"{test / unknown[0]}: a class that {train} does not have")
+  found = [_pictures(part, classes) for part in (train, test)]
+  filled = {label for _, label in found[0]}
+  for label, name in enumerate(classes):
+    if label not in filled:
+      raise UserError(f"{train / name}: no pictures; allowed: some in each")
+  return classes, found
+
+
+def _splits(root: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
+  """Finds the folders of the two splits."""
+  if not root.exists():
+    raise UserError(f"data_dir={root}: no such folder")
+  tests = [root / name for name in _TESTS if (root / name).is_dir()]
+  if not (root / "train").is_dir() or not tests:
+    raise UserError(
+      f"data_dir={root}: allowed: a folder with train/<class>/* and"
+      f" {', '.join(_TESTS[:-1])} or {_TESTS[-1]}/<class>/*"
+    )
+  return root / "train", tests[0]
+
+
+def _folders(split: pathlib.Path) -> list[str]:
+  return sorted(
+    path.name
+    for path in split.iterdir()
+    if path.is_dir() and not path.name.startswith(".")
+  )
+
+
+def _pictures(
+  split: pathlib.Path, classes: list[str]
+) -> list[tuple[pathlib.Path, int]]:
+  """Lists the pictures of a split with their labels, in a fixed order."""
+  found = [
+    (path, label)
+    for label, name in enumerate(classes)
+    for path in sorted((split / name).rglob("*"))
+    if path.suffix.lower() in _SUFFIXES and not path.name.startswith(".")
+  ]
+  if not found:
+    raise UserError(
+      f"{split}: no pictures; allowed: <class>/*, files of"
+      f" {', '.join(sorted(_SUFFIXES))}"
+    )
+  return found
+
+
+def _decode(paths: list[pathlib.Path], size: int) -> np.ndarray:
+  """Decodes pictures to uint8 [N, H, W, C]."""
+  decode = own.decoder(size)
+  decoded = []
+  for path in tqdm.tqdm(
+    paths, desc="decoding pictures, once", unit=" images", disable=None
+  ):
+    try:
+      decoded.append(decode(regular.read_bytes(path, _LARGEST_FILE)))
+    except UserError:
+      raise
+    except Exception as error:  # a damaged file can raise anything in a decoder
+      raise UserError(
+        f"{path}: not a picture that can be used ({base.first_line(error)})"
+      ) from None
+  return base.stack(decoded, paths)

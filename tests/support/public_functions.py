@@ -1150,6 +1150,7 @@ PARTS = (
   "attacks.autoattack.slots",
   "attacks.balls",
   "attacks.base",
+  "attacks.convolutions",
   "attacks.diagnostics",
   "attacks.hyperplane",
   "attacks.nonfinite",

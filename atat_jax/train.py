@@ -186,7 +186,7 @@ class StepPrograms:
     if stage.num_extra:
       extra = jax.tree.map(lambda x: rows(x, stage.num_extra), dataset.train)
     count = np.int32(size) if axis else None
-    return made.step.ahead(  # type: ignore[attr-defined, no-any-return]
+    return made.step.ahead(  # type: ignore[attr-defined]
       current, teacher, images, indices, extra, count
     )
 

@@ -146,14 +146,14 @@ class _Jitted:
     """Traces a call and lowers it; returns what compiles it."""
     args, kwargs, opaque = self.prepare(args, kwargs)
     if not opaque:
-      return outermost().lower(*args, **kwargs).compile  # type: ignore[no-any-return]
+      return outermost().lower(*args, **kwargs).compile
     enable_by_default()
     function, given, name = self._split(args, kwargs)
     options = compiler_options(**self._effort)
     lowered = captures.lower(
       function, given, self._donated, name=name, options=options
     )
-    return lowered.compile  # type: ignore[no-any-return]
+    return lowered.compile
 
   def shapes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Returns the shapes of the function's result, traced anew."""

@@ -40,6 +40,9 @@ __all__ = [
   "spec",
 ]
 
+LARGEST_SIDE = 4096
+"""Largest side in pixels to which pictures can be resized."""
+
 DATASETS: dict[str, base.Source] = {
   "digits": base.Source(digits.SPEC, digits.read),
   "cifar10": base.Source(cifar.CIFAR10, cifar.read_cifar10),
@@ -110,7 +113,7 @@ def _check_place(
   size: int,
 ) -> None:
   """Checks where and how data are to be read."""
-  checks.integer("size", size, 0, 4096)
+  checks.integer("size", size, 0, LARGEST_SIDE)
   for field, place in (("data_dir", data_dir), ("cache_dir", cache_dir)):
     if place is not None:
       locations.expand(field, place)

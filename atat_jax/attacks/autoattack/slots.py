@@ -283,9 +283,11 @@ class Slots:
     self.under_way = 0.0
     self.nonfinite = np.zeros(2, np.int64)
     self._mesh, self._job = mesh, job
-    settings: Any = SearchSettings(
-      np.asarray(epsilon, images.dtype), np.asarray(job.num_steps, np.int32)
+    numbers: Any = (
+      np.asarray(epsilon, images.dtype),
+      np.asarray(job.num_steps, np.int32),
     )
+    settings: Any = SearchSettings(*numbers)
     self._key, self._settings = sharding.put_replicated(mesh, (key, settings))
     self._classifier = classifier
     self._images, self._labels, self._ranking = images, labels, ranking
@@ -325,7 +327,7 @@ class Slots:
 
   def _name(self, name: str, size: int) -> tuple[Hashable, ...]:
     """Names one of the programs for batches of a size."""
-    search = self._job.search if name == "advance" else self._beginning
+    search: Any = self._job.search if name == "advance" else self._beginning
     return name, search, size, id(self._classifier)
 
   def run(

@@ -176,8 +176,8 @@ class StagePlan:
     learning_rate: Highest learning rate.
     boundaries: Schedule "piecewise": shares of the run at which the rate falls.
     factor: Schedule "piecewise": factor of each fall.
-    warmup_fraction: Schedules "cosine" and "one_cycle": share of the run in
-      which the rate rises.
+    warmup_fraction: Schedules "cosine", "one_cycle" and "triangular": share of
+      the run in which the rate rises.
     momentum: Momentum of SGD.
     nesterov: Whether the momentum is Nesterov's.
     weight_decay: Weight decay of the kernels.

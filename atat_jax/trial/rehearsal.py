@@ -182,6 +182,7 @@ def _trace_protocol(
       arguments["version"],
       norm=arguments["norm"],
       num_classes=spec.num_classes,
+      targeting=arguments.get("targeting"),
     )
     return
 

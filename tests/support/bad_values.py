@@ -702,3 +702,5 @@ BANKS["four Booleans"] = NO_ARRAYS | {
   "another length": lambda w: np.zeros(3, bool),
   "two axes": lambda w: np.zeros((2, 2), bool),
 }
+BANKS["text"] = _values(None, 5, True, b"x", [], (), {}, 1.5)
+BANKS["clean images"] = {k: v for k, v in IMAGES.items() if k != "uint8"}

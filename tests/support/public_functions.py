@@ -153,6 +153,7 @@ ENTRIES = [
       "num_restarts": "count",
       "eot_samples": "count",
       "enlarged": "boolean",
+      "targeting": "name",
     },
   ),
   Entry(
@@ -165,6 +166,7 @@ ENTRIES = [
       "num_targets": "count",
       "num_restarts": "count",
       "targeted": "boolean",
+      "targeting": "name",
     },
   ),
   Entry(
@@ -185,6 +187,8 @@ ENTRIES = [
       "norm": "name",
       "version": "name",
       "options": "options?",
+      "targeting": "name?",
+      "screening": "name?",
       "batch_size": "count",
       "mesh": "mesh?",
       "state_path": "path?",
@@ -225,6 +229,15 @@ ENTRIES = [
       "made": models.classifier(w.model, w.variables, batch_norm="batch")
     },
     {"made": "classifier"},
+    {"made": "classifier"},
+  ),
+  Entry(
+    models.with_dtype,
+    lambda w: {
+      "made": models.classifier(w.model, w.variables),
+      "dtype": "bfloat16",
+    },
+    {"made": "classifier", "dtype": "name"},
     {"made": "classifier"},
   ),
   Entry(
@@ -411,6 +424,23 @@ ENTRIES = [
       "num_noise": "count",
       "mesh": "mesh?",
       "progress": "boolean",
+    },
+  ),
+  Entry(
+    evaluation.benchmark,
+    lambda w: {**_attack(w), "attacks": "pgd1", "batch_size": 4},
+    {
+      **_ATTACK,
+      "images": "clean images",
+      "norm": "name",
+      "attacks": "name",
+      "step_size": "positive?",
+      "num_restarts": "count",
+      "batch_size": "count",
+      "dataset": "text",
+      "name": "text",
+      "out": "path?",
+      "mesh": "mesh?",
     },
   ),
   Entry(
@@ -708,6 +738,26 @@ ENTRIES += [
     {"name": "model"},
   ),
   Entry(
+    models.adapt,
+    lambda w: {
+      "network": w.model,
+      "variables": w.variables,
+      "call": lambda network, images: network(images),
+    },
+    {"network": "no function", "variables": "collections", "call": "function"},
+    {"network": "network|variables"},
+  ),
+  Entry(
+    models.from_functions,
+    lambda _: {"features": lambda x: x, "head": lambda x: x.mean((1, 2))},
+    {"features": "function", "head": "function"},
+  ),
+  Entry(
+    attention.layers,
+    lambda w: {"model": w.model, "variables": w.variables, "images": w.images},
+    {"model": "model", "variables": "variables", "images": "image batch"},
+  ),
+  Entry(
     attention.layer_names,
     lambda w: {"model": w.model, "variables": w.variables, "images": w.images},
     {"model": "model", "variables": "variables", "images": "image batch"},
@@ -802,7 +852,16 @@ ENTRIES += [
     },
   ),
   Entry(data.check_name, lambda _: {"name": "digits"}, {"name": "name"}),
-  Entry(data.spec, lambda _: {"name": "digits"}, {"name": "name"}),
+  Entry(
+    data.spec,
+    lambda _: {"name": "digits"},
+    {
+      "name": "name",
+      "data_dir": "place?",
+      "cache_dir": "place?",
+      "size": "number",
+    },
+  ),
   Entry(
     augment.to_float, lambda w: {"images": w.split.images}, {"images": "pixels"}
   ),
@@ -983,6 +1042,7 @@ ENTRIES += [
       "norm": "name",
       "num_classes": "count",
       "options": "options?",
+      "targeting": "name?",
     },
   ),
   Entry(
@@ -1198,6 +1258,7 @@ PARTS = (
   "trial",
   "untrusted",
   "attacks.autoattack.progress",
+  "attacks.autoattack.screening",
   "attacks.autoattack.slots",
   "attacks.balls",
   "attacks.base",
@@ -1206,6 +1267,7 @@ PARTS = (
   "attacks.nonfinite",
   "attacks.search",
   "attacks.simplex",
+  "attacks.targeting",
   "data.archives",
   "data.base",
   "data.prepare",
@@ -1277,6 +1339,8 @@ PARTS = (
   "analyses.base.section",
   "analyses.base.write",
   "analyses.shift.mean_band",
+  "attention.taps.listing",
+  "attention.taps.run",
   "analyses.shift.summarize",
   "analyses.shift.telling_round",
   "analyses.shift.verdict",
@@ -1297,9 +1361,11 @@ PARTS = (
   "data.batches.map_batches",
   "data.extra.Extra",
   "data.mixing.boxes",
-  "data.tfds_sets.default_data_dir",
-  "data.tfds_sets.records",
-  "data.tfds_sets.versions",
+  "data.folder",
+  "data.npz",
+  "data.own",
+  "data.pictures",
+  "data.tfds_sets",
   "data.prefetch.Prefetcher",
   "evaluation.accuracies.count_classes",
   "evaluation.accuracies.judge",
@@ -1311,6 +1377,8 @@ PARTS = (
   "evaluation.auditing.in_ball",
   "evaluation.auditing.larger_balls",
   "evaluation.auditing.more_steps",
+  "evaluation.benchmarking.Rows",
+  "evaluation.measuring",
   "evaluation.iterates.pgd_iterates",
   "evaluation.iterates.watch",
   "evaluation.protocols.allowed_names",
@@ -1321,6 +1389,7 @@ PARTS = (
   "evaluation.rules.published_attack",
   "evaluation.rules.steps_converged",
   "evaluation.rules.storable",
+  "attack",
   "explain.main",
   "models.batch_norm_of",
   "models.base.check_size",
@@ -1358,5 +1427,6 @@ PARTS = (
   "runs.files.write_bytes",
   "runs.files.write_json",
   "runs.files.write_text",
+  "runs.terminal.percent",
 )
 """Modules and names that only the package itself calls, after its checks."""

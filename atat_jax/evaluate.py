@@ -90,7 +90,9 @@ def evaluate(
     for mode in plan.evaluation.batch_norm
   }
   _tell_left_out(plan)
-  table = measuring.Table(workdir / files.RESULTS, steps=steps, record=record)
+  table = measuring.ResultsTable(
+    workdir / files.RESULTS, steps=steps, record=record
+  )
   _complete(table, plan, classifiers, dataset.test, mesh)
   analyses.write(
     workdir,
@@ -117,7 +119,7 @@ def _tell_left_out(plan: Plan) -> None:
 
 
 def _complete(
-  table: measuring.Table,
+  table: measuring.ResultsTable,
   plan: Plan,
   classifiers: Mapping[tuple[str, BatchNormMode], Classifier],
   test: Split,

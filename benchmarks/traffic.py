@@ -1,4 +1,4 @@
-"""What a train step reads and writes on a GPU, compiled without one.
+"""Bytes that a train step moves on a GPU, compiled without one.
 
   pip install --no-deps jax-cuda12-plugin==VERSION jax-cuda12-pjrt==VERSION \\
     nvidia-cuda-nvcc-cu12
@@ -58,7 +58,7 @@ class Kernel:
 
   Attributes:
     name: Name of the instruction.
-    kind: What it is: a value of `KINDS`, "convolutions" or the operation.
+    kind: Value of `KINDS`, "convolutions" or the operation.
     size: Bytes of its operands and results.
     times: Number of times that it runs.
   """
@@ -128,6 +128,12 @@ def kernels(text: str) -> list[Kernel]:
   return list(listed(entry, 1))
 
 
+def _attack(case: step.Case) -> dict[str, Any]:
+  if case.method == "standard":
+    return {}
+  return step.ATTACK | {"num_steps": case.num_steps}
+
+
 def compiled(case: step.Case, target: str) -> str:
   """Compiles a train step for a GPU by its description; returns the program."""
   import jax
@@ -141,10 +147,7 @@ def compiled(case: step.Case, target: str) -> str:
     "", platform="cuda", topology="1x1x1", target_config=target
   )
   mesh = sharding.make_mesh(topology.devices[:1])
-  fields = {} if case.method == "standard" else dict(step.ATTACK)
-  if fields:
-    fields["num_steps"] = case.num_steps
-  objective = objectives.create(case.method, **fields)
+  objective = objectives.create(case.method, **_attack(case))
   model = networks.network(
     case.model, dtype=jnp.dtype(case.dtype), convolution="xla"
   )
@@ -163,17 +166,10 @@ def compiled(case: step.Case, target: str) -> str:
   made, teacher = jax.eval_shape(
     lambda: (build(key, images, None), model.init(key, images))
   )
-  batch = case.batch_size
-  data = Split(
-    jax.ShapeDtypeStruct((batch, *shape), jnp.uint8),
-    jax.ShapeDtypeStruct((batch,), jnp.int32),
-  )
-  arguments = (
-    made,
-    teacher if objective.needs_teacher else None,
-    data,
-    jax.ShapeDtypeStruct((batch,), jnp.int32),
-  )
+  indices = jax.ShapeDtypeStruct((case.batch_size,), jnp.int32)
+  pixels = jax.ShapeDtypeStruct((case.batch_size, *shape), jnp.uint8)
+  teacher = teacher if objective.needs_teacher else None
+  arguments = made, teacher, Split(pixels, indices), indices
   replicated = sharding.replicated(mesh)
   train_step = functools.partial(
     steps.train_step,

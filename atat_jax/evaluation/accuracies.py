@@ -96,6 +96,8 @@ def _check(
       f"data.images: {images.dtype} of shape {images.shape}; allowed: uint8"
       " pixels, or float32 in [0, 1], [N, H, W, C], not empty"
     )
+  if images.dtype == np.float32:
+    checks.inspect_images(images, "data.images")
   one = jnp.zeros((1, *images.shape[1:]), jnp.float32)
   classifier, *_, num_classes = base.check_arguments(
     classifier, one, jnp.zeros(1, jnp.int32)

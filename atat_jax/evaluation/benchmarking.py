@@ -3,6 +3,7 @@
 import logging
 import pathlib
 import zlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -81,82 +82,75 @@ def benchmark(
   out: pathlib.Path | str | None = None,
   mesh: Mesh | None = None,
 ) -> Rows:
-  """Measures the accuracy of a classifier on clean and on attacked images.
-
-  Clean images come first, then the attacks in their order; the worst case over
-  all of them, image by image, last.
+  """Measures the accuracy of a classifier, clean first and then attacked.
 
   Args:
     key: Random key, `jax.random.key(seed)`.
     classifier: Callable from float32 images [B, H, W, C] in [0, 1] to logits
-      [B, K], with fixed weights and running statistics; best a pytree, such as
-      `models.classifier` or `jax.tree_util.Partial`.
+      [B, K], with running statistics; best a pytree, see `models.classifier`.
     images: Clean images [N, H, W, C], uint8 or float in [0, 1].
     labels: True classes, integers [N].
     epsilon: Radius of the ball, in the unit of the pixels (8/255).
     attacks: Names separated by commas, see `parse`.
     norm: Norm of the ball, "linf", "l2" or "l1".
-    step_size: Step of FGSM-like attacks and PGD; None: a quarter of epsilon.
-    num_restarts: Restarts of PGD.
+    step_size: Length of a step of PGD; None: a quarter of epsilon.
+    num_restarts: Number of restarts of PGD.
     batch_size: Images at a time.
     name: Name of the classifier in the rows.
     dataset: Name of the images in the rows.
     out: Directory for `results.json`, where an interrupted call goes on and
-      later calls add rows; None: nothing is written.
+      later ones add rows; None: nothing is written.
     mesh: The devices; None: all of them.
 
   Returns:
-    The rows; `.table()` prints them, `.diagnostics` judges them.
+    The rows, the worst case over attacks last.
 
   Raises:
-    UserError: An argument of a wrong kind, shape, dtype or range, by name; or
-      `out` belongs to another classifier or other images.
+    UserError: A bad argument, by name; an `out` of another classifier.
   """
   checks.key(key)
-  for field, value in (("name", name), ("dataset", dataset)):
-    checks.instance(field, value, str, "a text")
-  checks.count("batch_size", batch_size)
   checks.number("epsilon", epsilon, 0, above=True)
-  if step_size is not None:
-    checks.number("step_size", step_size, 0, above=True)
-  checks.positive("num_restarts", num_restarts, integer=True)
-  chosen = _protocols(
-    attacks,
-    norm=norm,
-    epsilon=epsilon,
-    step_size=epsilon / 4 if step_size is None else step_size,
-    num_restarts=num_restarts,
-  )
+  step = epsilon / 4 if step_size is None else step_size
+  shared = {"norm": norm, "epsilon": epsilon, "step_size": step}
+  protocols_ = _protocols(attacks, **shared, num_restarts=num_restarts)
+  fields = {"model": name, "dataset": dataset, "batch_size": batch_size}
   test = _split(images, labels)
-  classifier, *_, num_classes = base.check_arguments(
-    classifier,
-    jnp.asarray(measuring.as_floats(test.images[:2])),
-    jnp.zeros(len(test.labels[:2]), jnp.int32),
-  )
-  checks.inspect_labels(test.labels, len(test.images), num_classes)
+  return _measure(key, classifier, test, protocols_, fields, out, mesh)
+
+
+def _measure(
+  key: Array,
+  classifier: Classifier,
+  test: Split,
+  chosen: Sequence[protocols.Protocol],
+  fields: dict[str, Any],
+  out: pathlib.Path | str | None,
+  mesh: Mesh | None,
+) -> Rows:
+  """Measures the rows of some protocols; `fields` are the caller's own."""
+  for field in ("model", "dataset"):
+    named = "name" if field == "model" else field
+    checks.instance(named, fields[field], str, "a text")
+  checks.count("batch_size", fields["batch_size"])
+  classifier, num_classes = _checked(classifier, test)
   mesh = sharding.mesh_or_all(mesh)
+  classifier = sharding.put_replicated(mesh, classifier)
   path = None if out is None else locations.expand("out", out) / files.RESULTS
   if path is not None:
     _check_same(path.parent, classifier, test)
   devices = [device.device_kind for device in jax.devices()]
-  table = measuring.Table(
-    path, steps={name: None}, record=provenance.record(devices)
+  table = measuring.ResultsTable(
+    path, steps={fields["model"]: None}, record=provenance.record(devices)
   )
+  shared = {
+    **fields,
+    "num_examples": len(test.labels),
+    "batch_norm": "running",
+    "seed": _seed(key),
+  }
   pending = [
-    measuring.Pending(
-      measuring.row_of(
-        protocol,
-        model=name,
-        dataset=dataset,
-        num_examples=len(test.labels),
-        batch_norm="running",
-        batch_size=batch_size,
-        seed=_seed(key),
-      ),
-      protocol,
-      classifier,
-    )
-    for protocol in chosen
+    measuring.Pending(measuring.row_of(one, **shared), one, classifier)
+    for one in chosen
   ]
   measuring.complete(table, pending, test, num_classes=num_classes, mesh=mesh)
   if path is not None:
@@ -164,9 +158,21 @@ def benchmark(
   return Rows(table.content)
 
 
+def _checked(classifier: Classifier, test: Split) -> tuple[Classifier, int]:
+  """Checks the classifier; returns it as a pytree, and the number of classes."""
+  few = jnp.asarray(measuring.as_floats(test.images[:2]))
+  zeros = jnp.zeros(len(few), jnp.int32)
+  classifier, *_, num_classes = base.check_arguments(classifier, few, zeros)
+  checks.inspect_labels(test.labels, len(test.images), num_classes)
+  return classifier, num_classes
+
+
 def _protocols(names: str, **numbers: Any) -> list[protocols.Protocol]:
   """Parses the attacks; clean images come first in any case."""
   checks.instance("attacks", names, str, "a list of attacks, see parse")
+  for length in ("epsilon", "step_size"):
+    checks.number(length, numbers[length], 0, above=True)
+  checks.positive("num_restarts", numbers["num_restarts"], integer=True)
   try:
     chosen = list(protocols.parse_list(names, **numbers))
   except UserError as error:

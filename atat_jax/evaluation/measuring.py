@@ -111,7 +111,7 @@ def row_of(
   return row
 
 
-class Table:
+class ResultsTable:
   """`results.json` while its rows are completed.
 
   Rows of other protocols stay, rows of other checkpoints go. Worst cases are
@@ -202,7 +202,7 @@ class Pending:
 
 
 def complete(
-  table: Table,
+  table: ResultsTable,
   pending: Sequence[Pending],
   test: Split,
   *,

@@ -403,9 +403,10 @@ def _read(name: str) -> tuple[str, dict[str, Any]]:
 
 def _check(attack: str, given: dict[str, Any]) -> None:
   """Checks the values of an attack's parameters before anything is compiled."""
-  for parameter, choices in _signature(attack).choices.items():
+  signature = _signature(attack)
+  for parameter, choices in signature.choices.items():
     value = given[parameter]
-    if value is None:  # only as a default: no text is read as None
+    if value is None and signature.parameters[parameter].default is None:
       continue
     if not isinstance(value, str) or value not in choices:
       only = f" for {attack}" if set(choices) < set(balls.BALLS) else ""

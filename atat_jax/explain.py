@@ -8,8 +8,9 @@ explains the networks of finished runs on their test images, and
     --images cat.jpg cup.jpg --labels 281 504 --out explained
 
 networks with weights from PyTorch on photographs, or with --data cifar10 on the
-test images of a data set; --model can be left out, as the files show it. Arrays that are there already
-for the same networks, images and numbers are not computed again.
+test images of a data set; --model can be left out, as the files show it. Arrays
+that are there already for the same networks, images and numbers are not computed
+again.
 """
 
 from atat_jax.process import commands

@@ -17,7 +17,7 @@ USUAL = (
   "weights",
   "params",
 )
-"""Names under which training scripts save the state dict, the first taken first."""
+"""Names under which training scripts save the state dict, by preference."""
 
 _AVERAGED = re.compile(r"(.*[._])?(ema|swa|wa|avg|averaged?)([._].*)?")
 _OTHER = re.compile(r"opt|optim|sched|scaler|amp|rng|criterion|loss|awp")

@@ -1,4 +1,4 @@
-"""Layouts of PyTorch weights: how the names and shapes of a file show a network.
+"""Layouts of PyTorch weights: how names and shapes of a file show a network.
 
 A layout belongs to published code. It says what the names and shapes show
 (depth, width, classes), what they do not show and the code fixes (activation,

@@ -87,7 +87,7 @@ def with_channels_reversed(loaded: Loaded) -> Variables:
 
 
 def _title(found: Recognized, model: Any) -> str:
-  """Returns the network in words: "Wide ResNet of TRADES, 34-10, 10 classes"."""
+  """Returns the network in words: "DeepMind's Wide ResNet, 28-10, ..."."""
   if found.name == "wide_resnet":
     size = f"{model.depth}-{model.width}"
   elif hasattr(model, "num_blocks"):

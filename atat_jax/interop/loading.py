@@ -74,6 +74,6 @@ def _open(found: recognition.Recognized) -> str:
     for name, values in found.open.items()
   )
   return (
-    f"{found.layout.title}: the file does not show which; allowed: {choices}, or"
-    " images and labels to decide it"
+    f"{found.layout.title}: the file does not show which; allowed: {choices},"
+    " or images and labels to decide it"
   )

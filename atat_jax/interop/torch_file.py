@@ -3,9 +3,9 @@
 A checkpoint is a pickle, a program that may call any function of the machine it
 is read on. Here it can name only what a state dict needs: ordered dicts, and
 tensors and their storages, which become plain descriptions, and a few kinds of
-values that training scripts save beside them and that are left out. Anything else
-is refused. The numbers are read afterwards, those of the state dict only, and each
-storage once.
+values that training scripts save beside them and that are left out. Anything
+else is refused. The numbers are read afterwards, those of the state dict only,
+and each storage once.
 
 Both containers are supported: the zip archive of PyTorch 1.6 and later, and the
 older sequence of pickles followed by the storages, which some of torchvision's

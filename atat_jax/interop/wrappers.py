@@ -30,7 +30,8 @@ class Unwrapped:
 
   Attributes:
     tensors: Arrays by the names of the network's own code.
-    prefix: The part that was in front of these names, as "module.model."; "": nothing.
+    prefix: The part that was in front of these names, as "module.model.";
+      "": nothing.
     mean: Mean of each channel, which the file subtracts from images in [0, 1];
       None: the file has none.
     std: The deviation that it divides by.

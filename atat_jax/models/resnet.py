@@ -1,8 +1,8 @@
 """ResNet-18 and -50 (He et al., 2016), as in torchvision.
 
-By fields also the networks of this kind for CIFAR: ResNet-18 to -152 with a stem
-of one 3x3 convolution, and ResNet-20 to -110 with three stages; and the wide
-ResNet-50-2.
+By fields also the networks of this kind for CIFAR: ResNet-18 to -152 with a
+stem of one 3x3 convolution, and ResNet-20 to -110 with three stages; and the
+wide ResNet-50-2.
 """
 
 import jax.numpy as jnp

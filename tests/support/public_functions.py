@@ -1262,6 +1262,7 @@ PARTS = (
   "attacks.autoattack.slots",
   "attacks.balls",
   "attacks.base",
+  "attacks.convolutions",
   "attacks.diagnostics",
   "attacks.hyperplane",
   "attacks.nonfinite",

@@ -354,7 +354,7 @@ def prepare_looks(
     classifier: Callable from images to logits.
     images: Images of a batch [B, H, W, C].
     labels: True classes, int32 [B].
-    attack_losses: As in `diagnose_classifier`.
+    attack_losses: Losses that attacks will increase.
   """
   names = _loss_names(attack_losses)
   ahead.add(

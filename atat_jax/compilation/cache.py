@@ -21,7 +21,7 @@ VARIABLE = "ATAT_JAX_PROGRAM_CACHE"
 
 _DEFAULT_MIB = 2048
 _MIB = 2**20
-# What compiles faster is not worth a file. JAX's own default is a second.
+# Programs that compile faster are not worth a file; JAX waits for a second.
 _MIN_SECONDS, _JAX_SECONDS = 0.1, 1.0
 
 _log = logging.getLogger(__name__)

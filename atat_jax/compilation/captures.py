@@ -378,11 +378,11 @@ def lower(
   """Traces and lowers what `call` with these arguments, or their shapes, runs.
 
   Args:
-    function: As in `call`.
-    arguments: As in `call`; a `jax.ShapeDtypeStruct` may stand for an array.
-    donated: As in `call`.
-    name: As in `call`.
-    options: As in `call`.
+    function: Function of a dictionary of arguments; the rest is static.
+    arguments: Arguments, or for arrays among them their `jax.ShapeDtypeStruct`.
+    donated: Names of those whose memory may be reused.
+    name: The static part, see `call`.
+    options: Compiler options.
 
   Returns:
     The program, whose method `compile` has the next `call` find it compiled.

@@ -89,6 +89,7 @@ class DataPlan:
     fields.check_values(type(self), vars(self), bits=False)
     data.check_name(self.name)
     checks.positive("validation_size", self.validation_size, integer=True)
+    checks.integer("size", self.size, 0, data.LARGEST_SIDE)
     largest = min(self.spec.image_shape[:2])
     if not 0 <= self.padding <= largest:
       raise UserError(

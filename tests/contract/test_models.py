@@ -26,6 +26,13 @@ SMALL = {
   "base_channels": 4,
   "growth": 4,
   "hidden": 8,
+  "image_size": 8,
+  "patch_size": 4,
+  "channels": 8,
+  "num_heads": 2,
+  "num_blocks": 1,
+  "num_class_blocks": 1,
+  "stem_convolutions": 2,
 }
 IMAGES = jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)
 

@@ -651,6 +651,10 @@ FIRST = {
 }
 """Fields of the first version, and those that came with a method."""
 
+STORED = "standard at alp tla trades mart atat atat_released".split()
+"""Methods of which working directories exist; a newer one has its own fields
+from the start."""
+
 LATER = {
   "data.mix": "mixup",
   "data.extra": "more.npz",
@@ -674,7 +678,7 @@ def older(record):
   return made
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", STORED)
 def test_a_field_that_was_added_does_not_part_a_run_from_its_workdir(
   method, tmp_path
 ):

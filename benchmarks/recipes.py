@@ -206,7 +206,40 @@ def step(
   import jax.numpy as jnp
   import optax
 
-  from atat_jax import batch_norm, losses, optim
+  gradient, stats = _differentiate(
+    current,
+    _attacked(current, key, images, labels, numbers, model),
+    labels,
+    numbers,
+    model,
+  )
+  updates, velocity = optax.trace(0.9, nesterov=True).update(
+    gradient, current.velocity
+  )
+  params = jax.tree.map(
+    lambda w, u: w - numbers.rate * u, current.params, updates
+  )
+  new = {"params": params, "batch_stats": stats}
+  averages = {
+    constant: optax.incremental_update(
+      new, average, jnp.float32(constant - 1) / (constant + number)
+    )
+    for constant, average in current.averages.items()
+  }
+  return _Current(params, stats, velocity, averages)
+
+
+def _attacked(
+  current: _Current,
+  key: Any,
+  images: Any,
+  labels: Any,
+  numbers: _Numbers,
+  model: Any,
+) -> Any:
+  """Augments and attacks a batch; float32 [B, H, W, C]."""
+  import jax
+
   from atat_jax.attacks import projected_gradient
   from atat_jax.data import augment
 
@@ -215,7 +248,7 @@ def step(
     augment.pad_crop_flip(crop_key, images, padding=2, flip=True)
   )
   epsilon = numbers.scale * EPSILON
-  attacked = _attack(
+  return _attack(
     model,
     {"params": current.params, "batch_stats": current.batch_stats},
     projected_gradient.random_start(
@@ -227,6 +260,17 @@ def step(
     step_size=numbers.scale * numbers.step_size,
     num_steps=numbers.num_steps,
   )
+
+
+def _differentiate(
+  current: _Current, attacked: Any, labels: Any, numbers: _Numbers, model: Any
+) -> tuple[Any, Any]:
+  """Gradient of loss and penalty, and the statistics after the pass."""
+  import jax
+  import optax
+
+  from atat_jax import batch_norm, losses, optim
+
   targets = optax.smooth_labels(
     jax.nn.one_hot(labels, model.num_classes), numbers.label_smoothing
   )
@@ -245,20 +289,7 @@ def step(
     current.params,
     optim.decay_mask(current.params),
   )
-  updates, velocity = optax.trace(0.9, nesterov=True).update(
-    gradient, current.velocity
-  )
-  params = jax.tree.map(
-    lambda w, u: w - numbers.rate * u, current.params, updates
-  )
-  new = {"params": params, "batch_stats": stats}
-  averages = {
-    constant: optax.incremental_update(
-      new, average, jnp.float32(constant - 1) / (constant + number)
-    )
-    for constant, average in current.averages.items()
-  }
-  return _Current(params, stats, velocity, averages)
+  return gradient, stats
 
 
 def _start(model: Any, shape: tuple[int, ...], seed: int) -> _Current:

@@ -265,9 +265,8 @@ def _make_fast(config: ConfigDict) -> None:
   config.model.update(
     name="preact_resnet18", dtype="bfloat16", batch_norm_epsilon=1e-5
   )
-  config.model.base_channels = (
-    64  # of the first stage; doubled from stage to stage
-  )
+  # Channels of the first of four stages; each stage doubles them.
+  config.model.base_channels = 64
   config.train.update(FAST, num_epochs=60)
   config.teacher.update(FAST, num_epochs=20)
   update_attack(config, step_size=2.5 / 255, num_steps=5)

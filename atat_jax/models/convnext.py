@@ -34,8 +34,12 @@ class ConvNeXt(BlockNetwork):
         f"stage_channels: {self.stage_channels}; allowed: as many as"
         f" stage_sizes has, {len(self.stage_sizes)}"
       )
-    if self.conv_stem:
-      base.check_sizes("conv_stem", self.conv_stem)
+    base.check_sizes("conv_stem", self.conv_stem, empty=True)
+    if len(self.conv_stem) == 1:
+      raise UserError(
+        f"conv_stem: {self.conv_stem}; allowed: none, or at least two"
+        " convolutions, which halve 4 pixels to 1"
+      )
     super().__post_init__()
 
   def _unit(self, x: Array, name: str) -> Array:

@@ -49,8 +49,8 @@ class ViT(blocks.BlockNetwork):
         f"num_heads: {self.num_heads}; allowed: divisors of channels,"
         f" {self.channels}"
       )
+    base.check_sizes("conv_stem", self.conv_stem, empty=True)
     if self.conv_stem:
-      base.check_sizes("conv_stem", self.conv_stem)
       if self.patch_size != 2 ** len(self.conv_stem):
         raise UserError(
           f"conv_stem: {self.conv_stem}; allowed: as many convolutions as halve"
@@ -60,12 +60,12 @@ class ViT(blocks.BlockNetwork):
 
   def _patches(self, images: Array) -> Array:
     """Returns the grid of embedded patches [B, h, w, channels]."""
+    x = self._normalize(images)
     if images.shape[1:3] != (self.image_size,) * 2:
       raise UserError(
         f"images: {images.shape[1]}x{images.shape[2]} pixels; allowed:"
         f" {self.image_size}x{self.image_size}, the positions that were learnt"
       )
-    x = self._normalize(images)
     if self.conv_stem:
       x = self._conv_stem(x, self.conv_stem, len(self.conv_stem))
       return self._wide_conv(x, "embedding", self.channels, 1)

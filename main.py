@@ -42,6 +42,9 @@ _STEP = flags.DEFINE_integer(
 _DISTRIBUTED = flags.DEFINE_bool(
   "distributed", False, "Join the other processes of a pod, cluster or job."
 )
+_DETERMINISTIC = flags.DEFINE_bool(
+  "deterministic", False, "Make the numbers of a GPU repeat; slower."
+)
 
 
 def _parse(argv: Sequence[str]) -> list[str]:
@@ -90,7 +93,9 @@ def main(argv: Sequence[str]) -> None:
     f"what {workdir} holds is kept, and the same command goes on from there"
   )
   with runtime.plain_exits(workdir, kept):
-    runtime.set_up(distributed=_DISTRIBUTED.value)
+    runtime.set_up(
+      distributed=_DISTRIBUTED.value, deterministic=_DETERMINISTIC.value
+    )
     pipeline.run(_MODE.value, _CONFIG.value, workdir, step=_STEP.value)
 
 

@@ -10,7 +10,6 @@ a default outside training.
 through the statistics.
 """
 
-import inspect
 from collections.abc import Mapping
 from typing import Any, get_args
 
@@ -41,7 +40,8 @@ def apply(
 
   Args:
     model: A linen module whose `__call__` takes images and, if it has BatchNorm
-      or dropout, `train`.
+      or dropout, `train` (or `training`, `is_training`, `deterministic`,
+      `use_running_average`, `inference`).
     variables: Variables of the model.
     images: [B, H, W, C] in [0, 1].
     batch_norm: "running" or "batch".
@@ -51,21 +51,29 @@ def apply(
     the mode "running", moved by this batch in the mode "batch".
 
   Raises:
-    UserError: Unknown mode.
+    UserError: Unknown mode; a result that is not one array.
   """
   checks.choice("batch_norm", batch_norm, get_args(BatchNormMode))
   images = _check(model, variables, images)
   stats = variables.get("batch_stats", {})
-  kwargs: dict[str, Any] = (
-    {"train": batch_norm == "batch"} if _takes_train(model) else {}
-  )
+  kwargs: dict[str, Any] = checks.mode_arguments(model, batch_norm == "batch")
   if batch_norm == "running" or not stats:
-    logits: Any = model.apply(variables, images, **kwargs)
-    return logits, stats
+    return _one_array(model, model.apply(variables, images, **kwargs)), stats
   logits, updated = model.apply(
     variables, images, mutable=["batch_stats"], **kwargs
   )
-  return logits, updated["batch_stats"]
+  return _one_array(model, logits), updated["batch_stats"]
+
+
+def _one_array(model: nn.Module, logits: Any) -> Array:
+  """Checks that a network returns logits and nothing beside them."""
+  if not isinstance(logits, jax.Array | np.ndarray):
+    raise UserError(
+      f"model: {type(model).__name__} returns a {type(logits).__name__}; allowed:"
+      " one array of logits [B, K]; models.adapt(model, variables,"
+      " call=lambda network, images: network(images)[0]) takes the first"
+    )
+  return logits  # type: ignore[return-value]
 
 
 def _check(model: nn.Module, variables: Variables, images: Array) -> Array:
@@ -74,10 +82,6 @@ def _check(model: nn.Module, variables: Variables, images: Array) -> Array:
     "variables", variables, Mapping, "the network's collections by name"
   )
   return checks.batch(images, "images")
-
-
-def _takes_train(model: nn.Module) -> bool:
-  return "train" in inspect.signature(type(model).__call__).parameters
 
 
 def statistics(model: nn.Module, variables: Variables, images: Array) -> PyTree:
@@ -146,7 +150,7 @@ def apply_fixed(model: nn.Module, variables: Variables, images: Array) -> Array:
   images = _check(model, variables, images)
   if not variables.get("batch_stats", {}):
     return apply(model, variables, images, batch_norm="batch")[0]
-  if not _takes_train(model):
+  if not checks.mode_arguments(model, train=False):
     raise UserError(
       f"model: a {type(model).__name__} whose __call__ takes no `train`;"
       " allowed: a network that can be evaluated with given statistics"

@@ -317,8 +317,15 @@ def _check_same_model(
       f"model: {wanted['name']!r}, but the checkpoint in {where} is a"
       f" {found['name']!r}; use its configuration or another --workdir"
     )
+  # A field that came with a later version has the default that means what the
+  # file's version did.
+  network = models.MODELS.get(found["name"])
+  defaults = {
+    field.name: field.default
+    for field in (dataclasses.fields(network) if network else ())
+  }
   for field, value in wanted["fields"].items():
-    saved = found["fields"].get(field)
+    saved = found["fields"].get(field, defaults.get(field))
     saved = tuple(saved) if isinstance(saved, list) else saved
     if saved != value:
       raise UserError(

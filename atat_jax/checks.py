@@ -382,12 +382,18 @@ def _extremes(x: Array) -> Array:
 
 def _range(x: Array | np.ndarray) -> tuple[Any, Any]:
   """Smallest and largest number, in the array's own dtype."""
-  found = _extremes(x) if isinstance(x, jax.Array) else None
+  found = None if _on_host(x) else _extremes(x)
   if found is None or isinstance(found, jax.core.Tracer):
-    host = np.asarray(x)  # a numpy array, or a constant inside jit
+    host = np.asarray(x)  # where numpy reads it, or a constant inside jit
     return host.min(), host.max()
   low, high = np.asarray(found)  # one transfer
   return low, high
+
+
+def _channels_first(shape: tuple[int, ...]) -> bool:
+  """Whether images are of one or three rows, and square otherwise."""
+  _, channels, height, width = shape
+  return channels in (1, 3) and height == width >= 8
 
 
 def inspect_images(x: Array | np.ndarray, name: str = "images") -> None:
@@ -396,6 +402,12 @@ def inspect_images(x: Array | np.ndarray, name: str = "images") -> None:
   if x.ndim != 4 or 0 in x.shape:
     raise UserError(
       f"{name}: shape {x.shape}; allowed: [B, H, W, C], not empty"
+    )
+  if _channels_first(x.shape):
+    raise UserError(
+      f"{name}: shape {x.shape}, which looks like [B, C, H, W]; allowed:"
+      " [B, H, W, C]: images.transpose(0, 2, 3, 1), and for a network that takes"
+      " them otherwise lambda x: network(x.transpose(0, 3, 1, 2))"
     )
   # JAX has no floating point wider than float64.
   if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype.itemsize > 8:
@@ -559,16 +571,89 @@ def finite(name: str, tree: PyTree) -> None:
     )
 
 
+_EVALUATION = {
+  "train": False,
+  "training": False,
+  "is_training": False,
+  "deterministic": True,
+  "use_running_average": True,
+  "inference": True,
+}
+"""Arguments by which a network is told its mode, with those of evaluation."""
+
+
+def mode_arguments(function: Any, train: bool) -> dict[str, bool]:
+  """Returns the arguments that tell a function its mode, of those it takes.
+
+  Args:
+    function: A function, or an instance whose class has `__call__`.
+    train: Whether the mode is training.
+
+  Returns:
+    E.g. {"train": True}, or {"deterministic": False}.
+  """
+  if isinstance(function, nn.Module):
+    function = type(function).__call__
+  try:
+    parameters = inspect.signature(function).parameters
+  except (TypeError, ValueError):
+    return {}
+  return {
+    name: value != train
+    for name, value in _EVALUATION.items()
+    if name in parameters
+  }
+
+
+def kind(value: object) -> str:
+  """Says what a value is that is no function or network: its class."""
+  if isinstance(value, type):
+    return f"the class {value.__name__}, not an instance"
+  return type(value).__name__
+
+
+def _library(value: object) -> str:
+  """Names the library of a network's class or of a base of it."""
+  known = {"torch", "equinox", "flax", "haiku", "keras"}
+  for base in type(value).__mro__:
+    library, _, rest = base.__module__.partition(".")
+    if library in known:
+      return "flax.nnx" if (library, rest[:3]) == ("flax", "nnx") else library
+  return ""
+
+
+def refuse_torch(name: str, value: object) -> None:
+  """Refuses a PyTorch module, which JAX cannot differentiate."""
+  if _library(value) == "torch":
+    raise UserError(
+      f"{name}: a PyTorch {type(value).__name__}; allowed: what JAX can trace:"
+      " load its weights into a network here (interop.load_torch), or convert it"
+      " (torch2jax)"
+    )
+
+
 def module(value: object, name: str = "model") -> None:
-  """Checks that a value is a network, an instance of a flax.linen module."""
+  """Checks that a value is a network, an instance of a flax.linen module.
+
+  Raises:
+    UserError: Anything else; for a network of another kind with the remedy.
+  """
+  refuse_torch(name, value)
+  if not isinstance(value, nn.Module) and callable(value):
+    of = {"flax.nnx": "an nnx module ", "equinox": "an Equinox module "}
+    what = of.get(_library(value), "") + kind(value)
+    raise UserError(
+      f"{name}: {what}; allowed: a flax.linen module; model, variables ="
+      " models.adapt(network) makes one of a network of another kind, and"
+      " models.from_functions one of two functions"
+    )
   instance(name, value, nn.Module, "a flax.linen module, see models.create")
 
 
 def _made(model: nn.Module, shape: tuple[int, ...]) -> dict[str, Any]:
   """Shapes and dtypes of a network's variables, by their paths."""
   images = jax.ShapeDtypeStruct(shape, np.float32)
-  takes_train = "train" in inspect.signature(type(model).__call__).parameters
-  kwargs: dict[str, Any] = {"train": False} if takes_train else {}
+  kwargs: Any = mode_arguments(model, train=False)
   made = jax.eval_shape(
     lambda key, x: model.init(key, x, **kwargs), jax.random.key(0), images
   )
@@ -591,6 +676,12 @@ def _expected(model: nn.Module, shape: tuple[int, ...]) -> dict[str, Any]:
     raise
   except Exception as error:  # whatever a network raises
     reason = (str(error).strip() or repr(error)).splitlines()[0]
+    if isinstance(error, TypeError) and "argument" in reason:
+      raise UserError(
+        f"model: {reason}; allowed: __call__(images), with no other argument that"
+        f" is required but {' or '.join(_EVALUATION)}; models.adapt(model,"
+        " variables, call=...) calls it in another way"
+      ) from None
     raise UserError(
       f"model: {type(model).__name__} cannot take images of shape {shape}:"
       f" {reason}; allowed: images that the network is made for"
@@ -629,6 +720,8 @@ def variables(
     meta.unbox({k: v for k, v in variables.items() if k in collections}), name
   )
   what = f"the variables of {type(model).__name__} for images {list(one[1:])}"
+  if variables and not collections.intersection(variables):
+    what += ", {'params': params, ...} as model.init returns them"
   for path, wanted in expected.items():
     if path not in given:
       raise UserError(f"{name}: no {path}; allowed: {what}")

@@ -191,11 +191,13 @@ def _make_model(
     checks.choice("dtype", fields["dtype"], ("float32", "bfloat16"))
   if fields.get("normalization") == "dataset":
     fields = fields | {"mean": spec.mean, "std": spec.std}
+  # Learnt positions are those of square images.
+  fields = fields | {"image_size": spec.image_shape[0]}
   # A network ignores the fields that only others have.
   known = models.field_names(name)
   given = {key: value for key, value in fields.items() if key in known}
   with in_section("model"):
-    for field in fields.keys() - given.keys() - {"mean", "std"}:
+    for field in fields.keys() - given.keys() - {"mean", "std", "image_size"}:
       typed.check_value(field, _LEAF, fields[field])
     typed.check_values(models.MODELS[name], given, bits=False)
     model = models.create(name, num_classes=spec.num_classes, **given)
@@ -205,7 +207,7 @@ def _make_model(
 
 def _model_fields() -> set[str]:
   """Names of the fields that `config.model` may have."""
-  derived = {"num_classes", "mean", "std"}
+  derived = {"num_classes", "mean", "std", "image_size"}
   known = {
     field for name in models.MODELS for field in models.field_names(name)
   }

@@ -7,8 +7,10 @@ explains the networks of finished runs on their test images, and
   python -m atat_jax.explain --model resnet50 --weights resnet50.pth \\
     --images cat.jpg cup.jpg --labels 281 504 --out explained
 
-networks with weights from PyTorch on photographs. Arrays that are there already
-for the same networks, images and numbers are not computed again.
+networks with weights from PyTorch on photographs, or with --data cifar10 on the
+test images of a data set; --model can be left out, as the files show it. Arrays
+that are there already for the same networks, images and numbers are not computed
+again.
 """
 
 from atat_jax.process import commands
@@ -17,10 +19,12 @@ if __name__ == "__main__":
   commands.begin("stopped; the same command goes on from here")
 
 import argparse
+import ast
 import dataclasses
+import logging
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -55,7 +59,12 @@ from atat_jax.untrusted import regular
 _OF_FEW = "attention,rounds,landscape"
 # For photographs; Fig. 3 of the paper has epsilon 16/255.
 _PHOTOGRAPHS = {"epsilon": 16 / 255, "step_size": 2 / 255, "norm": "linf"}
+_DATA = {"epsilon": 8 / 255, "step_size": 2 / 255, "norm": "linf"}
 _ATTACK = tuple(_PHOTOGRAPHS)
+_LARGE = 100  # photographs this small are resized and not cropped
+
+# As a command this module is called __main__.
+_log = logging.getLogger("atat_jax.explain")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,18 +231,24 @@ def load_photographs(
   photographs: Sequence[str],
   labels: Sequence[int],
   *,
-  num_classes: int = 1000,
+  num_classes: int | None = None,
   class_names: str | None = None,
+  entry: str | None = None,
+  fields: Mapping[str, Any] | None = None,
 ) -> Subject:
   """Returns networks with weights from PyTorch, and photographs for them.
 
+  What was recognised in each file is written to the log.
+
   Args:
-    names: Names of `models.MODELS`, each once.
-    weights: A file for each, see `interop.load_torch`.
+    names: Names of `models.MODELS`, each once; empty: those of the files.
+    weights: A file for each, see `interop.load`.
     photographs: Files that Pillow can read.
     labels: The true class of each.
-    num_classes: Number of classes of all the networks.
+    num_classes: Number of classes of all the networks; None: the files'.
     class_names: A text file with a class name a line; None: numbers.
+    entry: Entry of the files to take; None: see `interop.read_state_dict`.
+    fields: Fields of the networks that the files do not show.
 
   Returns:
     The networks by their names.
@@ -242,56 +257,185 @@ def load_photographs(
     UserError: Names, files or labels that do not fit, by name.
   """
   checks.sequence("photographs", photographs, "files")
-  names = checks.names("model", names)
-  for name in names:
-    checks.choice("model", name, models.MODELS)
-  if len(set(names)) < len(names):
-    raise UserError(f"model: {' '.join(names)!r}; allowed: each network once")
-  checks.positive("num_classes", num_classes, integer=True)
-  for field, values, wanted, what in (
-    ("weights", weights, names, "network"),
-    ("labels", labels, photographs, "photograph"),
-  ):
-    checks.sequence(field, values, field, empty=True)
-    if len(values) != len(wanted):
-      raise UserError(
-        f"{field}: {len(values)}; allowed: {len(wanted)}, one for each {what}"
-      )
-  for label in labels:
-    checks.integer("labels", label, 0)
-    if label >= num_classes:
-      raise UserError(f"labels: {label}; allowed: 0 to {num_classes - 1}")
-  classes = _read_class_names(class_names, num_classes)
-  images = np.stack([read_photograph(path) for path in photographs])
-  networks = {}
-  for name, path in zip(names, weights, strict=True):
-    model = models.create(name, num_classes=num_classes)
-    networks[name] = (model, interop.load_torch(path, model))
+  paths = [locations.expand("images", path) for path in photographs]
+  given = _named(names, weights)
+  _check_labels(labels, len(photographs))
+  classes = None if class_names is None else _read_class_names(class_names)
+  known = _fields(fields)
+  if num_classes is not None:
+    checks.positive("num_classes", num_classes, integer=True)
+    known["num_classes"] = num_classes
+    _check_classes(labels, num_classes)
+    _check_class_names(classes, num_classes)
+  loaded = {
+    name: _recognized(name, path, entry=entry, **known)
+    for name, path in given.items()
+  }
+  models_: list[Any] = [network.model for network in loaded.values()]
+  (count,) = _only("num_classes", {model.num_classes for model in models_})
+  (side,) = _only("images", {x.image_side for x in loaded.values()})
+  _check_classes(labels, count)
+  _check_class_names(classes, count)
   return Subject(
     what="photographs",
-    networks=networks,
-    images=images,
+    networks=_networks(loaded),
+    images=_photographs(paths, side),
     labels=np.array(labels, np.int32),
-    class_names=classes,
+    class_names=classes or [f"class {number}" for number in range(count)],
     rows=[],
   )
 
 
-def _read_class_names(path: str | None, num_classes: int) -> Sequence[str]:
-  if path is None:
-    return [f"class {number}" for number in range(num_classes)]
+def load_weights(
+  names: Sequence[str],
+  weights: Sequence[str],
+  dataset: str,
+  *,
+  data_dir: str | None = None,
+  entry: str | None = None,
+  fields: Mapping[str, Any] | None = None,
+) -> Subject:
+  """Returns networks with weights from PyTorch, and test images of a data set.
+
+  Their clean accuracy is measured on some of the images (`interop.sanity`) and
+  written to the log.
+
+  Args:
+    names: Names of `models.MODELS`, each once; empty: those of the files.
+    weights: A file for each, see `interop.load`.
+    dataset: Name in `data.DATASETS`.
+    data_dir: Directory of the data; None: see `data.load`.
+    entry: Entry of the files to take; None: see `interop.read_state_dict`.
+    fields: Fields of the networks that the files do not show.
+
+  Returns:
+    The networks by their names.
+
+  Raises:
+    UserError: Names or files that do not fit, data that are not there, weights
+      that classify at chance.
+  """
+  given = _named(names, weights)
+  known = _fields(fields)
+  if entry is not None:
+    checks.instance("entry", entry, str, "the name of an entry of the files")
+  found = data.load(dataset, data_dir=data_dir, validation_size=1)
+  images, labels = found.test.images, found.test.labels
+  known["num_classes"] = found.spec.num_classes
+  loaded = {
+    name: _recognized(
+      name, path, entry=entry, images=images, labels=labels, **known
+    )
+    for name, path in given.items()
+  }
+  return Subject(
+    what=f"{found.spec.name} test images",
+    networks=_networks(loaded),
+    images=images,
+    labels=labels,
+    class_names=found.spec.class_names,
+    rows=[],
+  )
+
+
+def _fields(fields: Mapping[str, Any] | None) -> dict[str, Any]:
+  if fields is not None:
+    checks.instance("fields", fields, Mapping, "values of fields by name")
+  return dict(fields or {})
+
+
+def _named(names: Sequence[str], weights: Sequence[str]) -> dict[str, str]:
+  """Returns the file of each network; a file without a name has its own."""
+  names = checks.names("model", names, empty=True)
+  for name in names:
+    checks.choice("model", name, models.MODELS)
+  if len(set(names)) < len(names):
+    raise UserError(f"model: {' '.join(names)!r}; allowed: each network once")
+  checks.sequence("weights", weights, "files", empty=bool(names))
+  if names and len(weights) != len(names):
+    raise UserError(
+      f"weights: {len(weights)}; allowed: {len(names)}, one for each network"
+    )
+  paths = [locations.expand("weights", path) for path in weights]
+  given = dict(zip(names or map(str, paths), paths, strict=True))
+  if len(given) < len(paths):
+    raise UserError(
+      f"weights: {' '.join(map(str, paths))}; allowed: each file once"
+    )
+  return {name: str(path) for name, path in given.items()}
+
+
+def _recognized(name: str, path: str, **arguments: Any) -> interop.Loaded:
+  """Loads weights, says what they are, and checks the name if one was given."""
+  loaded = interop.load(path, **arguments)
+  if name != path and name != loaded.name:
+    raise UserError(
+      f"model: {name!r}; allowed: {loaded.name!r}, as {loaded.told}"
+    )
+  _log.info("%s", loaded.told)
+  return loaded
+
+
+def _networks(loaded: Mapping[str, interop.Loaded]) -> Networks:
+  """Returns networks by short names: their own, or those of the files."""
+  own = [network.name for network in loaded.values()]
+  if len(set(own)) < len(own):
+    paths = list(map(pathlib.Path, loaded))
+    short = _short_names(paths)
+    own = [short[path] for path in paths]
+  return {
+    name: (network.model, network.variables)
+    for name, network in zip(own, loaded.values(), strict=True)
+  }
+
+
+def _only(field: str, found: set[int]) -> set[int]:
+  """Checks that all networks of a command agree in a number."""
+  if len(found) > 1:
+    numbers = ", ".join(map(str, sorted(found)))
+    raise UserError(
+      f"{field}: {numbers} in the files; allowed: networks that agree"
+    )
+  return found
+
+
+def _photographs(paths: Sequence[pathlib.Path], side: int) -> np.ndarray:
+  """Reads photographs as squares of so many pixels a side."""
+  resize = side if side < _LARGE else round(side * 8 / 7)
+  return np.stack(
+    [read_photograph(path, resize=resize, crop=side) for path in paths]
+  )
+
+
+def _check_labels(labels: Sequence[int], number: int) -> None:
+  """Checks that there is a label, an integer >= 0, for each photograph."""
+  if len(checks.sequence("labels", labels, empty=True)) != number:
+    raise UserError(
+      f"labels: {len(labels)}; allowed: {number}, one for each photograph"
+    )
+  for label in labels:
+    checks.integer("labels", label, 0)
+
+
+def _check_classes(labels: Sequence[int], num_classes: int) -> None:
+  for label in labels:
+    if label >= num_classes:
+      raise UserError(f"labels: {label}; allowed: 0 to {num_classes - 1}")
+
+
+def _read_class_names(path: str) -> list[str]:
   try:
-    names = regular.read_text(
-      locations.expand("class_names", path)
-    ).splitlines()
+    return regular.read_text(locations.expand("class_names", path)).splitlines()
   except OSError as error:
     raise UserError(f"class_names: {path}: {error}") from None
-  if len(names) != num_classes:
+
+
+def _check_class_names(names: list[str] | None, num_classes: int) -> None:
+  if names is not None and len(names) != num_classes:
     raise UserError(
-      f"class_names: {len(names)} lines in {path}; allowed: {num_classes}, one"
-      " for each class"
+      f"class_names: {len(names)} lines; allowed: {num_classes}, one for each"
+      " class"
     )
-  return names
 
 
 # --- The page ----------------------------------------------------------------
@@ -369,6 +513,14 @@ def _number(text: str) -> float:
   return float(above) / float(below or 1)
 
 
+def _field(text: str) -> tuple[str, Any]:
+  name, _, value = text.partition("=")
+  try:
+    return name, ast.literal_eval(value)
+  except (ValueError, SyntaxError):
+    return name, value
+
+
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
   flags = argparse.ArgumentParser(
     prog="python -m atat_jax.explain",
@@ -378,8 +530,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
   _add_subject(flags)
   _add_numbers(flags)
   args = flags.parse_args(argv)
-  if bool(args.runs) == bool(args.model):
-    flags.error("name runs, or networks with --model and --weights")
+  if bool(args.runs) == bool(args.model or args.weights):
+    flags.error("name runs, or networks by --weights")
   args.runs = [locations.expand("runs", path) for path in args.runs]
   args.out = locations.expand("out", args.out)
   return args
@@ -394,9 +546,27 @@ def _add_subject(flags: argparse.ArgumentParser) -> None:
     help="directory for arrays, figures and page (%(default)s)",
   )
   add("--data-dir", help="directory of the data; default: the first run's")
-  add("--model", nargs="+", help="networks: " + ", ".join(models.MODELS))
+  add("--weights", nargs="+", default=[], help="files of PyTorch weights")
   add(
-    "--weights", nargs="+", default=[], help="a PyTorch file for each network"
+    "--model",
+    nargs="+",
+    default=[],
+    help="networks that the files must be of; default: as they show: "
+    + ", ".join(models.MODELS),
+  )
+  add("--entry", help="entry of the files to take, such as model_ema")
+  add(
+    "--field",
+    nargs="+",
+    default=[],
+    type=_field,
+    metavar="NAME=VALUE",
+    help="fields of the network that a file does not show",
+  )
+  add(
+    "--data",
+    help="data set whose test images are explained: "
+    + ", ".join(data.DATASETS),
   )
   add("--images", nargs="+", default=[], help="photographs")
   add(
@@ -409,8 +579,7 @@ def _add_subject(flags: argparse.ArgumentParser) -> None:
   add(
     "--num-classes",
     type=int,
-    default=1000,
-    help="number of classes (%(default)s)",
+    help="number of classes; default: as the weights have",
   )
   add("--class-names", help="text file with one class name a line")
   add(
@@ -427,7 +596,11 @@ def _add_numbers(flags: argparse.ArgumentParser) -> None:
   }
   add = flags.add_argument
   attack = "default: as the runs are evaluated; photographs:"
-  add("--epsilon", type=_number, help=f"radius, as in 8/255; {attack} 16/255")
+  add(
+    "--epsilon",
+    type=_number,
+    help=f"radius, as in 8/255; {attack} 16/255, --data: 8/255",
+  )
   add("--step-size", type=_number, help=f"length of a step; {attack} 2/255")
   add("--norm", help=f"norm: linf, l2 or l1; {attack} linf")
   add(
@@ -468,8 +641,9 @@ def _settings(args: argparse.Namespace) -> analyses.FigureSettings:
     attack = attack_of_runs(args.runs, attack)
   else:
     given = {k: v for k, v in attack.items() if v is not None}
-    attack = _PHOTOGRAPHS | given
-  every = ",".join(analyses.ANALYSES) if args.runs else _OF_FEW
+    attack = (_DATA if args.data else _PHOTOGRAPHS) | given
+  many = args.runs or args.data
+  every = ",".join(analyses.ANALYSES) if many else _OF_FEW
   optional = {
     "indices": tuple(range(min(2, len(args.images) or 2))),
     "rounds": analyses.FigureSettings.rounds,
@@ -512,6 +686,15 @@ def main(argv: Sequence[str] | None = None) -> None:
   settings = _settings(args)
   if args.runs:
     subject = load_runs(args.runs, args.data_dir)
+  elif args.data:
+    subject = load_weights(
+      args.model,
+      args.weights,
+      args.data,
+      data_dir=args.data_dir,
+      entry=args.entry,
+      fields=dict(args.field),
+    )
   else:
     subject = load_photographs(
       args.model,
@@ -520,6 +703,8 @@ def main(argv: Sequence[str] | None = None) -> None:
       args.labels,
       num_classes=args.num_classes,
       class_names=args.class_names,
+      entry=args.entry,
+      fields=dict(args.field),
     )
   analyses.check_images(settings, len(subject.labels))
   words = sys.argv[1:] if argv is None else argv

@@ -3,13 +3,14 @@
 from collections.abc import Callable, Sequence
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from atat_jax import checks
 from atat_jax.errors import UserError, shown
 from atat_jax.typing import PyTree
 
-SCHEDULES = ("constant", "piecewise", "cosine", "one_cycle")
+SCHEDULES = ("constant", "piecewise", "cosine", "one_cycle", "triangular")
 
 
 def _check_schedule(
@@ -36,9 +37,9 @@ def _check_schedule(
       f"warmup_fraction: {warmup_fraction}; allowed: less than the whole run of"
       f" {total_steps} steps for cosine"
     )
-  if name == "one_cycle" and not warmup_fraction:
+  if name in ("one_cycle", "triangular") and not warmup_fraction:
     raise UserError(
-      f"warmup_fraction: {warmup_fraction}; allowed: (0, 1) for one_cycle"
+      f"warmup_fraction: {warmup_fraction}; allowed: (0, 1) for {name}"
     )
 
 
@@ -61,7 +62,7 @@ def make_schedule(
       `factor`.
     factor: Factor of a piecewise schedule.
     warmup_fraction: Share of the steps in which the rate rises, linearly
-      (cosine) or as a cosine (one_cycle).
+      (cosine, triangular) or as a cosine (one_cycle).
 
   Returns:
     An optax schedule: step to learning rate.
@@ -90,9 +91,25 @@ def make_schedule(
       warmup_steps=round(warmup_fraction * total_steps),
       decay_steps=total_steps,
     )
+  if name == "triangular":
+    return _triangular(learning_rate, total_steps, warmup_fraction)
   return optax.cosine_onecycle_schedule(
     total_steps, learning_rate, pct_start=warmup_fraction
   )
+
+
+def _triangular(
+  peak: float, total_steps: int, warmup_fraction: float
+) -> optax.Schedule:
+  """Rises linearly from 0 to the peak, then falls linearly to 0."""
+  rise = warmup_fraction * total_steps
+
+  def schedule(step: jax.typing.ArrayLike) -> jax.Array:
+    step = jnp.clip(step, 0, total_steps)
+    fall = (total_steps - step) / (total_steps - rise)
+    return peak * jnp.minimum(step / rise, fall)
+
+  return schedule
 
 
 def decay_mask(params: PyTree) -> PyTree:

@@ -8,10 +8,12 @@ import time
 from collections.abc import Callable, Iterator
 
 import jax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from atat_jax import evaluate, report, sharding, train
 from atat_jax.config import make_plan
+from atat_jax.data import Dataset
 from atat_jax.errors import UserError
 from atat_jax.plan import Plan
 from atat_jax.process import stops
@@ -87,17 +89,9 @@ def _work(
   before = _shown(workdir)
   mesh = sharding.make_mesh()
   dataset = plan.data.load()
-  extra = None
   if mode in ("run", "train"):
-    extra = plan.data.open_extra()
-    train.check_sizes(plan, dataset, extra)
-    rehearsal.rehearse(plan, workdir, dataset, mesh)
+    _train(plan, workdir, dataset, mesh, check)
   check()
-  if mode in ("run", "train"):
-    # Writes the configuration with the first checkpoint, not before: a start
-    # that is refused or diverges must leave its values free to be changed.
-    train.train(plan, workdir, dataset, mesh, extra)
-    check()
   if jax.process_index() == 0:
     configuration.write(plan.record, workdir)
   if mode in ("run", "train"):
@@ -113,6 +107,26 @@ def _work(
     changed = _shown(workdir) != before
     _figures(workdir, redraw=changed or report.is_old(workdir))
     check()
+
+
+def _train(
+  plan: Plan,
+  workdir: pathlib.Path,
+  dataset: Dataset,
+  mesh: Mesh,
+  check: Callable[[], None],
+) -> None:
+  """Trains what is not trained yet."""
+  extra = plan.data.open_extra()
+  train.check_sizes(plan, dataset, extra)
+  with train.StepPrograms(plan, mesh) as step_programs:
+    # Compiles while the other programs are traced and the data are moved.
+    step_programs.compile(workdir, dataset)
+    rehearsal.rehearse(plan, workdir, dataset, mesh)
+    check()
+    # Writes the configuration with the first checkpoint, not before: a start
+    # that is refused or diverges must leave its values free to be changed.
+    train.train(plan, workdir, dataset, mesh, extra, step_programs)
 
 
 def _shown(workdir: pathlib.Path) -> dict[pathlib.Path, tuple[int, int]]:

@@ -89,6 +89,7 @@ class DataPlan:
     fields.check_values(type(self), vars(self), bits=False)
     data.check_name(self.name)
     checks.positive("validation_size", self.validation_size, integer=True)
+    checks.integer("size", self.size, 0, data.LARGEST_SIDE)
     largest = min(self.spec.image_shape[:2])
     if not 0 <= self.padding <= largest:
       raise UserError(
@@ -176,8 +177,8 @@ class StagePlan:
     learning_rate: Highest learning rate.
     boundaries: Schedule "piecewise": shares of the run at which the rate falls.
     factor: Schedule "piecewise": factor of each fall.
-    warmup_fraction: Schedules "cosine" and "one_cycle": share of the run in
-      which the rate rises.
+    warmup_fraction: Schedules "cosine", "one_cycle" and "triangular": share of
+      the run in which the rate rises.
     momentum: Momentum of SGD.
     nesterov: Whether the momentum is Nesterov's.
     weight_decay: Weight decay of the kernels.

@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import logging
+import os
 import signal
 from collections.abc import Callable
 
@@ -14,6 +15,12 @@ from atat_jax.process import stops
 from atat_jax.process.commands import plain_exits
 
 __all__ = ["plain_exits", "set_up"]
+
+DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
+"""Has XLA use no operation on a GPU that adds in an order of its own, and choose
+kernels by rules, not by which was the fastest when it was timed."""
+
+_log = logging.getLogger(__name__)
 
 
 def _preemption_notice() -> Callable[[], object]:
@@ -31,12 +38,14 @@ def _preemption_notice() -> Callable[[], object]:
   return functools.partial(notify, signal.SIGTERM)
 
 
-def set_up(*, distributed: bool) -> None:
+def set_up(*, distributed: bool, deterministic: bool = False) -> None:
   """Sets up the process of a command.
 
   Args:
     distributed: Whether to join the other processes of a TPU pod, a SLURM or
       an Open MPI job, as `jax.distributed.initialize` finds them.
+    deterministic: Whether the numbers of a GPU repeat (`DETERMINISTIC`). Before
+      JAX has been asked for a device.
   """
   log = logging.getLogger("atat_jax")
   log.setLevel(logging.INFO)
@@ -46,7 +55,12 @@ def set_up(*, distributed: bool) -> None:
   absl_logging.set_verbosity(absl_logging.FATAL)
   logging.getLogger("asyncio").setLevel(logging.CRITICAL)
   compilation.enable_persistent_cache()
+  if deterministic:
+    given = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{given} {DETERMINISTIC}".strip()
   if distributed:
     jax.distributed.initialize()
     stops.share_by(_preemption_notice())
+  if deterministic and (backend := jax.default_backend()) != "gpu":
+    _log.info("--deterministic: not needed on %s", backend.upper())
   stops.started()

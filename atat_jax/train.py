@@ -6,7 +6,7 @@ import logging
 import math
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,11 +24,12 @@ from atat_jax import (
   state,
   steps,
 )
+from atat_jax.compilation.ahead import Ahead, placed
 from atat_jax.data import Dataset, Extra, Split
 from atat_jax.errors import UserError, in_section
 from atat_jax.objectives import Batch, Outcome
 from atat_jax.plan import Plan, StagePlan
-from atat_jax.runs import configuration, overfitting
+from atat_jax.runs import configuration, files, overfitting
 from atat_jax.state import TrainState
 from atat_jax.training import averaging, gradients, loop, soundness
 from atat_jax.training.draws import BatchDraws
@@ -78,12 +79,125 @@ def check_sizes(
       )
 
 
+class _Made(NamedTuple):
+  """Functions of a stage that need no data."""
+
+  options: Options
+  schedule: optax.Schedule
+  optimizer: optax.GradientTransformation
+  bound: dict[str, Any]
+  step: steps.TrainStep
+
+
+class StepPrograms:
+  """Train steps of a run, compiled in threads before they are needed.
+
+  Args:
+    plan: Plan of the run.
+    mesh: The devices.
+  """
+
+  def __init__(self, plan: Plan, mesh: Mesh):
+    self._plan, self._mesh = plan, mesh
+    # Several processes might compile in different orders, and wait for another.
+    self._ahead = Ahead(enabled=jax.process_count() == 1)
+    self._made: dict[tuple[str, int], _Made] = {}
+
+  def __enter__(self) -> "StepPrograms":
+    """Returns itself."""
+    return self
+
+  def __exit__(self, *error: Any) -> None:
+    """Drops what no thread has begun; waits for nothing."""
+    self._ahead.close()
+
+  def make(self, stage: StagePlan, total: int) -> _Made:
+    """Makes the functions of a stage of so many steps, once."""
+    if (stage.name, total) not in self._made:
+      options = stage.make_options(total)
+      schedule, optimizer = stage.make_optimizer(total)
+      bound = bind(self._plan, stage, options, self._mesh)
+      step = steps.make_train_step(optimizer=optimizer, **bound)
+      made = _Made(options, schedule, optimizer, bound, step)
+      self._made[stage.name, total] = made
+    return self._made[stage.name, total]
+
+  def compile(self, workdir: pathlib.Path, dataset: Dataset) -> None:
+    """Begins to compile the steps of what is not trained yet.
+
+    Args:
+      workdir: Working directory of the run.
+      dataset: The data; used for their shapes.
+    """
+    for stage in self._plan.stages:
+      outline = make_outline(
+        self._plan, stage, workdir, len(dataset.train.labels)
+      )
+      last = outline.directory / files.CHECKPOINTS / str(outline.total)
+      if not last.is_dir():
+        lower = functools.partial(self._lower, stage, outline, dataset)
+        self._ahead.add(stage.name, lower)
+
+  def wait(self, stage: StagePlan) -> None:
+    """Waits for a stage's step, if a thread compiles it."""
+    self._ahead.wait(stage.name)
+
+  def _lower(
+    self, stage: StagePlan, outline: Outline, dataset: Dataset
+  ) -> Callable[[], object]:
+    """Traces a stage's step with the shapes of its arguments."""
+    made, objective = self.make(stage, outline.total), stage.objective
+    image = jax.ShapeDtypeStruct(
+      (1, *self._plan.data.spec.image_shape), jnp.float32
+    )
+    teacher = None
+    if self._plan.teacher is not None and objective.needs_teacher:
+      teacher = dict(
+        jax.eval_shape(self._plan.model.init, jax.random.key(0), image)
+      )
+    fresh = jax.eval_shape(
+      functools.partial(
+        state.build,
+        model=self._plan.model,
+        optimizer=made.optimizer,
+        metric_names=steps.metric_names(objective),
+        term_names=steps.term_names(objective),
+        averages=made.options.averages,
+        guarded=made.options.guards,
+      ),
+      jax.random.key(0),
+      image,
+      teacher if objective.starts_from_teacher else None,
+    )
+    current, teacher, images = jax.tree.map(
+      lambda x: placed(x, sharding.replicated(self._mesh)),
+      (fresh, teacher, dataset.train),
+    )
+    size, axis = outline.per_dispatch, int(outline.per_dispatch > 1)
+    lead = (size,) if axis else ()
+
+    def rows(like: Any, number: int) -> jax.ShapeDtypeStruct:
+      split = sharding.batch_sharding(self._mesh, number, axis=axis)
+      shape = (*lead, number, *like.shape[1:])
+      return jax.ShapeDtypeStruct(shape, like.dtype, sharding=split)
+
+    indices = rows(np.zeros(1, np.int32), stage.batch_size - stage.num_extra)
+    extra = None
+    if stage.num_extra:
+      extra = jax.tree.map(lambda x: rows(x, stage.num_extra), dataset.train)
+    count = np.int32(size) if axis else None
+    return made.step.ahead(  # type: ignore[attr-defined]
+      current, teacher, images, indices, extra, count
+    )
+
+
 def train(
   plan: Plan,
   workdir: pathlib.Path,
   dataset: Dataset,
   mesh: Mesh,
   extra: Extra | None = None,
+  step_programs: StepPrograms | None = None,
 ) -> None:
   """Trains what is not trained yet.
 
@@ -93,6 +207,7 @@ def train(
     dataset: The data.
     mesh: The devices.
     extra: Extra training images, or None.
+    step_programs: Train steps that are being compiled; None: none are.
 
   Raises:
     UserError: The teacher is missing or of another network.
@@ -100,8 +215,9 @@ def train(
       limit of it stops the training.
     Interrupted: Ctrl-C or SIGTERM; the state is saved.
   """
+  made = StepPrograms(plan, mesh) if step_programs is None else step_programs
   for stage in plan.stages:
-    _train_stage(plan, stage, workdir, dataset, mesh, extra)
+    _train_stage(plan, stage, workdir, dataset, mesh, extra, made)
 
 
 def _train_stage(
@@ -111,6 +227,7 @@ def _train_stage(
   dataset: Dataset,
   mesh: Mesh,
   extra: Extra | None,
+  step_programs: StepPrograms,
 ) -> None:
   """Trains one network from its last checkpoint to its last step."""
   teacher = restore_teacher(plan, stage, workdir)
@@ -127,7 +244,9 @@ def _train_stage(
         _log.info("%s: %s has all %d steps", name, outline.directory, total)
         return
       if prepared is None:
-        prepared = prepare(plan, stage, teacher, dataset, mesh, extra, outline)
+        prepared = prepare(
+          plan, stage, teacher, dataset, mesh, extra, outline, step_programs
+        )
       incidents = Incidents(
         outline.directory,
         name=name,
@@ -214,6 +333,7 @@ def prepare(
   mesh: Mesh,
   extra: Extra | None,
   outline: Outline,
+  step_programs: StepPrograms | None = None,
 ) -> Prepared:
   """Makes the state before the first step and the programs of a stage.
 
@@ -225,19 +345,25 @@ def prepare(
     mesh: The devices.
     extra: Extra training images, or None.
     outline: Outline of the stage.
+    step_programs: Train steps that are being compiled; None: none are.
   """
-  options = stage.make_options(outline.total)
-  schedule, optimizer = stage.make_optimizer(outline.total)
+  made = StepPrograms(plan, mesh) if step_programs is None else step_programs
+  functions = made.make(stage, outline.total)
+  options, schedule, optimizer, bound, train_step = functions
   initial = teacher if stage.objective.starts_from_teacher else None
-  bound = bind(plan, stage, options, mesh)
-  train_step = steps.make_train_step(optimizer=optimizer, **bound)
   statistics_pass = averaging.make_statistics_pass(**bound)
   teacher, images, validation_images = sharding.put_replicated(
     mesh, (teacher, dataset.train, dataset.validation)
   )
   draws = _make_draws(stage, len(images.labels), extra, mesh)
   take = functools.partial(
-    _take_steps, train_step, teacher, images, draws, outline.per_dispatch
+    _take_steps,
+    functools.partial(made.wait, stage),
+    train_step,
+    teacher,
+    images,
+    draws,
+    outline.per_dispatch,
   )
   draw_extra = functools.partial(draws.images, size=outline.per_dispatch)
   compare = _make_comparison(stage, bound, teacher, images, draws)
@@ -254,15 +380,24 @@ def prepare(
     ),
     before_saving=lambda: None,
   )
+  start = functools.partial(
+    _start, plan, stage, optimizer, options, initial, mesh
+  )
+  differentiate = _make_differentiation(bound, teacher, images, draws)
+  return Prepared(start, programs, draws, differentiate)
+
+
+def _make_differentiation(
+  bound: dict[str, Any],
+  teacher: Variables | None,
+  images: Split,
+  draws: BatchDraws,
+) -> Callable[..., tuple[Batch, PyTree, Outcome]]:
+  """Makes what differentiates the loss of one step, for its replay."""
   gradient_fn = compilation.jit(
     functools.partial(gradients.differentiate, **bound), once=True
   )
-  return Prepared(
-    functools.partial(_start, plan, stage, optimizer, options, initial, mesh),
-    programs,
-    draws,
-    functools.partial(_differentiate, gradient_fn, teacher, images, draws),
-  )
+  return functools.partial(_differentiate, gradient_fn, teacher, images, draws)
 
 
 def _make_draws(
@@ -366,6 +501,7 @@ def restore_teacher(
 
 
 def _take_steps(
+  wait: Callable[[], None],
   train_step: steps.TrainStep,
   teacher: Variables | None,
   images: Split,
@@ -378,6 +514,7 @@ def _take_steps(
   """Takes the steps of one dispatch, at most `size`; donates the state."""
   indices = draws.indices(numbers, size)
   count = None if size == 1 else np.int32(len(numbers))
+  wait()
   return train_step(current, teacher, images, indices, extra, count)
 
 

@@ -63,7 +63,8 @@ def _add_network_flags(parser: argparse.ArgumentParser) -> None:
     action="append",
     default=[],
     metavar="wrn-DEPTH-WIDTH",
-    help="network with random weights on random images, for smoke tests",
+    help="network with random weights on random images, for smoke tests; also"
+    " one of flax's own layers, such as resnet-20",
   )
   add("--data_dir", help="folder of the data; default: the run's")
   add(
@@ -84,7 +85,10 @@ def parser() -> argparse.ArgumentParser:
   add("--epsilon", type=number, help="default: 8/255, 0.5 (l2), 12 (l1)")
   which = made.add_mutually_exclusive_group()
   which.add_argument(
-    "--version", choices=["standard", "fast", "plus"], default="standard"
+    "--version",
+    choices=["standard", "fast", "quick", "plus"],
+    default="standard",
+    help="attacks; their numbers on our side, the original has its own",
   )
   which.add_argument(
     "--attacks",
@@ -237,10 +241,11 @@ class Twin:
   """
 
   def __init__(self, network: networks.Network, device: str, *, freeze: bool):
-    from benchmarks.support.pytorch import TorchWideResNet
+    from benchmarks.support import pytorch
 
     self.device = device
-    self.module = TorchWideResNet(network.model, network.variables).to(device)
+    module = pytorch.copy(network.model, network.variables)
+    self.module = module.to(device)
     if freeze:
       self.module.requires_grad_(False)
 

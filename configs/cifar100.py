@@ -24,7 +24,9 @@ def get_config(choice: str = "atat") -> ConfigDict:
   config.data.name = "cifar100"
   default.make_cifar(config)
   config.figures.indices = (1450, 7558)  # landscapes of the paper's Figure 1
-  config.evaluation.attacks = "nominal,fgsm,ifgsm20,pgd10,pgd20,pgd20-margin"
+  if config.recipe != "fast":
+    attacks = "nominal,fgsm,ifgsm20,pgd10,pgd20,pgd20-margin"
+    config.evaluation.attacks = attacks
   if config.recipe == "paper":
     # The natural network of the released code stopped at step 100,000.
     config.teacher.update(num_epochs=261, boundaries=(0.4, 0.6))

@@ -64,6 +64,7 @@ _SHARING = (
   "tests/reliability/test_kills.py",
   "tests/reliability/test_machines.py",
   "tests/run/test_interrupts.py",
+  "tests/run/test_attack_command.py",
 )
 # Those that take longest; no worker is left alone with one in the end.
 _FIRST = (

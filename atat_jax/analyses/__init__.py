@@ -5,6 +5,7 @@ for any networks. Adding one is a file beside this one, which says how its array
 are computed, drawn and put into a sentence, and a line in `ANALYSES`.
 """
 
+import dataclasses
 import pathlib
 from collections.abc import Iterable, Sequence
 
@@ -51,6 +52,7 @@ __all__ = [
   "check_images",
   "default_epsilons",
   "draw",
+  "for_images",
   "loss_curvature",
   "loss_landscape",
   "parse",
@@ -109,6 +111,30 @@ def check_images(settings: FigureSettings, count: int) -> None:
         f"indices: {last}; allowed: 0 to {count - 1}, there are {count} images;"
         " --config.figures.indices=0,1 takes the first two"
       )
+
+
+def for_images(settings: FigureSettings, count: int) -> FigureSettings:
+  """Returns settings for a test set that may lack the paper's images.
+
+  Args:
+    settings: Which analyses, of which images.
+    count: Number of images of the test set.
+
+  Returns:
+    The settings; landscapes around the first images rather than those of the
+    paper, which are the default, where the test set is smaller.
+
+  Raises:
+    UserError: An index of the user's own is too large.
+  """
+  checks.instance("settings", settings, FigureSettings, "FigureSettings")
+  checks.count("count", count)
+  paper = landscape.PAPER_INDICES
+  if settings.indices == paper and max(paper) >= count:
+    first = tuple(range(min(len(paper), count)))
+    settings = dataclasses.replace(settings, indices=first)
+  check_images(settings, count)
+  return settings
 
 
 def _check_inputs(

@@ -7,7 +7,7 @@ run of n steps needs n + 1 evaluations.
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from atat_jax import checks, losses
 from atat_jax.attacks import balls, base, search
 from atat_jax.attacks.search import Problem, SearchSettings
 from atat_jax.attacks.simplex import project_l1
+from atat_jax.attacks.targeting import Targeting, aiming
 from atat_jax.errors import UserError
 from atat_jax.typing import Array, Classifier
 
@@ -132,6 +133,11 @@ class APGD:
   @property
   def _radii(self) -> tuple[float, ...]:
     return _ENLARGED if self.enlarged else (1.0,)
+
+  @property
+  def beginning(self) -> "APGD":
+    """Search that begins alike: the same for every loss."""
+    return dataclasses.replace(self, loss="cross_entropy", eot_samples=1)
 
   def num_evaluations(self, num_steps: int) -> int:
     """Steps, and one evaluation of every part's starting point."""
@@ -375,6 +381,14 @@ class APGD:
     return search.select(~last & (within == steps), begun, moved)
 
 
+def _aims(
+  loss: str, targeting: str, norm: str, num_targets: int, num_classes: int
+) -> dict[str, Any]:
+  """Returns the arguments of `search.run` that depend on the kind of loss."""
+  aims = aiming(targeting, norm, num_targets, num_classes)
+  return aims if base.check_loss(loss, num_classes) else {"loss": loss}
+
+
 def apgd(
   key: Array,
   classifier: Classifier,
@@ -389,6 +403,7 @@ def apgd(
   num_restarts: int = 1,
   eot_samples: int = 1,
   enlarged: bool = False,
+  targeting: Targeting = "logits",
 ) -> Array:
   """Auto-PGD (Croce and Hein, 2020), which needs no step size.
 
@@ -405,6 +420,7 @@ def apgd(
     num_restarts: Number of runs (for each target).
     eot_samples: Gradients averaged at each point, for `Randomized` classifiers.
     enlarged: l1 only: whether the radius shrinks from three times epsilon.
+    targeting: Way to choose these classes, one of `targeting.TARGETINGS`.
 
   Returns:
     [B, H, W, C] in ball and box: misclassified if found, else of highest loss.
@@ -422,7 +438,6 @@ def apgd(
     num_restarts=num_restarts,
     eot_samples=eot_samples,
   )
-  targeted = base.check_loss(loss, num_classes)
   return search.run(
     key,
     classifier,
@@ -432,6 +447,5 @@ def apgd(
     epsilon=epsilon,
     num_steps=num_steps,
     num_restarts=num_restarts,
-    num_targets=min(num_targets, num_classes - 1) if targeted else 1,
-    loss="margin" if targeted else loss,
+    **_aims(loss, targeting, norm, num_targets, num_classes),
   )

@@ -14,6 +14,9 @@ from jax import lax
 from atat_jax.attacks.simplex import project_l1
 from atat_jax.typing import Array, Scalar
 
+DUAL = {"linf": "l1", "l2": "l2", "l1": "linf"}
+"""Norm to the one that says how much a step of length 1 can gain at most."""
+
 _SMALLEST = 1e-12
 """Length below which an example is enlarged before it is scaled to length 1."""
 

@@ -8,10 +8,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 
 from atat_jax import checks, losses
-from atat_jax.attacks import balls, classifiers, nonfinite
+from atat_jax.attacks import balls, classifiers, convolutions, nonfinite
 from atat_jax.attacks.classifiers import Randomized, as_pytree
 from atat_jax.errors import UserError
 from atat_jax.typing import Array, Classifier
@@ -48,7 +47,7 @@ def norms(attack: Callable[..., Any]) -> tuple[str, ...]:
   return tuple(balls.BALLS)
 
 
-def apply(classifier: Classifier, key: Array, images: Array) -> Array:
+def score(classifier: Classifier, key: Array, images: Array) -> Array:
   """Computes logits [B, K]; a `Randomized` classifier draws from `key`.
 
   Logits of 16 bits become float32, as losses and comparisons need more.
@@ -62,6 +61,14 @@ def apply(classifier: Classifier, key: Array, images: Array) -> Array:
     logits = classifier(images)
   classifiers.check_logits(logits, images.shape[0])
   return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+
+
+def apply(classifier: Classifier, key: Array, images: Array) -> Array:
+  """Computes `score` in the form that is fast inside an attack.
+
+  The two are equal up to rounding, see `convolutions`.
+  """
+  return convolutions.fast(lambda x: score(classifier, key, x))(images)
 
 
 class Evaluation(NamedTuple):
@@ -163,11 +170,6 @@ def check_arguments(
       checks.number(name, value, 0, LARGEST_LENGTH, above=True)
     else:
       checks.integer(name, value, 1, MOST_STEPS)
-  if isinstance(classifier, nn.Module) and classifier.scope is None:
-    raise UserError(
-      f"classifier: a {type(classifier).__name__} without its variables;"
-      " allowed: models.classifier(model, variables)"
-    )
   classifier = as_pytree(classifier)
   images = checks.images(images)
   # Balls and perturbations are too coarse in 16 bits.

@@ -5,8 +5,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
+from flax import nnx
 
-from atat_jax import compilation
+from atat_jax import checks, compilation
 from atat_jax.compilation import captures
 from atat_jax.errors import UserError
 from atat_jax.typing import Array, Classifier
@@ -51,18 +53,36 @@ def as_pytree(classifier: Classifier) -> Classifier:
   function = classifier
   if isinstance(classifier, Randomized):
     function = classifier.function
+  checks.refuse_torch("classifier", function)
   if not callable(function) or isinstance(function, type):
     raise UserError(
-      f"classifier: {_kind(function)}; allowed: a callable from images"
+      f"classifier: {checks.kind(function)}; allowed: a callable from images"
       " [B, H, W, C] to logits [B, K]"
     )
+  if isinstance(function, nn.Module) and function.scope is None:
+    raise UserError(
+      f"classifier: a {type(function).__name__} without its variables;"
+      " allowed: models.classifier(model, variables)"
+    )
+  if isinstance(function, nnx.Module):
+    _check_mode(function)
   return captures.argument(classifier, _check_result)
 
 
-def _kind(value: Any) -> str:
-  if isinstance(value, type):
-    return f"the class {value.__name__}, not an instance"
-  return type(value).__name__
+def _check_mode(network: nnx.Module) -> None:
+  """Refuses an nnx network that normalises by the batch or drops units."""
+  for path, module in nnx.iter_modules(network):
+    rates = (getattr(module, name, 0) for name in ("rate", "dropout_rate"))
+    drops = any(isinstance(rate, float) and rate > 0 for rate in rates)
+    if getattr(module, "use_running_average", None) is False or (
+      drops and getattr(module, "deterministic", None) is False
+    ):
+      where = "/".join(map(str, path)) or "itself"
+      raise UserError(
+        f"classifier: a {type(network).__name__} in training mode, see its"
+        f" {type(module).__name__} {where}; allowed: an nnx network in evaluation"
+        " mode, network.eval()"
+      )
 
 
 def check_logits(logits: Any, num_images: int) -> None:
@@ -79,7 +99,8 @@ def check_logits(logits: Any, num_images: int) -> None:
   if not (hasattr(logits, "shape") and hasattr(logits, "dtype")):
     raise UserError(
       f"classifier: returns a {type(logits).__name__}; allowed: one array of"
-      f" logits [{num_images}, K]"
+      f" logits [{num_images}, K], taken out of what is returned beside it by a"
+      " function, such as lambda images: network(images)[0]"
     )
   shape = tuple(logits.shape)
   if len(shape) != 2 or shape[0] != num_images or shape[1] < 2:

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 
 from atat_jax import checks, compilation, losses, rng, sharding
 from atat_jax.attacks import base, nonfinite
+from atat_jax.compilation.ahead import Ahead
 from atat_jax.data import batches
 from atat_jax.runs import wording
 from atat_jax.typing import Array, Classifier
@@ -114,19 +115,42 @@ def _undecided(found: Diagnostic, unusable: int, count: int) -> Diagnostic:
 Predict = Callable[[np.ndarray, int, Array], np.ndarray]
 """Function (images [N, H, W, C], batch size, key) to logits [N, K]."""
 
-_jitted_logits = compilation.jit(base.apply)
+_jitted_logits = compilation.jit(base.score)
 
 
 class Scorer:
-  """Logits of any number of images, in batches of one size: a `Predict`."""
+  """Logits of any number of images, in batches of one size: a `Predict`.
 
-  def __init__(self, classifier: Classifier, mesh: Mesh):
+  Args:
+    classifier: Callable from images to logits, on the devices.
+    mesh: The devices.
+    ahead: Programs that are compiled in threads.
+  """
+
+  def __init__(
+    self, classifier: Classifier, mesh: Mesh, ahead: Ahead | None = None
+  ):
     self._classifier, self._mesh = classifier, mesh
+    self._ahead = Ahead(enabled=False) if ahead is None else ahead
+
+  def prepare(self, images: np.ndarray, batch_size: int, key: Array) -> None:
+    """Has the program for batches of a size compiled in a thread."""
+    first = np.zeros((batch_size, *images.shape[1:]), images.dtype)
+    arguments = (
+      self._classifier,
+      jax.random.fold_in(sharding.put_replicated(self._mesh, key), 0),
+      sharding.put_batch(self._mesh, first),
+    )
+    self._ahead.add(
+      ("logits", batch_size),
+      lambda: _jitted_logits.ahead(*arguments),  # type: ignore[attr-defined]
+    )
 
   def __call__(
     self, images: np.ndarray, batch_size: int, key: Array
   ) -> np.ndarray:
     """Maps (images [N, H, W, C], batch size, key) to logits [N, K]."""
+    self._ahead.wait(("logits", batch_size))
     return batches.map_batches(
       functools.partial(
         self._logits, sharding.put_replicated(self._mesh, key), batch_size
@@ -316,6 +340,34 @@ def _sight(
 _jitted_sight = compilation.jit(_sight, static_argnames="names")
 
 
+def prepare_looks(
+  ahead: Ahead,
+  classifier: Classifier,
+  images: np.ndarray,
+  labels: np.ndarray,
+  attack_losses: Sequence[str],
+) -> None:
+  """Has the program of `diagnose_classifier` compiled in a thread.
+
+  Args:
+    ahead: The threads; the program's name is "gradients".
+    classifier: Callable from images to logits.
+    images: Images of a batch [B, H, W, C].
+    labels: True classes, int32 [B].
+    attack_losses: Losses that attacks will increase.
+  """
+  names = _loss_names(attack_losses)
+  ahead.add(
+    "gradients",
+    lambda: _jitted_sight.ahead(classifier, images, labels, names=names),  # type: ignore[attr-defined]
+  )
+
+
+def _loss_names(attack_losses: Sequence[str]) -> tuple[str, ...]:
+  # The margin's own check is `zero_gradients`.
+  return tuple(dict.fromkeys(("margin", *attack_losses)))
+
+
 def _look(
   key: Array,
   classifier: Classifier,
@@ -328,7 +380,7 @@ def _look(
   """Looks at the gradients of losses where gradient attacks start."""
   noise = jax.random.uniform(key, images.shape, images.dtype, -radius, radius)
   # On the host: the classifier may lie on the devices of several processes.
-  start = np.asarray(jnp.clip(images + noise, 0.0, 1.0))
+  start = np.clip(np.asarray(images) + np.asarray(noise), 0.0, 1.0)
   sight = _jitted_sight(classifier, start, labels, names=names)
   return _Sight(*map(np.asarray, sight))  # type: ignore[arg-type]
 
@@ -667,8 +719,7 @@ def diagnose_classifier(
     predict(first, batch_size, rng.stream(key, "looks", number))
     for number in range(5)
   ]
-  # The margin's own check is `zero_gradients`.
-  names = tuple(dict.fromkeys(("margin", *attack_losses)))
+  names = _loss_names(attack_losses)
   sight = _look(
     rng.stream(key, "gradients"),
     classifier,

@@ -16,7 +16,7 @@ from atat_jax import checks
 from atat_jax.attacks import balls, base, hyperplane, nonfinite, search
 from atat_jax.attacks.nonfinite import Counts
 from atat_jax.attacks.search import Problem, SearchSettings
-from atat_jax.errors import UserError
+from atat_jax.attacks.targeting import Targeting, aiming
 from atat_jax.typing import Array, Classifier
 
 ALPHA_MAX = 0.1
@@ -49,9 +49,6 @@ class FABState(NamedTuple):
   fooled: Array
   bad_points: Array
   bad_gradients: Array
-
-
-_DUAL = {"linf": "l1", "l2": "l2", "l1": "linf"}
 
 
 def _into_ball(norm: str, x: Array, images: Array, epsilon: Array) -> Array:
@@ -93,6 +90,11 @@ class FAB:
   def __post_init__(self) -> None:
     """Refuses anything but True and False."""
     checks.boolean("targeted", self.targeted)
+
+  @property
+  def beginning(self) -> "FAB":
+    """Search that begins alike, whatever it aims at."""
+    return dataclasses.replace(self, targeted=True)
 
   def num_evaluations(self, num_steps: int) -> int:
     """Number of steps, each of which evaluates two points."""
@@ -152,7 +154,7 @@ class FAB:
       )
       new = nonfinite.count(usable, gradient)
       value, gradient = _in_range(values[:, k], nonfinite.clean(gradient))
-      size = balls.length(_DUAL[self.norm], gradient) + 1e-12
+      size = balls.length(balls.DUAL[self.norm], gradient) + 1e-12
       distance = jnp.where(labels == k, jnp.inf, jnp.abs(value) / size)
       better = distance < nearest
       return (
@@ -239,6 +241,7 @@ def fab(
   num_targets: int = 9,
   num_restarts: int = 1,
   targeted: bool = True,
+  targeting: Targeting = "logits",
 ) -> Array:
   """Fast adaptive boundary attack (Croce and Hein, 2020), by default FAB-T.
 
@@ -256,6 +259,7 @@ def fab(
     num_restarts: Number of runs (for each target).
     targeted: Whether to aim at these classes, or at the closest boundary of
       all, which costs a backward pass per class.
+    targeting: Way to choose these classes, one of `targeting.TARGETINGS`.
 
   Returns:
     [B, H, W, C] in the ball and in [0, 1]; if no misclassified point was found
@@ -273,8 +277,7 @@ def fab(
     num_targets=num_targets,
     num_restarts=num_restarts,
   )
-  if num_classes < 2:
-    raise UserError(f"classifier: {num_classes} class; allowed: at least 2")
+  aims = aiming(targeting, norm, num_targets, num_classes)
   return search.run(
     key,
     classifier,
@@ -284,5 +287,5 @@ def fab(
     epsilon=epsilon,
     num_steps=num_steps,
     num_restarts=num_restarts,
-    num_targets=min(num_targets, num_classes - 1) if targeted else 1,
+    **(aims if targeted else {}),
   )

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from atat_jax import checks, compilation, losses, rng
@@ -220,6 +221,22 @@ class _PGDNumbers(NamedTuple):
   momentum: Any
   """None if there is none: a plain gradient needs no sum."""
 
+  def arrays(self, dtype: Any) -> "_PGDNumbers":
+    """Returns the numbers as arrays; those of the host stay there."""
+    return _PGDNumbers(
+      _as_array(self.epsilon, dtype),
+      _as_array(self.step_size, dtype),
+      _as_array(self.num_steps, np.int32),
+      _as_array(self.random_start, bool),
+      None if self.momentum is None else _as_array(self.momentum, dtype),
+    )
+
+
+def _as_array(value: Any, dtype: Any) -> Any:
+  """Converts a number; JAX would compile a program to convert one of Python."""
+  on_device = isinstance(value, jax.Array)
+  return jnp.asarray(value, dtype) if on_device else np.asarray(value, dtype)
+
 
 @dataclasses.dataclass(frozen=True)
 class _PGDOptions:
@@ -233,14 +250,60 @@ class _PGDOptions:
   targeted: bool = False
 
   @property
+  def num_runs(self) -> int:
+    """Number of runs on each example."""
+    return self.num_restarts * self.num_targets
+
+  @property
   def several_targets(self) -> bool:
     """Whether the loss aims at one class after the other."""
     return self.loss in losses.TARGETED_LOSSES
 
 
+def _start(
+  key: Array,
+  images: Array,
+  epsilon: Array,
+  random: Array | bool,
+  run: Array | int,
+  *,
+  norm: str,
+) -> Array:
+  """First iterate of a run."""
+  return lax.cond(
+    random,
+    lambda: random_start(
+      rng.stream(key, "start", run), images, epsilon=epsilon, norm=norm
+    ),
+    lambda: images,
+  )
+
+
+# The generator's many integer operations take XLA:CPU longer to optimise than a
+# small network: they are a program of their own, which FGSM does without. The
+# uniform numbers of linf are the same however much they are optimised.
+_jitted_starts = {
+  light: compilation.jit(_start, light=light, static_argnames="norm")
+  for light in (False, True)
+}
+
+
+def _first_start(
+  key: Array, images: Array, numbers: _PGDNumbers, norm: str
+) -> Array:
+  """First iterate of the first run; without a random start, no program."""
+  random = numbers.random_start
+  if not isinstance(random, jax.Array) and not random:
+    return images
+  return _jitted_starts[norm == "linf"](
+    key, images, numbers.epsilon, random, np.int32(0), norm=norm
+  )
+
+
 def _attempt(
   key: Array,
   classifier: Classifier,
+  start: Array | None,
   images: Array,
   labels: Array,
   numbers: _PGDNumbers,
@@ -258,17 +321,15 @@ def _attempt(
     now, later = jax.random.split(state)
     return base.apply(classifier, now, x), later
 
-  # FGSM is so short that drawing a start it does not use would show.
-  start = lax.cond(
-    numbers.random_start,
-    lambda: random_start(
-      rng.stream(key, "start", run),
+  if start is None:
+    start = _start(
+      key,
       images,
-      epsilon=numbers.epsilon,
+      numbers.epsilon,
+      numbers.random_start,
+      run,
       norm=options.norm,
-    ),
-    lambda: images,
-  )
+    )
   targets = None
   if ranked is not None:
     targets = jnp.take(ranked, run // options.num_restarts, axis=1)
@@ -295,22 +356,34 @@ def _attempt(
 def _pgd(
   key: Array,
   classifier: Classifier,
+  start: Array | None,
   images: Array,
   labels: Array,
   numbers: _PGDNumbers,
   *,
   options: _PGDOptions,
 ) -> tuple[Array, Counts]:
-  """Makes all runs and keeps each example's strongest."""
+  """Makes all runs and keeps each example's strongest.
+
+  The start of a single run is given; those of several (None) are drawn here.
+  """
   noise_key = rng.stream(key, "noise")
   ranked = None
   if options.several_targets:
     clean = base.apply(classifier, rng.stream(noise_key, "clean"), images)
     ranked = search.ranked(clean, labels)
   attempt = functools.partial(
-    _attempt, key, classifier, images, labels, numbers, options, ranked=ranked
+    _attempt,
+    key,
+    classifier,
+    start,
+    images,
+    labels,
+    numbers,
+    options,
+    ranked=ranked,
   )
-  num_runs = options.num_restarts * options.num_targets
+  num_runs = options.num_runs
   if num_runs == 1:
     images_adv, counts = attempt(run=0)
     return images_adv, nonfinite.total(counts)
@@ -368,23 +441,19 @@ def _checked_pgd(
   use_momentum = not isinstance(momentum, int | float) or momentum > 0
   num_targets = min(options.num_targets, num_classes - 1)
   base.check_runs(options.num_restarts, num_targets)
+  options = dataclasses.replace(
+    options,
+    num_targets=num_targets if several_targets else 1,
+    targeted=targets is not None,
+  )
+  numbers = numbers._replace(momentum=momentum if use_momentum else None)
+  numbers = numbers.arrays(images.dtype)
+  start = None
+  if options.num_runs == 1:
+    start = _first_start(key, images, numbers, options.norm)
+    numbers = numbers._replace(random_start=None)  # no part of the program
   images_adv, counts = _jitted(
-    key,
-    classifier,
-    images,
-    labels,
-    _PGDNumbers(
-      jnp.asarray(numbers.epsilon, images.dtype),
-      jnp.asarray(numbers.step_size, images.dtype),
-      jnp.asarray(numbers.num_steps, jnp.int32),
-      jnp.asarray(numbers.random_start, bool),
-      jnp.asarray(momentum, images.dtype) if use_momentum else None,
-    ),
-    options=dataclasses.replace(
-      options,
-      num_targets=num_targets if several_targets else 1,
-      targeted=targets is not None,
-    ),
+    key, classifier, start, images, labels, numbers, options=options
   )
   nonfinite.report(name, *counts)
   return images_adv

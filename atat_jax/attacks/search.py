@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from atat_jax import checks, compilation, losses, rng
-from atat_jax.attacks import base, nonfinite
+from atat_jax.attacks import base, nonfinite, targeting
 from atat_jax.attacks.nonfinite import Counts
 from atat_jax.typing import Array, Classifier
 
@@ -297,6 +297,22 @@ def strongest(
   return best.images, best.counts
 
 
+def _targets(
+  key: Array,
+  classifier: Classifier,
+  images: Array,
+  labels: Array,
+  logits: Array,
+  malt: str | None,
+) -> Array:
+  """Ranks the classes to aim at by the logits, or by MALT with a norm."""
+  targets = ranked(logits, labels)
+  if malt is None:
+    return targets
+  key = rng.stream(key, "targets")
+  return targeting.malt(classifier, key, images, labels, targets, norm=malt)
+
+
 def _run(
   key: Array,
   classifier: Classifier,
@@ -309,6 +325,7 @@ def _run(
   *,
   search: Search[Any],
   loss: str,
+  malt: str | None,
 ) -> tuple[Array, Counts]:
   """Makes all runs of an attack, one after the other."""
   batch = jnp.arange(images.shape[0], dtype=jnp.int32)
@@ -319,7 +336,7 @@ def _run(
     return logits, losses.ATTACK_LOSSES[loss](logits, labels)
 
   logits, value = score(images, 0)
-  targets = ranked(logits, labels)
+  targets = _targets(noise_key, classifier, images, labels, logits, malt)
 
   def attempt(run: Array, fooled: Array) -> Attempt:
     problem = make_problem(
@@ -351,12 +368,12 @@ def _run(
 
   # An image that is misclassified without any attack stays as it is.
   none = nonfinite.zeros(labels.shape)
-  clean = judged(images, logits, value, logits.argmax(-1) != labels, none)
+  first = judged(images, logits, value, logits.argmax(-1) != labels, none)
   num_runs = num_targets * num_restarts
-  return strongest(attempt, clean, runs=(0, num_runs), stop_when_fooled=True)
+  return strongest(attempt, first, runs=(0, num_runs), stop_when_fooled=True)
 
 
-_jitted = compilation.jit(_run, static_argnames=("search", "loss"))
+_jitted = compilation.jit(_run, static_argnames=("search", "loss", "malt"))
 
 
 def run(
@@ -371,6 +388,7 @@ def run(
   num_restarts: int = 1,
   num_targets: int = 1,
   loss: str = "margin",
+  malt: str | None = None,
 ) -> Array:
   """Makes all runs of an attack on a batch checked by `base.check_arguments`.
 
@@ -386,6 +404,8 @@ def run(
     num_targets: Number of classes aimed at: those of the highest logits on the
       clean image, the true one excepted. 1 for untargeted attacks.
     loss: Loss by which failed attempts are compared.
+    malt: Norm by which `targeting.malt` chooses these classes; None: it does
+      not.
 
   Returns:
     [B, H, W, C]: the first misclassified point found for an example, else the
@@ -408,6 +428,7 @@ def run(
     jnp.asarray(num_targets, jnp.int32),
     search=search,
     loss=loss,
+    malt=malt,
   )
   nonfinite.report(type(search).__name__.lower(), *counts)
   return adversarial

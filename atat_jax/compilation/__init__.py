@@ -8,46 +8,67 @@ out where the installed jaxlib does not know it. Other backends get no options.
 
 import functools
 import inspect
-import os
 from collections.abc import Callable
 from typing import Any
 
 import jax
 
 from atat_jax.compilation import captures
+from atat_jax.compilation.cache import (
+  disable_persistent_cache,
+  enable_by_default,
+  enable_persistent_cache,
+)
 from atat_jax.compilation.captures import Opaque
 from atat_jax.compilation.fingerprints import Keyed, keyed
-from atat_jax.runs import locations
+
+__all__ = [
+  "compiler_options",
+  "disable_persistent_cache",
+  "enable_persistent_cache",
+  "hashable",
+  "jit",
+  "unwrap",
+]
 
 _FAST = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
 _ONCE = {"xla_backend_optimization_level": 0}
+_LIGHT = {**_FAST, "xla_backend_optimization_level": 1}
 
 
-def _known(options: dict[str, Any]) -> bool:
-  def probe(x: jax.Array) -> jax.Array:
-    return x + 1
+@functools.cache
+def _is_known(option: str, value: Any) -> bool:
+  """Whether the installed jaxlib knows an option of the compiler."""
+
+  def probe() -> None:
+    pass
 
   try:
-    jax.jit(probe, compiler_options=options).lower(0).compile()
+    jax.jit(probe, compiler_options={option: value}).lower().compile()
   except jax.errors.JaxRuntimeError:  # "No such compile option"
     return False
   return True
 
 
 @functools.cache
-def compiler_options(*, once: bool = False) -> dict[str, Any]:
+def compiler_options(
+  *, once: bool = False, light: bool = False
+) -> dict[str, Any]:
   """Returns the compiler options for the default backend, {} if none apply.
 
   Args:
     once: Whether the program runs once, so that it should compile fast rather
       than run fast.
+    light: Whether the program is a small part of the work, so that less time
+      is spent on its optimisation.
 
   Returns:
     Compiler options for `jax.jit`.
   """
-  options = _ONCE if once else _FAST
-  applies = jax.default_backend() == "cpu" and _known(options)
-  return dict(options) if applies else {}
+  options = _ONCE if once else _LIGHT if light else _FAST
+  if jax.default_backend() != "cpu":
+    return {}
+  return {name: x for name, x in options.items() if _is_known(name, x)}
 
 
 def _names(given: Any, parameters: list[str]) -> set[str]:
@@ -61,8 +82,10 @@ def _names(given: Any, parameters: list[str]) -> set[str]:
 class _Jitted:
   """Parameters of a function, by which `jit` can trace a call of it anew."""
 
-  def __init__(self, function: Callable[..., Any], once: bool, kwargs: Any):
-    self._function, self._once = function, once
+  def __init__(
+    self, function: Callable[..., Any], effort: dict[str, bool], kwargs: Any
+  ):
+    self._function, self._effort = function, effort
     self._signature = inspect.signature(function)
     parameters = list(self._signature.parameters)
     self._static = _names(kwargs.get("static_argnames"), parameters)
@@ -110,11 +133,27 @@ class _Jitted:
 
   def anew(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Calls the function, traced anew."""
+    enable_by_default()
     function, given, name = self._split(args, kwargs)
-    options = compiler_options(once=self._once)
+    options = compiler_options(**self._effort)
     return captures.call(
       function, given, self._donated, name=name, options=options
     )
+
+  def ahead(
+    self, outermost: Callable[[], Any], *args: Any, **kwargs: Any
+  ) -> Callable[[], Any]:
+    """Traces a call and lowers it; returns what compiles it."""
+    args, kwargs, opaque = self.prepare(args, kwargs)
+    if not opaque:
+      return outermost().lower(*args, **kwargs).compile
+    enable_by_default()
+    function, given, name = self._split(args, kwargs)
+    options = compiler_options(**self._effort)
+    lowered = captures.lower(
+      function, given, self._donated, name=name, options=options
+    )
+    return lowered.compile
 
   def shapes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Returns the shapes of the function's result, traced anew."""
@@ -123,7 +162,11 @@ class _Jitted:
 
 
 def jit(
-  function: Callable[..., Any], *, once: bool = False, **kwargs: Any
+  function: Callable[..., Any],
+  *,
+  once: bool = False,
+  light: bool = False,
+  **kwargs: Any,
 ) -> Callable[..., Any]:
   """Applies `jax.jit` with `compiler_options()`; nests in transformations.
 
@@ -138,18 +181,24 @@ def jit(
   Args:
     function: A pure function.
     once: Whether the program runs once, see `compiler_options`.
+    light: Whether it is a small part of the work.
     **kwargs: Arguments of `jax.jit`.
 
   Returns:
     The compiled function; `.lower` and `.eval_shape` are those of `jax.jit`.
+    `.ahead` takes the arguments of a call to come, or their shapes and
+    shardings, traces it, and returns what compiles it; this may run in another
+    thread, and the call then finds the program.
   """
   nested = jax.jit(function, **kwargs)
-  jitted = _Jitted(function, once, kwargs)
+  effort = {name: True for name, x in (("once", once), ("light", light)) if x}
+  jitted = _Jitted(function, effort, kwargs)
 
   @functools.cache
   def outermost() -> Callable[..., Any]:
     # Asking for the backend starts it, so that this waits for the first call.
-    options = compiler_options(once=once)
+    options = compiler_options(**effort)
+    enable_by_default()
     return jax.jit(function, compiler_options=options, **kwargs)
 
   @functools.wraps(function)
@@ -170,6 +219,7 @@ def jit(
   # Gives access to the program, and to its compilation time, as in jax.jit.
   call.lower = lambda *args, **kw: outermost().lower(*args, **kw)  # type: ignore[attr-defined]
   call.eval_shape = eval_shape  # type: ignore[attr-defined]
+  call.ahead = functools.partial(jitted.ahead, outermost)  # type: ignore[attr-defined]
   return call
 
 
@@ -185,17 +235,3 @@ def hashable(value: Any) -> Any:
 def unwrap(value: Any) -> Any:
   """Undoes `hashable`, and what `jit` does to a static callable."""
   return value.value if isinstance(value, Opaque | Keyed) else value
-
-
-def enable_persistent_cache() -> None:
-  """Keeps compiled programs in the user's cache directory between runs.
-
-  JAX by default keeps only programs that take over a second to compile; here
-  all are kept, so that the second start of a command compiles nothing.
-  `JAX_COMPILATION_CACHE_DIR` is respected where it is set. Without a folder that
-  can be written nothing is kept, which is told.
-  """
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-  if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-    path = locations.cache("compiled")
-    jax.config.update("jax_compilation_cache_dir", path and str(path))

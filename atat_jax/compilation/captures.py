@@ -11,6 +11,7 @@ is kept once the call is over.
 import contextlib
 import dataclasses
 import random
+import traceback
 import weakref
 from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from typing import Any
@@ -112,6 +113,8 @@ class _Session:
     key = tree, tuple(map(programs.signature, flat))
     if key not in self._forward:
       self._forward[key] = self._trace(avals)
+    if self._forward[key] is None:
+      return self.combine(leaves)(*args)
     jaxpr, consts, out_tree = self._forward[key]
     out = core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, consts))(
       *jax.tree.leaves((list(leaves), args))
@@ -131,6 +134,8 @@ class _Session:
       raise UserError(reason(error)) from error
     if self._check is not None:
       self._check(avals[1], shapes)
+    if programs.has_open_rules(closed):
+      return None  # to be called in the trace that differentiates it
     consts = list(map(_own, closed.consts))
     return closed.jaxpr, consts, jax.tree.structure(shapes)
 
@@ -145,6 +150,7 @@ def reason(error: Exception) -> str:
     The message of a `UserError`.
   """
   text = next(iter(str(error).strip().splitlines()), "")
+  text = text.partition(" (https://")[0]  # flax's pages about its errors
   concrete = (
     jax.errors.ConcretizationTypeError,
     jax.errors.TracerArrayConversionError,
@@ -155,8 +161,48 @@ def reason(error: Exception) -> str:
   text = text if len(text) <= 200 else text[:200] + "..."
   return (
     f"classifier: {type(error).__name__}: {text}; allowed: a function that JAX"
-    " can trace, from images [B, H, W, C] to logits [B, K]"
+    f" can trace, from images [B, H, W, C] to logits [B, K]{_remedy(error)}"
   )
+
+
+_REMEDIES = {
+  "TracerArrayConversionError": (
+    "a PyTorch network is loaded by interop.load_torch or converted by torch2jax"
+  ),
+  "ScopeCollectionNotFound": (
+    "a linen network needs all its collections, {'params': ..., 'batch_stats':"
+    " ...}, as model.init returns them"
+  ),
+  "ScopeParamNotFoundError": "a linen network needs the variables of its own",
+  "ScopeParamShapeError": (
+    "a linen network needs images of the shape for which it was initialised,"
+    " channels last"
+  ),
+  "TraceContextError": (
+    "an nnx network must be in evaluation mode, network.eval(), as it must not"
+    " change itself"
+  ),
+}
+
+
+def _remedy(error: Exception) -> str:
+  """Names what helps against an exception of a network's library; "": nothing."""
+  found = _REMEDIES.get(type(error).__name__, "")
+  if isinstance(error, TypeError) and "required" in str(error):
+    found = (
+      "arguments besides the images are bound in a lambda, or for a network by"
+      " models.adapt(network, variables, call=...)"
+    )
+  modules = {
+    str(frame.f_globals.get("__name__")).partition(".")[0]
+    for frame, _ in traceback.walk_tb(error.__traceback__)
+  }
+  if "equinox" in modules:
+    found = (
+      "an Equinox network takes one image [C, H, W]: models.classifier("
+      "*models.adapt(network)), or jax.vmap of it"
+    )
+  return f" ({found})" if found else ""
 
 
 def _generators() -> Hashable:
@@ -313,9 +359,47 @@ def call(
   Returns:
     The result of the function.
   """
-  sessions = [opaque.session for opaque in find(arguments)]
   if not at_top_level():
     return jax.jit(lambda arguments: function(arguments))(arguments)
+  program, given, out_tree = _program(
+    function, arguments, donated, name, options
+  )
+  return jax.tree.unflatten(out_tree, program(*given))
+
+
+def lower(
+  function: Callable[..., Any],
+  arguments: dict[str, Any],
+  donated: Collection[str],
+  *,
+  name: Hashable | None,
+  options: dict[str, Any],
+) -> Any:
+  """Traces and lowers what `call` with these arguments, or their shapes, runs.
+
+  Args:
+    function: Function of a dictionary of arguments; the rest is static.
+    arguments: Arguments, or for arrays among them their `jax.ShapeDtypeStruct`.
+    donated: Names of those whose memory may be reused.
+    name: The static part, see `call`.
+    options: Compiler options.
+
+  Returns:
+    The program, whose method `compile` has the next `call` find it compiled.
+  """
+  program, given, _ = _program(function, arguments, donated, name, options)
+  return program.lower(*given)
+
+
+def _program(
+  function: Callable[..., Any],
+  arguments: dict[str, Any],
+  donated: Collection[str],
+  name: Hashable | None,
+  options: dict[str, Any],
+) -> tuple[Any, tuple[Any, ...], Any]:
+  """Returns a program, what to call it with, and its result's structure."""
+  sessions = [opaque.session for opaque in find(arguments)]
   given = {key: arguments[key] for key in arguments if key in donated}
   kept = {key: arguments[key] for key in arguments if key not in donated}
   flat_given, flat_kept = jax.tree.leaves(given), jax.tree.leaves(kept)
@@ -329,7 +413,7 @@ def call(
     if keeps:
       sessions[0].programs[key] = found
   compiled, arrays, out_tree = found
-  return jax.tree.unflatten(out_tree, compiled(arrays, flat_given, flat_kept))
+  return compiled, (arrays, flat_given, flat_kept), out_tree
 
 
 def shapes(

@@ -40,6 +40,8 @@ _GENERATED = frozenset(
   "__eq__ __hash__ __init__ __repr__ _compact_name_scope_methods _parent_ref"
   " _state parent scope".split()
 )
+# Object in which jax.tree_util.Partial keeps a functools.partial.
+_SHIM = "_HashableCallableShim"
 
 
 class Unknown(Exception):
@@ -149,6 +151,8 @@ class _Reader:
       return self._class(value)
     if _root(value) in _TRUSTED and _is_global(value):
       return value  # e.g. jax.nn.relu, which is no plain function
+    if _root(value) == "jax" and type(value).__name__ == _SHIM:
+      value = value.fun
     if type(value) is functools.partial:
       self.foreign = True
       parts = value.func, value.args, value.keywords

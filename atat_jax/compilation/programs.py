@@ -5,7 +5,9 @@ on its own level or inside the programs that it calls. `Reading` collects them
 and describes all else; `Skeleton` is compiled with arguments in their place.
 """
 
+import contextlib
 import functools
+import types
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -35,6 +37,49 @@ def _shape(aval: Any) -> jax.ShapeDtypeStruct:
 def signature(value: Any) -> Hashable:
   """Returns shape and type as something to compare."""
   return value.shape, value.dtype, getattr(value, "weak_type", False)
+
+
+def has_open_rules(program: Any) -> bool:
+  """Whether a derivative that its author wrote uses values of the trace.
+
+  JAX runs such rules later than the function. When a trace has ended, those
+  that close over its intermediate values fail, so that the function must be
+  called in the trace that differentiates it.
+
+  Args:
+    program: Traced program.
+  """
+  return any(
+    _is_rule(eqn, name) and _holds_tracer(value, set())
+    for eqn in program.eqns
+    for name, value in eqn.params.items()
+  )
+
+
+def _holds_tracer(value: Any, seen: set[int]) -> bool:
+  """Whether a function closes over a traced value, itself or through others."""
+  if isinstance(value, jax.core.Tracer):
+    return True
+  if id(value) in seen:
+    return False
+  seen.add(id(value))
+  return any(_holds_tracer(part, seen) for part in _parts(value))
+
+
+def _parts(value: Any) -> list[Any]:
+  """The values that a function closes over or a wrapper of JAX holds."""
+  if isinstance(value, types.FunctionType):
+    return [*(value.__closure__ or ()), *(value.__defaults__ or ())]
+  if isinstance(value, functools.partial):
+    return [value.func, *value.args, *value.keywords.values()]
+  if isinstance(value, tuple | list):
+    return list(value)
+  if isinstance(value, types.CellType):
+    with contextlib.suppress(ValueError):  # a name that has no value yet
+      return [value.cell_contents]
+  if type(value).__module__.partition(".")[0] != "jax":
+    return []
+  return [getattr(value, name) for name in _WRAPPED if hasattr(value, name)]
 
 
 class Reading:
@@ -131,8 +176,19 @@ class _Identity:
 # Rules of differentiation, which a program that has been differentiated does
 # not need any more. They are Python functions and may capture arrays.
 _WITH_RULES = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
-_CALLS = (*_WITH_RULES, "jit", "pjit", "closed_call", "core_call", "checkpoint")
+_REMATERIALIZED = ("checkpoint", "remat2")  # names of one primitive
+_CALLS = (
+  *_WITH_RULES,
+  *_REMATERIALIZED,
+  "jit",
+  "pjit",
+  "closed_call",
+  "core_call",
+)
 _INNER = ("call_jaxpr", "jaxpr", "fun_jaxpr")
+
+# Attributes of JAX's wrappers under which the functions are that they wrap.
+_WRAPPED = ("f", "f_transformed", "transforms", "fun", "jvp", "fwd", "bwd")
 
 
 def _is_rule(eqn: Any, name: str) -> bool:

@@ -40,6 +40,9 @@ __all__ = [
   "spec",
 ]
 
+LARGEST_SIDE = 4096
+"""Largest side in pixels to which pictures can be resized."""
+
 DATASETS: dict[str, base.Source] = {
   "digits": base.Source(digits.SPEC, digits.read),
   "cifar10": base.Source(cifar.CIFAR10, cifar.read_cifar10),
@@ -94,11 +97,29 @@ def spec(
       read.
   """
   member, rest = _source(name)
+  _check_place(name, data_dir, cache_dir, source, size)
   if member.spec is not None:
     return member.spec
-  where = {"data_dir": data_dir, "cache_dir": cache_dir}
-  found = member.read(rest, **where, source=source, size=size)
-  return found[0]
+  where = {"data_dir": data_dir, "cache_dir": cache_dir, "source": source}
+  found: DatasetSpec = member.read(rest, **where, size=size)[0]
+  return found
+
+
+def _check_place(
+  name: str,
+  data_dir: str | None,
+  cache_dir: str | None,
+  source: str,
+  size: int,
+) -> None:
+  """Checks where and how data are to be read."""
+  checks.integer("size", size, 0, LARGEST_SIDE)
+  for field, place in (("data_dir", data_dir), ("cache_dir", cache_dir)):
+    if place is not None:
+      locations.expand(field, place)
+  checks.instance("source", source, str, "'auto', or a kind of source")
+  if size and _source(name)[0].spec is not None:
+    raise UserError(f"size: {size}; allowed: 0, {name} has images of one size")
 
 
 def load(
@@ -142,16 +163,10 @@ def load(
   """
   member, rest = _source(name)
   checks.count("validation_size", validation_size)
-  checks.integer("size", size, 0, 4096)
-  for field, place in (("data_dir", data_dir), ("cache_dir", cache_dir)):
-    if place is not None:
-      locations.expand(field, place)
-  checks.instance("source", source, str, "'auto', or a kind of source")
+  _check_place(name, data_dir, cache_dir, source, size)
   where = {"data_dir": data_dir, "cache_dir": cache_dir, "source": source}
   if member.spec is None:
     found, official_train, test = member.read(rest, **where, size=size)
-  elif size:
-    raise UserError(f"size: {size}; allowed: 0, {name} has images of one size")
   else:
     found = member.spec
     official_train, test = member.read(**where)

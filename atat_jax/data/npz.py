@@ -8,6 +8,7 @@ Images are uint8 `[N, H, W, C]` (or `[N, H, W]`, grey), labels integers `[N]`,
 """
 
 import pathlib
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -72,6 +73,25 @@ def read(
   )
 
 
+def read_test(path: pathlib.Path | str) -> base.Split:
+  """Reads the test images of a file, which may have no others.
+
+  Args:
+    path: A `.npz` with test_images and test_labels.
+
+  Returns:
+    Images uint8 `[N, H, W, C]` and labels int32 `[N]`.
+
+  Raises:
+    UserError: No such file, arrays missing or of another kind, or damage.
+  """
+  path = locations.expand("path", path)
+  found = _load(path, KEYS[2:])
+  return own.checked_test(
+    base.Split(found[KEYS[2]], _flat(found[KEYS[3]])), path
+  )
+
+
 def _text(name: str | bytes) -> str:
   return name.decode() if isinstance(name, bytes) else name
 
@@ -81,18 +101,20 @@ def _flat(labels: np.ndarray) -> np.ndarray:
   return labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
 
 
-def _load(path: pathlib.Path) -> dict[str, np.ndarray]:
+def _load(
+  path: pathlib.Path, needed: Sequence[str] = KEYS
+) -> dict[str, np.ndarray]:
   """Reads the arrays of the file that are known."""
   try:
     with zips.open_zip(path) as archive:
       there = [name.removesuffix(".npy") for name in archive.members]
-      missing = [key for key in KEYS if key not in there]
+      missing = [key for key in needed if key not in there]
       if missing:
         raise UserError(
           f"{path}: has no {missing[0]}, but {', '.join(there) or 'nothing'};"
-          f" allowed: {', '.join(KEYS)}, and {_OPTIONAL} where classes have names"
+          f" allowed: {', '.join(needed)}, and {_OPTIONAL} where classes have names"
         )
-      return arrays.read_members(archive, {*KEYS, _OPTIONAL})
+      return arrays.read_members(archive, {*needed, _OPTIONAL})
   except UserError:
     raise
   except OSError as error:

@@ -139,6 +139,31 @@ def checked(name: str, arrays: Contents, where: object) -> Described:
   return Described(spec, train, test)
 
 
+def checked_test(test: base.Split, where: object) -> base.Split:
+  """Checks test images that come without training images.
+
+  Args:
+    test: Images and labels as they were read.
+    where: File, for the error message.
+
+  Returns:
+    Images uint8 `[N, H, W, C]` and labels int32 `[N]`.
+
+  Raises:
+    UserError: Wrong dtype, shape or number of channels; a negative label.
+  """
+  images = _with_channels(test.images, f"{where} (test)")
+  labels = test.labels
+  if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
+    raise UserError(
+      f"{where} (test): labels are {labels.dtype.name} {list(labels.shape)};"
+      f" allowed: integers [{len(images)}]"
+    )
+  if not len(images) or labels.min() < 0:
+    raise UserError(f"{where} (test): no images, or a label below 0")
+  return base.Split(images, labels.astype(np.int32))
+
+
 def _with_channels(images: np.ndarray, where: str) -> np.ndarray:
   """Returns images [N, H, W, C], grey ones without a channel included."""
   if images.dtype != np.uint8:

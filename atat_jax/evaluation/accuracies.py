@@ -54,7 +54,10 @@ class Judged:
 
 
 def _take(data: Split, indices: Array) -> tuple[Array, Array]:
-  return augment.to_float(data.images[indices]), data.labels[indices]
+  images = data.images[indices]
+  if images.dtype == np.uint8:
+    images = augment.to_float(images)
+  return images, data.labels[indices]
 
 
 def _score(
@@ -87,11 +90,14 @@ def _check(
     checks.array(array, f"data.{name}")
     for name, array in data._asdict().items()
   )
-  if images.dtype != np.uint8 or images.ndim != 4 or 0 in images.shape:
+  known = images.dtype in (np.uint8, np.float32)
+  if not known or images.ndim != 4 or 0 in images.shape:
     raise UserError(
       f"data.images: {images.dtype} of shape {images.shape}; allowed: uint8"
-      " pixels [N, H, W, C], not empty"
+      " pixels, or float32 in [0, 1], [N, H, W, C], not empty"
     )
+  if images.dtype == np.float32:
+    checks.inspect_images(images, "data.images")
   one = jnp.zeros((1, *images.shape[1:]), jnp.float32)
   classifier, *_, num_classes = base.check_arguments(
     classifier, one, jnp.zeros(1, jnp.int32)
@@ -119,7 +125,8 @@ def judge(
   Args:
     key: Random key; batch i draws from the i-th key of its stream.
     classifier: Callable from images to logits; best a pytree.
-    data: Split to evaluate, uint8 images, resident on the devices.
+    data: Split to evaluate, images uint8 or float32 in [0, 1], resident on the
+      devices.
     protocol: Attack that the images undergo before they are classified.
     batch_size: Images at a time; with batch statistics part of the protocol.
     mesh: The devices.
@@ -246,7 +253,8 @@ def accuracy(
   Args:
     key: Random key, see `judge`, as the following.
     classifier: Callable from images to logits; best a pytree.
-    data: Split to evaluate, uint8 images, resident on the devices.
+    data: Split to evaluate, images uint8 or float32 in [0, 1], resident on the
+      devices.
     protocol: Attack that the images undergo before they are classified.
     batch_size: Images at a time; with batch statistics part of the protocol.
     mesh: The devices.

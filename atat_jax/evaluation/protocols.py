@@ -19,6 +19,8 @@ import numpy as np
 from atat_jax import attacks, checks, losses, models
 from atat_jax.attacks import balls, base
 from atat_jax.attacks.autoattack import versions
+from atat_jax.attacks.autoattack.screening import SCREENINGS
+from atat_jax.attacks.targeting import TARGETINGS
 from atat_jax.errors import UserError, shown
 from atat_jax.runs import better_attacks, wording
 from atat_jax.typing import Array, Classifier
@@ -81,7 +83,7 @@ def _signature(attack: str) -> _Signature:
   function: Callable[..., Any] = attacks.ATTACKS.get(attack, attacks.autoattack)
   known = inspect.signature(function, eval_str=True).parameters
   if attack == _AUTOATTACK:
-    names = ["epsilon", "norm", "version"]
+    names = ["epsilon", "norm", "version", "targeting", "screening"]
   else:
     names = [name for name in known if _is_settable(known[name])]
   choices = {"norm": base.norms(function)}
@@ -89,6 +91,9 @@ def _signature(attack: str) -> _Signature:
     choices["loss"] = typing.get_args(known["loss"].annotation) or base.LOSSES
   if attack == _AUTOATTACK:
     choices["version"] = tuple(versions.VERSIONS)
+    choices["screening"] = SCREENINGS
+  if "targeting" in names:
+    choices["targeting"] = TARGETINGS
   parameters = {name: known[name] for name in names}
   if attack not in _WITHOUT_GRADIENTS:
     # It says which classifier is attacked: no attack knows of BatchNorm.
@@ -309,7 +314,10 @@ def _dry_run(
   arguments = protocol.arguments()
   if protocol.attack == _AUTOATTACK:
     versions.make(
-      arguments["version"], norm=arguments["norm"], num_classes=num_classes
+      arguments["version"],
+      norm=arguments["norm"],
+      num_classes=num_classes,
+      targeting=arguments.get("targeting"),
     )
     return
 
@@ -395,8 +403,11 @@ def _read(name: str) -> tuple[str, dict[str, Any]]:
 
 def _check(attack: str, given: dict[str, Any]) -> None:
   """Checks the values of an attack's parameters before anything is compiled."""
-  for parameter, choices in _signature(attack).choices.items():
+  signature = _signature(attack)
+  for parameter, choices in signature.choices.items():
     value = given[parameter]
+    if value is None and signature.parameters[parameter].default is None:
+      continue
     if not isinstance(value, str) or value not in choices:
       only = f" for {attack}" if set(choices) < set(balls.BALLS) else ""
       raise UserError(

@@ -1,5 +1,15 @@
 """Weights of PyTorch networks, read from files without PyTorch."""
 
+from atat_jax.interop.loaded import Loaded
+from atat_jax.interop.loading import load
+from atat_jax.interop.sanity_check import Sanity, sanity
 from atat_jax.interop.torch_weights import load_torch, read_state_dict
 
-__all__ = ["load_torch", "read_state_dict"]
+__all__ = [
+  "Loaded",
+  "Sanity",
+  "load",
+  "load_torch",
+  "read_state_dict",
+  "sanity",
+]

@@ -2,9 +2,10 @@
 
 A checkpoint is a pickle, a program that may call any function of the machine it
 is read on. Here it can name only what a state dict needs: ordered dicts, and
-tensors and their storages, which become plain descriptions. Anything else is
-refused. The numbers are read afterwards, those of the state dict only, and each
-storage once.
+tensors and their storages, which become plain descriptions, and a few kinds of
+values that training scripts save beside them and that are left out. Anything
+else is refused. The numbers are read afterwards, those of the state dict only,
+and each storage once.
 
 Both containers are supported: the zip archive of PyTorch 1.6 and later, and the
 older sequence of pickles followed by the storages, which some of torchvision's
@@ -16,12 +17,13 @@ import pathlib
 import sys
 import zipfile
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax.numpy as jnp
 import numpy as np
 
-from atat_jax.errors import UserError
+from atat_jax.errors import UserError, shown
+from atat_jax.interop import entry_names
 from atat_jax.untrusted import pickles, regular, zips
 
 _DTYPES = {
@@ -46,10 +48,35 @@ _TENSORS = (
   "torch._utils._rebuild_tensor_v2",
 )
 _STORAGES = {f"torch.{name}": np.dtype(x) for name, x in _DTYPES.items()}
-_NAMES = frozenset((_DICT, _PARAMETER, *_TENSORS, *_STORAGES))
+# Values beside the weights, such as an accuracy or the command's arguments.
+_BESIDE = frozenset(
+  "torch.Size torch.device torch.float16 torch.bfloat16 torch.float32"
+  " torch.float64 torch.int64 numpy.dtype numpy.ndarray"
+  " numpy.core.multiarray.scalar numpy._core.multiarray.scalar"
+  " numpy.core.multiarray._reconstruct numpy._core.multiarray._reconstruct"
+  " _codecs.encode argparse.Namespace types.SimpleNamespace"
+  " collections.defaultdict collections.Counter pathlib.PosixPath"
+  " builtins.dict builtins.list builtins.set builtins.int builtins.float"
+  " builtins.str builtins.bool __builtin__.dict __builtin__.list"
+  " __builtin__.set __builtin__.int __builtin__.float".split()
+)
+_NAMES = frozenset((_DICT, _PARAMETER, *_TENSORS, *_STORAGES)) | _BESIDE
+_DEEPEST = 2
 
-# Keys under which training scripts save the state dict beside other things.
-_ENTRIES = ("state_dict", "model_state_dict", "model")
+Tensors: TypeAlias = dict[str, pickles.Call]
+
+
+class StateDict(NamedTuple):
+  """Tensors of a file and where in it they were.
+
+  Attributes:
+    tensors: Arrays by name.
+    entry: Which of the file's entries they are, in words; "": there was no
+      choice.
+  """
+
+  tensors: dict[str, np.ndarray]
+  entry: str
 
 
 class _Storage(NamedTuple):
@@ -100,23 +127,41 @@ def _as_tensor(found: Any) -> pickles.Call | None:
   return None
 
 
-def _state_dict(tree: Any) -> dict[str, pickles.Call]:
-  """Finds the tensors of the state dict by name."""
-  top = _as_dict(tree) or {}
-  inside = (_as_dict(top[name]) for name in _ENTRIES if name in top)
-  for candidate in (top, next(inside, None)):
-    tensors = {name: _as_tensor(x) for name, x in (candidate or {}).items()}
-    found = {
+def _candidates(tree: Any) -> dict[str, Tensors]:
+  """Finds tensors by name, for each entry of a checkpoint that has any.
+
+  Args:
+    tree: The whole file: tensors by name (the entry ""), or dicts of them, and
+      these in turn in dicts of one of the usual names.
+  """
+  found: dict[str, Tensors] = {}
+  seen: set[int] = set()  # one dict can be an entry of many
+  queue = [("", tree, 0)]
+  for path, value, depth in queue:
+    entries = None if id(value) in seen else _as_dict(value)
+    if entries is None:
+      continue
+    seen.add(id(value))
+    tensors = {name: _as_tensor(x) for name, x in entries.items()}
+    own = {
       name: x
       for name, x in tensors.items()
       if type(name) is str and x is not None
     }
-    if found and len(found) == len(tensors):
-      return found
-  raise UserError(
-    "no state dict; allowed: tensors by name, or a dict that has them as"
-    f" {', '.join(_ENTRIES)}"
-  )
+    if own:
+      found[path] = own
+    for name, x in entries.items():
+      usual = depth == 0 or name in entry_names.USUAL
+      if type(name) is str and usual and depth < _DEEPEST:
+        queue.append((f"{path}.{name}" if path else name, x, depth + 1))
+  return found
+
+
+def _state_dict(tree: Any, entry: str | None) -> tuple[Tensors, str]:
+  """Returns the tensors of the state dict by name, and its entry in words."""
+  found = _candidates(tree)
+  chosen, words = entry_names.choose(found, entry)
+  return found[chosen], words
 
 
 def _array(
@@ -172,10 +217,13 @@ def _arrays(
   return {name: _array(tensor, numbers) for name, tensor in tensors.items()}
 
 
-def _read_zip(path: pathlib.Path) -> dict[str, np.ndarray]:
+def _read_zip(path: pathlib.Path, entry: str | None) -> StateDict:
   with zips.open_zip(path) as archive:
     # All entries lie in one folder, named like the file when it was saved.
-    (program,) = (x for x in archive.members if x.endswith("/data.pkl"))
+    programs = [x for x in archive.members if x.endswith("/data.pkl")]
+    if len(programs) != 1:
+      raise ValueError("it has no data.pkl")
+    (program,) = programs
     folder = program.removesuffix("data.pkl")
     order = "little"
     if f"{folder}byteorder" in archive.members:
@@ -188,10 +236,11 @@ def _read_zip(path: pathlib.Path) -> dict[str, np.ndarray]:
     def read(storage: _Storage) -> bytes:
       return archive.read(f"{folder}data/{storage.key}", storage.nbytes)
 
-    return _arrays(_state_dict(tree), read, order)
+    tensors, words = _state_dict(tree, entry)
+    return StateDict(_arrays(tensors, read, order), words)
 
 
-def _read_legacy(path: pathlib.Path) -> dict[str, np.ndarray]:
+def _read_legacy(path: pathlib.Path, entry: str | None) -> StateDict:
   with regular.open_regular(path) as file:
     end = regular.size(file)
     stored: list[pickles.Stored] = []
@@ -219,33 +268,68 @@ def _read_legacy(path: pathlib.Path) -> dict[str, np.ndarray]:
       file.seek(places[storage.key])
       return file.read(storage.nbytes)
 
-    return _arrays(_state_dict(tree), read, order)
+    tensors, words = _state_dict(tree, entry)
+    return StateDict(_arrays(tensors, read, order), words)
 
 
-def read(path: pathlib.Path) -> dict[str, np.ndarray]:
+# How files of other formats begin, and what they are.
+_FOREIGN = {
+  b"\x89HDF": "an HDF5 file, as of Keras",
+  b"GGUF": "a GGUF file",
+  b"\x93NUMPY": "a NumPy array",
+}
+_REMEDY = "allowed: a state dict that torch.save or safetensors has written"
+
+
+def _check_format(path: pathlib.Path) -> None:
+  """Checks that a file is not of another known format of weights."""
+  with regular.open_regular(path) as file:
+    start = file.read(256)
+  kinds = [kind for magic, kind in _FOREIGN.items() if start.startswith(magic)]
+  # ONNX begins with the field ir_version, then the producer's name.
+  if path.suffix == ".onnx" or (start[:1] == b"\x08" and start[2:3] == b"\x12"):
+    kinds.append("an ONNX file")
+  if kinds:
+    raise UserError(
+      f"{kinds[0]}; {_REMEDY}: save it in PyTorch as"
+      " torch.save(model.state_dict(), path)"
+    )
+
+
+def _explain(error: Exception) -> str:
+  """Returns why a file is no checkpoint, in words."""
+  if isinstance(error, KeyError):
+    return f"it lacks {shown(error.args[0])}"
+  words = " ".join(str(error).split())
+  return f"{type(error).__name__}: {words}"
+
+
+def read(path: pathlib.Path, entry: str | None = None) -> StateDict:
   """Reads a state dict.
 
   Args:
     path: File written by `torch.save`: a state dict, or a checkpoint that has
-      it as `state_dict`, `model_state_dict` or `model`.
+      one or several as entries.
+    entry: Entry to take, as "model_ema"; None: see `entry_names.choose`.
 
   Returns:
     Arrays by name, read-only, in memory once for each storage.
 
   Raises:
-    UserError: The file is damaged or of another format, has no state dict, or
-      its pickle asks for anything but tensors in dicts.
+    UserError: The file is damaged or of another format, has no state dict or
+      not this one, or its pickle asks for anything but tensors in dicts.
     OSError: The file cannot be read.
   """
   regular.require_regular(path)
   try:
+    _check_format(path)
     with regular.open_regular(path) as file:
       is_zip = zipfile.is_zipfile(file)
-    return (_read_zip if is_zip else _read_legacy)(path)
+    return (_read_zip if is_zip else _read_legacy)(path, entry)
   except UserError as error:
     raise UserError(f"{path}: {error}") from None
   except OSError:
     raise
   except Exception as error:  # a damaged file can raise anything
-    reason = " ".join(f"{type(error).__name__}: {error}".split())
+    reason = _explain(error)
     raise UserError(f"{path}: no PyTorch checkpoint ({reason})") from None

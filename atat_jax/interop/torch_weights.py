@@ -1,7 +1,10 @@
 """Conversion of PyTorch state dicts to the variables of the networks here."""
 
+import dataclasses
+import itertools
 import pathlib
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -11,54 +14,93 @@ from flax import linen as nn
 
 from atat_jax import checks
 from atat_jax.errors import UserError
-from atat_jax.interop import safetensors_file, torch_file, torch_names
+from atat_jax.interop import (
+  entry_names,
+  layouts,
+  safetensors_file,
+  torch_file,
+  wrappers,
+)
 from atat_jax.runs import locations
 from atat_jax.typing import Variables
 
 _MOST_CHANNELS = 1 << 16
 
 _LEAVES = {
-  "kernel": "weight",
-  "scale": "weight",
-  "bias": "bias",
-  "mean": "running_mean",
-  "var": "running_var",
+  "kernel": ".weight",
+  "scale": ".weight",
+  "bias": ".bias",
+  "mean": ".running_mean",
+  "var": ".running_var",
+  "value": "",
 }
 
 # TRADES builds a second first block and never calls it.
 _UNUSED = re.compile(r"(.*\.)?num_batches_tracked|sub_block1\..*")
 
+_OLD_NAMES = (
+  # torchvision up to 0.4 wrote norm.1 for norm1 of a dense layer.
+  (re.compile(r"(denselayer\d+\.\w+)\.(?=[12]\.)"), r"\1"),
+  (re.compile(r"\bpos_embeder\b"), "pos_embed"),  # timm's XCiT before 0.9
+)
 
-def read_state_dict(path: pathlib.Path | str) -> dict[str, np.ndarray]:
+
+def read(path: pathlib.Path | str, entry: str | None) -> torch_file.StateDict:
+  """Reads the tensors of a file under the names of today.
+
+  Args:
+    path: File of weights, see `read_state_dict`.
+    entry: Entry of the checkpoint to take; None: `entry_names.choose` does.
+
+  Returns:
+    Arrays by name, and which entry they are.
+
+  Raises:
+    UserError: See `read_state_dict`.
+  """
+  path = locations.expand("path", path)
+  if entry is not None:
+    checks.instance("entry", entry, str, "the name of an entry of the file")
+  try:
+    if path.suffix == ".safetensors":
+      if entry is not None:
+        raise UserError(
+          f"entry: {entry!r}; allowed: none, a safetensors file has no entries"
+        )
+      found = torch_file.StateDict(safetensors_file.read(path), "")
+    else:
+      found = torch_file.read(path, entry)
+  except OSError as error:
+    raise UserError(f"{path}: {error.strerror}") from None
+  tensors = found.tensors
+  for old, new in _OLD_NAMES:
+    tensors = {old.sub(new, name): x for name, x in tensors.items()}
+  return found._replace(tensors=tensors)
+
+
+def read_state_dict(
+  path: pathlib.Path | str, *, entry: str | None = None
+) -> dict[str, np.ndarray]:
   """Reads a PyTorch state dict; no code in the file is run.
+
+  It is what a network of your own needs to take the weights of a checkpoint.
 
   Args:
     path: A `.safetensors` file, or one written by `torch.save`: the state dict,
-      or a checkpoint that has it as `state_dict`, `model_state_dict` or
-      `model`.
+      or a checkpoint that has it as `state_dict`, `model_state_dict`, `model`,
+      `net`, `ema` or `model_ema`, averaged weights first.
+    entry: Entry to take instead, as "model"; None: as described.
 
   Returns:
-    Arrays by name in their stored dtype, without the prefix `module.` of a
-    `DataParallel` network.
+    Arrays by name in their stored dtype and PyTorch's layout (kernels [F, C, k,
+    k], dense weights [F, C]), without prefixes that all names have from
+    wrappers (`module.`, `model.`, `_orig_mod.`, `1.`).
 
   Raises:
-    UserError: No such file, a damaged one, another format, or a pickle that
-      asks for more than tensors in dicts.
+    UserError: No such file, a damaged one, another format, several state dicts
+      of equal right, or a pickle that asks for more than tensors in dicts.
   """
-  path = locations.expand("path", path)
-  is_safetensors = path.suffix == ".safetensors"
-  reader = safetensors_file if is_safetensors else torch_file
-  try:
-    tree = reader.read(path)
-  except OSError as error:
-    raise UserError(f"{path}: {error.strerror}") from None
-  if all(name.startswith("module.") for name in tree):
-    tree = {name.removeprefix("module."): x for name, x in tree.items()}
-  # torchvision up to 0.4 wrote norm.1 for norm1 of a dense layer.
-  return {
-    re.sub(r"(denselayer\d+\.\w+)\.(?=[12]\.)", r"\1", name): x
-    for name, x in tree.items()
-  }
+  return wrappers.without_wrappers(read(path, entry).tensors)
 
 
 def _to_flax(x: np.ndarray, leaf: str) -> np.ndarray:
@@ -76,22 +118,164 @@ def _check_channels(number: int) -> None:
     )
 
 
+def _place(x: np.ndarray) -> tuple[object, ...]:
+  """Returns where numbers lie: a tensor can be saved under two names."""
+  return x.__array_interface__["data"], x.shape, x.strides, x.dtype.str
+
+
+@dataclasses.dataclass
+class Fit:
+  """Network's variables from a file, and what does not fit.
+
+  Attributes:
+    variables: The collections; shapes instead of arrays where tensors lack.
+    missing: Names of tensors that the file lacks.
+    left: Names of tensors that the network does not have.
+    misshapen: Names and shapes, as flax has them, of the others that do not
+      fit.
+  """
+
+  variables: Any
+  missing: list[str]
+  left: list[str]
+  misshapen: list[str]
+
+  def __len__(self) -> int:
+    return len(self.missing) + len(self.left) + len(self.misshapen)
+
+  def words(self) -> str:
+    """Says what does not fit, with a few names of each kind."""
+    lists = {
+      "missing": self.missing,
+      "not of this network": self.left,
+      "of another shape (as flax has it)": self.misshapen,
+    }
+    return "; ".join(
+      f"{what}: {entry_names.listed(found)}"
+      for what, found in lists.items()
+      if found
+    )
+
+
+def fit(
+  tensors: Mapping[str, np.ndarray],
+  model: nn.Module,
+  layout: layouts.Layout,
+  num_channels: int,
+) -> Fit:
+  """Puts tensors where a network has them.
+
+  Args:
+    tensors: Arrays by PyTorch's name, without wrappers.
+    model: The network.
+    layout: Layout of these names.
+    num_channels: Number of channels of the images.
+
+  Returns:
+    Variables in float32, and what does not fit.
+  """
+  names = layout.names(model)
+  left = dict(tensors)
+  missing, misshapen = [], []
+  side = getattr(model, "image_size", 64)
+  images = jax.ShapeDtypeStruct((1, side, side, num_channels), jnp.float32)
+  expected = jax.eval_shape(model.init, jax.random.key(0), images)
+
+  def take(where: Any, leaf: jax.ShapeDtypeStruct) -> Any:
+    _, layer, kind = (key.key for key in where)
+    name = f"{names[layer]}{_LEAVES[kind]}"
+    if name not in left:
+      missing.append(name)
+      return leaf
+    x = _to_flax(left.pop(name), kind)
+    if x.shape != leaf.shape:
+      misshapen.append(f"{name} {x.shape}, not {leaf.shape}")
+      return leaf
+    return jnp.asarray(x, jnp.float32)
+
+  variables = jax.tree_util.tree_map_with_path(take, expected)
+  used = {_place(x) for name, x in tensors.items() if name not in left}
+  unknown = [
+    name
+    for name, x in left.items()
+    if not _UNUSED.fullmatch(name) and _place(x) not in used
+  ]
+  return Fit(variables, missing, unknown, misshapen)
+
+
+def _check_fields(model: nn.Module, layout: layouts.Layout) -> None:
+  """Checks what names cannot show: the fields that the layout's code fixes."""
+  fields = {f.name: getattr(model, f.name) for f in dataclasses.fields(model)}
+  wrong = {}
+  for name, value in layout.preset(fields).items():
+    if name == "normalization":
+      # Data sets differ in mean and deviation, images one by one do not.
+      ok = fields[name] in ("none", "dataset")
+    else:
+      ok = name in ("mean", "std", "num_heads", "patch_size", "tokens_norm")
+      ok = ok or fields[name] == value
+    if not ok:
+      wrong[name] = value
+  if wrong:
+    theirs = ", ".join(f"{name}={value!r}" for name, value in wrong.items())
+    ours = ", ".join(f"{name}={fields[name]!r}" for name in wrong)
+    raise UserError(
+      f"model: {ours}; allowed for {layout.title}: {theirs}, as"
+      " interop.load(path) sets them, or check_fields=False"
+    )
+
+
+def _check_normalization(model: nn.Module, found: wrappers.Unwrapped) -> None:
+  """Checks that a network normalises its images as the file does."""
+  if found.mean is None or found.std is None:
+    return
+  fields: Any = model
+  same = fields.normalization == "dataset" and all(
+    np.allclose(own, values)
+    for own, values in (
+      (fields.mean, found.mean),
+      (fields.std, found.std),
+    )
+  )
+  if not same:
+    raise UserError(
+      f"normalization: {fields.normalization!r}; allowed: the file's,"
+      f" normalization='dataset', mean={found.mean}, std={found.std}, as"
+      " interop.load(path) sets them"
+    )
+
+
+def _overlap(found: wrappers.Unwrapped, names: Mapping[str, str]) -> int:
+  """Returns how many tensors are of layers that a network has."""
+  layers = set(names.values())
+  return sum(
+    name in layers or name.rpartition(".")[0] in layers
+    for name in found.tensors
+  )
+
+
 def load_torch(
-  path: pathlib.Path | str, model: nn.Module, *, num_channels: int = 3
+  path: pathlib.Path | str,
+  model: nn.Module,
+  *,
+  num_channels: int = 3,
+  entry: str | None = None,
+  check_fields: bool = True,
 ) -> Variables:
   """Loads PyTorch weights into one of the networks here.
 
-  Supported are torchvision's VGG-16 (with and without BatchNorm), ResNet-18,
-  -50 and DenseNet-121, the PreActResNet-18 of Rice et al. (2020), and Wide
-  ResNets with the names of TRADES. The latter are networks like
-  `create("wide_resnet", depth=34, width=10, shortcut="conv", padding="symmetric",
-  activation="relu", normalization="none", batch_norm_epsilon=1e-5)`.
+  `load` recognises the network itself, and sets all its fields. This function
+  is for a network with fields of your own choice.
 
   Args:
     path: File of weights, see `read_state_dict`. No code in it is run.
     model: Network of one of the classes in `models`, with the fields (also
       num_classes) of the network that was saved.
     num_channels: Number of channels of the images.
+    entry: Entry of the checkpoint to take; None: see `read_state_dict`.
+    check_fields: Whether fields that names and shapes do not show (activation,
+      padding, epsilon, per-image normalisation) must be those of the published
+      code with these names.
 
   Returns:
     {"params": ..., "batch_stats": ...}, float32; the latter only where the
@@ -99,40 +283,26 @@ def load_torch(
 
   Raises:
     UserError: See `read_state_dict`. Tensors that are missing, left over or of
-      another shape are all named.
+      another shape; fields that the names' own code does not have.
   """
   _check_channels(num_channels)
-  names = torch_names.layer_names(model)
-  tensors = read_state_dict(path)
-  expected = jax.eval_shape(
-    model.init,
-    jax.random.key(0),
-    jax.ShapeDtypeStruct((1, 64, 64, num_channels), jnp.float32),
+  checks.module(model)
+  checks.boolean("check_fields", check_fields)
+  known = layouts.of(model)
+  found, layout = max(
+    itertools.product(wrappers.unwrapped(read(path, entry).tensors), known),
+    key=lambda pair: _overlap(pair[0], pair[1].names(model)),
   )
-  missing, misshapen = [], []
-
-  def take(where: Any, leaf: jax.ShapeDtypeStruct) -> Any:
-    _, layer, kind = (key.key for key in where)
-    name = f"{names[layer]}.{_LEAVES[kind]}"
-    if name not in tensors:
-      missing.append(name)
-      return leaf
-    x = _to_flax(tensors.pop(name), kind)
-    if x.shape != leaf.shape:
-      misshapen.append(f"{name} {x.shape}, not {leaf.shape}")
-      return leaf
-    return jnp.asarray(x, jnp.float32)
-
-  variables = jax.tree_util.tree_map_with_path(take, expected)
-  left = [name for name in tensors if not _UNUSED.fullmatch(name)]
-  lists = {
-    "missing:": missing,
-    "not of this network:": left,
-    "of another shape (as flax has it):": misshapen,
-  }
-  problems = [f"{what} {', '.join(x)}" for what, x in lists.items() if x]
-  if problems:
+  fitted = fit(found.tensors, model, layout, num_channels)
+  if len(fitted):
     raise UserError(
-      f"{path}: does not fit {type(model).__name__}; {'; '.join(problems)}"
+      f"{path}: does not fit {type(model).__name__} with the names of"
+      f" {layout.title}; {fitted.words()}"
     )
-  return variables
+  try:
+    _check_normalization(model, found)
+    if check_fields:
+      _check_fields(model, layout)
+  except UserError as error:
+    raise UserError(f"{path}: {error}") from None
+  return fitted.variables

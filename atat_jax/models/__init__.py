@@ -1,5 +1,7 @@
 """Networks: `create` makes one by name, `classifier` wraps it for an attack.
 
+`adapt` and `from_functions` make a module of a network of another kind.
+
 Adding a network is one file and one line in `MODELS`. What its class must be:
 
 - a linen module whose fields all have defaults, among them `num_classes`;
@@ -20,17 +22,34 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
 from atat_jax import batch_norm as bn
 from atat_jax import checks, compilation
-from atat_jax.errors import UserError
+from atat_jax.errors import UserError, shown
+from atat_jax.models.adapted import adapt, from_functions
+from atat_jax.models.convnext import ConvNeXt
 from atat_jax.models.densenet import DenseNet121
 from atat_jax.models.preact_resnet import PreActResNet18
 from atat_jax.models.resnet import ResNet18, ResNet50
 from atat_jax.models.vgg import VGG16, VGG16BN
+from atat_jax.models.vit import ViT
 from atat_jax.models.wide_resnet import WideResNet
+from atat_jax.models.xcit import XCiT
 from atat_jax.typing import Array, BatchNormMode, Variables
+
+__all__ = [
+  "MODELS",
+  "adapt",
+  "batch_norm_of",
+  "classifier",
+  "create",
+  "field_names",
+  "from_functions",
+  "with_dtype",
+  "with_fixed_statistics",
+]
 
 MODELS: dict[str, type[nn.Module]] = {
   "wide_resnet": WideResNet,
@@ -40,6 +59,9 @@ MODELS: dict[str, type[nn.Module]] = {
   "resnet18": ResNet18,
   "resnet50": ResNet50,
   "densenet121": DenseNet121,
+  "convnext": ConvNeXt,
+  "vit": ViT,
+  "xcit": XCiT,
 }
 
 
@@ -169,3 +191,34 @@ def with_fixed_statistics(made: Callable[..., Any]) -> jax.tree_util.Partial:
     )
   fixed = dataclasses.replace(forward, fixed_statistics=True)
   return jax.tree_util.Partial(fixed, *whole.args, **whole.keywords)
+
+
+def with_dtype(made: Callable[..., Any], dtype: Any) -> jax.tree_util.Partial:
+  """Returns a classifier that computes in another dtype, with the same weights.
+
+  Args:
+    made: Result of `classifier`, of a network with a field `dtype`.
+    dtype: Floating-point dtype of the convolutions, e.g. "bfloat16".
+
+  Returns:
+    The classifier that the network with this dtype makes.
+
+  Raises:
+    UserError: Another callable, a network without a dtype, or no such dtype.
+  """
+  forward, whole = _forward(made), compilation.unwrap(made)
+  model: Any = forward and compilation.unwrap(forward.model)
+  if forward is None or not hasattr(model, "dtype"):
+    raise UserError(
+      "classifier: one whose dtype cannot be changed; allowed:"
+      " models.classifier(model, variables), of a model with a field dtype"
+    )
+  try:
+    changed = model.clone(dtype=jnp.dtype(dtype))
+  except TypeError:
+    raise UserError(
+      f"dtype: {shown(dtype)}; allowed: a floating-point dtype, such as"
+      " bfloat16"
+    ) from None
+  forward = dataclasses.replace(forward, model=compilation.hashable(changed))
+  return jax.tree_util.Partial(forward, *whole.args, **whole.keywords)

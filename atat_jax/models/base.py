@@ -62,14 +62,21 @@ def check_size(name: str, size: object) -> None:
   checks.integer(name, size, 1, LARGEST)
 
 
-def check_sizes(name: str, sizes: Sequence[int]) -> None:
+def check_sizes(
+  name: str, sizes: Sequence[int], *, empty: bool = False
+) -> None:
   """Checks that sizes are integers >= 1, one for each stage.
+
+  Args:
+    name: Name of the field.
+    sizes: The sizes.
+    empty: Whether there may be none.
 
   Raises:
     UserError: The tuple is empty or holds anything else.
   """
   try:
-    for size in checks.numbers(name, sizes, 1, integers=True):
+    for size in checks.numbers(name, sizes, 1, integers=True, empty=empty):
       check_size(name, size)
   except UserError:
     raise UserError(

@@ -1,11 +1,15 @@
 """PreActResNet-18 for CIFAR (He et al., "Identity Mappings", 2016).
 
 Architecture of Rice et al., "Overfitting in adversarially robust deep learning"
-(2020), with BatchNorm before the head.
+(2020), with BatchNorm before the head; by fields those of Wong et al. (2020),
+of Andriushchenko and Flammarion (2020), and DeepMind's of Gowal et al. (2020).
 """
+
+import functools
 
 from flax import linen as nn
 
+from atat_jax import checks
 from atat_jax.models import base
 from atat_jax.typing import Array
 
@@ -22,22 +26,41 @@ class PreActResNet18(base.ResidualNetwork):
       input (Rice et al.) or the input itself (Wong et al., "Fast is better
       than free", 2020). Weight files of both have the same names, so that a
       file cannot tell.
+    final_batch_norm: Whether BatchNorm and ReLU precede the head.
+    family: "pytorch", or "deepmind": SiLU for ReLU, TensorFlow's padding, and
+      shortcuts of 3x3 convolutions.
   """
 
   num_classes: int = 10
   mean: tuple[float, ...] | None = (0.4914, 0.4822, 0.4465)
   std: tuple[float, ...] | None = (0.2471, 0.2435, 0.2616)
   activated_shortcut: bool = True
+  final_batch_norm: bool = True
+  family: str = "pytorch"
+
+  def __post_init__(self) -> None:
+    """Checks the fields."""
+    checks.choice("family", self.family, ("pytorch", "deepmind"))
+    super().__post_init__()
+
+  def _norm_act(self, x: Array, name: str, train: bool) -> Array:
+    act = nn.silu if self.family == "deepmind" else nn.relu
+    return act(self._norm(x, name, train))
 
   def _unit(
     self, x: Array, name: str, features: int, stride: int, train: bool
   ) -> Array:
-    h = nn.relu(self._norm(x, f"{name}_bn1", train))
+    h = self._norm_act(x, f"{name}_bn1", train)
+    deepmind = self.family == "deepmind"
+    conv = functools.partial(
+      self._conv, padding="same" if deepmind else "symmetric"
+    )
     if stride > 1 or x.shape[-1] != features:
-      shortcut = self._conv(f"{name}_shortcut", features, stride, 1)
+      size = 3 if deepmind else 1
+      shortcut = conv(f"{name}_shortcut", features, stride, size)
       x = shortcut(h if self.activated_shortcut else x)
-    h = self._conv(f"{name}_conv1", features, stride)(h)
-    h = nn.relu(self._norm(h, f"{name}_bn2", train))
+    h = conv(f"{name}_conv1", features, stride)(h)
+    h = self._norm_act(h, f"{name}_bn2", train)
     h = self._conv(f"{name}_conv2", features)(h)
     return base.Features(name=name)(x + h)
 
@@ -46,5 +69,6 @@ class PreActResNet18(base.ResidualNetwork):
     """Computes logits; `train` uses batch statistics and updates running ones."""
     x = self._conv("stem", self.base_channels)(self._normalize(images))
     x = self._stages(x, train)
-    x = nn.relu(self._norm(x, "final_bn", train))
+    if self.final_batch_norm:
+      x = self._norm_act(x, "final_bn", train)
     return self._head(base.Features(name="features")(x))

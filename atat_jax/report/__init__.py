@@ -6,9 +6,9 @@ if commands.is_running("atat_jax.report"):
   commands.begin("stopped; nothing is half written")
 
 from atat_jax.report.comparison import write_comparison
-from atat_jax.report.results import results_table
 from atat_jax.report.run_page import is_old, write_report
 from atat_jax.report.summary import verdict
+from atat_jax.runs.terminal import results_table
 
 __all__ = [
   "is_old",

@@ -1,10 +1,10 @@
-"""Results of a run as tables: of the page, by class, for a terminal."""
+"""Results of a run as tables: of the page, and by class."""
 
 import math
 from typing import Any, NamedTuple
 
 from atat_jax.errors import UserError
-from atat_jax.runs import comparable, intervals, results_format, tables, wording
+from atat_jax.runs import comparable, intervals, tables, terminal, wording
 
 _SHOWN_CLASSES = 20
 _WORST_CLASSES = 10
@@ -133,7 +133,7 @@ def _accuracy(column: tables.Column, model: str, batch_norm: str) -> Accuracy:
   if batch_norm == "batch" and running is not None:
     change = f"{100 * (row['accuracy'] - running):+.1f}"
   return Accuracy(
-    percent=_percent(row["accuracy"]),
+    percent=terminal.percent(row["accuracy"]),
     interval=f"{100 * low:.1f}–{100 * high:.1f}",
     change=change,
     nonfinite=tables.nonfinite(row),
@@ -215,53 +215,3 @@ def total_time(rows: list[tables.Row]) -> str:
   """Returns the time of all evaluations, "" if none was measured."""
   seconds = [row["seconds"] for row in rows if row.get("seconds") is not None]
   return wording.duration(sum(seconds)) if seconds else ""
-
-
-def results_table(results: dict[str, Any]) -> str:
-  """Lays out the results for a terminal, as a valid Markdown table.
-
-  Args:
-    results: Content of `results.json`.
-
-  Returns:
-    Table with a line for each model and BatchNorm mode, a column for each
-    attack, accuracies in percent; under it the protocol of each column.
-
-  Raises:
-    UserError: Something else than such content.
-  """
-  results_format.check(results)
-  rows = results["rows"]
-  columns = tables.in_paper_order(tables.columns(rows))
-  lines = [["accuracy (%)", *(column.label for column in columns)]]
-  for model, batch_norm in tables.series(rows):
-    numbers = [
-      _percent(column.accuracy(model, batch_norm)) for column in columns
-    ]
-    lines.append([f"{model}, {tables.BATCH_NORM_NAMES[batch_norm]}", *numbers])
-  text = [tables.markdown(lines, "l" + "r" * len(columns)), ""]
-  notes = [f"{c.label}: {tables.protocol(c)}" for c in columns]
-  notes += filter(None, [comparable.note(columns), _nonfinite(rows)])
-  text += map(tables.escaped, notes)
-  if any(batch_norm == "batch" for _, batch_norm in tables.series(rows)):
-    text.append(f"batch statistics: {tables.BATCH_WARNING}")
-  return "\n".join(text)
-
-
-def _nonfinite(rows: list[tables.Row]) -> str:
-  """Says in which rows something was not finite; "" if in none."""
-  parts = [
-    f"{row['model']} ({row['batch_norm']}), {row['attack']}: {found}"
-    for row in rows
-    if (found := tables.nonfinite(row))
-  ]
-  if not parts:
-    return ""
-  return (
-    f"not finite: {'; '.join(parts)}. Such an image counts as not classified"
-    " correctly, and an attack is blind there."
-  )
-
-
-def _percent(accuracy: float | None) -> str:
-  return "–" if accuracy is None else f"{100 * accuracy:.2f}"

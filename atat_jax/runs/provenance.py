@@ -103,7 +103,7 @@ def record(devices: Sequence[str], **more: Any) -> dict[str, Any]:
 
   Returns:
     Plain values: "command", "commit" (None: unknown), "date" (UTC, ISO 8601),
-    "devices", "cpus", "versions", and `more`.
+    "devices", "cpus", "versions", "xla_flags" if there are any, and `more`.
   """
   return {
     "command": command(),
@@ -114,6 +114,7 @@ def record(devices: Sequence[str], **more: Any) -> dict[str, Any]:
     "versions": {
       name: version for name in _PACKAGES if (version := _version(name))
     },
+    **({"xla_flags": flags} if (flags := os.environ.get("XLA_FLAGS")) else {}),
     **more,
   }
 

@@ -182,6 +182,7 @@ def _trace_protocol(
       arguments["version"],
       norm=arguments["norm"],
       num_classes=spec.num_classes,
+      targeting=arguments.get("targeting"),
     )
     return
 
@@ -199,9 +200,8 @@ def _trace_protocol(
 
 
 def _trace_figures(plan: Plan, dataset: Dataset, variables: Variables) -> None:
-  settings = plan.figures
   with in_section("figures"):
-    analyses.check_images(settings, len(dataset.test.labels))
+    settings = analyses.for_images(plan.figures, len(dataset.test.labels))
   shape = plan.data.spec.image_shape
   with _named("figures.attack"):
     _trace_protocol(plan, settings.attack, "running", variables)

@@ -258,6 +258,8 @@ class _Interpreter:
       raise ValueError("a call of something that is no function")
     self._stack.append(Call(function.name, args))
 
+  _newobj = _reduce  # an object without a call of its __init__
+
   def _build(self, _: None) -> None:
     state, target = self._pop(), self._stack[-1]
     if not isinstance(target, Call):

@@ -80,7 +80,7 @@ def random_network(name: str, num_examples: int, seed: int) -> Network:
   The labels are its own predictions, but for every eighth example.
 
   Args:
-    name: Name, such as "wrn-10-2".
+    name: Name, such as "wrn-10-2", or one of `plain.NETWORKS`.
     num_examples: Number of images N.
     seed: Seed for weights and images.
 
@@ -90,8 +90,12 @@ def random_network(name: str, num_examples: int, seed: int) -> Network:
   import jax
 
   from atat_jax import compilation
+  from benchmarks.support import plain
 
-  model = wide_resnet(name)
+  if name in plain.NETWORKS:
+    model = plain.PlainResNet(**plain.NETWORKS[name])
+  else:
+    model = wide_resnet(name)
   generator = np.random.default_rng(seed)
   images = generator.uniform(size=(num_examples, 32, 32, 3)).astype(np.float32)
   init = compilation.jit(model.init, once=True)

@@ -1,4 +1,4 @@
-"""Wide ResNet, attack and train steps in PyTorch, written as its users would.
+"""Residual networks, attack and train steps in PyTorch, written as its users would.
 
 The peer of the benchmarks: the weights of a flax network, the same losses on
 the same images, SGD with momentum and weight decay on kernels.
@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional
 
 from atat_jax.models.wide_resnet import WideResNet
+from benchmarks.support.plain import PlainResNet
 
 _ACTIVATIONS = {"relu": functional.relu, "silu": functional.silu}
 
@@ -159,6 +160,59 @@ class TorchWideResNet(nn.Module):
   def forward(self, x: torch.Tensor) -> torch.Tensor:
     """Computes logits [B, K]."""
     return self.classify(self.features(x))
+
+
+class TorchPlainResNet(nn.Module):
+  """Network from images [B, C, H, W] in [0, 1] to logits [B, K].
+
+  Args:
+    model: Flax module that it copies.
+    variables: Parameters and running statistics of the module.
+  """
+
+  def __init__(self, model: PlainResNet, variables: Any):
+    super().__init__()
+    self.model = model
+    params = jax.tree.map(np.asarray, variables["params"])
+    stats = jax.tree.map(np.asarray, variables["batch_stats"])
+    self.layers = nn.ModuleDict()
+    for name, value in params.items():
+      if name in stats:
+        self.layers[name] = _norm(value, stats[name], 1e-5)
+      elif name != "head":
+        stage, _, part = name.partition("_")
+        first = part in ("block0_first", "block0_shortcut")
+        stride = 2 if first and stage != "stage0" else 1
+        kernel = value["kernel"]
+        self.layers[name] = _conv(kernel, stride, len(kernel) // 2)
+    head = params["head"]
+    self.head = nn.Linear(*head["kernel"].shape)
+    self.head.weight.data = _tensor(head["kernel"].T)
+    self.head.bias.data = _tensor(head["bias"])
+    self.eval()
+
+  def _layer(self, name: str, x: torch.Tensor) -> torch.Tensor:
+    return self.layers[f"{name}_bn"](self.layers[name](x))
+
+  def forward(self, x: torch.Tensor) -> torch.Tensor:
+    """Computes logits [B, K]."""
+    x = self._layer("stem", x).relu()
+    for stage in range(len(self.model.widths)):
+      for block in range(self.model.blocks):
+        name = f"stage{stage}_block{block}"
+        h = self._layer(f"{name}_first", x).relu()
+        h = self._layer(f"{name}_second", h)
+        if f"{name}_shortcut" in self.layers:
+          x = self._layer(f"{name}_shortcut", x)
+        x = (x + h).relu()
+    return self.head(x.mean((2, 3)))
+
+
+def copy(model: Any, variables: Any) -> nn.Module:
+  """Copies a network of the benchmarks, float32, in evaluation mode."""
+  if isinstance(model, PlainResNet):
+    return TorchPlainResNet(model, variables)
+  return TorchWideResNet(model, variables)
 
 
 def attack(

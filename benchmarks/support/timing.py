@@ -18,7 +18,10 @@ def median_and_spread(values: Sequence[float]) -> tuple[float, float]:
 
 
 def run_in_turn(
-  sides: Sequence[Callable[[], None]], *, repeats: int
+  sides: Sequence[Callable[[], Any]],
+  *,
+  repeats: int,
+  clock: Callable[[], float] = time.perf_counter,
 ) -> list[list[float]]:
   """Times each side `repeats` times, alternating between them.
 
@@ -28,6 +31,7 @@ def run_in_turn(
   Args:
     sides: Functions that return when their work is done; each has run before.
     repeats: Number of timed runs.
+    clock: Function that returns seconds; `time.process_time` for CPU time.
 
   Returns:
     Seconds per call, one list per side.
@@ -35,15 +39,15 @@ def run_in_turn(
   times: list[list[float]] = [[] for _ in sides]
   for _ in range(repeats):
     for side, seconds in zip(sides, times, strict=True):
-      began = time.perf_counter()
+      began = clock()
       side()
-      one = time.perf_counter() - began
+      one = clock() - began
       if one < _BURST:
         count = math.ceil(_BURST / one)
-        began = time.perf_counter()
+        began = clock()
         for _ in range(count):
           side()
-        one = (time.perf_counter() - began) / count
+        one = (clock() - began) / count
       seconds.append(one)
   return times
 

@@ -60,3 +60,14 @@ def test_an_index_beyond_the_images_is_named():
   analyses.check_images(around, 361)
   others = settings(analyses=("attention", "shift"), indices=(0, 360))
   analyses.check_images(others, 5)  # which shows the first ones
+
+
+def test_a_small_test_set_has_landscapes_around_its_first_images():
+  paper = settings(analyses=("landscape",), indices=(1450, 7558))
+  assert analyses.for_images(paper, 10_000) == paper
+  assert analyses.for_images(paper, 7559) == paper
+  assert analyses.for_images(paper, 7558).indices == (0, 1)
+  assert analyses.for_images(paper, 1).indices == (0,)
+  own = settings(analyses=("landscape",), indices=(1450, 7559))
+  with pytest.raises(UserError, match="indices: 7559; allowed: 0 to 63"):
+    analyses.for_images(own, 64)

@@ -21,6 +21,10 @@ _LINF = {
     "apgd-ce": (APGD, "cross_entropy", 100, 1, 1, 1),
     "apgd-t": (APGD, "targeted_dlr", 100, 9, 1, 1),
   },
+  "quick": {
+    "apgd-ce": (APGD, "cross_entropy", 100, 1, 1, 1),
+    "apgd-t": (APGD, "targeted_dlr", 100, 5, 1, 1),
+  },
   "rand": {
     "apgd-ce": (APGD, "cross_entropy", 100, 1, 1, 20),
     "apgd-dlr": (APGD, "dlr", 100, 1, 1, 20),
@@ -122,7 +126,7 @@ def test_stored_states_are_recognised_by_these_numbers():
 @pytest.mark.parametrize(
   ("arguments", "named"),
   [
-    ({"version": "best"}, "version: 'best'; allowed: fast, plus, rand"),
+    ({"version": "best"}, "version: 'best'; allowed: fast, plus, quick, rand"),
     ({"version": []}, "version: "),
     ({"version": ["square", "square"]}, "at most once"),
     ({"version": ["pgd"]}, "version: 'pgd'; allowed: apgd-ce"),

@@ -350,3 +350,38 @@ def test_a_comparison_is_read_as_it_was_written(made_up):
   for table in ("parity_table", "attack_table", "speed_table"):
     make = getattr(comparison, table)
     assert make([found]) == make([made_up])
+
+
+PROGRAM = """
+HloModule jit_f, is_scheduled=true
+
+%inner (p: bf16[4,8]) -> (f32[8], f32[8]) {
+  %p = bf16[4,8]{1,0} parameter(0)
+  ROOT %sum = (f32[8]{0}, f32[8]{0}) reduce(%p, %p), dimensions={0}
+}
+
+%body (carry: (s32[], bf16[4,8])) -> (s32[], bf16[4,8]) {
+  %carry = (s32[], bf16[4,8]{1,0}) parameter(0)
+  %x = bf16[4,8]{1,0} get-tuple-element(%carry), index=1
+  %sums = (f32[8]{0}, /*index=1*/f32[8]{0}) fusion(%x), kind=kInput, calls=%inner
+  ROOT %more = (s32[], bf16[4,8]{1,0}) tuple(%i, %x)
+}
+
+ENTRY %main (a: bf16[4,8], k: bf16[3,3]) -> bf16[4,8] {
+  %a = bf16[4,8]{1,0} parameter(0)
+  %k = bf16[3,3]{1,0} parameter(1)
+  %conv = (bf16[4,8]{1,0}, u8[0]{0}) custom-call(%a, %k), custom_call_target="__cudnn$convForward"
+  %y = bf16[4,8]{1,0} get-tuple-element(%conv), index=0
+  %loop = (s32[], bf16[4,8]{1,0}) while(%start), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"7"}}
+  ROOT %z = f32[4,8]{1,0} fusion(%y), kind=kLoop, calls=%other
+}
+"""
+
+
+def test_traffic_counts_operands_and_results_of_each_iteration():
+  traffic = importlib.import_module("benchmarks.traffic")
+  found = {one.name: one for one in traffic.kernels(PROGRAM)}
+  assert set(found) == {"conv", "sums", "z"}
+  assert found["conv"] == traffic.Kernel("conv", "convolutions", 2 * 73, 1)
+  assert found["sums"] == traffic.Kernel("sums", "reductions", 64 + 64, 7)
+  assert found["z"] == traffic.Kernel("z", "elementwise", 64 + 128, 1)

@@ -35,7 +35,7 @@ LAYERS = (
   "train",  # modes
   "evaluate",
   "trial",
-  "pipeline explain",
+  "pipeline explain attack",
 )
 RANKS = {name: rank for rank, row in enumerate(LAYERS) for name in row.split()}
 
@@ -56,6 +56,7 @@ PLACES = {
   "absl": ("runtime",),
   "tensorflow": (),
   "torch": (),
+  "equinox": (),
   "clu": (),
   "haiku": (),
 }

@@ -9,7 +9,7 @@ import pytest
 from flax import linen as nn
 from quick import jit
 
-from atat_jax import batch_norm, models
+from atat_jax import batch_norm, checkpoints, models
 from atat_jax.errors import UserError
 from atat_jax.models import base, wide_resnet
 
@@ -117,6 +117,16 @@ def test_fields_out_of_range_are_named(fields, named):
     ("densenet121", dict(stage_sizes=(1, "2")), "stage_sizes: "),
     ("preact_resnet18", dict(base_channels=0), "base_channels: 0"),
     ("resnet18", dict(depth=18), "field of model 'resnet18': 'depth'"),
+    ("preact_resnet18", dict(family="jax"), "family: 'jax'; .*deepmind"),
+    ("resnet50", dict(inner_width=0), "inner_width: 0"),
+    ("resnet50", dict(small_images=1), "small_images: 1"),
+    ("convnext", dict(stage_sizes=(1,)), "as many as stage_sizes has, 1"),
+    ("convnext", dict(conv_stem=(4, 0)), r"conv_stem: \(4, 0\)"),
+    ("vit", dict(patch_size=15), "patch_size: 15; .*image_size, 224"),
+    ("vit", dict(num_heads=5), "num_heads: 5; allowed: divisors .*768"),
+    ("vit", dict(conv_stem=(4, 4)), "conv_stem: .*halve 16 pixels"),
+    ("xcit", dict(patch_size=3), "patch_size: 3; allowed: 1, 2, 4, 8, 16"),
+    ("xcit", dict(num_heads=7), "num_heads: 7; allowed: divisors .*384"),
   ],
 )
 def test_bad_fields_of_other_networks_are_named(name, fields, named):
@@ -146,6 +156,7 @@ def test_images_that_do_not_fit_are_named(fields, shape, named):
   [
     ("vgg16", dict(stage_sizes=(1, 1, 1, 1, 1)), 32),
     ("densenet121", dict(stage_sizes=(1, 1, 1, 1)), 29),
+    ("convnext", dict(stage_sizes=(1, 1), stage_channels=(2, 2)), 8),
   ],
 )
 def test_images_that_are_too_small_are_named(name, fields, least):
@@ -160,6 +171,13 @@ def test_images_that_are_too_small_are_named(name, fields, least):
   init(least)
 
 
+def test_images_of_another_size_than_the_positions_are_named():
+  model = models.create("vit", image_size=16, patch_size=8, num_blocks=1)
+  images = jnp.zeros((1, 16, 24, 3))
+  with pytest.raises(UserError, match="images: 16x24 pixels; allowed: 16x16"):
+    jax.eval_shape(model.init, jax.random.key(0), images)
+
+
 def test_unknown_names_are_refused(wrn):
   with pytest.raises(UserError, match=r"model: 'resnet'; allowed: .*resnet18"):
     models.create("resnet")
@@ -167,3 +185,16 @@ def test_unknown_names_are_refused(wrn):
     models.classifier(wrn.model, wrn.variables, batch_norm="eval")
   with pytest.raises(UserError, match="batch_norm: 'eval'; allowed: batch, r"):
     batch_norm.apply(wrn.model, wrn.variables, wrn.images, batch_norm="eval")
+
+
+def test_a_checkpoint_of_an_older_version_has_the_defaults_of_new_fields():
+  """A field that is added to a network must mean by default what was before."""
+  model = models.create("preact_resnet18")
+  wanted = checkpoints.model_spec("preact_resnet18", model, (8, 8, 3))
+  old = {**wanted, "fields": dict(wanted["fields"])}
+  del old["fields"]["family"], old["fields"]["final_batch_norm"]
+  checkpoints._check_same_model(old, wanted, "runs/old")
+  other = models.create("preact_resnet18", final_batch_norm=False)
+  other = checkpoints.model_spec("preact_resnet18", other, (8, 8, 3))
+  with pytest.raises(UserError, match=r"final_batch_norm: False, but .* True"):
+    checkpoints._check_same_model(old, other, "runs/old")

@@ -84,6 +84,24 @@ def test_one_cycle_rises_and_falls_as_a_cosine():
   assert rates.argmax() == 60
 
 
+def test_triangular_rises_and_falls_linearly():
+  """As `np.interp` in the code of Wong et al. (2020)."""
+  expected = np.interp(np.arange(STEPS + 1), [0, 0.4 * STEPS, STEPS], [0, 1, 0])
+  rates = _schedule("triangular", warmup_fraction=0.4)
+  np.testing.assert_allclose(rates, PEAK * expected, atol=1e-7)
+
+
+@pytest.mark.parametrize("total", [1, 2, 5])
+def test_triangular_is_finite_in_the_shortest_runs(total):
+  schedule = optim.make_schedule(
+    "triangular", learning_rate=PEAK, total_steps=total, warmup_fraction=0.25
+  )
+  rates = np.array([float(schedule(step)) for step in range(total)])
+  peaks = [0, 0.25 * total, total]
+  expected = PEAK * np.interp(np.arange(total), peaks, [0, 1, 0])
+  np.testing.assert_allclose(rates, expected, atol=1e-7)
+
+
 def test_decay_is_on_kernels_only(wrn):
   params = models.create("wide_resnet", depth=8, width=2, shortcut="conv")
   params = jax.eval_shape(params.init, jax.random.key(0), wrn.images)["params"]
@@ -212,7 +230,8 @@ def test_update_equals_pytorch(problem, twin):
     ("constant", dict(total_steps=1.5), "total_steps: 1.5; allowed: "),
     ("cosine", dict(warmup_fraction=1.0), "warmup_fraction: 1.0; allowed: [0"),
     ("cosine", dict(warmup_fraction=-0.1), "warmup_fraction: -0.1; allowed: "),
-    ("one_cycle", {}, "warmup_fraction: 0.0; allowed: (0, 1)"),
+    ("one_cycle", {}, "warmup_fraction: 0.0; allowed: (0, 1) for one_cycle"),
+    ("triangular", {}, "warmup_fraction: 0.0; allowed: (0, 1) for triangular"),
     ("piecewise", dict(boundaries=(9, 3)), "boundaries: (9, 3); allowed: "),
     ("piecewise", dict(boundaries=(3, 3)), "boundaries: (3, 3); allowed: "),
     ("piecewise", dict(boundaries=(0, 3)), "boundaries: (0, 3); allowed: "),

@@ -111,6 +111,21 @@ def test_ema_by_its_sum(x64):
     np.testing.assert_allclose(found[name], expected, rtol=1e-12)
 
 
+@pytest.mark.parametrize("number", [300, 5700])
+def test_the_warm_up_of_ema_is_a_share_of_a_short_run(x64, number):
+  """Until step 8,990 a decay of 0.999 averages over the last ninth of a run."""
+  moved = averaging.share(jnp.arange(number), Options(ema_decay=0.999))
+  kept = np.cumprod(1 - np.asarray(moved)[::-1])[::-1]
+  weight = np.asarray(moved) * np.append(kept[1:], 1)  # of each step's weights
+  # The product of (1 + t) / (10 + t) telescopes: a polynomial of degree 8.
+  steps = np.arange(float(number))
+  expected = 9 * np.prod([steps + i for i in range(2, 10)], 0)
+  expected /= np.prod([float(number + i) for i in range(1, 10)])
+  np.testing.assert_allclose(weight, expected, rtol=1e-9)
+  age = number - 1 - (weight * np.arange(number)).sum()
+  assert age / number == pytest.approx(0.1, abs=0.005)
+
+
 @pytest.mark.parametrize("number", [3, 5, 6, 40])
 def test_swa_is_the_mean_since_its_start(x64, number):
   options = Options(swa_start=5, statistics_batches=1)

@@ -401,16 +401,6 @@ def test_new_weights_compile_nothing(small, compilations):
   assert compilations() == before
 
 
-class Shared(nn.Module):
-  """One module called twice: its name says no single tensor."""
-
-  @nn.compact
-  def __call__(self, x):
-    conv = nn.Conv(1, (3, 3), name="twice")
-    x = nn.Conv(1, (3, 3), name="last")(conv(conv(x)))
-    return x.mean((1, 2))
-
-
 def test_an_interceptor_that_stays_does_nothing(small, monkeypatch):
   """Under `python -O` flax 0.12 does not take interceptors off again."""
   stack = nn.module._global_interceptor_stack
@@ -434,16 +424,6 @@ def test_an_interceptor_that_stays_does_nothing(small, monkeypatch):
       stack.pop()
   assert left
   np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
-
-
-def test_a_module_called_twice_is_no_layer(make_variables):
-  images = jnp.ones((1, 4, 4, 1))
-  variables = make_variables(Shared(), images)
-  assert attention.layer_names(Shared(), variables, images) == ("last",)
-  with pytest.raises(UserError, match="layers: 'twice'; allowed: last"):
-    attention.grad_cam(
-      Shared(), variables, images, jnp.array([0]), layers=("twice",)
-    )
 
 
 def test_sequential_networks(small, make_variables):

@@ -202,7 +202,7 @@ def test_weights_of_another_network_are_refused(model, path):
   network = torch_zoo.PreActResNet(other)
   torch.save(network.state_dict(), path)
   text = message(path, model)
-  assert "conv1.weight (3, 3, 3, 5), not (3, 3, 3, 4)" in text
+  assert "bn.running_mean (10,), not (8,)" in text and "more" in text
   assert "missing" not in text
   with pytest.raises(
     UserError, match=r"WideResNet; allowed: .*shortcut='conv'"
@@ -257,7 +257,6 @@ def test_code_in_a_file_is_not_run(container, path, tmp_path):
     Call(getattr, "text", "format"),
     Call(__import__, "os"),
     Call(torch.nn.Linear, 1, 1),
-    Call(np.dtype, "f4"),
   ],
   ids=lambda call: str(call.call[0].__name__),
 )
@@ -342,7 +341,7 @@ def test_numbers_of_the_other_byte_order_are_turned(path, tmp_path):
   write_zip(path, program, {"0": big[:-1]})
   assert "11 bytes for" in message(path)
   write_zip(path, program)
-  assert "no PyTorch checkpoint (KeyError" in message(path)
+  assert "no PyTorch checkpoint (it lacks 'archive/data/0'" in message(path)
 
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])

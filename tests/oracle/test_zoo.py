@@ -156,7 +156,7 @@ def test_full_networks_have_torchvisions_layers(name):
   shapes = jax.eval_shape(
     model.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3))
   )
-  names = interop.torch_names.layer_names(model)
+  names = interop.layouts.of(model)[-1].names(model)
   ours = {
     f"{names[layer]}.{'bias' if leaf == 'bias' else 'weight'}": math.prod(
       value.shape

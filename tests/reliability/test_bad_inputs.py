@@ -130,7 +130,10 @@ UNCHECKED = [
   "atat_jax.data.cifar.read_cifar10: data_dir",
   "atat_jax.data.cifar.read_cifar100: data_dir",
   "atat_jax.data.digits.read: data_dir",
+  "atat_jax.data.spec: source",
   "atat_jax.explain.load_runs: data_dir",
+  # Any pytree.
+  "atat_jax.models.adapted.from_functions: weights",
 ]
 
 

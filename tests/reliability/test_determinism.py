@@ -173,3 +173,27 @@ def test_where_a_run_was_resumed_changes_nothing(tmp_path):
   run(parts, longer)
   assert_same(parts, whole)
   assert metrics(parts) == metrics(whole)
+
+
+@pytest.mark.slow  # imports everything in another process
+def test_a_gpu_is_told_to_repeat_before_it_starts():
+  code = """
+from jax._src import xla_bridge
+from atat_jax import pipeline, runtime
+from atat_jax.runs import provenance
+assert not xla_bridge.backends_are_initialized()
+runtime.set_up(distributed=False, deterministic=True)
+assert xla_bridge.backends_are_initialized()  # XLA knows every flag
+print(provenance.record([])["xla_flags"], end="")
+"""
+  given = "--xla_backend_optimization_level=0"
+  outcome = subprocess.run(
+    [sys.executable, "-c", code],
+    env={**os.environ, "XLA_FLAGS": given, "PYTHONPATH": str(tiny.ROOT)},
+    capture_output=True,
+    text=True,
+    timeout=100,
+    check=True,
+  )
+  assert outcome.stdout == f"{given} --xla_gpu_deterministic_ops=true"
+  assert "--deterministic: not needed on CPU" in outcome.stderr

@@ -11,13 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from jax.tree_util import Partial
 
 from atat_jax import attacks, evaluation, models, sharding
-from atat_jax.attacks.autoattack import slots, versions
+from atat_jax.attacks.autoattack import screening, slots, versions
 from atat_jax.attacks.autoattack.progress import Store
 from atat_jax.attacks.autoattack.run import autoattack
 from atat_jax.errors import UserError
+from atat_jax.runs import files
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -555,6 +557,161 @@ def test_a_process_killed_for_good(problem, mesh, tmp_path):
     assert 0 < made.max() < 100_000
     assert float(file["seconds/apgd-ce"]) > 0
     assert "accuracies/apgd-ce" not in file
+
+
+# --- Screening ---------------------------------------------------------------
+
+
+def _another(problem, size):
+  """The network with other weights of the same kind."""
+  generator = np.random.default_rng(11)
+  return jax.tree.map(
+    lambda w: w + size * w.std() * generator.normal(size=w.shape), problem[0]
+  )
+
+
+@pytest.fixture(scope="module")
+def screened(problem, mesh, tmp_path_factory):
+  """A result with another network attacked first, and its state."""
+  path = tmp_path_factory.mktemp("screened") / "state.npz"
+  screen = _another(problem, 0.03)
+  found = _attack(problem, mesh, screening=screen, state_path=path)
+  return found, files.load_arrays(path)
+
+
+def test_screening_by_the_network_itself_changes_nothing(problem, mesh, result):
+  found = _attack(problem, mesh, screening=problem[0])
+  np.testing.assert_array_equal(found.robust, result.robust)
+  np.testing.assert_allclose(found.adversarial, result.adversarial, atol=1e-6)
+  assert found.robust_accuracy == {
+    name if name == "clean" else f"{name}-screening": value
+    for name, value in result.robust_accuracy.items()
+  }
+  assert found.diagnostics["screening"]["value"] == 0
+  masking = found.diagnostics["masking"]
+  assert masking == result.diagnostics["masking"]
+
+
+def test_only_what_fools_the_network_itself_counts(problem, screened, result):
+  classifier, _, labels = problem
+  found, state = screened
+  right = np.asarray(classifier(found.adversarial).argmax(-1)) == labels
+  np.testing.assert_array_equal(found.robust, right)
+  assert np.abs(found.adversarial - problem[1]).max() <= 0.05 + 1e-6
+  assert not found.diagnostics["rescored"]["flag"]
+  near = state["near"]
+  assert 0 < near.sum() < len(near) / 2
+  # There the network itself was attacked, as if there had been no screening.
+  np.testing.assert_array_equal(found.robust[near], result.robust[near])
+  assert not (found.robust & ~result.robust).any()
+  assert "screening: another classifier" in found.summary()
+  assert (
+    "on the screening network" in found.protocol["attacks"]["square-screening"]
+  )
+
+
+def test_a_network_that_sees_nothing_screens_nothing(problem, mesh, result):
+  """All images are attacked themselves, and give what they give alone."""
+  blind = jax.tree.map(jnp.zeros_like, problem[0])
+  found = _attack(problem, mesh, screening=blind)
+  np.testing.assert_array_equal(found.robust, result.robust)
+  np.testing.assert_allclose(found.adversarial, result.adversarial, atol=1e-6)
+  assert found.diagnostics["screening"]["flag"]
+  assert found.diagnostics["screening"]["value"] == 1
+
+
+def test_a_killed_screening_goes_on(
+  problem, mesh, screened, tmp_path, monkeypatch
+):
+  path, (expected, state) = tmp_path / "state.npz", screened
+  arguments = {"screening": _another(problem, 0.03), "state_path": path}
+  with monkeypatch.context() as patch:
+    _killed_after(patch, 5)
+    with pytest.raises(_KilledError):
+      _attack(problem, mesh, save_every_s=0.0, **arguments)
+  found = _attack(problem, mesh, **arguments)
+  np.testing.assert_array_equal(found.robust, expected.robust)
+  assert found.robust_accuracy == expected.robust_accuracy
+  np.testing.assert_array_equal(files.load_arrays(path)["near"], state["near"])
+  with pytest.raises(UserError, match="belongs to other"):
+    _attack(problem, mesh, state_path=path)
+
+
+class _Toy(nn.Module):
+  """Network of one layer with a dtype."""
+
+  num_classes: int = CLASSES
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, images, *, train=False):
+    x = images.reshape(len(images), -1)
+    return nn.Dense(self.num_classes, dtype=self.dtype)(x).astype(jnp.float32)
+
+
+def test_a_network_in_another_dtype_keeps_its_weights(problem):
+  images = problem[1]
+  variables = _Toy().init(KEY, images)
+  given = models.classifier(_Toy(dtype=jnp.bfloat16), variables)
+  judge, screen, name = screening.pair(given, "bfloat16")
+  assert name == "bfloat16"
+  weights = variables["params"]["Dense_0"]
+  flat = images.reshape(len(images), -1)
+  exact = flat @ np.asarray(weights["kernel"]) + np.asarray(weights["bias"])
+  np.testing.assert_allclose(judge(images), exact, rtol=1e-5, atol=1e-5)
+  error = np.abs(np.asarray(screen(images)) - exact).max()
+  assert 1e-4 < error < 0.1  # eight bits
+  assert screen.args[0] is variables
+
+
+@pytest.mark.slow
+def test_a_network_is_screened_in_bfloat16(mesh):
+  model = models.create(
+    "wide_resnet", depth=10, width=1, num_classes=5, normalization="none"
+  )
+  images = np.random.default_rng(0).uniform(size=(24, 8, 8, 3))
+  images = images.astype(np.float32)
+  variables = model.init(KEY, images[:2])
+  classifier = models.classifier(model, variables)
+  labels = np.asarray(classifier(images).argmax(-1), np.int32)
+  problem = classifier, images, labels
+  plain = _attack(problem, mesh, epsilon=0.01)
+  found = _attack(problem, mesh, epsilon=0.01, screening="bfloat16")
+  right = np.asarray(classifier(found.adversarial).argmax(-1)) == labels
+  np.testing.assert_array_equal(found.robust, right)
+  assert abs(found.accuracy - plain.accuracy) <= 1 / 24
+  assert found.protocol["screening"].startswith("bfloat16, confirmed")
+
+
+@pytest.mark.parametrize(
+  ("given", "message"),
+  [
+    ("bfloat16", "whose dtype cannot be changed"),
+    ("int8", "screening: 'int8'; allowed: bfloat16"),
+    (3, "screening: 3; allowed: bfloat16, a classifier, or None"),
+    (lambda x: x.mean((1, 2)), "a classifier of 2 classes; allowed: 6"),
+    (attacks.Randomized(lambda key, x: x), "with a Randomized classifier"),
+  ],
+)
+def test_a_wrong_screening_network_is_refused(given, message, problem, mesh):
+  with pytest.raises(UserError, match=message):
+    _attack(problem, mesh, screening=given)
+
+
+def test_a_protocol_says_how_it_was_screened():
+  protocol = evaluation.parse(
+    "autoattack-plus:targeting=malt:screening=bfloat16",
+    epsilon=0.1,
+    step_size=0.1,
+  )
+  said = {"targeting": "malt", "screening": "bfloat16", "version": "plus"}
+  assert dict(protocol.options) == said
+  assert protocol.arguments() == said | {"norm": "linf", "epsilon": 0.1}
+  assert "screening bfloat16" in protocol.describe()
+  plain = evaluation.parse("autoattack", epsilon=0.1, step_size=0.1)
+  assert dict(plain.options) == {"version": "standard"}
+  with pytest.raises(UserError, match="screening: 'x'; allowed: bfloat16"):
+    evaluation.parse("autoattack:screening=x", epsilon=0.1, step_size=0.1)
 
 
 # --- Errors ------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The benchmarks beside PyTorch: equal networks and gradients, one small run."""
 
+import importlib
 import importlib.util
 import json
 import os
@@ -171,6 +172,23 @@ def test_an_attack_runs_beside_pytorch(quick):
 
 
 @pytest.mark.slow
+def test_a_network_of_flax_runs_in_both_forms_and_equals_its_torch_copy(quick):
+  torch = pytest.importorskip("torch")
+  from benchmarks import foreign
+  from benchmarks.support import networks, pytorch
+
+  row = foreign.measure("resnet-8", 2, repeats=1)
+  assert "| resnet-8/b2 |" in foreign.table([row])
+  assert row["step_to_gradient"][0] < row["kept_to_gradient"][0]
+  network = networks.random_network("resnet-8", 3, seed=0)
+  expected = network.model.apply(network.variables, network.images)
+  twin = pytorch.copy(network.model, network.variables)
+  with torch.no_grad():
+    found = twin(torch.from_numpy(network.images.transpose(0, 3, 1, 2).copy()))
+  np.testing.assert_allclose(found.numpy(), expected, atol=1e-5)
+
+
+@pytest.mark.slow
 def test_the_smoke_plan_runs(tmp_path):
   """Each benchmark in a process of its own, as the runner starts it."""
   pytest.importorskip("torch")
@@ -199,6 +217,22 @@ def test_the_smoke_plan_runs(tmp_path):
   assert (
     curve["values"] == [2, 4] and curve["flops"][1] == 2 * curve["flops"][0]
   )
+
+
+def test_the_schedule_counts_each_evaluation_once():
+  """Where no image is ever fooled, every run of every image is made in full."""
+  schedule = importlib.import_module("benchmarks.schedule")
+  shares = {"num_examples": 20, "batch_size": 16, "clean": 0.8}
+  whole = schedule.count("fast", robust=0.8, **shares)
+  assert whole["apgd-ce"].needed == 16 * 101
+  assert whole["apgd-t"].needed == 16 * 9 * 101
+  ce = whole["apgd-ce"]
+  assert (ce.made, ce.turns, ce.full) == (16 * 101, 21, 21)  # turns of 5 steps
+  some = schedule.count("fast", robust=0.4, **shares)
+  # Seven or eight of sixteen images are fooled within 20 steps.
+  assert 8 * 101 < some["apgd-ce"].needed <= 8 * 101 + 8 * 101
+  assert some["apgd-ce"].made >= some["apgd-ce"].needed
+  assert 8 * 9 * 101 <= some["apgd-t"].needed < 16 * 9 * 101
 
 
 # --- AutoAttack beside the original, where it is installed --------------------

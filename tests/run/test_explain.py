@@ -129,7 +129,11 @@ def test_runs_that_do_not_belong_together(runs, tmp_path):
     (["--model", "resnet18", "resnet18"], ["model", "once"]),
     (["--model", "resnet18", "--labels", "3"], ["weights: 0", "1"]),
     (["--weights", "w.pth", "--labels", "3", "5"], ["labels: 2", "1, one for"]),
-    (["--weights", "w.pth", "--labels", "1000"], ["labels: 1000", "0 to 999"]),
+    (
+      ["--weights", "w.pth", "--labels", "1000", "--num-classes", "1000"],
+      ["labels: 1000", "0 to 999"],
+    ),
+    (["--weights", "w.pth", "--data=mnist"], ["mnist", "cifar10, cifar100"]),
     (["--weights", "w.pth", "--labels", "3"], ["w.pth", "No such file"]),
     (
       ["--weights", "w.pth", "--labels", "3", "--class-names", "none.txt"],

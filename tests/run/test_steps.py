@@ -291,7 +291,7 @@ def test_options_that_are_off_change_no_bit_of_a_step(small, monkeypatch):
   """Equal to a step without options, bit for bit."""
   # Without XLA's fusion emitters the two programs round differently.
   settings = dict(compilation.compiler_options())
-  settings.pop("xla_cpu_use_fusion_emitters", None)
+  settings["xla_cpu_use_fusion_emitters"] = True
   monkeypatch.setattr(compilation, "compiler_options", lambda **_: settings)
   run = _make_run(small, jax.devices()[:1], padding=1, flip=True)
   model, _, _, _ = small

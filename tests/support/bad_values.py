@@ -13,10 +13,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import safetensors.numpy
 from flax import linen as nn
 from PIL import Image
 
-from atat_jax import analyses, data, evaluation, explain, models, sharding
+from atat_jax import (
+  analyses,
+  data,
+  evaluation,
+  explain,
+  interop,
+  models,
+  sharding,
+)
 from atat_jax.data.base import DatasetSpec
 
 SHAPE, NUM_CLASSES = (2, 6, 6, 1), 5
@@ -102,6 +111,33 @@ class World:
   def spec(self) -> Any:
     names = tuple("abcde")
     return DatasetSpec("toy", NUM_CLASSES, SHAPE[1:], names, (0.5,), (0.5,))
+
+  @functools.cached_property
+  def weights(self) -> pathlib.Path:
+    """Weights of a Wide ResNet with the names of TRADES."""
+    fields = dict(depth=10, width=1, stem_channels=2, num_classes=NUM_CLASSES)
+    model = models.create("wide_resnet", shortcut="conv", **fields)
+    variables = jax.eval_shape(model.init, jax.random.key(0), self.images)
+    (layout,) = [
+      x for x in interop.layouts.LAYOUTS if x.title.endswith("TRADES")
+    ]
+    names, tensors = layout.names(model), {}
+    for collection in variables.values():
+      for layer, leaves in collection.items():
+        for leaf, x in leaves.items():
+          kind = {"mean": "running_mean", "var": "running_var"}.get(leaf)
+          kind = kind or ("bias" if leaf == "bias" else "weight")
+          shape = x.shape[::-1] if x.ndim == 2 else x.shape
+          if x.ndim == 4:
+            shape = (*x.shape[:1:-1], *x.shape[:2])
+          tensors[f"{names[layer]}.{kind}"] = np.ones(shape, np.float32)
+    path = self.folder / "weights.safetensors"
+    safetensors.numpy.save_file(tensors, path)
+    return path
+
+  @functools.cached_property
+  def loaded(self) -> Any:
+    return interop.load(self.weights)
 
   @functools.cached_property
   def photograph(self) -> pathlib.Path:
@@ -631,9 +667,7 @@ BANKS |= {
   "stored images": {k: v for k, v in IMAGES.items() if k != "uint8"},
   "class names": _values(None, 5, "abcde", [1], ["a"], {}, []),
   "trees": _values(None, 5, "x", [], {}, ()),
-  "model names": _values(
-    None, 5, "vgg16", [], ["nope"], [1], {}, ["vgg16"] * 2
-  ),
+  "model names": _values(None, 5, "vgg16", ["nope"], [1], {}, ["vgg16"] * 2),
   "label list": _values(
     None, 5, "1", [], ["1"], [1.5], [True], [-1], [1000], [2**32], {}, [None]
   ),
@@ -668,3 +702,5 @@ BANKS["four Booleans"] = NO_ARRAYS | {
   "another length": lambda w: np.zeros(3, bool),
   "two axes": lambda w: np.zeros((2, 2), bool),
 }
+BANKS["text"] = _values(None, 5, True, b"x", [], (), {}, 1.5)
+BANKS["clean images"] = {k: v for k, v in IMAGES.items() if k != "uint8"}

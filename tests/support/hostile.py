@@ -364,6 +364,18 @@ _SAFE = {
 }
 for _name, _header in _SAFE.items():
   _threat("weights", f"safetensors: {_name}", _safe(_header))
+_EMPTY = _f32([0, 3, 3, 3], 0, 0)
+_FOUR = {"conv1.weight": _f32([1, 4, 1, 1], 0, 16)}
+for _name, _header in {
+  "ten thousand stages": _FOUR
+  | {f"layer{i}.0.bn1.weight": _EMPTY for i in range(10_000)}
+  | {"linear.weight": _EMPTY},
+  "ten thousand blocks": _FOUR
+  | {f"blocks.{i}.attn.qkv.weight": _EMPTY for i in range(10_000)},
+  "a name of 100,000 parts": {"a." * 100_000 + "w": _f32([4], 0, 16)},
+  "a name of control sequences": {"\x1b[2J\n" * 999: _f32([4], 0, 16)},
+}.items():
+  _threat("network", f"network: {_name}", _safe(_header))
 for _name, _length in (
   ("2^63", 1 << 63),
   ("90 MB", 90 << 20),
@@ -812,7 +824,10 @@ def _readers() -> dict[str, Callable[[pathlib.Path], object]]:
     "results": lambda path: files.read_results(path.parent),
     "configuration": lambda path: configuration.read(path.parent),
     "lines": files.read_metrics,
-    "names": lambda path: explain._read_class_names(str(path), 3),
+    "names": lambda path: explain._check_class_names(
+      explain._read_class_names(str(path)), 3
+    ),
+    "network": interop.load,
     "prepare": lambda path: prepare.prepare(
       "cifar10", data_dir=str(path.parent / "d"), archive=str(path)
     ),

@@ -30,6 +30,8 @@ class EnsembleProgress:
     nonfinite: Attack to its evaluations that were not finite, int64 [3]:
       points, gradients, and images that were judged.
     in_flight: Unfinished runs.
+    near: bool [N]: examples at which the network itself must be attacked; None
+      without a screening network.
   """
 
   logits: np.ndarray
@@ -41,6 +43,7 @@ class EnsembleProgress:
   done: dict[str, np.ndarray]
   nonfinite: dict[str, np.ndarray]
   in_flight: InFlight | None = None
+  near: np.ndarray | None = None
 
   @classmethod
   def fresh(
@@ -116,6 +119,8 @@ class Store:
     for field in ("accuracies", "seconds", "done", "nonfinite"):
       for name, value in getattr(progress, field).items():
         arrays[f"{field}/{name}"] = np.asarray(value)
+    if progress.near is not None:
+      arrays["near"] = progress.near
     if in_flight is not None:
       arrays["in_flight/examples"] = in_flight.examples
       arrays["in_flight/runs"] = in_flight.runs
@@ -204,6 +209,8 @@ def _from_arrays(
 ) -> EnsembleProgress:
   for name in ("robust", "claimed"):
     _check_like(arrays[name], getattr(fresh, name), name)
+  if fresh.near is not None:
+    _check_like(arrays["near"], fresh.near, "near")
   done = _group(arrays, "done")
   if set(done) != set(fresh.done):
     raise ValueError(f"attacks: {', '.join(done)}")
@@ -238,4 +245,5 @@ def _from_arrays(
     done=done,
     nonfinite=nonfinite,
     in_flight=in_flight,
+    near=None if fresh.near is None else arrays["near"],
   )

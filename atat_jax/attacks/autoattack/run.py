@@ -23,10 +23,14 @@ from tqdm import tqdm
 
 from atat_jax import checks, rng, sharding
 from atat_jax.attacks import base, diagnostics, nonfinite
+from atat_jax.attacks import targeting as targets
+from atat_jax.attacks.autoattack import screening as screens
 from atat_jax.attacks.autoattack import versions
 from atat_jax.attacks.autoattack.progress import EnsembleProgress, Store
 from atat_jax.attacks.autoattack.slots import InFlight, Job, Slots
 from atat_jax.attacks.diagnostics import Diagnostic
+from atat_jax.compilation.ahead import Ahead
+from atat_jax.errors import UserError
 from atat_jax.process import stops
 from atat_jax.runs import locations, wording
 from atat_jax.typing import Array, Classifier
@@ -45,7 +49,8 @@ class AutoAttackResult:
       first entry is "clean".
     seconds: Attack to its run time, compilation included.
     diagnostics: Check to its title, rule, number, flag and message.
-    protocol: norm, epsilon, version, attacks, num_examples, seed, batch_norm.
+    protocol: norm, epsilon, version, attacks, num_examples, seed, batch_norm,
+      and screening, where there was one.
   """
 
   adversarial: np.ndarray
@@ -79,7 +84,8 @@ class AutoAttackResult:
     lines = [
       f"AutoAttack {p['version']}: {numbers},"
       f" {wording.plural(p['num_examples'], 'example')},"
-      f" batch_norm {p['batch_norm']}, seed {p['seed']}",
+      f" batch_norm {p['batch_norm']}, seed {p['seed']}"
+      + (f", screening: {p['screening']}" if "screening" in p else ""),
       "",
       "| attack   | robust accuracy (%) | lowered by | seconds | numbers |",
       "| -------- | ------------------: | ---------: | ------: | ------- |",
@@ -132,6 +138,8 @@ def autoattack(
   norm: str = "linf",
   version: str | Sequence[str] = "standard",
   options: Mapping[str, Mapping[str, int]] | None = None,
+  targeting: str | None = None,
+  screening: Classifier | str | None = None,
   batch_size: int = 128,
   mesh: Mesh | None = None,
   state_path: str | os.PathLike[str] | None = None,
@@ -141,22 +149,20 @@ def autoattack(
   """Runs AutoAttack on any number of images.
 
   Args:
-    key: Random key; an example's random numbers depend on it and on the
-      example's place alone, not on the batch size or the devices.
+    key: Random key; an example's random numbers depend on it and its place only.
     classifier: Callable from images to logits; best a pytree such as
       `models.classifier` returns. `Randomized` for version "rand".
     images: Float [N, H, W, C] in [0, 1].
     labels: True classes, integers [N].
     epsilon: Radius of the ball, in the unit of the pixels.
     norm: "linf", "l2" or "l1".
-    version: One of `versions.VERSIONS` ("standard", "fast", "rand" for
-      randomised classifiers, "plus"), or a list of `versions.NAMES`.
+    version: One of `versions.VERSIONS`, or a list of `versions.NAMES`.
     options: Attack to numbers other than the version's; see `versions.make`.
-    batch_size: Images at a time, over all devices; on CPU at most 48 on each,
-      so that the activations stay in the caches.
+    targeting: One of `targeting.TARGETINGS`; None: the version's.
+    screening: "bfloat16" or a cheaper classifier, attacked first; see `screening`.
+    batch_size: Images at a time, over all devices; on CPU at most 48 on each.
     mesh: The devices; None: all of them.
-    state_path: File that keeps the progress, from which an interrupted
-      evaluation resumes; that of another evaluation is refused.
+    state_path: File of the progress, from which a killed evaluation resumes.
     save_every_s: Seconds between two saves; each attack's end is saved, too.
     progress: Whether to show a progress bar.
 
@@ -164,19 +170,23 @@ def autoattack(
     The result.
 
   Raises:
-    UserError: An argument of a wrong shape, dtype or range, by name; a state
-      file of another evaluation.
+    UserError: A wrong argument, by name; a state file of another evaluation.
   """
   base.check_norm(norm, epsilon)
   _check_options(key, batch_size, state_path, save_every_s, progress)
+  classifier, screen, called = screens.pair(classifier, screening)
   data = base.on_host(classifier, images, labels)
   ensemble = versions.make(
-    version, norm=norm, num_classes=data[-1], options=options
+    version,
+    norm=norm,
+    num_classes=data[-1],
+    options=options,
+    targeting=targeting,
   )
   evaluation = _Evaluation(key, data, ensemble, epsilon, norm, batch_size, mesh)
+  evaluation.screen(screen, called)
   if state_path is not None:
-    place = locations.expand("state_path", state_path)
-    evaluation.keep(place, save_every_s)
+    evaluation.keep(locations.expand("state_path", state_path), save_every_s)
   return evaluation.run(progress=progress)
 
 
@@ -210,16 +220,47 @@ class _Evaluation:
     self._batch_size = min(batch_size, len(self._images))
     self._mesh = sharding.mesh_or_all(mesh)
     self._classifier = sharding.put_replicated(self._mesh, classifier)
-    self._predict = diagnostics.Scorer(self._classifier, self._mesh)
+    # On several devices, where arrays lie is known once a program is compiled.
+    alone = self._mesh.size == 1 and jax.process_count() == 1
+    self._ahead = Ahead(enabled=alone)
+    self._predict = diagnostics.Scorer(
+      self._classifier, self._mesh, self._ahead
+    )
+    self._jobs = ensemble.jobs
+    self._screen: Classifier | None = None
+    self._screen_name, self._tolerance = "", 0.0
     self._store: Store | None = None
     self._save_every_s = 0.0
+
+  def screen(self, classifier: Classifier | None, name: str) -> None:
+    """Attacks another network first.
+
+    Args:
+      classifier: The network; None: there is none.
+      name: Its name in protocols.
+
+    Raises:
+      UserError: It has another number of classes.
+    """
+    if classifier is None:
+      return
+    images, labels = self._images[:2], np.zeros_like(self._labels[:2])
+    classifier, *_, num_classes = base.on_host(classifier, images, labels)
+    if num_classes != self._num_classes:
+      raise UserError(
+        f"screening: a classifier of {num_classes} classes; allowed:"
+        f" {self._num_classes}, as the classifier has"
+      )
+    self._screen = sharding.put_replicated(self._mesh, classifier)
+    self._screen_name = name
+    self._jobs = screens.jobs(self._ensemble.jobs)
 
   def keep(self, path: pathlib.Path, save_every_s: float) -> None:
     """Keeps the progress in a file, from which `run` resumes."""
     identity = {
       "epsilon": self._epsilon,
       "norm": self._norm,
-      "attacks": [versions.as_json(job) for job in self._ensemble.jobs],
+      "attacks": [versions.as_json(job) for job in self._jobs],
       "seed": _seed(self._key),
       "images": _digest(self._images),
       "labels": _digest(self._labels),
@@ -229,11 +270,14 @@ class _Evaluation:
 
   def run(self, *, progress: bool) -> AutoAttackResult:
     """Runs the attacks that are not done yet and all diagnostics."""
-    with self._store.lock() if self._store else contextlib.nullcontext():
+    lock = self._store.lock() if self._store else contextlib.nullcontext()
+    with lock, self._ahead:
       return self._run(progress=progress)
 
   def _run(self, *, progress: bool) -> AutoAttackResult:
+    self._prepare_diagnostics()
     self._classify_clean()
+    self._prepare_attacks(self._jobs)
     before = self._diagnose_before()
     self._run_attacks(progress=progress)
     done = self._progress
@@ -253,6 +297,39 @@ class _Evaluation:
       protocol=self._protocol(),
     )
 
+  def _prepare_diagnostics(self) -> None:
+    """Has the programs that look at the classifier compiled in threads."""
+    half = max(1, self._batch_size // 2)
+    self._predict.prepare(self._images, half, self._key)
+    diagnostics.prepare_looks(
+      self._ahead,
+      self._classifier,
+      self._images[: self._batch_size],
+      self._labels[: self._batch_size],
+      self._ensemble.losses,
+    )
+
+  def _prepare_attacks(self, jobs: Sequence[Job]) -> None:
+    """Has the programs of attacks compiled in threads.
+
+    Args:
+      jobs: Attacks to come, the next one first. How many runs the next one has
+        to make is known; of the images that others will find, half may be gone
+        after the first attack, and a tenth after later ones.
+    """
+    progress = self._progress
+    share = 1.0
+    for job in jobs:
+      # A network that screens leaves too little to foresee.
+      if job.name in progress.accuracies or job.screened != jobs[0].screened:
+        continue
+      pending = int((~progress.done[job.name][self._open(job)]).sum())
+      if share < 1 or progress.in_flight is None:
+        # The order of the targets changes no program.
+        self._slots(job, self._ranking).prepare(pending, int(share * pending))
+      began = len(progress.accuracies) > 1  # more than "clean"
+      share = 0.9 if began else 0.5
+
   def _classify_clean(self) -> None:
     """Classifies the clean images and restores the progress on them."""
     self._logits = self._predict(
@@ -263,19 +340,30 @@ class _Evaluation:
     order = np.argsort(-self._logits, axis=-1, kind="stable")
     self._ranking = order[:, 1:]
     self._progress = EnsembleProgress.fresh(
-      self._images, self._logits, self._labels, self._ensemble.jobs
+      self._images, self._logits, self._labels, self._jobs
     )
+    if self._screen is not None:
+      self._compare_networks(self._screen)
     if self._store is not None:
       self._progress = self._store.restore(self._progress)
 
+  def _compare_networks(self, screen: Classifier) -> None:
+    """Compares the screening network with the network itself."""
+    predict = diagnostics.Scorer(screen, self._mesh)
+    found = predict(
+      self._images, self._batch_size, rng.stream(self._key, "clean")
+    )
+    robust = self._progress.robust
+    self._progress.near = robust & ~diagnostics.correct(found, self._labels)
+    self._tolerance = screens.tolerance(self._logits, found, self._labels)
+
   def _protocol(self) -> dict[str, Any]:
+    screening = f"{self._screen_name}, confirmed by the network itself"
     return {
       "norm": self._norm,
       "epsilon": self._epsilon,
       "version": self._ensemble.version,
-      "attacks": {
-        job.name: versions.describe(job) for job in self._ensemble.jobs
-      },
+      "attacks": {job.name: versions.describe(job) for job in self._jobs},
       "num_examples": len(self._images),
       "seed": _seed(self._key),
       "batch_norm": getattr(
@@ -283,9 +371,10 @@ class _Evaluation:
         "batch_norm",
         "as in the classifier",
       ),
-    }
+    } | ({} if self._screen is None else {"screening": screening})
 
   def _diagnose_before(self) -> dict[str, Diagnostic]:
+    self._ahead.wait("gradients")
     found = diagnostics.diagnose_classifier(
       self._key,
       self._classifier,
@@ -306,9 +395,17 @@ class _Evaluation:
 
   def _diagnose_after(self) -> dict[str, Diagnostic]:
     found = {"nonfinite": diagnostics.finite_numbers(**self._nonfinite())}
-    masking = diagnostics.masking(self._progress.accuracies)
+    accuracies = screens.merged(self._progress.accuracies)
+    masking = diagnostics.masking(accuracies)
     if masking is not None:
       found["masking"] = masking
+    if self._progress.near is not None:
+      found["screening"] = screens.diagnose(
+        self._progress.near,
+        diagnostics.correct(self._logits, self._labels),
+        self._tolerance,
+        self._screen_name,
+      )
     if not isinstance(self._classifier, base.Randomized):
       found["rescored"] = diagnostics.rescored(
         rng.stream(self._key, "rescored"),
@@ -334,7 +431,7 @@ class _Evaluation:
 
   def _run_attacks(self, *, progress: bool) -> None:
     """Runs the attacks that are not done yet."""
-    done, jobs = self._progress, self._ensemble.jobs
+    done, jobs = self._progress, self._jobs
     with tqdm(
       total=len(jobs) * len(self._labels),
       unit="ex",
@@ -343,7 +440,8 @@ class _Evaluation:
       disable=not progress or jax.process_index() != 0,
     ) as bar:
       for number, job in enumerate(jobs):
-        if job.name not in done.accuracies and done.robust.any():
+        if job.name not in done.accuracies and self._has_work(job):
+          self._prepare_attacks(jobs[number:])
           self._run_attack(job, bar, number)
         robust = done.robust.mean()
         bar.set_postfix_str(f"{job.name}, robust {robust:.2%}", refresh=False)
@@ -353,11 +451,12 @@ class _Evaluation:
     progress, count = self._progress, len(self._labels)
     began = saved = time.perf_counter()
     before = progress.seconds.get(job.name, 0.0)
-    robust, done = progress.robust & ~progress.claimed, progress.done[job.name]
+    robust, done = self._open(job), progress.done[job.name]
     earlier = progress.nonfinite.get(job.name, np.zeros(3, np.int64))
 
     def save(in_flight: InFlight | None = None) -> None:
       nonlocal saved
+      confirmation.flush()
       saved = time.perf_counter()
       progress.seconds[job.name] = before + saved - began
       progress.nonfinite[job.name] = np.add(earlier, [*slots.nonfinite, judged])
@@ -367,6 +466,11 @@ class _Evaluation:
     def on_fooled(examples: np.ndarray, images: np.ndarray) -> None:
       progress.adversarial[examples] = images
       progress.claimed[examples] = True
+      robust[examples] = False
+
+    def on_near(examples: np.ndarray) -> None:
+      assert progress.near is not None  # noqa: S101 - narrows the type
+      progress.near[examples] = True
       robust[examples] = False
 
     def on_steps(snapshot: Callable[[], InFlight]) -> None:
@@ -380,30 +484,77 @@ class _Evaluation:
         save(snapshot())
       stops.check()
 
-    slots, judged = self._slots(job), 0
+    slots, judged = self._slots(job, self._targets(job)), 0
+    confirmation = screens.Confirmation(
+      self._score,
+      self._labels,
+      tolerance=self._tolerance,
+      batch_size=self._batch_size,
+      on_fooled=on_fooled,
+      on_near=on_near,
+    )
     slots.run(
       done,
       robust,
       on_fooled=on_fooled,
       on_steps=on_steps,
+      on_failed=confirmation.add if job.screened else None,
       in_flight=progress.in_flight,
     )
     progress.in_flight = None
+    confirmation.flush()
     judged = self._verify(job.name)
     progress.accuracies[job.name] = float(progress.robust.mean())
     save()
 
-  def _slots(self, job: Job) -> Slots:
+  def _open(self, job: Job) -> np.ndarray:
+    """Examples that a job has to attack, bool [N]."""
+    progress = self._progress
+    left = progress.robust & ~progress.claimed
+    if progress.near is None:
+      return left
+    return left & (~progress.near if job.screened else progress.near)
+
+  def _has_work(self, job: Job) -> bool:
+    """Whether a job has examples to attack, or has claims to be judged."""
+    return bool(self._open(job).any() or self._progress.claimed.any())
+
+  def _score(self, images: np.ndarray) -> np.ndarray:
+    """Classifies images with which attacks ended, logits [B, K]."""
+    return self._predict(
+      images, self._batch_size, rng.stream(self._key, "confirm")
+    )
+
+  def _slots(self, job: Job, ranking: np.ndarray) -> Slots:
+    classifier = self._screen if job.screened else self._classifier
+    assert classifier is not None  # noqa: S101 - narrows the type, cannot fail
     return Slots(
-      rng.stream(self._key, job.name),
-      self._classifier,
+      rng.stream(self._key, screens.attack_of(job.name)),
+      classifier,
       job,
       epsilon=self._epsilon,
       images=self._images,
       labels=self._labels,
-      ranking=self._ranking,
+      ranking=ranking,
       mesh=self._mesh,
       batch_size=self._batch_size,
+      ahead=self._ahead,
+    )
+
+  def _targets(self, job: Job) -> np.ndarray:
+    """Ranks the classes that a job aims at, integers [N, K - 1]."""
+    if job.targeting == "logits":
+      return self._ranking
+    return targets.rank(
+      rng.stream(self._key, screens.attack_of(job.name)),
+      self._classifier,
+      self._images,
+      self._labels,
+      self._ranking,
+      self._open(job),
+      norm=self._norm,
+      batch_size=self._batch_size,
+      mesh=self._mesh,
     )
 
   def _verify(self, name: str) -> int:
@@ -426,5 +577,7 @@ class _Evaluation:
     progress.robust[claimed[wrong]] = False
     still_robust = claimed[~wrong]
     progress.adversarial[still_robust] = self._images[still_robust]
+    if progress.near is not None:  # the screening network alone was fooled
+      progress.near[still_robust] = True
     progress.claimed[:] = False
     return int((~finite).sum())

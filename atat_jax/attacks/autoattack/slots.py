@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from atat_jax import compilation, sharding
 from atat_jax.attacks import search as search_lib
 from atat_jax.attacks.search import Problem, Search, SearchSettings
+from atat_jax.compilation.ahead import Ahead, placed
 from atat_jax.typing import Array, Classifier
 
 
@@ -58,6 +59,8 @@ class Job:
       attacks.
     num_restarts: Number of runs for each target.
     steps_at_once: Number of steps between two checks for finished rows.
+    targeting: Way to choose the classes aimed at, see `targeting.TARGETINGS`.
+    screened: Whether it runs on the screening network, see `screening`.
   """
 
   name: str
@@ -66,6 +69,8 @@ class Job:
   num_targets: int = 1
   num_restarts: int = 1
   steps_at_once: int = 5
+  targeting: str = "logits"
+  screened: bool = False
 
   @property
   def num_runs(self) -> int:
@@ -114,19 +119,23 @@ def _refill(
 def _advance(
   classifier: Classifier,
   key: Array,
+  turn: Array,
   problem: Problem,
   settings: SearchSettings,
   state: Any,
   i: Array,
+  active: Array,
   limit: Array,
   count: Array,
   *,
   search: Search[Any],
 ) -> tuple[Any, Array]:
+  # Free rows count as finished, so that they rest.
+  i = jnp.where(active, i, limit)
   return search_lib.advance(
     search,
     classifier,
-    key,
+    jax.random.fold_in(key, turn),
     problem,
     settings,
     state,
@@ -140,10 +149,19 @@ def _take(tree: Any, rows: Array) -> Any:
   return jax.tree.map(lambda x: x[rows], tree)
 
 
-_jitted_begin = compilation.jit(_begin, static_argnames="search")
-_jitted_refill = compilation.jit(
-  _refill, static_argnames="search", donate_argnums=1
-)
+class _Beginnings:
+  """Programs that begin runs: in an empty batch, and in rows of another."""
+
+  def __init__(self, *, light: bool):
+    self.begin = compilation.jit(_begin, light=light, static_argnames="search")
+    self.refill = compilation.jit(
+      _refill, light=light, static_argnames="search", donate_argnums=1
+    )
+
+
+# Random numbers take XLA:CPU long to optimise, and are seldom drawn. Uniform
+# ones, of linf, are the same however much; normal ones are rounded otherwise.
+_beginnings = {light: _Beginnings(light=light) for light in (False, True)}
 _jitted_advance = compilation.jit(
   _advance, static_argnames="search", donate_argnames="state"
 )
@@ -240,6 +258,7 @@ class Slots:
       out, int32 [N, K - 1].
     mesh: The devices.
     batch_size: Largest batch size.
+    ahead: Programs that are compiled in threads.
   """
 
   def __init__(
@@ -254,18 +273,62 @@ class Slots:
     ranking: np.ndarray,
     mesh: Mesh,
     batch_size: int,
+    ahead: Ahead | None = None,
   ):
+    self._ahead = Ahead(enabled=False) if ahead is None else ahead
+    # Searches that begin alike share the programs that begin.
+    self._beginning = getattr(job.search, "beginning", job.search)
+    uniform = getattr(self._beginning, "norm", "") == "linf"
+    self._programs = _beginnings[uniform]
     self.under_way = 0.0
     self.nonfinite = np.zeros(2, np.int64)
     self._mesh, self._job = mesh, job
-    settings = SearchSettings(
-      jnp.asarray(epsilon, images.dtype), jnp.asarray(job.num_steps, jnp.int32)
+    numbers: Any = (
+      np.asarray(epsilon, images.dtype),
+      np.asarray(job.num_steps, np.int32),
     )
+    settings: Any = SearchSettings(*numbers)
     self._key, self._settings = sharding.put_replicated(mesh, (key, settings))
     self._classifier = classifier
     self._images, self._labels, self._ranking = images, labels, ranking
     self._allowed = sizes(batch_size, mesh.size)
     self._limit = job.num_evaluations
+
+  def prepare(self, pending: int, least: int) -> None:
+    """Has the programs of the first batch compiled in threads.
+
+    Nothing is done if the size of that batch is not known yet.
+
+    Args:
+      pending: Largest number of runs that there may be to make.
+      least: Smallest number.
+    """
+    size = _best_size(self._allowed, pending)
+    if not pending or size != _best_size(self._allowed, max(least, 1)):
+      return
+    none, whole = np.zeros(size, int), np.ones(size, bool)
+    arguments = self._arguments(none, none)
+    shapes = self._programs.begin.eval_shape(*arguments, search=self._beginning)  # type: ignore[attr-defined]
+    where = sharding.replicated(self._mesh)
+    rows = jax.tree.map(lambda x: placed(x, where), shapes)
+    advancing = self._advancing(0, rows, whole)
+    self._add(self._name("advance", size), _jitted_advance, *advancing)
+    self._add(self._name("begin", size), self._programs.begin, *arguments)
+    if pending > size:
+      refilling = self._put(whole), rows, *arguments
+      self._add(self._name("refill", size), self._programs.refill, *refilling)
+
+  def _add(
+    self, name: tuple[Hashable, ...], program: Any, *arguments: Any
+  ) -> None:
+    """Has a program compiled that `_name` has named."""
+    search = name[1]
+    self._ahead.add(name, lambda: program.ahead(*arguments, search=search))
+
+  def _name(self, name: str, size: int) -> tuple[Hashable, ...]:
+    """Names one of the programs for batches of a size."""
+    search: Any = self._job.search if name == "advance" else self._beginning
+    return name, search, size, id(self._classifier)
 
   def run(
     self,
@@ -274,6 +337,7 @@ class Slots:
     *,
     on_fooled: Callable[[np.ndarray, np.ndarray], None],
     on_steps: Callable[[Callable[[], InFlight]], None] = lambda _: None,
+    on_failed: Callable[[np.ndarray, np.ndarray], None] | None = None,
     in_flight: InFlight | None = None,
   ) -> None:
     """Runs the job on all examples that are still robust.
@@ -285,6 +349,8 @@ class Slots:
       on_fooled: Called with the examples fooled and their images.
       on_steps: Called after every few steps with a function that returns the
         unfinished runs.
+      on_failed: Called with the examples of runs that ended without success and
+        the images that these return; may remove examples, too.
       in_flight: Unfinished runs to resume; ignored if they do not fit.
     """
     pending = int((~done[robust]).sum())
@@ -305,7 +371,7 @@ class Slots:
       if fresh.any():
         self._load(batch, fresh)
       self._advance(batch, turn)
-      self._harvest(batch, done, robust, on_fooled)
+      self._harvest(batch, done, robust, on_fooled, on_failed)
       on_steps(functools.partial(self._snapshot, batch))
 
   def _put(self, array: np.ndarray) -> Array:
@@ -372,44 +438,58 @@ class Slots:
     # not see anything else.
     spare = int(batch.examples[batch.active][0])
     examples = np.where(batch.active, batch.examples, spare)
+    arguments, size = self._arguments(examples, batch.runs), len(examples)
+    if batch.device is None:
+      self._ahead.wait(self._name("begin", size))
+      batch.device = self._programs.begin(*arguments, search=self._beginning)
+    else:
+      self._ahead.wait(self._name("refill", size))
+      batch.device = self._programs.refill(
+        self._put(fresh), batch.device, *arguments, search=self._beginning
+      )
+    return batch.device
+
+  def _arguments(self, examples: np.ndarray, runs: np.ndarray) -> list[Any]:
+    """Arguments of the programs that begin runs on examples, int [size]."""
     restarts = self._job.num_restarts
-    targets = self._ranking[examples, batch.runs // restarts]
+    targets = self._ranking[examples, runs // restarts]
     rows = (
       self._images[examples],
       self._labels[examples],
       targets.astype(np.int32),
       examples.astype(np.int32),
-      batch.runs.astype(np.int32),
-      (batch.runs % restarts).astype(np.int32),
+      runs.astype(np.int32),
+      (runs % restarts).astype(np.int32),
     )
-    arguments = [self._key, self._settings, *map(self._put, rows)]
-    search = self._job.search
-    if batch.device is None:
-      batch.device = _jitted_begin(*arguments, search=search)
-    else:
-      batch.device = _jitted_refill(
-        self._put(fresh), batch.device, *arguments, search=search
-      )
-    return batch.device
+    return [self._key, self._settings, *map(self._put, rows)]
 
   def _advance(self, batch: _Rows, turn: int) -> None:
     """Makes the next few steps of all rows."""
     assert batch.device is not None  # noqa: S101 - narrows the type, cannot fail
-    problem, state, i = batch.device
-    # Free rows count as finished, so that they rest.
-    i = jnp.where(self._put(~batch.active), self._limit, i)
+    self._ahead.wait(self._name("advance", len(batch.examples)))
     state, i = _jitted_advance(
+      *self._advancing(turn, batch.device, batch.active),
+      search=self._job.search,
+    )
+    batch.device = batch.device[0], state, i
+
+  def _advancing(
+    self, turn: int, device: tuple[Problem, Any, Array], active: np.ndarray
+  ) -> tuple[Any, ...]:
+    """Arguments of the program that makes steps."""
+    problem, state, i = device
+    return (
       self._classifier,
-      jax.random.fold_in(self._key, turn),
+      self._key,
+      np.int32(turn),
       problem,
       self._settings,
       state,
       i,
-      self._limit,
-      self._job.steps_at_once,
-      search=self._job.search,
+      self._put(active),
+      np.int32(self._limit),
+      np.int32(self._job.steps_at_once),
     )
-    batch.device = problem, state, i
 
   def _harvest(
     self,
@@ -417,6 +497,7 @@ class Slots:
     done: np.ndarray,
     robust: np.ndarray,
     on_fooled: Callable[[np.ndarray, np.ndarray], None],
+    on_failed: Callable[[np.ndarray, np.ndarray], None] | None,
   ) -> None:
     """Takes finished runs, and those of fooled examples, out of their rows."""
     assert batch.device is not None  # noqa: S101 - narrows the type, cannot fail
@@ -432,6 +513,10 @@ class Slots:
       rows = rows[first]
       images = sharding.to_host(self._mesh, state.adversarial)
       on_fooled(examples[rows], images[rows])
+    failed = active & ~fooled & (i >= self._limit)
+    if on_failed is not None and failed.any():
+      images = sharding.to_host(self._mesh, state.adversarial)
+      on_failed(examples[failed], images[failed])
     over = active & (fooled | (i >= self._limit))
     done[examples[over], batch.runs[over]] = True
     examples[over] = -1

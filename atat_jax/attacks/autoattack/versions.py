@@ -13,6 +13,7 @@ from atat_jax.attacks.auto_pgd import APGD
 from atat_jax.attacks.autoattack.slots import Job
 from atat_jax.attacks.fast_boundary import FAB
 from atat_jax.attacks.square_search import Square
+from atat_jax.attacks.targeting import CANDIDATES, TARGETINGS, malt_norm
 from atat_jax.errors import UserError
 from atat_jax.runs import wording
 
@@ -27,17 +28,22 @@ class Version:
     eot_samples: Gradients that APGD averages; more than one is for
       `Randomized` classifiers.
     enlarged: Whether APGD in l1 starts with three times epsilon.
+    targeting: Way to choose the classes of the targeted attacks.
+    num_targets: Largest number of these classes.
   """
 
   attacks: tuple[str, ...]
   num_restarts: int = 1
   eot_samples: int = 1
   enlarged: bool = True
+  targeting: str = "logits"
+  num_targets: int = 9
 
 
 VERSIONS: dict[str, Version] = {
   "standard": Version(("apgd-ce", "apgd-t", "fab-t", "square")),
   "fast": Version(("apgd-ce", "apgd-t")),
+  "quick": Version(("apgd-ce", "apgd-t"), targeting="malt", num_targets=5),
   "rand": Version(("apgd-ce", "apgd-dlr"), eot_samples=20, enlarged=False),
   "plus": Version(
     ("apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"),
@@ -98,7 +104,10 @@ def _defaults(name: str, version: Version, norm: str) -> dict[str, int]:
     numbers["eot_samples"] = version.eot_samples
   enlarged = norm == "l1" and version.enlarged
   if name in _TARGETED:
-    numbers["num_targets"] = 5 if enlarged and name == "apgd-t" else 9
+    few = enlarged and name == "apgd-t"
+    numbers["num_targets"] = (
+      min(5, version.num_targets) if few else version.num_targets
+    )
   else:
     many = name == "apgd-ce" and enlarged
     numbers["num_restarts"] = 5 if many else version.num_restarts
@@ -112,21 +121,26 @@ def _job(
   norm: str,
   num_classes: int,
 ) -> Job:
-  targets = min(numbers.get("num_targets", 1), num_classes - 1)
+  wanted = numbers.get("num_targets", 1)
+  targets = min(wanted, num_classes - 1)
   restarts = numbers["num_restarts"]
+  by_malt = name in _TARGETED and malt_norm(
+    version.targeting, norm, wanted, num_classes
+  )
+  targeting = "malt" if by_malt else "logits"
   if name == "square":
     steps = numbers["num_queries"]
     return Job(name, Square(norm), steps, 1, restarts, steps_at_once=25)
   steps = numbers["num_steps"]
   if name in ("fab", "fab-t"):
     search = FAB(norm=norm, targeted=name == "fab-t")
-    return Job(name, search, steps, targets, restarts)
+    return Job(name, search, steps, targets, restarts, targeting=targeting)
   loss = _APGD_LOSSES[name]
   if num_classes < losses.MIN_CLASSES.get(loss, 2):
     loss = _MARGINS[loss]
   enlarged = norm == "l1" and version.enlarged
   apgd = APGD(norm, loss, numbers["eot_samples"], enlarged)
-  return Job(name, apgd, steps, targets, restarts)
+  return Job(name, apgd, steps, targets, restarts, targeting=targeting)
 
 
 def _named(version: str | Sequence[str]) -> tuple[str, Version]:
@@ -150,6 +164,7 @@ def make(
   norm: str,
   num_classes: int,
   options: Mapping[str, Mapping[str, int]] | None = None,
+  targeting: str | None = None,
 ) -> Ensemble:
   """Returns the attacks of a version.
 
@@ -161,6 +176,8 @@ def make(
       the margin replaces a DLR loss that needs more classes.
     options: Attack to numbers other than the version's, e.g.
       {"square": {"num_queries": 1000}}; the version is then "custom".
+    targeting: Way to choose the classes of the targeted attacks, one of
+      `TARGETINGS`, where there are more than these; None: the version's.
 
   Returns:
     The ensemble.
@@ -173,6 +190,9 @@ def make(
   options = {} if options is None else options
   checks.instance("options", options, Mapping, "attack to numbers, or None")
   label, chosen = _named(version)
+  if targeting is not None:
+    checks.choice("targeting", targeting, TARGETINGS)
+    chosen = dataclasses.replace(chosen, targeting=targeting)
   for name, changes in options.items():
     checks.choice("options", name, chosen.attacks)
     checks.instance(
@@ -212,12 +232,16 @@ def describe(job: Job) -> str:
       unit="query" if isinstance(search, Square) else "step",
     )
   ]
-  if job.num_targets > 1:
-    parts.append(wording.plural(job.num_targets, "target"))
+  if job.num_targets > 1 or job.targeting == "malt":
+    targets = wording.plural(job.num_targets, "target")
+    by_malt = f" by MALT among the first {CANDIDATES} classes"
+    parts.append(targets + by_malt * (job.targeting == "malt"))
   if apgd and apgd.eot_samples > 1:
     parts.append(wording.plural(apgd.eot_samples, "EOT sample"))
   if apgd and apgd.enlarged:
     parts.append("radius from 3 epsilon")
+  if job.screened:
+    parts.append("on the screening network")
   return ", ".join(parts)
 
 
@@ -225,5 +249,9 @@ def as_json(job: Job) -> dict[str, Any]:
   """Returns a job's numbers as plain values, by which states are recognised."""
   fields = dataclasses.asdict(job)
   fields.pop("steps_at_once")
+  if job.targeting == "logits":  # states of earlier versions do not say so
+    fields.pop("targeting")
+  if not job.screened:
+    fields.pop("screened")
   fields["search"] = type(job.search).__name__, fields["search"]
   return fields

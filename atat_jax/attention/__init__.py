@@ -6,85 +6,28 @@ and the logits are differentiated with respect to that zero: the backward pass
 stops there, so a map of the last tensor costs a dense layer, not a second
 network pass. The maps can be differentiated again.
 
-Any linen module works: a layer is named by the path of a submodule whose output
-is [B, h, w, C].
+Any linen module works; `models.adapt` and `models.from_functions` make one of a
+network of another kind. A layer is named by the path of a submodule:
+
+- "block_2/conv": its output [B, h, w, C];
+- "block_2/conv:1", "block_2/conv:2": its outputs, where it is called twice;
+- "block_2[0]": the first of several tensors that it returns.
+
+Tokens [B, T, C] of a transformer are taken as the grid of their patches, without
+a class token before them.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Iterable, Sequence
 
-import flax
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from atat_jax import batch_norm as bn
 from atat_jax import checks, compilation
+from atat_jax.attention import taps
 from atat_jax.errors import UserError
 from atat_jax.typing import Array, BatchNormMode, PyTree, Variables
-
-
-@contextmanager
-def _outputs(visit: Callable[[str, Any], Any]) -> Iterator[None]:
-  """Lets `visit(path, output)` replace the output of any submodule."""
-  # Under `python -O` flax does not take an interceptor off again (0.12 pops it
-  # in an assert): one whose block has ended must do nothing.
-  visits = [visit]
-
-  def interceptor(
-    call: Callable[..., Any],
-    args: Any,
-    kwargs: Any,
-    context: nn.module.InterceptorContext,
-  ) -> Any:
-    output = call(*args, **kwargs)
-    path = "/".join(context.module.path)
-    if not visits or context.method_name != "__call__" or not path:
-      return output
-    return visits[0](path, output)
-
-  try:
-    with nn.intercept_methods(interceptor):
-      yield
-  finally:
-    visits.clear()
-
-
-def _tensors(
-  model: nn.Module,
-  variables: Variables,
-  images: Array,
-  batch_norm: BatchNormMode,
-) -> dict[str, jax.ShapeDtypeStruct]:
-  """Outputs [B, h, w, C] of all submodules, in the order of computation."""
-  images = checks.batch(images, "images", ndim=4)
-  checks.variables(model, variables, images.shape)
-  found: dict[str, jax.ShapeDtypeStruct] = {}
-
-  def visit(path: str, output: Any) -> Any:
-    if isinstance(output, jax.Array) and output.ndim == 4:
-      if path in found:  # a shared module: its name is ambiguous
-        repeated.add(path)
-      found.pop(path, None)
-      found[path] = jax.ShapeDtypeStruct(output.shape, output.dtype)
-    return output
-
-  repeated: set[str] = set()
-  try:
-    with _outputs(visit):
-      jax.eval_shape(
-        lambda v, x: bn.apply(model, v, x, batch_norm=batch_norm),
-        variables,
-        images,
-      )
-  except flax.errors.FlaxError as error:
-    raise UserError(
-      f"variables: {str(error).splitlines()[0]}; allowed: the variables of"
-      f" {type(model).__name__} for images of shape {images.shape[1:]}"
-    ) from None
-  return {path: s for path, s in found.items() if path not in repeated}
-
 
 MAPS = ("grad_cam", "channel_sum")
 """Kinds of maps that are computed from an activation."""
@@ -106,15 +49,35 @@ def check_layers(layers: Iterable[str], names: Iterable[str]) -> None:
       raise UserError(f"layers: {layer!r}; allowed: {', '.join(names)}")
 
 
-def layer_names(
+def layers(
   model: nn.Module, variables: Variables, images: Array
-) -> tuple[str, ...]:
-  """Returns the layers that can be tapped, from the input to the output.
+) -> dict[str, tuple[int, ...]]:
+  """Lists the layers that can be tapped, from the input to the output.
+
+  Args:
+    model: A linen module.
+    variables: Variables of the model.
+    images: [B, H, W, C] in [0, 1]; used for their shape and dtype.
+
+  Returns:
+    {name: shape [B, h, w, C]}; the shape of tokens is that of their grid.
 
   Raises:
     UserError: Not a network, or variables of another one.
   """
-  return tuple(_tensors(model, variables, images, "running"))
+  found = taps.listing(model, variables, images, "running").layers
+  return {name: layer.shape for name, layer in found.items()}
+
+
+def layer_names(
+  model: nn.Module, variables: Variables, images: Array
+) -> tuple[str, ...]:
+  """Returns the names of `layers`.
+
+  Raises:
+    UserError: Not a network, or variables of another one.
+  """
+  return tuple(layers(model, variables, images))
 
 
 def _chosen(
@@ -123,18 +86,22 @@ def _chosen(
   images: Array,
   layers: Sequence[str] | None,
   batch_norm: BatchNormMode,
-) -> dict[str, jax.ShapeDtypeStruct]:
-  """Outputs of the given layers; None: of the last tensor's layer."""
-  tensors = _tensors(model, variables, images, batch_norm)
-  if not tensors:
-    raise UserError(
-      "model: no submodule returns a tensor [B, h, w, C]; Grad-CAM needs one"
-    )
+) -> dict[str, taps.Layer]:
+  """Layers by name; None: that of the last spatial tensor."""
+  listing = taps.listing(model, variables, images, batch_norm)
   if layers is None:
-    layers = (list(tensors)[-1],)
+    if listing.refused:
+      raise UserError(listing.refused)
+    return {listing.default: listing.layers[listing.default]}
   layers = checks.names("layers", layers)
-  check_layers(layers, tensors)
-  return {layer: tensors[layer] for layer in layers}
+  for layer in layers:
+    if layer in listing.others and layer not in listing.layers:
+      raise UserError(
+        f"layers: {layer!r}, {listing.others[layer]}; allowed:"
+        f" {', '.join(listing.layers)}"
+      )
+  check_layers(layers, listing.layers)
+  return {layer: listing.layers[layer] for layer in layers}
 
 
 def chosen_layers(
@@ -146,29 +113,10 @@ def chosen_layers(
   """Returns the layers that `grad_cam` taps: those given, or the last tensor's.
 
   Raises:
-    UserError: A layer that the model does not have.
+    UserError: A layer that the model does not have; no layer given, and it is not
+      known which tensor is the last.
   """
   return tuple(_chosen(model, variables, images, layers, "running"))
-
-
-def _tapped(
-  model: nn.Module,
-  variables: Variables,
-  images: Array,
-  taps: dict[str, Array],
-  batch_norm: BatchNormMode,
-) -> tuple[Array, tuple[dict[str, Array], PyTree]]:
-  """Logits of one pass, with {layer: output + tap} and `batch_stats`."""
-  found = {}
-
-  def visit(path: str, output: Any) -> Any:
-    if path in taps:
-      output = found[path] = output + taps[path]
-    return output
-
-  with _outputs(visit):
-    logits, stats = bn.apply(model, variables, images, batch_norm=batch_norm)
-  return logits, ({layer: found[layer] for layer in taps}, stats)
 
 
 def activations(
@@ -196,11 +144,14 @@ def activations(
     UserError: A layer that the model does not have.
   """
   chosen = _chosen(model, variables, images, layers, batch_norm)
-  taps = {
-    layer: jnp.zeros((), output.dtype) for layer, output in chosen.items()
+  zeros = {
+    layer.place: jnp.zeros((), layer.output.dtype) for layer in chosen.values()
   }
-  logits, (found, stats) = _tapped(model, variables, images, taps, batch_norm)
-  return logits, found, stats
+  logits, (found, stats) = taps.run(model, variables, images, zeros, batch_norm)
+  tensors = {
+    name: layer.on_grid(found[layer.place]) for name, layer in chosen.items()
+  }
+  return logits, tensors, stats
 
 
 def channel_sum(tensor: Array) -> Array:
@@ -258,23 +209,44 @@ def forward(
       {name: channel_sum(one) for name, one in found.items()},
       stats,
     )
+  logits, explained, stats, _ = _explained(
+    model, variables, images, labels, layers, batch_norm
+  )
+  return logits, explained, stats
+
+
+def _explained(
+  model: nn.Module,
+  variables: Variables,
+  images: Array,
+  labels: Array,
+  layers: Sequence[str] | None,
+  batch_norm: BatchNormMode,
+) -> tuple[Array, dict[str, Array], PyTree, dict[str, Array]]:
+  """Logits, maps, `batch_stats`, and by layer whether no token has a gradient."""
   chosen = _chosen(model, variables, images, layers, batch_norm)
-  taps = {layer: jnp.zeros_like(output) for layer, output in chosen.items()}
+  zeros = {
+    layer.place: jnp.zeros_like(layer.output) for layer in chosen.values()
+  }
   logits, pullback, (found, stats) = jax.vjp(
-    lambda taps: _tapped(model, variables, images, taps, batch_norm),
-    taps,
+    lambda zeros: taps.run(model, variables, images, zeros, batch_norm),
+    zeros,
     has_aux=True,
   )
   (gradients,) = pullback(
     jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
   )
-  explained = {}
-  for layer, tensor in found.items():
+  explained, silent = {}, {}
+  for name, layer in chosen.items():
+    tensor = layer.on_grid(found[layer.place])
+    gradient = layer.on_grid(gradients[layer.place])
     wide = jnp.promote_types(tensor.dtype, jnp.float32)
-    weights = gradients[layer].astype(wide).mean((1, 2))  # Eq. (2)
+    weights = gradient.astype(wide).mean((1, 2))  # Eq. (2)
     weighted = jnp.einsum("bhwc,bc->bhw", tensor.astype(wide), weights)
-    explained[layer] = jax.nn.relu(weighted)  # Eq. (3)
-  return logits, explained, stats
+    explained[name] = jax.nn.relu(weighted)  # Eq. (3)
+    if layer.extra:
+      silent[name] = (gradient == 0).all()
+  return logits, explained, stats, silent
 
 
 def _maps(
@@ -285,20 +257,20 @@ def _maps(
   model: nn.Module | compilation.Opaque,
   layers: tuple[str, ...] | None,
   batch_norm: BatchNormMode,
-) -> tuple[dict[str, Array], dict[str, Array]]:
-  """Returns maps, and how many numbers are not finite, by what they are of."""
-  logits, maps, _ = forward(
-    compilation.unwrap(model),
-    variables,
-    images,
-    labels,
-    layers=layers,
-    batch_norm=batch_norm,
+) -> tuple[dict[str, Array], dict[str, Array], dict[str, Array]]:
+  """Returns maps, how many numbers are not finite, by what they are of, and the
+  layers at which no token of a patch has a gradient."""
+  logits, maps, _, silent = _explained(
+    compilation.unwrap(model), variables, images, labels, layers, batch_norm
   )
   bad = {"variables": variables, "logits": logits} | {
     f"map at {layer}": one for layer, one in maps.items()
   }
-  return maps, {what: _num_nonfinite(tree) for what, tree in bad.items()}
+  return (
+    maps,
+    {what: _num_nonfinite(tree) for what, tree in bad.items()},
+    silent,
+  )
 
 
 def _num_nonfinite(tree: PyTree) -> Array:
@@ -348,17 +320,17 @@ def grad_cam(
     variables: Variables of the model.
     images: float [B, H, W, C] in [0, 1].
     labels: Integers [B] in [0, K).
-    layers: Names of submodules whose outputs are tapped (see `layer_names`);
-      None: the last convolutional tensor.
+    layers: Names of `layers`; None: that of the last tensor [B, h, w, C].
     batch_norm: "running" or "batch".
 
   Returns:
     {layer: [B, h, w] float32 >= 0}, on the layer's own grid.
 
   Raises:
-    UserError: Unknown layer; variables of another network; images or labels of
-      a wrong shape, dtype or range; variables, logits or maps that are not
-      finite.
+    UserError: Unknown layer; no layer given, and it is not known which tensor
+      is the last; variables of another network; images or labels of a wrong
+      shape, dtype or range; variables, logits or maps that are not finite; a
+      layer of tokens on which the logits do not depend.
   """
   images = checks.images(images)
   checks.choice("batch_norm", batch_norm, ("running", "batch"))
@@ -369,7 +341,7 @@ def grad_cam(
   )
   labels = checks.labels(labels, images.shape[0], logits.shape[-1])
   layers = None if layers is None else checks.names("layers", layers)
-  maps, bad = _jitted_maps(
+  maps, bad, silent = _jitted_maps(
     variables,
     images,
     labels,
@@ -378,7 +350,21 @@ def grad_cam(
     batch_norm=batch_norm,
   )
   _refuse_nonfinite(bad, model)
+  _refuse_silent(silent)
   return maps
+
+
+def _refuse_silent(silent: dict[str, Array]) -> None:
+  """Raises a `UserError` if the logits depend on no patch at a layer."""
+  if any(isinstance(is_zero, jax.core.Tracer) for is_zero in silent.values()):
+    return
+  for layer, is_zero in jax.device_get(silent).items():
+    if is_zero:
+      raise UserError(
+        f"layers: {layer!r}: the logits depend on no token of a patch there, as"
+        " behind the last attention of a network with a class token; allowed: a"
+        " layer before it"
+      )
 
 
 def _refuse_nonfinite(bad: dict[str, Array], model: nn.Module) -> None:

@@ -1,0 +1,109 @@
+"""Robust accuracy of the same weights in float32 and bfloat16, image by image.
+
+  python -m benchmarks.precision --workdir=runs/at --num_examples=1000 \\
+    --out=precision.json
+
+Each network is attacked in the precision that it is scored in, from the same
+random numbers. On a CPU the compiler may leave a rounding out, which
+XLA_FLAGS=--xla_allow_excess_precision=false forbids.
+"""
+
+import argparse
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from atat_jax.runs import tables
+from benchmarks.support import machine
+from benchmarks.support.machine import number, whole
+
+DTYPES = ("float32", "bfloat16")
+ATTACKS = ("nominal", "pgd20", "autoattack-fast")
+
+
+def _rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+  import jax
+  import jax.numpy as jnp
+
+  from atat_jax import checkpoints, data, evaluation, models, sharding
+  from atat_jax.runs import configuration
+
+  folder = args.workdir.resolve()
+  model, variables = checkpoints.restore_model(folder)
+  arguments = configuration.read(folder).data
+  if args.data_dir:
+    arguments["data_dir"] = args.data_dir
+  test = data.load(**arguments).test
+  mesh = sharding.make_mesh()
+  split = sharding.put_replicated(
+    mesh, data.Split(*(array[: args.num_examples] for array in test))
+  )
+  for attack in args.attacks:
+    protocol = evaluation.parse(
+      attack, epsilon=args.epsilon, step_size=args.step_size
+    )
+    full, half = (
+      evaluation.judge(
+        jax.random.key(args.seed),
+        models.classifier(model.clone(dtype=jnp.dtype(dtype)), variables),
+        split,
+        protocol=protocol,
+        batch_size=args.batch_size,
+        mesh=mesh,
+      ).correct
+      for dtype in DTYPES
+    )
+    yield {
+      "name": f"{attack}/n{len(full)}",
+      "data": arguments["name"],
+      "epsilon": args.epsilon,
+      "float32": float(full.mean()),
+      "bfloat16": float(half.mean()),
+      "float32_only": int((full & ~half).sum()),
+      "bfloat16_only": int((half & ~full).sum()),
+    }
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+  """Tabulates accuracies (%) and images that only one side has right."""
+  lines = [["attack", *DTYPES, "difference", *(f"{x} only" for x in DTYPES)]]
+  for row in rows:
+    shares = [100 * row[dtype] for dtype in DTYPES]
+    lines.append(
+      [
+        row["name"],
+        *(f"{share:.2f}" for share in shares),
+        f"{shares[1] - shares[0]:+.2f}",
+        *(str(row[f"{dtype}_only"]) for dtype in DTYPES),
+      ]
+    )
+  return tables.markdown(lines)
+
+
+def _line(row: dict[str, Any]) -> str:
+  return ", ".join(f"{x}: {row[x]}" for x in ("name", *DTYPES))
+
+
+def parser() -> argparse.ArgumentParser:
+  """Makes the parser of the flags."""
+  made = machine.measurement_parser(__doc__)
+  add = made.add_argument
+  add("--workdir", type=pathlib.Path, required=True, help="run directory")
+  add("--data_dir", help="directory of the data; default: the run's")
+  add("--attacks", nargs="+", default=list(ATTACKS), help="names of protocols")
+  add("--epsilon", type=number, default=8 / 255)
+  add("--step_size", type=number, default=2 / 255)
+  add("--num_examples", type=whole, default=1000)
+  add("--batch_size", type=whole, default=500)
+  add("--seed", type=int, default=0)
+  return made
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+  """Runs the command."""
+  args = parser().parse_args(argv)
+  machine.run(args, _rows(args), table, line=_line)
+
+
+if __name__ == "__main__":
+  main()

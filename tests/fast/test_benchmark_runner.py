@@ -192,8 +192,9 @@ def test_the_plans_flags_are_valid(run):
       assert (python, flag) == ("python", "-m")
       parser = importlib.import_module(module).parser()
       args = parser.parse_args(arguments)
-      if "workdir" in args:  # runs, which leave more than one file
+      if module == "benchmarks.methods":  # runs, which leave more than one file
         assert args.workdir.parent == pathlib.Path("$OUT")
+        assert importlib.import_module(module).make_runs(args)
       else:
         assert str(args.out) == f"$OUT/{command.name}.json"
 

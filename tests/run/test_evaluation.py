@@ -11,6 +11,7 @@ import tiny
 
 from atat_jax import attacks, checkpoints, data, evaluation, models, sharding
 from atat_jax.data.base import Split
+from atat_jax.evaluation import accuracies
 from atat_jax.rng import stream
 from atat_jax.runs import files, tables
 
@@ -244,7 +245,7 @@ def test_rows_are_what_a_notebook_computes(finished, model_name):
 def test_a_row_counts_what_was_not_finite_and_the_report_says_so(
   finished, tmp_path, monkeypatch
 ):
-  judge = evaluation.judge
+  judge = accuracies.judge
 
   def spoiled(*args, **kwargs):
     found = judge(*args, **kwargs)
@@ -261,7 +262,7 @@ def test_a_row_counts_what_was_not_finite_and_the_report_says_so(
   }
   workdir = finished.copy(tmp_path / "run")
   (workdir / "results.json").unlink()
-  monkeypatch.setattr(evaluation, "judge", spoiled)
+  monkeypatch.setattr(accuracies, "judge", spoiled)
   tiny.run(workdir, "evaluate")
   found = files.read_results(workdir)
   worst = {

@@ -15,12 +15,12 @@ from atat_jax import (
   analyses,
   checkpoints,
   data,
-  evaluate,
   evaluation,
   report,
   steps,
 )
 from atat_jax.errors import UserError
+from atat_jax.evaluation import accuracies, measuring
 from atat_jax.training.interrupts import Interrupted
 
 pytest_plugins = ("tiny",)
@@ -287,7 +287,7 @@ def test_finished_work_is_not_done_again(finished, tmp_path, monkeypatch, mode):
   workdir = finished.copy(tmp_path / "run")
   before = tiny.snapshot(workdir)
   forbid(monkeypatch, steps, "make_train_step")
-  forbid(monkeypatch, evaluation, "judge")
+  forbid(monkeypatch, accuracies, "judge")
   forbid(monkeypatch, report, "write_report")
   tiny.run(workdir, mode)
   after = tiny.snapshot(workdir)
@@ -304,13 +304,13 @@ def test_more_attacks_add_rows_and_keep_the_old(
 ):
   workdir = finished.copy(tmp_path / "run")
   before = read_rows(workdir)
-  judge, calls = evaluation.judge, []
+  judge, calls = accuracies.judge, []
 
   def counted(*args, **kwargs):
     calls.append(kwargs["protocol"].name)
     return judge(*args, **kwargs)
 
-  monkeypatch.setattr(evaluation, "judge", counted)
+  monkeypatch.setattr(accuracies, "judge", counted)
   forbid(monkeypatch, steps, "make_train_step")
   made = tiny.config(evaluation__attacks="fgsm,ifgsm2")
   tiny.run(workdir, "evaluate", made)
@@ -423,7 +423,7 @@ def test_autoattack_by_name(finished, tmp_path, monkeypatch, caplog):
   for part in (names[0], names[1], "version fast", "apgd-ce"):
     assert part in text, part
 
-  forbid(monkeypatch, evaluate, "_measure")
+  forbid(monkeypatch, measuring, "_measure")
   tiny.run(workdir, "evaluate", made)
 
 
@@ -431,7 +431,7 @@ def test_the_batch_size_matters_only_with_batch_statistics(
   finished, tmp_path, monkeypatch
 ):
   workdir = finished.copy(tmp_path / "run")
-  forbid(monkeypatch, evaluation, "judge")
+  forbid(monkeypatch, accuracies, "judge")
   tiny.run(workdir, "evaluate", tiny.config(evaluation__batch_size=7))
   made = tiny.config(evaluation__batch_statistics_size=7)
   with pytest.raises(AssertionError, match="judge was called"):
@@ -465,7 +465,7 @@ def test_an_interrupted_evaluation_goes_on(finished, tmp_path, monkeypatch):
   workdir = finished.copy(tmp_path / "run")
   expected = read_rows(workdir)
   (workdir / "results.json").unlink()
-  judge, calls = evaluation.judge, []
+  judge, calls = accuracies.judge, []
 
   def interrupted(*args, **kwargs):
     if len(calls) == 5:
@@ -473,7 +473,7 @@ def test_an_interrupted_evaluation_goes_on(finished, tmp_path, monkeypatch):
     calls.append(1)
     return judge(*args, **kwargs)
 
-  monkeypatch.setattr(evaluation, "judge", interrupted)
+  monkeypatch.setattr(accuracies, "judge", interrupted)
   with pytest.raises(Interrupted):
     tiny.run(workdir, "evaluate")
   assert len(read_measured(workdir)) == 5
@@ -481,7 +481,7 @@ def test_an_interrupted_evaluation_goes_on(finished, tmp_path, monkeypatch):
   with pytest.raises(Interrupted):
     tiny.run(workdir, "evaluate")
   assert len(read_measured(workdir)) == 10
-  monkeypatch.setattr(evaluation, "judge", judge)
+  monkeypatch.setattr(accuracies, "judge", judge)
   tiny.run(workdir, "evaluate")
   found = read_rows(workdir)
 

@@ -211,8 +211,8 @@ def test_nothing_compiles_after_the_first_validation(finished):
   assert [row[:2] for row in teacher] == [row[:2] for row in student]
   assert all(after == before for _, _, before, after in student)
   for name, size, before, after in teacher:
-    if name.startswith("pgd2"):  # fgsm before it was the same program
-      assert after == before, (name, size)
+    if name.startswith("pgd2"):  # all but the random start is fgsm's program
+      assert after <= before + 1, (name, size)
 
 
 def test_no_function_compiles_twice(finished):

@@ -42,6 +42,7 @@ from atat_jax import (
   steps,
 )
 from atat_jax.data import batches
+from atat_jax.evaluation import accuracies
 from atat_jax.training import averaging, writer
 from atat_jax.trial import rehearsal
 
@@ -334,7 +335,9 @@ def finished(
 
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(writer.MetricsWriter, "write", counted_write)
+    # Training calls the one, evaluation the other.
     patch.setattr(evaluation, "judge", counted_evaluation)
+    patch.setattr(accuracies, "judge", counted_evaluation)
     _made.clear()  # this run compiles all of its programs
     _rehearsed.clear()
     jax.clear_caches()

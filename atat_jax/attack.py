@@ -44,7 +44,7 @@ from atat_jax.typing import Classifier
 
 _ATTACKS = "pgd20,pgd20-margin,autoattack-fast"
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("atat_jax.attack")  # also as a program
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,6 +15,7 @@ is part of the attack's.
 On other backends nothing is replaced.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -166,7 +167,10 @@ def _evaluate(program: Any, *args: Any) -> list[Any]:
   values.update(zip(jaxpr.constvars, consts, strict=True))
   values.update(zip(jaxpr.invars, args, strict=True))
   for eqn in jaxpr.eqns:
-    out = _equation(eqn, list(map(read, eqn.invars)))
+    # The names of modules, which profiles show.
+    name = str(eqn.source_info.name_stack)
+    with jax.named_scope(name) if name else contextlib.nullcontext():
+      out = _equation(eqn, list(map(read, eqn.invars)))
     values.update(zip(eqn.outvars, out, strict=True))
   return list(map(read, jaxpr.outvars))
 

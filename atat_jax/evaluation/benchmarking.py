@@ -1,6 +1,5 @@
 """One call from a classifier and images to an honest table."""
 
-import logging
 import pathlib
 import zlib
 from collections.abc import Sequence
@@ -18,8 +17,6 @@ from atat_jax.errors import UserError
 from atat_jax.evaluation import measuring, protocols
 from atat_jax.runs import files, locations, provenance, terminal
 from atat_jax.typing import Array, Classifier
-
-_log = logging.getLogger(__name__)
 
 _PROBE = "classifier.npz"
 _PROBED = 16  # images whose logits tell a classifier from others
@@ -153,8 +150,6 @@ def _measure(
     for one in chosen
   ]
   measuring.complete(table, pending, test, num_classes=num_classes, mesh=mesh)
-  if path is not None:
-    _log.info("results: %s", path)
   return Rows(table.content)
 
 

@@ -103,6 +103,7 @@ def test_leaving_waits_for_nothing_and_drops_the_rest(one_thread):
 
 
 def test_an_interrupt_ends_the_wait():
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
   free = threading.Event()
   began = time.monotonic()
   with pytest.raises(KeyboardInterrupt), Ahead() as ahead:
@@ -111,6 +112,7 @@ def test_an_interrupt_ends_the_wait():
     while not ahead._tasks["a"].begun:
       time.sleep(0.01)
     ahead.wait("a")
+  signal.signal(signal.SIGINT, before)
   assert time.monotonic() - began < 10
   free.set()
 

@@ -329,6 +329,7 @@ def test_newcombes_end_solves_his_equation():
 
 def test_the_record_of_a_result(monkeypatch):
   monkeypatch.setattr(sys, "argv", ["main.py", "--workdir=a b"])
+  monkeypatch.delenv("XLA_FLAGS", raising=False)
   found = provenance.record(["TPU v4"], config={"seed": 1})
   assert list(found) == [
     "command",
@@ -344,6 +345,9 @@ def test_the_record_of_a_result(monkeypatch):
   assert found["devices"] == ["TPU v4"] and found["cpus"] == os.cpu_count()
   assert set(found["versions"]) >= {"jax", "flax"}
   json.dumps(found, allow_nan=False)
+  monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_deterministic_ops=true")
+  record = provenance.record([])
+  assert record["xla_flags"] == "--xla_gpu_deterministic_ops=true"
 
 
 def test_the_commit_without_git_is_that_of_the_environment(monkeypatch):

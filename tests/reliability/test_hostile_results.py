@@ -10,8 +10,8 @@ import run_files
 
 from atat_jax import analyses, figures
 from atat_jax.errors import UserError
-from atat_jax.report import comparison, results, run_page
-from atat_jax.runs import configuration, files, lock
+from atat_jax.report import comparison, run_page
+from atat_jax.runs import configuration, files, lock, terminal
 
 SCRIPT = "<script>alert(1)</script>"
 VALUES = [
@@ -53,7 +53,7 @@ def show(workdir, tree):
   (workdir / files.RESULTS).write_text(json.dumps(tree))
   page = run_page.write_report(workdir).read_text()
   html, markdown, _ = comparison.write_comparison([workdir], workdir / "c")
-  table = results.results_table(files.read_results(workdir))
+  table = terminal.results_table(files.read_results(workdir))
   return (page, html.read_text()), (markdown.read_text(), table)
 
 

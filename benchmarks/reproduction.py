@@ -37,7 +37,6 @@ OTHERS = {
   "mechanism": "mechanism",
   "mechanism_own": "mechanism_own",
   "normalization": "normalization",
-  "normalization_cifar10": "normalization_cifar10",
 }
 """Parts with a result file of their own beside the comparison, and its name.
 
@@ -161,7 +160,6 @@ PARTS = {
   "mechanism": _experiment(mechanism.table),
   "mechanism_own": _experiment(mechanism.attack_table),
   "normalization": _experiment(normalization.table),
-  "normalization_cifar10": _experiment(normalization.table),
   "training": _training,
   "provenance": _provenance,
 }

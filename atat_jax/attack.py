@@ -13,7 +13,6 @@ if __name__ == "__main__":
   commands.begin("stopped; the same command goes on from here")
 
 import argparse
-import ast
 import dataclasses
 import importlib
 import logging
@@ -39,6 +38,7 @@ from atat_jax import (
 from atat_jax.data import npz
 from atat_jax.data.base import Split
 from atat_jax.errors import UserError
+from atat_jax.process import flag_values
 from atat_jax.runs import configuration, files, locations, lock
 from atat_jax.typing import Classifier
 
@@ -172,21 +172,6 @@ def _call(module: str, name: str) -> Classifier:
 # --- The command --------------------------------------------------------------
 
 
-def _number(text: str) -> float:
-  above, _, below = text.partition("/")
-  if float(below or 1) == 0:
-    raise argparse.ArgumentTypeError(f"{text!r}; allowed: a number, or 8/255")
-  return float(above) / float(below or 1)
-
-
-def _field(text: str) -> tuple[str, Any]:
-  name, _, value = text.partition("=")
-  try:
-    return name, ast.literal_eval(value)
-  except (ValueError, SyntaxError):
-    return name, value
-
-
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
   flags = argparse.ArgumentParser(
     prog="python -m atat_jax.attack",
@@ -205,9 +190,15 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     default=_ATTACKS,
     help="names of attacks (default: %(default)s)",
   )
-  add("--epsilon", type=_number, help="radius; default: 8/255, or the run's")
+  add(
+    "--epsilon",
+    type=flag_values.number,
+    help="radius; default: 8/255, or the run's",
+  )
   add("--norm", default="linf", help="linf, l2 or l1 (default: %(default)s)")
-  add("--step-size", type=_number, help="default: a quarter of epsilon")
+  add(
+    "--step-size", type=flag_values.number, help="default: a quarter of epsilon"
+  )
   add("--num-restarts", type=int, default=1, help="restarts of PGD (1)")
   add("--num-examples", type=int, default=0, help="test images; 0: all")
   add("--batch-size", type=int, default=256, help="images at a time (256)")
@@ -216,7 +207,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
   add(
     "--field",
     action="append",
-    type=_field,
+    type=flag_values.assignment,
     default=[],
     metavar="NAME=VALUE",
     help="field of the network that the file does not show",

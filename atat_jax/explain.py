@@ -19,7 +19,6 @@ if __name__ == "__main__":
   commands.begin("stopped; the same command goes on from here")
 
 import argparse
-import ast
 import dataclasses
 import logging
 import pathlib
@@ -44,6 +43,7 @@ from atat_jax import (
 from atat_jax.data.photographs import read_photograph
 from atat_jax.errors import UserError
 from atat_jax.evaluation.networks import Networks
+from atat_jax.process import flag_values
 from atat_jax.report import page
 from atat_jax.runs import (
   configuration,
@@ -506,21 +506,6 @@ def explain(
 # --- The command -------------------------------------------------------------
 
 
-def _number(text: str) -> float:
-  above, _, below = text.partition("/")
-  if float(below or 1) == 0:
-    raise argparse.ArgumentTypeError(f"{text!r}; allowed: a number, or 8/255")
-  return float(above) / float(below or 1)
-
-
-def _field(text: str) -> tuple[str, Any]:
-  name, _, value = text.partition("=")
-  try:
-    return name, ast.literal_eval(value)
-  except (ValueError, SyntaxError):
-    return name, value
-
-
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
   flags = argparse.ArgumentParser(
     prog="python -m atat_jax.explain",
@@ -559,7 +544,7 @@ def _add_subject(flags: argparse.ArgumentParser) -> None:
     "--field",
     nargs="+",
     default=[],
-    type=_field,
+    type=flag_values.assignment,
     metavar="NAME=VALUE",
     help="fields of the network that a file does not show",
   )
@@ -598,10 +583,14 @@ def _add_numbers(flags: argparse.ArgumentParser) -> None:
   attack = "default: as the runs are evaluated; photographs:"
   add(
     "--epsilon",
-    type=_number,
+    type=flag_values.number,
     help=f"radius, as in 8/255; {attack} 16/255, --data: 8/255",
   )
-  add("--step-size", type=_number, help=f"length of a step; {attack} 2/255")
+  add(
+    "--step-size",
+    type=flag_values.number,
+    help=f"length of a step; {attack} 2/255",
+  )
   add("--norm", help=f"norm: linf, l2 or l1; {attack} linf")
   add(
     "--attack",
@@ -630,7 +619,11 @@ def _add_numbers(flags: argparse.ArgumentParser) -> None:
   for name, number, text in (
     ("rounds", int, "rounds, shift: rounds of the attack (2 8 16)"),
     ("indices", int, "landscape: numbers of the images (0 1)"),
-    ("epsilons", _number, "epsilons: radii; default: some around --epsilon"),
+    (
+      "epsilons",
+      flag_values.number,
+      "epsilons: radii; default: some around --epsilon",
+    ),
   ):
     add(f"--{name}", nargs="+", type=number, help=text)
 

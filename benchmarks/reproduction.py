@@ -152,7 +152,9 @@ def _provenance(found: dict[str, Any]) -> str:
 
 PARTS = {
   "headline": controls.headline,
-  "ablation": lambda found: f"{controls.ablation(found)}\n\n{_provenance(found)}",
+  "ablation": lambda found: (
+    f"{controls.ablation(found)}\n\n{_provenance(found)}"
+  ),
   "shorter": controls.ablation,
   "accuracies": _accuracies,
   "batch_statistics": _batch_statistics,

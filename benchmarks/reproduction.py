@@ -37,6 +37,7 @@ OTHERS = {
   "mechanism": "mechanism",
   "mechanism_own": "mechanism_own",
   "normalization": "normalization",
+  "normalization_seeds": "normalization_seeds",
 }
 """Parts with a result file of their own beside the comparison, and its name.
 
@@ -162,6 +163,7 @@ PARTS = {
   "mechanism": _experiment(mechanism.table),
   "mechanism_own": _experiment(mechanism.attack_table),
   "normalization": _experiment(normalization.table),
+  "normalization_seeds": _experiment(normalization.table),
   "training": _training,
   "provenance": _provenance,
 }

@@ -23,7 +23,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
 from atat_jax import (
   checkpoints,
@@ -267,7 +266,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = evaluation.benchmark(
       jax.random.key(args.seed),
       classifier,
-      np.asarray(images.test.images),
+      images.test.images,
       images.test.labels,
       **numbers,
       attacks=args.attacks,

@@ -12,6 +12,7 @@ import pathlib
 import numpy as np
 import tqdm
 
+from atat_jax import checks
 from atat_jax.data import base, own
 from atat_jax.errors import UserError
 from atat_jax.runs import locations
@@ -53,7 +54,7 @@ def read(
     UserError: No such folder, no pictures, a picture that cannot be read, or
       pictures of several sizes while `size` is 0.
   """
-  own.check_source(source, ("auto",))
+  checks.choice("source", source, ("auto",))
   if not data_dir:
     raise UserError(
       "data_dir: missing; allowed: a folder with train/<class>/* and"

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from atat_jax import checks
 from atat_jax.data import base, own
 from atat_jax.errors import UserError
 from atat_jax.runs import locations
@@ -47,7 +48,7 @@ def read(
     UserError: No such file, arrays missing or of another kind, or damage.
   """
   del cache_dir
-  own.check_source(source, ("auto",))
+  checks.choice("source", source, ("auto",))
   if size:
     raise UserError(f"size: {size}; allowed: 0, a .npz has images of one size")
   if not data_dir:

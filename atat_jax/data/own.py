@@ -14,7 +14,6 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 
-from atat_jax import checks
 from atat_jax.data import base, pictures
 from atat_jax.errors import DamagedFileError, UserError
 from atat_jax.untrusted import arrays as array_files
@@ -208,15 +207,6 @@ def _names(
       " class_names"
     )
   return tuple(map(str, range(number)))
-
-
-def check_source(source: str, allowed: tuple[str, ...]) -> None:
-  """Checks the field `source` of a data set with one kind of source.
-
-  Raises:
-    UserError: Another source.
-  """
-  checks.choice("source", source, allowed)
 
 
 def cached(

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import tqdm
 
+from atat_jax import checks
 from atat_jax.data import base, own, record_files
 from atat_jax.errors import UserError
 from atat_jax.runs import files, locations
@@ -283,7 +284,7 @@ def read_any(
   Raises:
     UserError: Nothing found, or what was found is not such a data set.
   """
-  own.check_source(source, ("auto", "tfds"))
+  checks.choice("source", source, ("auto", "tfds"))
   if not re.fullmatch(r"\w+(/\w[\w.-]*)?", name):
     raise UserError(
       f"name: {'tfds:' + name!r}; allowed: tfds:<data set>, as in"

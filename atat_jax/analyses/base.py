@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from atat_jax import checks
 from atat_jax.attacks import balls
+from atat_jax.data.base import as_floats
 from atat_jax.errors import DamagedFileError, UserError
 from atat_jax.evaluation import Protocol
 from atat_jax.evaluation.networks import Networks
@@ -239,7 +240,7 @@ def write(
     UserError: An argument that the computation refuses.
   """
   rows = np.array(analysis.images(settings, len(inputs.labels)))
-  images = _as_float(inputs.images[rows])
+  images = as_floats(inputs.images[rows])
   labels = inputs.labels[rows]
   arguments = analysis.arguments(settings, inputs.images.shape[1:])
   identity = json.dumps(
@@ -278,12 +279,6 @@ def digest(tree: PyTree) -> int:
   for leaf in jax.tree.leaves(tree):
     mark = zlib.crc32(np.ascontiguousarray(leaf).tobytes(), mark)
   return mark
-
-
-def _as_float(images: np.ndarray) -> np.ndarray:
-  if images.dtype != np.uint8:
-    return np.asarray(images, np.float32)
-  return images.astype(np.float32) / np.float32(255)
 
 
 def _is_there(path: pathlib.Path, identity: str) -> bool:

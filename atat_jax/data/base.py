@@ -225,6 +225,20 @@ def stack(
   return found
 
 
+def as_floats(images: np.ndarray) -> np.ndarray:
+  """Converts pixels on the host, uint8 or floats in [0, 1], to float32.
+
+  Args:
+    images: Images `[N, H, W, C]`.
+
+  Returns:
+    float32 `[N, H, W, C]` in [0, 1].
+  """
+  if images.dtype != np.uint8:
+    return np.asarray(images, np.float32)
+  return images.astype(np.float32) / np.float32(255)
+
+
 def cache_root(cache_dir: str | None) -> pathlib.Path | None:
   """Returns `cache_dir`, by default in `$XDG_CACHE_HOME` or `~/.cache`.
 

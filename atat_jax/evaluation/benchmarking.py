@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from atat_jax import checks, compilation, sharding
 from atat_jax.attacks import base
-from atat_jax.data.base import Split
+from atat_jax.data.base import Split, as_floats
 from atat_jax.errors import UserError
 from atat_jax.evaluation import measuring, protocols
 from atat_jax.runs import files, locations, provenance, terminal
@@ -155,7 +155,7 @@ def _measure(
 
 def _checked(classifier: Classifier, test: Split) -> tuple[Classifier, int]:
   """Checks the classifier; returns it as a pytree, and the number of classes."""
-  few = jnp.asarray(measuring.as_floats(test.images[:2]))
+  few = jnp.asarray(as_floats(test.images[:2]))
   zeros = jnp.zeros(len(few), jnp.int32)
   classifier, *_, num_classes = base.check_arguments(classifier, few, zeros)
   checks.inspect_labels(test.labels, len(test.images), num_classes)
@@ -203,7 +203,7 @@ def _check_same(
   directory: pathlib.Path, classifier: Classifier, test: Split
 ) -> None:
   """Compares classifier and images with those that a directory is of."""
-  shown = measuring.as_floats(test.images[:_PROBED])
+  shown = as_floats(test.images[:_PROBED])
   logits = np.asarray(_logits(classifier, shown), np.float32)
   mark = zlib.crc32(np.ascontiguousarray(test.images).tobytes())
   mark = zlib.crc32(test.labels.tobytes(), mark)

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from atat_jax import attacks, rng, sharding
 from atat_jax.attacks import diagnostics, nonfinite
 from atat_jax.attacks.diagnostics import Diagnostic
-from atat_jax.data.base import Split
+from atat_jax.data.base import Split, as_floats
 from atat_jax.evaluation import accuracies, rules
 from atat_jax.evaluation.protocols import Protocol
 from atat_jax.process import stops
@@ -290,13 +290,6 @@ class _LossChecks:
       )
       self._found[key] = rules.storable(found)
     return {"diagnostics": {"blind_loss": self._found[key]}}
-
-
-def as_floats(images: np.ndarray) -> np.ndarray:
-  """Returns float32 pixels in [0, 1]."""
-  if images.dtype == np.uint8:
-    return images.astype(np.float32) / np.float32(255)
-  return images
 
 
 def _state_path(results: pathlib.Path | None, row: Row) -> pathlib.Path | None:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from atat_jax import checks, models
+from atat_jax.data.base import as_floats
 from atat_jax.errors import UserError
 from atat_jax.interop import layouts
 from atat_jax.interop.loaded import (
@@ -244,7 +245,7 @@ def examples(
     spread = np.arange(number) * len(images) // max(number, 1)
     images, labels = images[spread], labels[spread]
   if images.dtype == np.uint8:
-    images = images.astype(np.float32) / np.float32(255)
+    images = as_floats(images)
   checks.inspect_images(images)
   checks.inspect_labels(labels, len(images), base.LARGEST)
   return images.astype(np.float32), labels

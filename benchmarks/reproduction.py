@@ -156,7 +156,9 @@ PARTS = {
   "ablation": lambda found: (
     f"{controls.ablation(found)}\n\n{_provenance(found)}"
   ),
-  "shorter": controls.ablation,
+  "shorter": lambda found: "\n\n".join(
+    [controls.headline(found), controls.ablation(found)]
+  ),
   "accuracies": _accuracies,
   "batch_statistics": _batch_statistics,
   "costs": _costs,

@@ -8,7 +8,9 @@ import setuptools
 
 setuptools.setup(
   packages=[
-    *setuptools.find_packages(include=["atat_jax", "atat_jax.*"]),
+    *setuptools.find_namespace_packages(
+      include=["atat_jax", "atat_jax.*"], exclude=["*.__pycache__"]
+    ),
     "atat_jax.configs",
   ],
   package_dir={"atat_jax.configs": "configs"},

@@ -5,12 +5,16 @@ words, and None is an empty one. Whatever ml_collections reads has its value.
 """
 
 import argparse
+import dataclasses
+import re
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 from ml_collections.config_flags import tuple_parser
 
+from atat_jax import models
 from atat_jax.process import flag_values
 
 
@@ -89,6 +93,57 @@ class _Tuple(tuple_parser.TupleParser):
         "allowed: values between commas, as in (0.1,8/255)"
       ) from None
     return found
+
+
+def own_fields(network: object, given: Iterable[str]) -> dict[str, Any]:
+  """Returns fields of a network that no configuration has, with their defaults.
+
+  Args:
+    network: Name in `models.MODELS`; any other object has no fields.
+    given: Names of fields.
+
+  Returns:
+    Those that the network has and a user may set.
+  """
+  if not isinstance(network, str) or network not in models.MODELS:
+    return {}
+  kinds = (bool, int, float, str, tuple)
+  return {
+    field.name: field.default
+    for field in dataclasses.fields(models.MODELS[network])
+    if field.name in given
+    and field.name not in ("num_classes", "mean", "std", "image_size")
+    and isinstance(field.default, kinds)
+  }
+
+
+class ConfigParser(flags.ArgumentParser):
+  """Parser of --config, which lets in the fields that only some networks have.
+
+  Args:
+    parser: Parser of ml_collections, which loads the file.
+    words: The command line, whose --config.model.* may name such fields.
+  """
+
+  def __init__(self, parser: flags.ArgumentParser, words: Sequence[str]):
+    super().__init__()
+    self._parser, self._words = parser, words
+
+  def parse(self, path: str) -> Any:
+    """Loads a configuration."""
+    config = self._parser.parse(path)
+    named = re.compile(r"--?(?:no)?config\.model\.(\w+)(?:=(.*))?", re.S)
+    found = [match for word in self._words if (match := named.fullmatch(word))]
+    if isinstance(config, ConfigDict) and found and "model" in config:
+      network = dict(match.groups() for match in found).get("name")
+      own = own_fields(
+        network or config.model.get("name"), {match[1] for match in found}
+      )
+      with config.unlocked():
+        config.model.update(
+          {k: v for k, v in own.items() if k not in config.model}
+        )
+    return config
 
 
 def register() -> None:

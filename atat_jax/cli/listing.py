@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from atat_jax import analyses, config, models, objectives, plan
-from atat_jax.cli import shipped
+from atat_jax.cli import field_values, shipped
 from atat_jax.errors import UserError, near
 from atat_jax.process import arguments, commands
 
@@ -186,11 +186,17 @@ def main(argv: Sequence[str] | None = None, *, program: str = PROGRAM) -> None:
     default="default:atat",
     help="configuration whose values are shown (%(default)s)",
   )
+  flags.add_argument(
+    "--model",
+    help="network whose fields are shown; default: the configuration's",
+  )
   args = flags.parse_args(argv)
   try:
     made = shipped.load(args.config)
   except ValueError as error:
     raise UserError(str(error)) from None
+  if args.model is not None:
+    _take_network(made, args.model)
   names = [name for name, _ in _leaves(made)]
   for field in fields(made, _chosen(names, args.field)):
     sys.stdout.write(_describe(field))
@@ -198,6 +204,15 @@ def main(argv: Sequence[str] | None = None, *, program: str = PROGRAM) -> None:
     "change one by --config.FIELD=VALUE; the fields of another method: --config"
     "=default:trades"
   )
+
+
+def _take_network(made: ConfigDict, name: str) -> None:
+  """Puts a network with all of its fields into a configuration."""
+  known = models.field_names(name)
+  with made.unlocked():
+    kept = {k: v for k, v in made.model.items() if k in (*known, "name")}
+    own = field_values.own_fields(name, known)
+    made.model = ConfigDict(own | kept | {"name": name})
 
 
 def _describe(field: Field) -> str:

@@ -39,7 +39,7 @@ usage: {program} --config=NAME[:METHOD[,RECIPE]] --workdir=DIR [flags]
   --step           step of the training that --mode=replay makes again, from 1
   --deterministic  make the numbers of a GPU repeat; slower
   --distributed    join the other processes of a pod, cluster or job
-  --help_fields    as atat-jax fields; --helpfull: also the flags of absl
+  --help_fields    as atat-jax fields; --helpfull: the flags of absl
 
 example (minutes on two CPU cores, no download):
   {program} --config=digits --workdir=runs/digits{more}
@@ -109,6 +109,8 @@ def _define(values: flags.FlagValues, mode: str, argv: list[str]) -> None:
     lock_config=True,
     sys_argv=argv,
   )
+  flag = values["config"]
+  flag.parser = field_values.ConfigParser(flag.parser, argv)
   more: dict[str, Any] = {"flag_values": values}
   flags.DEFINE_string("workdir", None, "Directory of the run.", **more)
   flags.DEFINE_integer("step", None, "Step that replay makes.", **more)

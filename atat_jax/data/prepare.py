@@ -20,7 +20,7 @@ import numpy as np
 import tqdm
 
 from atat_jax.data import archives, base, cifar, tfds_sets
-from atat_jax.errors import UserError
+from atat_jax.errors import UserError, near, shown
 from atat_jax.process import arguments, commands, stops
 from atat_jax.runs import files, locations, lock
 
@@ -198,7 +198,9 @@ def _checked(
 ) -> tuple[base.DatasetSpec, pathlib.Path]:
   """Checks the arguments; returns the data set and its directory."""
   if not isinstance(name, str) or name not in _SPECS:
-    raise UserError(f"name={name!r}: must be one of {', '.join(_SPECS)}")
+    raise UserError(
+      f"name: {shown(name)}{near(name, _SPECS)}; allowed: {', '.join(_SPECS)}"
+    )
   spec = _SPECS[name]
   root = locations.expand("data_dir", data_dir) if data_dir else None
   try:

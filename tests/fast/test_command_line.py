@@ -321,6 +321,18 @@ def test_a_repeated_flag_of_a_tuple_adds_to_it():
   assert made.evaluation.batch_norm == ("running", "batch")
 
 
+def test_a_network_brings_its_own_fields():
+  words = ["--config.model.name=vit", "--config.model.patch_size=4"]
+  made = parsed(*words, "--config.model.conv_stem=(8,16)", config="cifar10:at")
+  model = made.config.model
+  assert (model.patch_size, model.conv_stem) == (4, (8, 16))
+  assert "num_heads" not in model  # nothing else is added
+  with pytest.raises(UserError, match="patch_size: no such field"):
+    parsed("--config.model.patch_size=4")
+  with pytest.raises(UserError, match="num_classes: no such field"):
+    parsed("--config.model.name=vit", "--config.model.num_classes=4")
+
+
 def test_two_command_lines_in_one_process_do_not_meet():
   first = parsed("--config.train.num_epochs=3").config
   second = parsed("--config.train.num_epochs=4", "--step=2")
@@ -453,6 +465,10 @@ def test_a_part_of_a_name_lists_the_fields_that_have_it(capsys):
   out = capsys.readouterr().out
   assert "train.epsilon_warmup = 0.0\n" in out and "train.num_epochs" not in out
   assert out.splitlines()[-1].startswith("next: ")
+  cli.main(["fields", "model.patch", "--model=vit"])
+  assert capsys.readouterr().out.startswith(
+    "model.patch_size = 16\n    Side of a patch in pixels.\n    allowed: "
+  )
   cli.main(["fields", "lambda1", "--config=digits:tla"])
   assert capsys.readouterr().out.startswith("objective.lambda1 = 2.0\n")
 

@@ -135,10 +135,8 @@ class ConfigParser(flags.ArgumentParser):
     named = re.compile(r"--?(?:no)?config\.model\.(\w+)(?:=(.*))?", re.S)
     found = [match for word in self._words if (match := named.fullmatch(word))]
     if isinstance(config, ConfigDict) and found and "model" in config:
-      network = dict(match.groups() for match in found).get("name")
-      own = own_fields(
-        network or config.model.get("name"), {match[1] for match in found}
-      )
+      given = {match[1]: match[2] for match in found}
+      own = own_fields(given.get("name") or config.model.get("name"), given)
       with config.unlocked():
         config.model.update(
           {k: v for k, v in own.items() if k not in config.model}

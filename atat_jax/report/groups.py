@@ -81,7 +81,7 @@ def read(workdir: pathlib.Path) -> Run:
   if results is None:
     raise UserError(
       f"workdir: {workdir} has no results.json; allowed: finished runs, made by"
-      f" `python main.py --config=... --workdir={workdir}`"
+      f" `atat-jax run --config=... --workdir={workdir}`"
     )
   record = results.get("run", {})
   config = configuration.parse(
@@ -94,7 +94,7 @@ def read(workdir: pathlib.Path) -> Run:
   if not rows:
     raise UserError(
       f"workdir: {workdir} has no results of {network!r}, which it trains;"
-      " evaluate first, with `python main.py --mode=evaluate --config=..."
+      " evaluate first, with `atat-jax evaluate --config=..."
       f" --workdir={workdir}`"
     )
   return Run(

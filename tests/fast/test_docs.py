@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from atat_jax import analyses, attacks, data, models, objectives
+from atat_jax import analyses, attacks, cli, data, models, objectives
 from atat_jax.attacks.autoattack import versions
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -312,6 +312,10 @@ def test_every_command_exists():
       count += 1
       if not _resolves(module):
         wrong.append(f"{name}: python -m {module}")
+    for command in re.findall(r"^\S*atat-jax (\w+)", text, re.M):
+      count += 1
+      if command not in cli.COMMANDS:
+        wrong.append(f"{name}: atat-jax {command}")
     for path in re.findall(r"python3? ((?:\w+/)*\w+\.py)", text):
       count += 1
       if not (ROOT / path).exists():
@@ -332,11 +336,13 @@ def test_every_command_exists():
 
 
 def _source(command: str) -> str:
-  """Text of the modules behind `python -m NAME` or `python PATH`."""
-  match = re.search(r"python3? (?:-m )?([\w./]+)", command)
+  """Text of the modules behind a command, `atat-jax NAME` among them."""
+  match = re.search(r"python3? (?:-m )?([\w./]+)|atat-jax (\w+)", command)
   if match is None:
     return ""
-  place = match[1].removesuffix(".py").replace(".", "/").removesuffix("/")
+  module = match[1] or cli.COMMANDS[match[2]].module
+  place = module.removesuffix(".py").replace(".", "/").removesuffix("/")
+  place = "atat_jax/cli/modes" if place == "main" else place
   if place.split("/")[0] not in ("main", *FOLDERS):
     return ""
   path = ROOT / place

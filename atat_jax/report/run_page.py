@@ -136,7 +136,16 @@ def _flags_first(
 
   AutoAttack and the rows beside it may ask the same and find the same.
   """
-  once = {json.dumps(pair, sort_keys=True): pair for pair in found}
+  once = {
+    (
+      title,
+      *(check[field] for field in ("rule", "value", "flag", "message")),
+    ): (
+      title,
+      check,
+    )
+    for title, check in found
+  }
   return sorted(once.values(), key=lambda pair: not pair[1]["flag"])
 
 

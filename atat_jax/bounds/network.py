@@ -293,21 +293,20 @@ class Network:
       return None
     if not which.above:
       cases = cases[::-1]
-    below, above = cases
-    chains = [self._chain(case, which.number) for case in (below, above)]
-    if None not in chains:
-      one, other = (self._line(c, which.number) for c in (below, above))
-      pieces = curves.Pieces(which.point, one, other)
+    one, other = (self._chain(case, which.number) for case in cases)
+    if one is not None and other is not None:
+      lines = (self._line(case, which.number) for case in cases)
+      pieces = curves.Pieces(which.point, *lines)
 
       def rounding(x: Interval) -> Array:
-        return jnp.maximum(*(_rounding(chain, x) for chain in chains))
+        return jnp.maximum(_rounding(one, x), _rounding(other, x))
 
       return self._piecewise(which.number, pieces, rounding)
-    refs = [
+    below, above = (
       case if isinstance(case, _Ref) else self._add(_constant(shape, case))
-      for case in (below, above)
-    ]
-    parents = (which.number, *(ref.number for ref in refs))
+      for case in cases
+    )
+    parents = which.number, below.number, above.number
     return self._add(products.choice(parents, shape, which.point))
 
   def _chosen(

@@ -12,6 +12,7 @@ from flax import linen as nn
 from scipy import optimize
 
 from atat_jax import attacks, bounds
+from atat_jax.errors import UserError
 
 SIZES = (6, 4, 3, 3)  # pixels, two hidden layers, classes
 
@@ -149,6 +150,141 @@ def test_bounds_are_below_the_exact_minimum_and_attacks_above(found):
         assert lower <= truth, (method, number, other)
         looser += lower < truth - 1e-3
   assert looser  # some units change their sign
+
+
+class Affine(nn.Module):
+  """Layers of every kind that are affine."""
+
+  @nn.compact
+  def __call__(self, images):
+    x = (images - 0.5) / jnp.array([0.2, 0.3])
+    x = nn.Conv(6, (3, 3), strides=2, feature_group_count=2)(x)
+    y = nn.Conv(6, (2, 3), padding="VALID", kernel_dilation=2)(images)
+    y = nn.BatchNorm(use_running_average=True)(y)
+    x = jnp.pad(x, ((0, 0), (1, 0), (0, 2), (0, 0)), constant_values=0.3)
+    y = nn.avg_pool(jnp.flip(y, 1), (2, 2))[:, :, ::2]
+    parts = [x.reshape(len(x), -1), y.transpose(0, 3, 1, 2).reshape(len(x), -1)]
+    z = jnp.concatenate([*parts, jnp.ones((len(x), 1))], -1)
+    z = jnp.where(jnp.arange(z.shape[1]) % 3 == 0, 0.5, -z) + z.mean()
+    z = jnp.cumsum(z[:, jnp.array([0, 5, 3, 8, 21])], 1) - 0.5 * z[:, :5]
+    return nn.Dense(3)(jax.lax.stop_gradient(z))
+
+
+def test_affine_networks_have_their_exact_minimum():
+  x = images(2, 7, 8, 2, seed=3)
+  labels, epsilon = np.array([0, 2]), 0.2
+  variables = Affine().init(jax.random.key(0), x)
+  classifier = jax.tree_util.Partial(Affine().apply, variables)
+  found = np.asarray(
+    bounds.crown(classifier, x[:1], labels[:1], epsilon=epsilon).lower
+  )
+  with jax.enable_x64(True):
+    wide = jax.tree.map(lambda v: np.asarray(v, np.float64), variables)
+
+    def logits(flat):
+      return Affine().apply(wide, flat.reshape(1, 7, 8, 2))[0]
+
+    start = x[0].astype(np.float64).ravel()
+    slopes = np.asarray(jax.jacobian(logits)(start))
+    at_start = np.asarray(logits(start))
+  low, high = ball(x[0], epsilon)
+  gaps = slopes[labels[0]] - slopes
+  expected = at_start[labels[0]] - at_start
+  expected += (np.maximum(gaps, 0) * (low - start)).sum(1)
+  expected += (np.minimum(gaps, 0) * (high - start)).sum(1)
+  assert np.all(found[0] <= expected)
+  np.testing.assert_allclose(found[0], expected, atol=1e-4)
+
+
+class Bent(nn.Module):
+  """Nonlinear parts of every kind, one after another."""
+
+  @nn.compact
+  def __call__(self, images):
+    centred = images - images.mean((1, 2, 3), keepdims=True)
+    variance = jnp.square(centred).mean((1, 2, 3), keepdims=True)
+    x = centred / jnp.sqrt(jnp.maximum(variance, 0.01))
+    x = nn.leaky_relu(nn.Conv(3, (3, 3))(x), 0.1)
+    x = nn.max_pool(x, (2, 2), (1, 1)) + 0.1 * nn.softplus(x[:, 1:, 1:])
+    x = jnp.where(x > 1.0, 2.0 - x, x) + jnp.clip(x, -0.5, 0.7)
+    x = x.reshape(len(x), -1)
+    y = nn.Dense(4)(x)
+    z = nn.silu(y) + nn.elu(y) + jnp.tanh(y) + jnp.abs(y) + (y > 0) * 0.3
+    return nn.log_softmax(nn.Dense(3)(jnp.maximum(z, y[:, ::-1])))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", bounds.METHODS)
+def test_no_image_of_the_ball_is_below_the_bounds(method):
+  x = images(2, 4, 4, 2, seed=5)
+  labels = np.array([0, 2])
+  variables = Bent().init(jax.random.key(1), x)
+  classifier = jax.tree_util.Partial(Bent().apply, variables)
+  generator = np.random.default_rng(0)
+  for epsilon in (0.0, 0.003, 0.03, 0.2):
+    found = getattr(bounds, method)(classifier, x, labels, epsilon=epsilon)
+    signs = generator.choice([-1, 0, 1, 1.0], size=(4000, *x.shape))
+    tried = np.clip(x + epsilon * signs, 0, 1).astype(np.float32)
+    logits = np.asarray(classifier(tried.reshape(-1, 4, 4, 2)), np.float64)
+    logits = logits.reshape(4000, 2, 3)
+    own = np.take_along_axis(logits, labels[None, :, None], 2)
+    least = (own - logits).min(0)
+    lower = np.asarray(found.lower)
+    assert np.all(lower <= least)
+    if epsilon == 0.0:
+      np.testing.assert_allclose(lower, least, atol=2e-3)
+
+
+def test_attacks_in_float32_never_go_below_the_bound_of_a_linear_network():
+  generator = np.random.default_rng(2)
+  weights = generator.normal(size=(300, 2)).astype(np.float32)
+  x = images(40, 10, 10, 3, seed=6)
+  labels = np.zeros(40, int)
+
+  def classifier(x):
+    return x.reshape(len(x), -1) @ weights
+
+  found = bounds.interval(classifier, x, labels, epsilon=8 / 255)
+  sign = np.sign(weights[:, 1] - weights[:, 0]).reshape(x.shape[1:])
+  moved = np.clip(x + np.float32(8 / 255) * sign, 0, 1).astype(np.float32)
+  logits = np.asarray(jax.jit(classifier)(moved))
+  gap = logits[:, 0] - logits[:, 1]
+  lower = np.asarray(found.lower)[:, 1]
+  assert np.all(lower <= gap)
+  np.testing.assert_allclose(lower, gap, atol=3e-3)  # n units of the sum
+
+
+def refused(classifier, message):
+  with pytest.raises(UserError, match=message):
+    bounds.interval(classifier, IMAGES, LABELS, epsilon=0.1)
+
+
+def test_what_has_no_bounds_is_named():
+  refused(lambda x: mlp(WEIGHTS, jnp.sin(x)), "sin of values that depend")
+  refused(lambda x: mlp(WEIGHTS, jnp.sort(x, 1)), "sort of values")
+  refused(
+    lambda x: mlp(WEIGHTS, x.astype(jnp.bfloat16)), "bfloat16; allowed: float32"
+  )
+  refused(
+    lambda x: mlp(WEIGHTS, x - x.mean(0)), "depend on the others in its batch"
+  )
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("method", bounds.METHODS)
+def test_numbers_that_are_not_finite_certify_nothing(bad, method):
+  bias = jnp.array([1.0, -1.0, bad])  # large margin against the second class
+
+  def classifier(x):
+    return jax.nn.relu(x.reshape(len(x), -1)[:, :3]) * 1e-3 + bias
+
+  labels = np.zeros(3, int)
+  found = getattr(bounds, method)(classifier, IMAGES, labels, epsilon=0.01)
+  assert not np.any(found.certified)
+  fine = getattr(bounds, method)(
+    lambda x: classifier(x)[:, :2], IMAGES, labels, epsilon=0.01
+  )
+  assert np.all(fine.certified)
 
 
 def reference(network, method, epsilon, x, labels):

@@ -4,11 +4,13 @@
     --out=precision.json
 
 Each network is attacked in the precision that it is scored in, from the same
-random numbers. On a CPU the compiler may leave a rounding out, which
+random numbers. The images are the same, so that the difference's standard error is
+that of paired answers. On a CPU the compiler may leave a rounding out, which
 XLA_FLAGS=--xla_allow_excess_precision=false forbids.
 """
 
 import argparse
+import math
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -55,6 +57,7 @@ def _rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     )
     yield {
       "name": f"{attack}/n{len(full)}",
+      "num_examples": len(full),
       "data": arguments["name"],
       "epsilon": args.epsilon,
       "float32": float(full.mean()),
@@ -64,9 +67,22 @@ def _rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     }
 
 
+def paired_error(row: dict[str, Any]) -> float:
+  """Returns the standard error of the difference of two accuracies.
+
+  The difference is the mean over the images of 1 where only bfloat16 is right,
+  -1 where only float32 is, and 0 elsewhere.
+  """
+  count = row["num_examples"]
+  apart = row["float32_only"] + row["bfloat16_only"]
+  mean = (row["bfloat16_only"] - row["float32_only"]) / count
+  return math.sqrt(max(apart / count - mean**2, 0.0) / count)
+
+
 def table(rows: Sequence[dict[str, Any]]) -> str:
   """Tabulates accuracies (%) and images that only one side has right."""
-  lines = [["attack", *DTYPES, "difference", *(f"{x} only" for x in DTYPES)]]
+  head = ["attack", *DTYPES, "difference", "+-"]
+  lines = [[*head, *(f"{x} only" for x in DTYPES)]]
   for row in rows:
     shares = [100 * row[dtype] for dtype in DTYPES]
     lines.append(
@@ -74,6 +90,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         row["name"],
         *(f"{share:.2f}" for share in shares),
         f"{shares[1] - shares[0]:+.2f}",
+        f"{100 * paired_error(row):.2f}",
         *(str(row[f"{dtype}_only"]) for dtype in DTYPES),
       ]
     )

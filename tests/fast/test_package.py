@@ -87,11 +87,11 @@ def test_a_wheel_has_everything_and_works_elsewhere(tmp_path):
   with zipfile.ZipFile(wheel) as archive:
     names = set(archive.namelist())
     archive.extractall(site)
-  modules = {
-    str(path.relative_to(ROOT)) for path in (ROOT / "atat_jax").rglob("*.py")
+  expected = {
+    str(path.relative_to(ROOT))
+    for path in (ROOT / "atat_jax").rglob("*")
+    if path.is_file() and "__pycache__" not in path.parts
   }
-  templates = (ROOT / "atat_jax/report/templates").iterdir()
-  expected = modules | {str(path.relative_to(ROOT)) for path in templates}
   expected |= {f"atat_jax/configs/{name}.py" for name in shipped.names()}
   assert not expected - names
   assert not {name for name in names if name.startswith(("tests", "bench"))}

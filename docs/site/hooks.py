@@ -30,6 +30,7 @@ PAGES = {
 MODULES = {
   "attacks": "FGSM, PGD, APGD, FAB, Square and AutoAttack on any classifier",
   "evaluation": "tables of accuracies under named protocols, audit",
+  "bounds": "certificates: accuracies from below",
   "models": "networks, classifiers, networks of other libraries",
   "interop": "weights from PyTorch",
   "checkpoints": "networks of runs, restored",
@@ -111,7 +112,22 @@ def on_page_markdown(
   """Turns links out of docs/ into links to the pages made of these files."""
   if page.file.generated_by is not None:
     return markdown
-  return relinked(markdown, "docs", page.file.src_uri)
+  return with_captions(relinked(markdown, "docs", page.file.src_uri))
+
+
+def with_captions(text: str) -> str:
+  """Returns a text whose pictures on a line of their own have a caption.
+
+  The caption is the text for those who do not see the picture.
+
+  Args:
+    text: Markdown.
+  """
+  figure = (
+    r'\n<figure markdown="span">\n![\1](\2)\n'
+    r"<figcaption>\1</figcaption>\n</figure>\n"
+  )
+  return re.sub(r"^!\[([^\]]+)\]\(([^)\s]+)\)$", figure, text, flags=re.M)
 
 
 # --- Links -------------------------------------------------------------------

@@ -148,5 +148,35 @@ def _complete(
     for (role, mode), classifier in classifiers.items()
     for protocol in settings.protocols_of(mode)
   ]
-  num_classes = plan.data.spec.num_classes
-  measuring.complete(table, pending, test, num_classes=num_classes, mesh=mesh)
+  table.expect([one.row for one in pending])
+  _tell_order(plan)
+  asked = plan.evaluated[-1]
+  measuring.complete(
+    table,
+    # The network that was trained, as it is deployed, before all others.
+    sorted(pending, key=lambda one: not _is_asked(one.row, asked)),
+    test,
+    num_classes=plan.data.spec.num_classes,
+    mesh=mesh,
+  )
+
+
+def _is_asked(row: measuring.Row, model: str) -> bool:
+  return (row["model"], row["batch_norm"]) == (model, "running")
+
+
+def _tell_order(plan: Plan) -> None:
+  """Says what is measured first, what else, and how to leave that out."""
+  *others, asked = plan.evaluated
+  more = {}
+  if "batch" in plan.evaluation.batch_norm:
+    more["batch statistics"] = "--config.evaluation.batch_norm=running"
+  if others:
+    more[f"the {wording.listed(others)}"] = "--config.evaluation.teacher=false"
+  if more and "running" in plan.evaluation.batch_norm:
+    _log.info(
+      "evaluate: %s with running statistics first; then %s; without: %s",
+      asked,
+      wording.listed(list(more)),
+      wording.listed(list(more.values())),
+    )

@@ -145,6 +145,7 @@ class ResultsTable:
       if row["model"] in steps
       and steps[row["model"]] == row.get("checkpoint_step")
     }
+    self._order: dict[str, int] = {}
     self._certificates = [
       one
       for one in self.content.get("certificates", [])
@@ -173,6 +174,14 @@ class ResultsTable:
   def __contains__(self, row: Row) -> bool:
     """Whether a row has been measured."""
     return identity(row) in self._rows
+
+  def expect(self, rows: Sequence[Row]) -> None:
+    """Sets the order of rows in the file, whichever is measured first.
+
+    Args:
+      rows: Rows without their results; others come before them.
+    """
+    self._order = {identity(row): place for place, row in enumerate(rows)}
 
   def add(self, row: Row) -> None:
     """Adds a row and writes the file."""
@@ -203,7 +212,10 @@ class ResultsTable:
     return found
 
   def _write(self) -> None:
-    rows = list(self._rows.values())
+    rows = [
+      self._rows[name]
+      for name in sorted(self._rows, key=lambda x: self._order.get(x, -1))
+    ]
     self.content = {
       "format": 1,
       "run": self._record,

@@ -1257,6 +1257,7 @@ PARTS = (
   # has been checked by a function of the table, or by `config.make_plan`, whose
   # fields have a test of their own.
   "checks",
+  "cli",
   "compilation",
   "config",
   "drawing",
@@ -1287,6 +1288,7 @@ PARTS = (
   "attacks.targeting",
   "data.archives",
   "data.base",
+  "data.batches.watch",
   "data.prepare",
   "data.record_files",
   "evaluation.map_distances",

@@ -16,7 +16,7 @@ from atat_jax import (
 )
 from atat_jax.data import Dataset, Split
 from atat_jax.errors import in_section
-from atat_jax.evaluation import measuring
+from atat_jax.evaluation import corrupted, measuring
 from atat_jax.plan import Plan
 from atat_jax.runs import files, provenance, wording
 from atat_jax.typing import BatchNormMode, Classifier
@@ -45,6 +45,37 @@ def find_checkpoints(
   }
 
 
+def open_corrupted(plan: Plan, test: Split) -> corrupted.Corrupted | None:
+  """Opens the corrupted images of a plan and compares them with the clean ones.
+
+  Args:
+    plan: Plan of the run.
+    test: The test split.
+
+  Returns:
+    The images of the evaluation; None where the plan has none.
+
+  Raises:
+    UserError: They are missing, damaged, or made of other images.
+  """
+  settings = plan.evaluation
+  if not settings.corruptions:
+    return None
+  source = plan.open_corruptions()
+  name = plan.data.spec.name
+  if source is not None:
+    with in_section("evaluation"):
+      source.check_labels(test.labels, name)
+  first = _evaluated(plan, test)
+  return corrupted.Corrupted(first, name, settings.seed, source)
+
+
+def _evaluated(plan: Plan, test: Split) -> Split:
+  """Returns the images of a test split that are evaluated."""
+  count = plan.evaluation.num_examples or len(test.labels)
+  return Split(*(array[:count] for array in test))
+
+
 def evaluate(
   plan: Plan, workdir: pathlib.Path, dataset: Dataset, mesh: Mesh
 ) -> dict[str, Any]:
@@ -60,10 +91,12 @@ def evaluate(
     The content of `results.json`.
 
   Raises:
-    UserError: A checkpoint is missing or of another network; the test split
-      lacks an image that an analysis is to show.
+    UserError: A checkpoint is missing or of another network; corrupted images
+      cannot be used; the test split lacks an image that an analysis is to
+      show.
   """
   found = find_checkpoints(plan, workdir)
+  corrupted_images = open_corrupted(plan, dataset.test)
   with in_section("figures"):
     figures = analyses.for_images(plan.figures, len(dataset.test.labels))
   networks = {}
@@ -94,6 +127,17 @@ def evaluate(
     workdir / files.RESULTS, steps=steps, record=record
   )
   _complete(table, plan, classifiers, dataset.test, mesh)
+  if corrupted_images is not None:
+    corrupted.complete(
+      table,
+      classifiers,
+      corrupted_images,
+      batch_sizes={
+        mode: plan.evaluation.size_of_batch(mode)
+        for mode in plan.evaluation.batch_norm
+      },
+      mesh=mesh,
+    )
   analyses.write(
     workdir,
     networks,
@@ -127,8 +171,7 @@ def _complete(
 ) -> None:
   """Measures the rows that a table lacks."""
   settings = plan.evaluation
-  count = settings.num_examples or len(test.labels)
-  test = Split(*(array[:count] for array in test))
+  test = _evaluated(plan, test)
   pending = [
     measuring.Pending(
       measuring.row_of(

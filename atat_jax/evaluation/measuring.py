@@ -115,7 +115,8 @@ class ResultsTable:
   """`results.json` while its rows are completed.
 
   Rows of other protocols stay, rows of other checkpoints go. Worst cases are
-  derived from the rows each time and are none of them.
+  derived from the rows each time and are none of them. Rows of corrupted images,
+  which have a field "corruption", are a list of their own.
 
   Args:
     path: The file; None: nothing is read or written.
@@ -139,14 +140,21 @@ class ResultsTable:
     found = files.read_results(path.parent) if path else None
     self.content = found or {"rows": []}
     stored = worst_case.measured(self.content["rows"])
-    self._rows = {
+    self._rows = {identity(row): row for row in stored if self._is_current(row)}
+    self._corrupted = {
       identity(row): row
-      for row in stored
-      if row["model"] in steps
-      and steps[row["model"]] == row.get("checkpoint_step")
+      for row in self.content.get("corruptions", [])
+      if self._is_current(row)
     }
     if path is not None and jax.process_index() == 0:
       self._keep_rows_of_damaged(path, stored)
+
+  def _is_current(self, row: Row) -> bool:
+    """Whether a row is about the checkpoint that is evaluated."""
+    model = row["model"]
+    return model in self.steps and self.steps[model] == row.get(
+      "checkpoint_step"
+    )
 
   def _keep_rows_of_damaged(
     self, path: pathlib.Path, stored: Sequence[Row]
@@ -166,16 +174,20 @@ class ResultsTable:
 
   def __contains__(self, row: Row) -> bool:
     """Whether a row has been measured."""
-    return identity(row) in self._rows
+    return identity(row) in (
+      self._corrupted if "corruption" in row else self._rows
+    )
 
   def add(self, row: Row) -> None:
-    """Adds a row and writes the file."""
-    self._rows[identity(row)] = row
-    rows = list(self._rows.values())
+    """Adds a row, attacked or corrupted, and writes the file."""
+    kept = self._corrupted if "corruption" in row else self._rows
+    kept[identity(row)] = row
+    rows, corrupted = list(self._rows.values()), [*self._corrupted.values()]
     self.content = {
       "format": 1,
       "run": self._record,
       "rows": worst_case.complete(rows),
+      **({"corruptions": corrupted} if corrupted else {}),
       "diagnostics": {
         f"{model}_{rule}": found
         for model in self.steps

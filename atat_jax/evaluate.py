@@ -19,7 +19,7 @@ from atat_jax.errors import in_section
 from atat_jax.evaluation import corrupted, measuring
 from atat_jax.plan import Plan
 from atat_jax.runs import files, provenance, wording
-from atat_jax.typing import BatchNormMode, Classifier
+from atat_jax.typing import BatchNormMode, Classifier, Variables
 
 _log = logging.getLogger(__name__)
 
@@ -95,6 +95,7 @@ def evaluate(
       cannot be used; the test split lacks an image that an analysis is to
       show.
   """
+  settings = plan.evaluation
   found = find_checkpoints(plan, workdir)
   corrupted_images = open_corrupted(plan, dataset.test)
   with in_section("figures"):
@@ -107,36 +108,20 @@ def evaluate(
     )
     networks[role] = (model, sharding.put_replicated(mesh, variables))
   steps = {role: chosen.step for role, (_, chosen) in found.items()}
-  record = provenance.record(
-    [device.device_kind for device in jax.devices()],
-    config=plan.record,
-    class_names=list(plan.data.spec.class_names),
-    checkpoints={role: chosen._asdict() for role, (_, chosen) in found.items()},
-    num_parameters={
-      role: sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
-      for role, (_, variables) in networks.items()
-    },
-  )
   classifiers = {
     (role, mode): models.classifier(*network, batch_norm=mode)
     for role, network in networks.items()
-    for mode in plan.evaluation.batch_norm
+    for mode in settings.batch_norm
   }
   _tell_left_out(plan)
   table = measuring.ResultsTable(
-    workdir / files.RESULTS, steps=steps, record=record
+    workdir / files.RESULTS, steps=steps, record=_record(plan, found, networks)
   )
   _complete(table, plan, classifiers, dataset.test, mesh)
   if corrupted_images is not None:
+    sizes = {mode: settings.size_of_batch(mode) for mode in settings.batch_norm}
     corrupted.complete(
-      table,
-      classifiers,
-      corrupted_images,
-      batch_sizes={
-        mode: plan.evaluation.size_of_batch(mode)
-        for mode in plan.evaluation.batch_norm
-      },
-      mesh=mesh,
+      table, classifiers, corrupted_images, batch_sizes=sizes, mesh=mesh
     )
   analyses.write(
     workdir,
@@ -148,6 +133,24 @@ def evaluate(
     mesh=mesh,
   )
   return table.content
+
+
+def _record(
+  plan: Plan,
+  found: Mapping[str, tuple[pathlib.Path, checkpoints.Chosen]],
+  networks: Mapping[str, tuple[Any, Variables]],
+) -> dict[str, Any]:
+  """Returns the record of a run: what it was made of, where and when."""
+  return provenance.record(
+    [device.device_kind for device in jax.devices()],
+    config=plan.record,
+    class_names=list(plan.data.spec.class_names),
+    checkpoints={role: chosen._asdict() for role, (_, chosen) in found.items()},
+    num_parameters={
+      role: sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+      for role, (_, variables) in networks.items()
+    },
+  )
 
 
 def _tell_left_out(plan: Plan) -> None:

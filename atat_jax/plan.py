@@ -521,8 +521,12 @@ class Plan:
       UserError: They are missing, damaged or of another kind.
     """
     with in_section("evaluation"):
-      name = self.evaluation.corruptions
-      return corrupted.open_source(name, self.data.spec)
+      return corrupted.open_source(
+        self.evaluation.corruptions,
+        dataset=self.data.spec.name,
+        image_shape=self.data.spec.image_shape,
+        num_classes=self.data.spec.num_classes,
+      )
 
   @property
   def evaluated(self) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from atat_jax import checks, compilation, sharding
 from atat_jax.attacks import base
 from atat_jax.data.base import Split, as_floats
 from atat_jax.errors import UserError
-from atat_jax.evaluation import measuring, protocols
+from atat_jax.evaluation import corrupted, measuring, protocols
 from atat_jax.runs import files, locations, provenance, terminal
 from atat_jax.typing import Array, Classifier
 
@@ -77,6 +77,7 @@ def benchmark(
   name: str = "network",
   dataset: str = "images",
   out: pathlib.Path | str | None = None,
+  corruptions: str = "",
   mesh: Mesh | None = None,
 ) -> Rows:
   """Measures the accuracy of a classifier, clean first and then attacked.
@@ -97,6 +98,8 @@ def benchmark(
     dataset: Name of the images in the rows.
     out: Directory for `results.json`, where an interrupted call goes on and
       later ones add rows; None: nothing is written.
+    corruptions: Corrupted images beside the attacks: "generated", the folder of
+      CIFAR-10-C or of a set like it, or "" for none.
     mesh: The devices; None: all of them.
 
   Returns:
@@ -111,8 +114,11 @@ def benchmark(
   shared = {"norm": norm, "epsilon": epsilon, "step_size": step}
   protocols_ = _protocols(attacks, **shared, num_restarts=num_restarts)
   fields = {"model": name, "dataset": dataset, "batch_size": batch_size}
+  corrupted.check_name(corruptions)
   test = _split(images, labels)
-  return _measure(key, classifier, test, protocols_, fields, out, mesh)
+  return _measure(
+    key, classifier, test, protocols_, fields, out, mesh, corruptions
+  )
 
 
 def _measure(
@@ -123,6 +129,7 @@ def _measure(
   fields: dict[str, Any],
   out: pathlib.Path | str | None,
   mesh: Mesh | None,
+  corruptions: str,
 ) -> Rows:
   """Measures the rows of some protocols; `fields` are the caller's own."""
   for field in ("model", "dataset"):
@@ -130,6 +137,14 @@ def _measure(
     checks.instance(named, fields[field], str, "a text")
   checks.count("batch_size", fields["batch_size"])
   classifier, num_classes = _checked(classifier, test)
+  source = corrupted.open_source(
+    corruptions,
+    dataset=fields["dataset"],
+    image_shape=test.images.shape[1:],
+    num_classes=num_classes,
+  )
+  if source is not None:
+    source.check_labels(test.labels, fields["dataset"])
   mesh = sharding.mesh_or_all(mesh)
   classifier = sharding.put_replicated(mesh, classifier)
   path = None if out is None else locations.expand("out", out) / files.RESULTS
@@ -150,6 +165,14 @@ def _measure(
     for one in chosen
   ]
   measuring.complete(table, pending, test, num_classes=num_classes, mesh=mesh)
+  if corruptions:
+    corrupted.complete(
+      table,
+      {(fields["model"], "running"): classifier},
+      corrupted.Corrupted(test, fields["dataset"], shared["seed"], source),
+      batch_sizes={"running": fields["batch_size"]},
+      mesh=mesh,
+    )
   return Rows(table.content)
 
 

@@ -7,7 +7,7 @@ that nothing is compiled for a corruption but, where it is generated, itself.
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +15,9 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from atat_jax import compilation
+from atat_jax import checks, compilation
 from atat_jax.data import augment, batches, corruptions
-from atat_jax.data.base import DatasetSpec, Split
+from atat_jax.data.base import Split
 from atat_jax.data.corruptions import published
 from atat_jax.errors import UserError
 from atat_jax.evaluation import accuracies, measuring
@@ -86,12 +86,27 @@ class Corrupted:
     return self.test.images, corrupted
 
 
-def open_source(name: str, spec: DatasetSpec) -> published.Published | None:
+def check_name(name: object) -> None:
+  """Checks what can be checked of `open_source`'s name without any data.
+
+  Raises:
+    UserError: No text, or a folder that lacks a file.
+  """
+  checks.instance("corruptions", name, str, "'', 'generated', or a folder")
+  if name not in ("", GENERATED):
+    published.find(name)  # type: ignore[arg-type]
+
+
+def open_source(
+  name: str, *, dataset: str, image_shape: Sequence[int], num_classes: int
+) -> published.Published | None:
   """Opens the corrupted images that a name stands for.
 
   Args:
     name: "generated", the path of a folder, see `published.read`, or "": none.
-    spec: Description of the data set whose test images are corrupted.
+    dataset: Name of the data set whose test images are corrupted.
+    image_shape: Shape [H, W, C] of its images.
+    num_classes: Number of its classes, K.
 
   Returns:
     The images; None where they are generated, or there are none.
@@ -100,8 +115,10 @@ def open_source(name: str, spec: DatasetSpec) -> published.Published | None:
     UserError: The folder cannot be used, or the images not be corrupted.
   """
   if name not in ("", GENERATED):
-    return published.read(name, spec)
-  channels = spec.image_shape[-1]
+    return published.read(
+      name, dataset=dataset, image_shape=image_shape, num_classes=num_classes
+    )
+  channels = image_shape[-1]
   if name and channels > corruptions.MOST_CHANNELS:
     raise UserError(
       f"corruptions: {name!r} with images of {channels} channels; allowed: 1 to"
@@ -115,7 +132,7 @@ def complete(
   classifiers: Mapping[tuple[str, BatchNormMode], Classifier],
   images: Corrupted,
   *,
-  batch_sizes: Mapping[str, int],
+  batch_sizes: Mapping[BatchNormMode, int],
   mesh: Mesh,
 ) -> None:
   """Measures the rows of corrupted images that a table lacks, one by one.

@@ -72,7 +72,7 @@ def _summary(grids: Sequence[corrupted.Grid]) -> Table:
 
 def _by_kind(grid: corrupted.Grid) -> Table:
   return Table(
-    heading=grid.name,
+    heading=f"{grid.name}: by corruption and severity",
     kind=grid.protocol["batch_norm"],
     head=["corruption", "mean", *map(str, corrupted.SEVERITIES)],
     rows=[

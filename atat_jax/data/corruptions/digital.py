@@ -127,7 +127,7 @@ def jpeg_compression(key: Array, image: Array, severity: Array) -> Array:
     )
   )
   luma = _planes(ycc[..., :1] - 128, light) + 128
-  chroma = _subsampled(ycc[..., 1:], colour)
+  chroma = _subsampled(ycc[..., 1:] + 128, colour) - 128
   made = jnp.einsum(
     "hwy,cy->hwc",
     jnp.concatenate([luma, chroma], -1),
@@ -179,12 +179,25 @@ def _planes(levels: Array, table: Array) -> Array:
 
 
 def _subsampled(levels: Array, table: Array) -> Array:
-  """Compresses planes [H, W, C] of half the resolution, and enlarges them."""
+  """Compresses planes at half their resolution, and enlarges them again.
+
+  Args:
+    levels: Levels from 0 to 255, [H, W, C].
+    table: Quantisation table [8, 8].
+
+  Returns:
+    [H, W, C].
+  """
   height, width, channels = levels.shape
-  wide = _filled(levels, 2)
-  half = wide.reshape(wide.shape[0] // 2, 2, wide.shape[1] // 2, 2, channels)
-  made = _planes(jnp.round(half.mean((1, 3))), table)
-  made = jax.image.resize(made, wide.shape, "linear", precision=geometry.EXACT)
+  wide = _filled(levels, 16)
+  fours = wide.reshape(wide.shape[0] // 2, 2, wide.shape[1] // 2, 2, channels)
+  # libjpeg rounds ties down and up in turn.
+  bias = 1 + jnp.arange(fours.shape[2])[:, None] % 2
+  half = jnp.floor((fours.sum((1, 3)) + bias) / 4)
+  made = _planes(half - 128, table) + 128
+  made = made[: -(-height // 2), : -(-width // 2)]
+  twice = (2 * made.shape[0], 2 * made.shape[1], channels)
+  made = jax.image.resize(made, twice, "linear", precision=geometry.EXACT)
   return made[:height, :width]
 
 

@@ -19,7 +19,6 @@ import numpy as np
 
 from atat_jax import checks
 from atat_jax.data import base
-from atat_jax.data.base import DatasetSpec
 from atat_jax.data.corruptions import CORRUPTIONS, SEVERITIES
 from atat_jax.errors import UserError
 from atat_jax.runs import locations
@@ -83,12 +82,42 @@ class Published:
       )
 
 
-def read(path: str | pathlib.Path, spec: DatasetSpec) -> Published:
+def find(path: str | pathlib.Path) -> pathlib.Path:
+  """Checks that a folder has a file for each corruption, and returns it.
+
+  Args:
+    path: The folder.
+
+  Raises:
+    UserError: No such folder, or a file is missing; the message names it.
+  """
+  path = locations.expand("corruptions", path)
+  if not path.is_dir():
+    what = "is no folder" if path.exists() else "does not exist"
+    raise UserError(f"corruptions: {path} {what}; allowed: {_ALLOWED}")
+  for name in (_LABELS, *map(_file, CORRUPTIONS)):
+    if not (path / name).exists():
+      raise UserError(
+        f"corruptions: {path / name} does not exist; allowed: a folder with all"
+        f" {len(CORRUPTIONS)} corruptions and {_LABELS}"
+      )
+  return path
+
+
+def read(
+  path: str | pathlib.Path,
+  *,
+  dataset: str,
+  image_shape: Sequence[int],
+  num_classes: int,
+) -> Published:
   """Opens corrupted test images.
 
   Args:
     path: The folder.
-    spec: Description of the data set whose test images are corrupted.
+    dataset: Name of the data set whose test images are corrupted.
+    image_shape: Shape [H, W, C] of its images.
+    num_classes: Number of its classes, K.
 
   Returns:
     The images, which stay on the disk.
@@ -97,16 +126,17 @@ def read(path: str | pathlib.Path, spec: DatasetSpec) -> Published:
     UserError: No such folder, a file is missing, damaged, or of another shape,
       dtype or class; the message names the file.
   """
-  checks.instance("spec", spec, DatasetSpec, "see data.spec")
-  path = locations.expand("corruptions", path)
-  if not path.is_dir():
-    what = "is no folder" if path.exists() else "does not exist"
-    raise UserError(f"corruptions: {path} {what}; allowed: {_ALLOWED}")
-  labels = _labels(path / _LABELS, spec.num_classes)
-  images = dict(
-    _images(path, (len(SEVERITIES) * len(labels), *spec.image_shape))
-  )
-  return Published(_NAMES.get(spec.name, path.name), path, labels, images)
+  checks.instance("dataset", dataset, str, "the name of a data set")
+  checks.count("num_classes", num_classes)
+  shape = checks.sequence("image_shape", image_shape, "sizes")
+  path = find(path)
+  labels = _labels(path / _LABELS, num_classes)
+  images = dict(_images(path, (len(SEVERITIES) * len(labels), *shape)))
+  return Published(_NAMES.get(dataset, path.name), path, labels, images)
+
+
+def _file(kind: str) -> str:
+  return f"{kind}.npy"
 
 
 def _open(path: pathlib.Path) -> np.ndarray:
@@ -158,7 +188,7 @@ def _images(
 ) -> Iterator[tuple[str, np.ndarray]]:
   """Maps the images of every kind, which must have a shape."""
   for kind in CORRUPTIONS:
-    file = path / f"{kind}.npy"
+    file = path / _file(kind)
     found = _open(file)
     if found.dtype != np.uint8 or found.shape != tuple(shape):
       raise UserError(

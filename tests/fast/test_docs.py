@@ -20,6 +20,7 @@ import pytest
 
 from atat_jax import analyses, attacks, data, models, objectives
 from atat_jax.attacks.autoattack import versions
+from atat_jax.data import corruptions
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "atat_jax"
@@ -97,6 +98,7 @@ LISTS: dict[str, Mapping[str, Any]] = {
   "versions": versions.VERSIONS,
   "models": models.MODELS,
   "datasets": data.DATASETS,
+  "corruptions": corruptions.CORRUPTIONS,
   "analyses": analyses.ANALYSES,
 }
 

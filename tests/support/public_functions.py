@@ -448,7 +448,7 @@ ENTRIES = [
       "dataset": "text",
       "name": "text",
       "out": "path?",
-      "corruptions": "name",
+      "corruptions": "path",
       "mesh": "mesh?",
     },
   ),

@@ -13,6 +13,7 @@ from atat_jax import (
   attacks,
   attention,
   batch_norm,
+  bounds,
   checkpoints,
   data,
   evaluation,
@@ -94,6 +95,10 @@ _ATTACK = {
   "labels": "labels",
   "epsilon": "epsilon",
 }
+
+
+def _bounds(w: World) -> dict[str, Any]:
+  return {name: x for name, x in _attack(w).items() if name != "key"}
 
 
 def _analysis(w: World) -> dict[str, Any]:
@@ -449,8 +454,19 @@ ENTRIES = [
       "name": "text",
       "out": "path?",
       "corruptions": "path",
+      "certify": "boolean",
       "mesh": "mesh?",
     },
+  ),
+  Entry(
+    bounds.interval,
+    _bounds,
+    {k: v for k, v in _ATTACK.items() if k != "key"},
+  ),
+  Entry(
+    bounds.crown,
+    _bounds,
+    {k: v for k, v in _ATTACK.items() if k != "key"},
   ),
   Entry(
     evaluation.parse,
@@ -1267,6 +1283,7 @@ PARTS = (
   # has been checked by a function of the table, or by `config.make_plan`, whose
   # fields have a test of their own.
   "checks",
+  "cli",
   "compilation",
   "config",
   "drawing",
@@ -1304,6 +1321,7 @@ PARTS = (
   "data.corruptions.noise",
   "data.corruptions.published",
   "data.corruptions.weather",
+  "data.batches.watch",
   "data.prepare",
   "data.record_files",
   "evaluation.corrupted",

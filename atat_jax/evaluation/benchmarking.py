@@ -104,8 +104,7 @@ def benchmark(
     dataset: Name of the images in the rows.
     out: Directory for `results.json`, where an interrupted call goes on and
       later ones add rows; None: nothing is written.
-    corruptions: Corrupted images beside the attacks: "generated", the folder of
-      CIFAR-10-C or of a set like it, or "" for none.
+    corruptions: Corrupted images: "generated", the folder of CIFAR-10-C, or "".
     certify: Whether images are certified, too (`bounds.crown`), which no attack
       may contradict; for small networks, linf only.
     mesh: The devices; None: all of them.
@@ -121,16 +120,21 @@ def benchmark(
   step = epsilon / 4 if step_size is None else step_size
   shared = {"norm": norm, "epsilon": epsilon, "step_size": step}
   protocols_ = _protocols(attacks, **shared, num_restarts=num_restarts)
-  checks.boolean("certify", certify)
-  if certify and norm != "linf":
-    raise UserError(f"certify: True with norm {norm!r}; allowed: norm 'linf'")
+  radius = _radius(certify, norm, epsilon)
   fields = {"model": name, "dataset": dataset, "batch_size": batch_size}
   corrupted.check_name(corruptions)
-  radius = epsilon if certify else None
   test = _split(images, labels)
   return _measure(
     key, classifier, test, protocols_, fields, out, mesh, corruptions, radius
   )
+
+
+def _radius(certify: bool, norm: str, epsilon: float) -> float | None:
+  """Returns the radius in which images are certified; None: they are not."""
+  checks.boolean("certify", certify)
+  if certify and norm != "linf":
+    raise UserError(f"certify: True with norm {norm!r}; allowed: norm 'linf'")
+  return epsilon if certify else None
 
 
 def _measure(

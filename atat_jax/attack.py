@@ -209,6 +209,11 @@ def _parse(argv: Sequence[str] | None, program: str) -> argparse.Namespace:
   add("--num-examples", type=int, default=0, help="test images; 0: all")
   add("--batch-size", type=int, default=256, help="images at a time (256)")
   add("--seed", type=int, default=0, help="seed of the attacks (0)")
+  add(
+    "--certify",
+    action="store_true",
+    help="certify images by linear bounds, too (small networks, linf)",
+  )
   add("--entry", help="entry of the weights file to take")
   add(
     "--field",
@@ -264,6 +269,8 @@ def main(argv: Sequence[str] | None = None, *, program: str = PROGRAM) -> None:
     "num_restarts": args.num_restarts,
   }
   evaluation.parse_list(args.attacks, **numbers)  # before anything is loaded
+  if args.certify and args.norm != "linf":
+    raise UserError(f"--certify: with norm {args.norm!r}; allowed: linf")
   images = load_images(
     name, data_dir=place, size=args.size, num_examples=args.num_examples
   )
@@ -282,6 +289,7 @@ def main(argv: Sequence[str] | None = None, *, program: str = PROGRAM) -> None:
       name=pathlib.Path(args.source).stem.rpartition(":")[2],
       dataset=images.name,
       out=out,
+      certify=args.certify,
     )
     page = report.write_report(out)
   sys.stdout.write(f"\n{rows.table()}\n")

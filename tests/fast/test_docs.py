@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import importlib
 import importlib.util
+import json
 import pathlib
 import re
 import subprocess
@@ -82,8 +83,18 @@ def test_every_link_leads_to_a_file_and_a_heading():
   assert not wrong, "\n".join(wrong)
 
 
+def test_every_page_is_in_the_site():
+  nav = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").split("\nnav:")[1]
+  pages = re.findall(r"([\w/]+\.md)$", nav, re.M)
+  assert len(set(pages)) == len(pages)
+  flat = {page for page in pages if "/" not in page}
+  assert flat - {"start.md", "contributing.md", "benchmarks.md"} == {
+    path.name for path in ROOT.glob("docs/*.md")
+  }
+
+
 def test_every_page_is_in_the_index():
-  linked = re.findall(r"\]\((\w+\.md)\)", DOCUMENTS["docs/README.md"])
+  linked = set(re.findall(r"\]\((\w+\.md)\)", DOCUMENTS["docs/README.md"]))
   pages = {path.name for path in ROOT.glob("docs/*.md")} - {"README.md"}
   assert sorted(linked) == sorted(pages)
 
@@ -218,18 +229,30 @@ def test_every_name_of_the_package_exists():
 
 
 def test_python_blocks_use_names_that_exist():
+  blocks = [
+    (name, block)
+    for name, text in DOCUMENTS.items()
+    for block in _blocks(text, "python")
+  ]
+  for path in sorted(ROOT.glob("notebooks/*.ipynb")):
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    code = ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
+    # Commands of the notebook are no Python.
+    blocks += [
+      (path.name, re.sub(r"^( *)[%!].*$", r"\1pass", cell, flags=re.M))
+      for cell in code
+    ]
   wrong = []
-  for name, text in DOCUMENTS.items():
-    for block in _blocks(text, "python"):
-      for node in ast.walk(ast.parse(block)):
-        match node:
-          case ast.ImportFrom(module=module, names=names) if module is not None:
-            used = [f"{module}.{alias.name}" for alias in names]
-          case ast.Attribute(value=ast.Name(id=module), attr=attr):
-            used = [f"atat_jax.{module}.{attr}"] if module in MODULES else []
-          case _:
-            continue
-        wrong += [f"{name}: {u}" for u in used if not _resolves(u)]
+  for name, block in blocks:
+    for node in ast.walk(ast.parse(block)):
+      match node:
+        case ast.ImportFrom(module=module, names=names) if module is not None:
+          used = [f"{module}.{alias.name}" for alias in names]
+        case ast.Attribute(value=ast.Name(id=module), attr=attr):
+          used = [f"atat_jax.{module}.{attr}"] if module in MODULES else []
+        case _:
+          continue
+      wrong += [f"{name}: {u}" for u in used if not _resolves(u)]
   assert not wrong, "\n".join(wrong)
 
 

@@ -21,6 +21,7 @@ LAYERS = (
   "losses attention optim data models",
   "interop",
   "attacks",  # attack
+  "bounds",
   "objectives",  # method
   "state",
   "checkpoints",

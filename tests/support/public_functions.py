@@ -13,6 +13,7 @@ from atat_jax import (
   attacks,
   attention,
   batch_norm,
+  bounds,
   checkpoints,
   data,
   evaluation,
@@ -86,6 +87,10 @@ _ATTACK = {
   "labels": "labels",
   "epsilon": "epsilon",
 }
+
+
+def _bounds(w: World) -> dict[str, Any]:
+  return {name: x for name, x in _attack(w).items() if name != "key"}
 
 
 def _analysis(w: World) -> dict[str, Any]:
@@ -440,8 +445,19 @@ ENTRIES = [
       "dataset": "text",
       "name": "text",
       "out": "path?",
+      "certify": "boolean",
       "mesh": "mesh?",
     },
+  ),
+  Entry(
+    bounds.interval,
+    _bounds,
+    {k: v for k, v in _ATTACK.items() if k != "key"},
+  ),
+  Entry(
+    bounds.crown,
+    _bounds,
+    {k: v for k, v in _ATTACK.items() if k != "key"},
   ),
   Entry(
     evaluation.parse,

@@ -8,7 +8,7 @@ from typing import Any
 
 from atat_jax import figures
 from atat_jax.errors import UserError
-from atat_jax.report import page, results, summary
+from atat_jax.report import corruptions, page, results, summary
 from atat_jax.runs import (
   comparable,
   files,
@@ -50,7 +50,7 @@ def write_report(workdir: str | os.PathLike[str]) -> pathlib.Path:
     )
   run = found.get("run", {})
   config = run.get("config") or files.read_json(workdir / files.CONFIG) or {}
-  rows = found["rows"]
+  rows, corrupted = found["rows"], found.get("corruptions", [])
   text = page.render(
     "run.html.j2",
     title=_title(config, rows),
@@ -63,12 +63,13 @@ def write_report(workdir: str | os.PathLike[str]) -> pathlib.Path:
     comparable=comparable.note(tables.columns(rows)),
     bars=figures.draw_results(workdir),
     by_class=results.by_class(rows, run.get("class_names")),
+    corruptions=corruptions.sections(rows, corrupted),
     diagnostics=_flags_first(
       results.titled(found.get("diagnostics", {}), rows)
     ),
     curves=figures.draw_curves(workdir),
     sections=analyses.sections(workdir, workdir / files.FIGURES),
-    facts={"Training": _training(config), **_facts(run, rows)},
+    facts={"Training": _training(config), **_facts(run, [*rows, *corrupted])},
     commit=run.get("commit"),
     command=run.get("command"),
     config=json.dumps(config, indent=2) if config else "",

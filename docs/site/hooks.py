@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.nav import Navigation
 from mkdocs.structure.pages import Page
@@ -22,6 +23,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 # Pages of the site that are other files of the repository.
 PAGES = {
   "start.md": "README.md",
+  "changelog.md": "CHANGELOG.md",
   "contributing.md": "CONTRIBUTING.md",
   "benchmarks.md": "benchmarks/README.md",
 }
@@ -102,7 +104,7 @@ def on_nav(
   made = {file.src_uri for file in files.documentation_pages()}
   missing = {name for name in made - shown if name.startswith("notebooks/")}
   if missing:
-    raise ValueError(f"nav of mkdocs.yml lacks {', '.join(sorted(missing))}")
+    raise PluginError(f"nav of mkdocs.yml lacks {', '.join(sorted(missing))}")
   return nav
 
 

@@ -89,8 +89,9 @@ def test_attention_finds_a_tensor_to_tap(name):
   model = _create(name)
   layers = attention.layer_names(model, _shapes(model), IMAGES)
   assert layers
-  if name in ("vit", "xcit"):  # tokens follow, so that it must be named
-    assert "features" in layers
+  if name in ("vit", "xcit"):  # tokens follow
+    chosen = attention.chosen_layers(model, _shapes(model), IMAGES, None)
+    assert chosen == ("features",)
   elif isinstance(model, models.base.Network):
     assert layers[-1] == "features"  # one name in all networks, the default
 

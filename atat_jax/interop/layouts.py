@@ -417,10 +417,11 @@ LAYOUTS = (
   Layout("timm's XCiT", _xcit, torch_names.xcit, _of_xcit),
 )
 
+# The first of several are the names that `interop.save` gives.
 _NETWORKS = {
   WideResNet: (torch_names.trades, torch_names.deepmind_wide),
   PreActResNet18: (torch_names.preact, torch_names.deepmind_preact),
-  ResNet18: (torch_names.cifar_resnet, torch_names.resnet),
+  ResNet18: (torch_names.resnet, torch_names.cifar_resnet),
   VGG16: (torch_names.vgg,),
   DenseNet121: (torch_names.densenet,),
   ConvNeXt: (torch_names.convnext, torch_names.convnext_facebook),
@@ -446,4 +447,22 @@ def of(model: nn.Module) -> list[Layout]:
   raise UserError(
     f"model: {type(model).__name__}; allowed: the networks of models.MODELS,"
     " wide_resnet with shortcut='conv' only"
+  )
+
+
+def saved(model: nn.Module) -> Layout:
+  """Returns the layout that `interop.save` gives to a network's weights.
+
+  Args:
+    model: Network of a class in `models.MODELS`.
+
+  Raises:
+    UserError: There is no PyTorch network like it.
+  """
+  for kind, names in _NETWORKS.items():
+    if isinstance(model, kind):
+      return next(x for x in LAYOUTS if x.names is names[0])
+  raise UserError(
+    f"model: {type(model).__name__}; allowed:"
+    f" {', '.join(kind.__name__ for kind in _NETWORKS)}"
   )

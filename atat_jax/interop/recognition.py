@@ -7,9 +7,12 @@ from collections.abc import Iterable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+
 from atat_jax import models
 from atat_jax.errors import UserError
 from atat_jax.interop import entry_names, layouts, torch_weights, wrappers
+from atat_jax.interop.description import Description, decode, fields_of
 from atat_jax.typing import Variables
 
 _NEAR = 0.2  # share of common names below which no layout is called near
@@ -133,11 +136,7 @@ def _assemble(
   """
   shapes = {name: x.shape for name, x in found.tensors.items()}
   name, shown = layout.infer(shapes)
-  for field, value in given.items():
-    if field in shown and shown[field] != value:
-      raise UserError(
-        f"{field}: {value!r}; allowed: what the file shows, {shown[field]!r}"
-      )
+  _refuse_contradictions(shown, given)
   assumed = layout.preset(shown)
   example = models.create(name, **(shown | assumed))
   first = f"{layout.names(example)[layout.first]}.weight"
@@ -164,6 +163,76 @@ def _assemble(
   )
 
 
+def _counts(fields: Mapping[str, Any]) -> list[Any]:
+  """Returns the numbers of layers, which names alone show."""
+  depth = fields.get("depth")
+  stages = fields.get("stage_sizes"), len(fields.get("stage_channels") or ())
+  blocks = [fields.get(x) for x in ("num_blocks", "num_class_blocks")]
+  stem = [fields.get(x) for x in ("stem_convolutions", "conv_stem")]
+  return [depth and (depth - 2) // 6, *stages, *blocks, *stem]
+
+
+def described(
+  description: Description,
+  tensors: Mapping[str, np.ndarray],
+  given: Mapping[str, Any],
+) -> Recognized:
+  """Puts weights into the network that a description says they are of.
+
+  Args:
+    description: The description.
+    tensors: Arrays by PyTorch's name.
+    given: Fields that are known; they precede the description's.
+
+  Returns:
+    The network and its weights.
+
+  Raises:
+    UserError: The description is of no network here, or of another one.
+  """
+  found = next(wrappers.unwrapped(tensors))
+  model = description.create(**given)
+  fields = fields_of(model)
+  layout = layouts.saved(model)
+  try:
+    _, shown = layout.infer({k: x.shape for k, x in found.tensors.items()})
+    if _counts(fields) != _counts({"stage_channels": (), **shown}):
+      raise ValueError("other numbers of layers")
+  except (LookupError, ValueError) as error:
+    raise UserError(
+      f"the description and the tensors are of different networks: {error}"
+    ) from None
+  _refuse_contradictions({"num_classes": shown["num_classes"]}, given)
+  first = found.tensors[f"{layout.names(model)[layout.first]}.weight"]
+  fitted = torch_weights.fit(found.tensors, model, layout, first.shape[1])
+  if len(fitted):
+    raise UserError(
+      "the description and the tensors are of different networks:"
+      f" {fitted.words()}"
+    )
+  return Recognized(
+    layout=layout,
+    name=description.name,
+    fields=fields,
+    assumed=(),
+    open={},
+    variables=fitted.variables,
+    words=("fields as atat_jax wrote them",),
+    source="given" if "normalization" in given else "the file's",
+  )
+
+
+def _refuse_contradictions(
+  shown: Mapping[str, Any], given: Mapping[str, Any]
+) -> None:
+  """Raises a `UserError` if a field is not what the names and shapes show."""
+  for field, value in given.items():
+    if field in shown and shown[field] != value:
+      raise UserError(
+        f"{field}: {value!r}; allowed: what the file shows, {shown[field]!r}"
+      )
+
+
 def recognize(
   path: pathlib.Path, entry: str | None, given: Mapping[str, Any]
 ) -> Recognized:
@@ -181,6 +250,8 @@ def recognize(
     UserError: The file is of no layout: the nearest one and what differs.
   """
   state = torch_weights.read(path, entry)
+  if state.description:
+    return described(decode(state.description), state.tensors, given)
   best: tuple[layouts.Layout, torch_weights.Fit, str] | None = None
   candidates = list(wrappers.unwrapped(state.tensors))
   for found in candidates:

@@ -6,9 +6,8 @@ import foreign
 import jax
 import jax.numpy as jnp
 import pytest
-from flax import nnx
-
 from flax import linen as nn
+from flax import nnx
 
 from atat_jax import attention, models
 from atat_jax.errors import UserError

@@ -122,7 +122,12 @@ def _wide(
   }
 
 
-def _trades(shapes: Shapes) -> tuple[str, Fields]:
+def trades(shapes: Shapes) -> tuple[str, Fields]:
+  """Infers a Wide ResNet from the names of TRADES; see `Layout.infer`.
+
+  Args:
+    shapes: Shapes of the tensors by name.
+  """
   return _wide(shapes, "conv1", "block1.layer.", "conv1", "fc")
 
 
@@ -371,7 +376,7 @@ def _of_xcit(fields: Fields) -> Fields:
 _SHORTCUTS = {"activated_shortcut": (True, False)}
 
 LAYOUTS = (
-  Layout("Wide ResNet of TRADES", _trades, torch_names.trades, _usual_wide),
+  Layout("Wide ResNet of TRADES", trades, torch_names.trades, _usual_wide),
   Layout(
     "DeepMind's Wide ResNet",
     _deepmind_wide,

@@ -11,7 +11,13 @@ import numpy as np
 
 from atat_jax import models
 from atat_jax.errors import UserError
-from atat_jax.interop import entry_names, layouts, torch_weights, wrappers
+from atat_jax.interop import (
+  entry_names,
+  layouts,
+  tensorflow_checkpoint,
+  torch_weights,
+  wrappers,
+)
 from atat_jax.interop.description import Description, decode, fields_of
 from atat_jax.typing import Variables
 
@@ -114,6 +120,8 @@ def _normalization(
     if len(mean) == 1:
       mean, std = mean * channels, std * channels
     return layouts.normalized((mean, std))
+  if assumed["normalization"] == "per_image":
+    return {"normalization": "per_image"}
   mean = assumed.get("mean", layouts.IMAGENET[0])
   if len(mean) != channels:  # numbers for colours, and other images
     return layouts.normalized(None)
@@ -210,8 +218,10 @@ def described(
       "the description and the tensors are of different networks:"
       f" {fitted.words()}"
     )
+  # The names are those of a layout, the network need not be.
+  title = type(model).__name__
   return Recognized(
-    layout=layout,
+    layout=dataclasses.replace(layout, title=title),
     name=description.name,
     fields=fields,
     assumed=(),
@@ -220,6 +230,29 @@ def described(
     words=("fields as atat_jax wrote them",),
     source="given" if "normalization" in given else "the file's",
   )
+
+
+def _of_checkpoint(
+  prefix: pathlib.Path, entry: str | None, given: Mapping[str, Any]
+) -> Recognized:
+  """Finds the network of a TensorFlow checkpoint."""
+  state = tensorflow_checkpoint.read(prefix, entry)
+  layout = tensorflow_checkpoint.LAYOUT
+  try:
+    result = _assemble(layout, wrappers.Unwrapped(state.tensors), given)
+  except (LookupError, ValueError) as error:
+    if isinstance(error, UserError):
+      raise
+    result = None
+    differs = f"of other names or shapes ({error})"
+  if not isinstance(result, Recognized):
+    differs = differs if result is None else result.words()
+    raise UserError(
+      f"no known network: nearest is {layout.title}; {differs}; allowed: its"
+      " variables"
+    )
+  words = (state.entry,) if state.entry else ()
+  return dataclasses.replace(result, words=words)
 
 
 def _refuse_contradictions(
@@ -249,15 +282,21 @@ def recognize(
   Raises:
     UserError: The file is of no layout: the nearest one and what differs.
   """
+  if checkpoint := tensorflow_checkpoint.find(path):
+    found = _of_checkpoint(checkpoint, entry, given)
+    if checkpoint.name != path.name:
+      words = (f"checkpoint {checkpoint.name}", *found.words)
+      return dataclasses.replace(found, words=words)
+    return found
   state = torch_weights.read(path, entry)
   if state.description:
     return described(decode(state.description), state.tensors, given)
   best: tuple[layouts.Layout, torch_weights.Fit, str] | None = None
   candidates = list(wrappers.unwrapped(state.tensors))
-  for found in candidates:
+  for tensors in candidates:
     for layout in layouts.LAYOUTS:
       try:
-        result = _assemble(layout, found, given)
+        result = _assemble(layout, tensors, given)
       except UserError:
         if given:
           raise
@@ -268,7 +307,7 @@ def recognize(
         words = (state.entry,) if state.entry else ()
         return dataclasses.replace(result, words=words + result.words)
       if best is None or len(result) < len(best[1]):
-        best = layout, result, found.prefix
+        best = layout, result, tensors.prefix
   if best is not None:
     layout, fitted, prefix = best
     differs = f"nearest is {layout.title}; {fitted.words()}"

@@ -54,7 +54,7 @@ PLACES = {
   "marshal": (),
   "shelve": (),
   "absl": ("runtime",),
-  "tensorflow": (),
+  "tensorflow": ("interop",),
   "torch": (),
   "equinox": (),
   "clu": (),

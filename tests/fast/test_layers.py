@@ -35,7 +35,7 @@ LAYERS = (
   "train",  # modes
   "evaluate",
   "trial",
-  "pipeline explain attack",
+  "pipeline explain attack export",
 )
 RANKS = {name: rank for rank, row in enumerate(LAYERS) for name in row.split()}
 

@@ -1,0 +1,343 @@
+"""RobustBench's description of a network, filled from `results.json`.
+
+The names of the fields are those of RobustBench's `model_info/*.json` and of
+its form for new models (https://github.com/RobustBench/robustbench). A field is
+filled only by what the rows show under the leaderboard's own protocol; of every
+other it is said why it is not known.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from flax import linen as nn
+
+from atat_jax.errors import UserError
+from atat_jax.models.convnext import ConvNeXt
+from atat_jax.models.densenet import DenseNet121
+from atat_jax.models.preact_resnet import PreActResNet18
+from atat_jax.models.resnet import ResNet18
+from atat_jax.models.vgg import VGG16
+from atat_jax.models.vit import ViT
+from atat_jax.models.wide_resnet import WideResNet
+from atat_jax.models.xcit import XCiT
+from atat_jax.runs import wording
+
+PAPER = ("name", "link", "authors", "venue", "footnote")
+"""Fields of `model_info` that only the authors know."""
+
+_FIELDS = (
+  *("link", "name", "authors", "additional_data", "number_forward_passes"),
+  *("dataset", "venue", "architecture", "eps", "clean_acc", "reported"),
+  *("autoattack_acc", "footnote", "unreliable"),
+)
+_NORMS = {"linf": "Linf", "l2": "L2"}
+# Radius of each leaderboard of attacks on images of CIFAR, all 10,000 of them;
+# ImageNet's takes 5,000 images that results.json does not name.
+_LEADERBOARDS = {
+  ("cifar10", "linf"): 8 / 255,
+  ("cifar10", "l2"): 0.5,
+  ("cifar100", "linf"): 8 / 255,
+}
+_NUM_IMAGES = 10_000
+_Row = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+  """Description of a network for RobustBench.
+
+  Attributes:
+    info: Field of `model_info` to value; None: not known.
+    unknown: Field to the reason that it is not known.
+    threat_model: "Linf" or "L2"; "": not known.
+    evaluation: The protocol of the numbers, in words; "": there are none.
+  """
+
+  info: dict[str, Any]
+  unknown: dict[str, str]
+  threat_model: str
+  evaluation: str
+
+  @property
+  def folder(self) -> str:
+    """Folder of the JSON file in RobustBench's repository."""
+    parts = "model_info", self.info["dataset"], self.threat_model
+    return "/".join(part for part in parts if part)
+
+
+def architecture(model: nn.Module) -> str:
+  """Names a network as the leaderboard does.
+
+  Args:
+    model: The network.
+
+  Returns:
+    For example "WideResNet-28-10"; of networks without a usual name, that of
+    the class.
+  """
+  match model:
+    case WideResNet():
+      return f"WideResNet-{model.depth}-{model.width}"
+    case PreActResNet18():
+      return f"PreActResNet-{2 * sum(model.stage_sizes) + 2}"
+    case ResNet18():
+      layers = (3 if model.bottleneck else 2) * sum(model.stage_sizes) + 2
+      if model.bottleneck and model.inner_width > 1:
+        return f"WideResNet-{layers}-{model.inner_width}"
+      return f"ResNet-{layers}"
+    case VGG16():
+      return f"VGG-{sum(model.stage_sizes) + 3}"
+    case DenseNet121():
+      stages = model.stage_sizes
+      return f"DenseNet-{2 * sum(stages) + len(stages) + 1}"
+    case ConvNeXt():
+      sizes = model.stage_sizes[2:3], model.stage_channels[:1]
+      letter = {
+        ((9,), (96,)): "-T",
+        ((27,), (96,)): "-S",
+        ((27,), (128,)): "-B",
+        ((27,), (192,)): "-L",
+      }.get(sizes, "")
+      return f"ConvNeXt{letter}{'-ConvStem' if model.conv_stem else ''}"
+    case ViT():
+      letter = {192: "-T", 384: "-S", 768: "-B", 1024: "-L"}.get(
+        model.channels, ""
+      )
+      return f"ViT{letter}{'-ConvStem' if model.conv_stem else ''}"
+    case XCiT():
+      letter = {384: "S", 512: "M", 768: "L"}.get(model.channels)
+      return f"XCiT-{letter}{model.num_blocks}" if letter else "XCiT"
+  return type(model).__name__
+
+
+# --- Rows ---------------------------------------------------------------------
+
+
+def network_of(rows: Iterable[_Row], network: str | None) -> str:
+  """Returns the network whose rows count.
+
+  Args:
+    rows: Rows of `results.json`.
+    network: Name in the column `model`; None: the only one, or the student.
+
+  Raises:
+    UserError: No such rows, or rows of several networks.
+  """
+  found = list(dict.fromkeys(row["model"] for row in rows))
+  if network is not None:
+    if network not in found:
+      raise UserError(
+        f"network: {network!r}; allowed: {', '.join(found) or 'none'}"
+      )
+    return network
+  if "student" in found:
+    return "student"
+  if len(found) != 1:
+    raise UserError(
+      f"network: missing; allowed: one of {', '.join(found) or 'no rows'}"
+    )
+  return found[0]
+
+
+def _faults(row: _Row, step: int | None) -> list[str]:
+  """Returns what keeps a row from the leaderboard, in words."""
+  found = []
+  if row["batch_norm"] != "running":
+    found.append("statistics of the batch, which are no fixed classifier")
+  if row["split"] != "test":
+    found.append(f"images of the split {row['split']}")
+  if row["num_examples"] != _NUM_IMAGES:
+    found.append(f"{row['num_examples']:,} images, not all 10,000")
+  taken = row.get("checkpoint_step")
+  if step is not None and taken is not None and taken != step:
+    found.append(f"weights of step {taken}, not {step}, which is exported")
+  if row.get("nonfinite") or row.get("nonfinite_gradients"):
+    found.append("logits or gradients that were not finite")
+  for check in (row.get("diagnostics") or {}).values():
+    if check.get("flag"):
+      found.append(f"a diagnostic is flagged: {check.get('message')}")
+  return found
+
+
+def _autoattack_faults(row: _Row, step: int | None) -> list[str]:
+  found = []
+  version = (row.get("options") or {}).get("version", "?")
+  if row["attack"] != "autoattack" or version != "standard":
+    found.append(f"{row['attack']} is not AutoAttack's standard version")
+  elif set(row["options"]) - {"version"}:
+    found.append("AutoAttack with other numbers than the standard version's")
+  radius = _LEADERBOARDS.get((row["dataset"], row["norm"]))
+  if radius is None:
+    found.append(f"no leaderboard of {row['dataset']} under {row['norm']}")
+  elif abs(row["epsilon"] - radius) > 1e-6:
+    found.append(
+      f"epsilon {wording.pixels(row['epsilon'])}, the leaderboard's is"
+      f" {wording.pixels(radius)}"
+    )
+  return found + _faults(row, step)
+
+
+def _best(
+  rows: Sequence[_Row], faults: Sequence[list[str]], missing: str
+) -> tuple[_Row | None, str]:
+  """Returns the row without a fault that is lowest, or why there is none."""
+  good = [r for r, f in zip(rows, faults, strict=True) if not f]
+  if good:
+    return min(good, key=lambda row: row["accuracy"]), ""
+  if not rows:
+    return None, missing
+  return None, "; ".join(min(faults, key=len))
+
+
+def _percent(row: _Row) -> str:
+  return f"{100 * row['accuracy']:.2f}"
+
+
+def _filled(
+  info: dict[str, Any],
+  unknown: dict[str, str],
+  fields: Mapping[str, Any],
+  reason: str,
+) -> None:
+  """Fills fields; those without a value are unknown for a reason."""
+  for field, value in fields.items():
+    info[field] = value
+    if value is None:
+      unknown[field] = reason
+
+
+def entry(
+  results: Mapping[str, Any],
+  *,
+  network: str,
+  model: nn.Module,
+  step: int | None = None,
+  paper: Mapping[str, str | None] | None = None,
+) -> Entry:
+  """Describes a network for RobustBench.
+
+  Args:
+    results: Content of `results.json`.
+    network: Name of the network in the column `model`.
+    model: The network.
+    step: Step of the weights; rows of other steps do not count. None: not known.
+    paper: Fields of `PAPER`, as far as the user gives them.
+
+  Returns:
+    The description. Accuracies are from rows with running statistics, on all
+    test images, under AutoAttack's standard version at the leaderboard's radius
+    and without a flagged diagnostic, of these weights; or not known.
+  """
+  rows = [row for row in results["rows"] if row["model"] == network]
+  clean = [row for row in rows if row["attack"] == "nominal"]
+  attacked = [row for row in rows if row["attack"].startswith("autoattack")]
+  clean_row, no_clean = _best(
+    clean, [_faults(row, step) for row in clean], "no row without an attack"
+  )
+  row, no_row = _best(
+    attacked,
+    [_autoattack_faults(row, step) for row in attacked],
+    "no row under AutoAttack",
+  )
+  info: dict[str, Any] = dict.fromkeys(_FIELDS)
+  unknown: dict[str, str] = {}
+  given = {field: (paper or {}).get(field) for field in PAPER}
+  _filled(info, unknown, given, "the authors know it")
+  dataset = rows[0]["dataset"] if rows else None
+  known = {name for name, _ in _LEADERBOARDS}
+  _filled(
+    info,
+    unknown,
+    {"dataset": dataset if dataset in known else None},
+    f"RobustBench has no leaderboard of {dataset} that these rows are for",
+  )
+  data = (results["run"].get("config") or {}).get("data")
+  _filled(
+    info,
+    unknown,
+    {"additional_data": bool(data.get("extra")) if data else None},
+    "the results are not those of a training",
+  )
+  info |= {"architecture": architecture(model), "number_forward_passes": 1}
+  _filled(
+    info,
+    unknown,
+    {"clean_acc": clean_row and _percent(clean_row)},
+    no_clean,
+  )
+  percent = row and _percent(row)
+  numbers = {
+    "eps": row and wording.pixels(row["epsilon"]),
+    "reported": percent,
+    "autoattack_acc": percent,
+    "unreliable": None if row is None else False,
+  }
+  _filled(info, unknown, numbers, no_row)
+  return Entry(
+    info,
+    {field: unknown[field] for field in _FIELDS if field in unknown},
+    _NORMS[row["norm"]] if row else "",
+    _evaluation(results, row) if row else "",
+  )
+
+
+def _evaluation(results: Mapping[str, Any], row: _Row) -> str:
+  """Returns the protocol of a row, in words."""
+  commit = results["run"].get("commit") or "unknown"
+  return (
+    f"AutoAttack, standard version, as atat_jax implements it (commit {commit}),"
+    f" {row['norm']}, epsilon {wording.pixels(row['epsilon'])}, all"
+    f" {row['num_examples']:,} test images, running statistics of BatchNorm,"
+    f" seed {row['seed']}"
+  )
+
+
+def form(found: Entry, checkpoint: str | None = None) -> str:
+  """Fills RobustBench's form for a new model.
+
+  Args:
+    found: The description.
+    checkpoint: Address of the checkpoint and the code; None: not known.
+
+  Returns:
+    Markdown, the text of an issue.
+  """
+  info, unknown = found.info, found.unknown
+
+  def known(field: str, unit: str = "") -> str:
+    value = info[field]
+    if value is None:
+      return f"(not known: {unknown[field]})"
+    return f"{str(value).lower() if isinstance(value, bool) else value}{unit}"
+
+  threat = found.threat_model or f"(not known: {unknown.get('eps', '')})"
+  lines = [
+    "# Paper Information",
+    "",
+    f"- **Paper Title**: {known('name')}",
+    f"- **Paper URL**: {known('link')}",
+    f"- **Paper authors**: {known('authors')}",
+    "",
+    "# Leaderboard Claim(s)",
+    "",
+    "## Model 1",
+    "",
+    f"- **Architecture**: {known('architecture')}",
+    f"- **Threat Model**: {threat}",
+    f"- **eps**: {known('eps')}",
+    f"- **Clean accuracy**: {known('clean_acc', '%')}",
+    f"- **Robust accuracy**: {known('autoattack_acc', '%')}",
+    f"- **Additional data**: {known('additional_data')}",
+    "- **Evaluation method**: "
+    + (found.evaluation or f"(not known: {unknown.get('autoattack_acc', '')})"),
+    "- **Checkpoint and code**: "
+    + (checkpoint or "(not known: the authors know it)"),
+    "",
+    "# Model Zoo:",
+    "",
+    "- [ ] I want to add my models to the Model Zoo",
+    "- [ ] I use an architecture that is **not** included there",
+    "- [ ] I agree to release my model(s) under MIT license",
+  ]
+  return "\n".join([*lines, ""])

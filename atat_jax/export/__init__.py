@@ -121,8 +121,11 @@ def _write_robustbench(
   text = robustbench.form(found, paper.get("checkpoint"))
   form = files.write_text(out / _FORM, text)
   sys.stdout.write(f"model_info: {info}\nform:       {form}\n")
+  reasons: dict[str, list[str]] = {}
   for field, reason in found.unknown.items():
-    sys.stdout.write(f"not known:  {field}: {reason}\n")
+    reasons.setdefault(reason, []).append(field)
+  for reason, fields in reasons.items():
+    sys.stdout.write(f"not known:  {', '.join(fields)}: {reason}\n")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -7,7 +7,7 @@ other it is said why it is not known.
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from flax import linen as nn
@@ -32,14 +32,18 @@ _FIELDS = (
   *("autoattack_acc", "footnote", "unreliable"),
 )
 _NORMS = {"linf": "Linf", "l2": "L2"}
-# Radius of each leaderboard of attacks on images of CIFAR, all 10,000 of them;
-# ImageNet's takes 5,000 images that results.json does not name.
+_DATASETS = ("cifar10", "cifar100", "imagenet")
+# Radius of each leaderboard on all 10,000 images of CIFAR; that of ImageNet takes
+# 5,000 images, and results.json does not say which its rows have.
 _LEADERBOARDS = {
   ("cifar10", "linf"): 8 / 255,
   ("cifar10", "l2"): 0.5,
   ("cifar100", "linf"): 8 / 255,
 }
 _NUM_IMAGES = 10_000
+_CONVNEXTS = {(9, 96): "-T", (27, 96): "-S", (27, 128): "-B", (27, 192): "-L"}
+_VITS = {192: "-T", 384: "-S", 768: "-B", 1024: "-L"}
+_XCITS = {384: "-S", 512: "-M", 768: "-L"}
 _Row = Mapping[str, Any]
 
 
@@ -92,22 +96,15 @@ def architecture(model: nn.Module) -> str:
       stages = model.stage_sizes
       return f"DenseNet-{2 * sum(stages) + len(stages) + 1}"
     case ConvNeXt():
-      sizes = model.stage_sizes[2:3], model.stage_channels[:1]
-      letter = {
-        ((9,), (96,)): "-T",
-        ((27,), (96,)): "-S",
-        ((27,), (128,)): "-B",
-        ((27,), (192,)): "-L",
-      }.get(sizes, "")
+      size = max(model.stage_sizes), model.stage_channels[0]
+      letter = _CONVNEXTS.get(size, "")
       return f"ConvNeXt{letter}{'-ConvStem' if model.conv_stem else ''}"
     case ViT():
-      letter = {192: "-T", 384: "-S", 768: "-B", 1024: "-L"}.get(
-        model.channels, ""
-      )
+      letter = _VITS.get(model.channels, "")
       return f"ViT{letter}{'-ConvStem' if model.conv_stem else ''}"
     case XCiT():
-      letter = {384: "S", 512: "M", 768: "L"}.get(model.channels)
-      return f"XCiT-{letter}{model.num_blocks}" if letter else "XCiT"
+      letter = _XCITS.get(model.channels, "")
+      return f"XCiT{letter}{model.num_blocks if letter else ''}"
   return type(model).__name__
 
 
@@ -169,7 +166,10 @@ def _autoattack_faults(row: _Row, step: int | None) -> list[str]:
     found.append("AutoAttack with other numbers than the standard version's")
   radius = _LEADERBOARDS.get((row["dataset"], row["norm"]))
   if radius is None:
-    found.append(f"no leaderboard of {row['dataset']} under {row['norm']}")
+    found.append(
+      f"no leaderboard of {row['dataset']} under {row['norm']} whose images are"
+      " known to be these"
+    )
   elif abs(row["epsilon"] - radius) > 1e-6:
     found.append(
       f"epsilon {wording.pixels(row['epsilon'])}, the leaderboard's is"
@@ -179,32 +179,29 @@ def _autoattack_faults(row: _Row, step: int | None) -> list[str]:
 
 
 def _best(
-  rows: Sequence[_Row], faults: Sequence[list[str]], missing: str
+  rows: Sequence[_Row], faults: Callable[[_Row], list[str]], missing: str
 ) -> tuple[_Row | None, str]:
   """Returns the row without a fault that is lowest, or why there is none."""
-  good = [r for r, f in zip(rows, faults, strict=True) if not f]
-  if good:
-    return min(good, key=lambda row: row["accuracy"]), ""
   if not rows:
     return None, missing
-  return None, "; ".join(min(faults, key=len))
+  found = [(len(faults(row)), row["accuracy"], row) for row in rows]
+  number, _, row = min(found, key=lambda item: item[:2])
+  return (None, "; ".join(faults(row))) if number else (row, "")
 
 
 def _percent(row: _Row) -> str:
   return f"{100 * row['accuracy']:.2f}"
 
 
-def _filled(
-  info: dict[str, Any],
-  unknown: dict[str, str],
-  fields: Mapping[str, Any],
-  reason: str,
-) -> None:
-  """Fills fields; those without a value are unknown for a reason."""
-  for field, value in fields.items():
-    info[field] = value
-    if value is None:
-      unknown[field] = reason
+def _numbers(clean: _Row | None, row: _Row | None) -> dict[str, Any]:
+  """Returns the fields that rows show; None where there is no row."""
+  return {
+    "clean_acc": clean and _percent(clean),
+    "eps": row and wording.pixels(row["epsilon"]),
+    "reported": row and _percent(row),
+    "autoattack_acc": row and _percent(row),
+    "unreliable": None if row is None else False,
+  }
 
 
 def entry(
@@ -230,53 +227,38 @@ def entry(
     and without a flagged diagnostic, of these weights; or not known.
   """
   rows = [row for row in results["rows"] if row["model"] == network]
-  clean = [row for row in rows if row["attack"] == "nominal"]
-  attacked = [row for row in rows if row["attack"].startswith("autoattack")]
-  clean_row, no_clean = _best(
-    clean, [_faults(row, step) for row in clean], "no row without an attack"
+  nominal = [x for x in rows if x["attack"] == "nominal"]
+  attacked = [x for x in rows if x["attack"].startswith("autoattack")]
+  clean, no_clean = _best(
+    nominal, lambda x: _faults(x, step), "no row without an attack"
   )
   row, no_row = _best(
-    attacked,
-    [_autoattack_faults(row, step) for row in attacked],
-    "no row under AutoAttack",
+    attacked, lambda x: _autoattack_faults(x, step), "no row under AutoAttack"
   )
-  info: dict[str, Any] = dict.fromkeys(_FIELDS)
-  unknown: dict[str, str] = {}
-  given = {field: (paper or {}).get(field) for field in PAPER}
-  _filled(info, unknown, given, "the authors know it")
   dataset = rows[0]["dataset"] if rows else None
-  known = {name for name, _ in _LEADERBOARDS}
-  _filled(
-    info,
-    unknown,
-    {"dataset": dataset if dataset in known else None},
-    f"RobustBench has no leaderboard of {dataset} that these rows are for",
-  )
   data = (results["run"].get("config") or {}).get("data")
-  _filled(
-    info,
-    unknown,
-    {"additional_data": bool(data.get("extra")) if data else None},
-    "the results are not those of a training",
-  )
-  info |= {"architecture": architecture(model), "number_forward_passes": 1}
-  _filled(
-    info,
-    unknown,
-    {"clean_acc": clean_row and _percent(clean_row)},
-    no_clean,
-  )
-  percent = row and _percent(row)
-  numbers = {
-    "eps": row and wording.pixels(row["epsilon"]),
-    "reported": percent,
-    "autoattack_acc": percent,
-    "unreliable": None if row is None else False,
+  info = {field: (paper or {}).get(field) for field in PAPER} | {
+    "dataset": dataset if dataset in _DATASETS else None,
+    "additional_data": bool(data.get("extra")) if data else None,
+    "architecture": architecture(model),
+    "number_forward_passes": 1,
+    **_numbers(clean, row),
   }
-  _filled(info, unknown, numbers, no_row)
+  reasons = {
+    "dataset": f"RobustBench has no leaderboard of {dataset}",
+    "additional_data": "the results are not those of a training",
+    "clean_acc": no_clean,
+    **dict.fromkeys(
+      ("eps", "reported", "autoattack_acc", "unreliable"), no_row
+    ),
+  }
   return Entry(
-    info,
-    {field: unknown[field] for field in _FIELDS if field in unknown},
+    {field: info[field] for field in _FIELDS},
+    {
+      field: reasons.get(field, "the authors know it")
+      for field in _FIELDS
+      if info[field] is None and field != "footnote"
+    },
     _NORMS[row["norm"]] if row else "",
     _evaluation(results, row) if row else "",
   )

@@ -53,7 +53,7 @@ _NAMES = (
   ),
 )
 _OF_NETWORK = re.compile(r"(input|unit_\w+|logit)/.*")
-# What an optimizer and averages keep beside a variable.
+# Optimizers and averages keep these beside a variable.
 _SLOT = re.compile(
   r".*/(Momentum|Adam|Adam_1|RMSProp|RMSProp_1|Adagrad|Ftrl|Ftrl_1"
   r"|ExponentialMovingAverage)"

@@ -37,6 +37,7 @@ _BUFFERS = """
         self.register_buffer("mean", mean.view(shape))
         self.register_buffer("std", std.view(shape))
 """
+_PLAIN = re.compile(r"[\w. ()+=,@-]+")
 _MARK = b"\nWritten by atat_jax, "
 
 
@@ -86,7 +87,8 @@ def source(
   code = string.Template(_text(names[0])).substitute(buffers=buffers)
   text = string.Template(_text("file")).substitute(
     title=f"{type(model).__name__} as a PyTorch module.",
-    weights=weights,
+    # Other characters could end the docstring.
+    weights=weights if _PLAIN.fullmatch(weights) else "weights.safetensors",
     classes=network.num_classes,
     module=module_name(pathlib.PurePath(weights).stem),
     fields="\n".join(

@@ -69,7 +69,7 @@ def test_honest_rows_fill_what_they_show():
     "footnote": None,
     "unreliable": False,
   }
-  assert set(found.unknown) == {"authors", "venue", "footnote"}
+  assert set(found.unknown) == {"authors", "venue"}
   assert found.folder == "model_info/cifar10/Linf"
 
 
@@ -95,6 +95,7 @@ def test_honest_rows_fill_what_they_show():
       "a diagnostic is flagged: It is random.",
     ),
     ({"dataset": "digits"}, "no leaderboard of digits under linf"),
+    ({"dataset": "imagenet"}, "no leaderboard of imagenet under linf whose"),
     ({"model": "teacher"}, "no row under AutoAttack"),
   ],
 )

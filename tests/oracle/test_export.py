@@ -325,6 +325,14 @@ def test_a_text_that_is_no_description_is_refused(change, said, usual):
   refused(usual, change, said)
 
 
+def test_a_name_of_a_file_is_no_code(tmp_path):
+  model, variables, _ = made("one stage")
+  path = tmp_path / 'x"""\nraise SystemExit\n""".safetensors'
+  saved = interop.save(path, model, variables)
+  assert saved.module.name == "x____raise_SystemExit____.py"
+  pytorchs(saved)
+
+
 def test_what_cannot_be_written_is_refused_before_anything_is(tmp_path):
   model, variables, _ = made("one stage")
   code = tmp_path / "train.py"

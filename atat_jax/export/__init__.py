@@ -140,8 +140,10 @@ def main(argv: Sequence[str] | None = None) -> None:
   args = _parse(argv)
   path = locations.expand("source", args.source)
   out = locations.expand("out", args.out)
-  name = args.name or path.stem
-  if pathlib.PurePath(name).name != name or name.startswith("."):
+  name = args.name
+  if name is None:
+    name = path.resolve().name if path.is_dir() else path.stem
+  if pathlib.PurePath(name).name != name or name[:1] in ("", "."):
     raise UserError(f"--name: {name!r}; allowed: a name without a folder")
   _paper(args.paper)  # before anything is loaded
   where = path if args.results is None else args.results
@@ -157,6 +159,6 @@ def main(argv: Sequence[str] | None = None) -> None:
   )
   sys.stdout.write(f"weights:    {saved.weights}\nmodule:     {saved.module}\n")
   if results is None:
-    sys.stdout.write(f"no results.json in {where}: nothing for RobustBench\n")
+    sys.stdout.write("no results.json, and so nothing for RobustBench\n")
   else:
     _write_robustbench(out, name, results, source, args)

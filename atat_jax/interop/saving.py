@@ -130,7 +130,7 @@ def save(
     model, described.fields, channels, paths.weights.name
   )
   texts = {"format": "pt", description.TEXT: description.encode(described)}
-  content = safetensors.numpy.save(tensors, texts)
-  files.write_text(paths.module, text)
-  files.write_bytes(paths.weights, content)
+  with files.replacing(paths.weights) as temporary:
+    safetensors.numpy.save_file(tensors, temporary, texts)
+    files.write_text(paths.module, text)
   return paths

@@ -14,6 +14,7 @@ import numpy as np
 from atat_jax.errors import UserError, printable, shown
 from atat_jax.interop import entry_names, layouts, torch_names, torch_weights
 from atat_jax.interop.torch_file import StateDict
+from atat_jax.runs import files
 from atat_jax.untrusted import regular
 
 _STATE = "checkpoint"  # text beside the checkpoints that names the newest
@@ -88,7 +89,10 @@ LAYOUT = layouts.Layout(
 
 
 def _has_index(prefix: pathlib.Path) -> bool:
-  return prefix.with_name(f"{prefix.name}{_INDEX}").exists()
+  try:
+    return prefix.with_name(f"{prefix.name}{_INDEX}").exists()
+  except OSError:  # too long a name
+    return False
 
 
 def _newest(folder: pathlib.Path) -> pathlib.Path | None:
@@ -100,13 +104,12 @@ def _newest(folder: pathlib.Path) -> pathlib.Path | None:
   found = sorted(x.name.removesuffix(_INDEX) for x in folder.glob(f"*{_INDEX}"))
   if not found:
     return None
-  if (state := folder / _STATE).exists():
-    text = regular.read_bytes(state, _MOST_TEXT).decode(errors="replace")
-    match = _NEWEST.search(text)
-    # Folders move: what comes before the name is that of another machine.
-    name = re.split(r"[/\\]", match[1])[-1] if match else ""
-    if name in found:
-      return folder / name
+  content = files.read_bytes(folder / _STATE, _MOST_TEXT) or b""
+  match = _NEWEST.search(content.decode(errors="replace"))
+  # Folders move: what comes before the name is that of another machine.
+  name = re.split(r"[/\\]", match[1])[-1] if match else ""
+  if name in found:
+    return folder / name
   if len(found) > 1:
     raise UserError(
       f"several TensorFlow checkpoints, {entry_names.listed(found)}; allowed:"
@@ -131,8 +134,9 @@ def find(path: pathlib.Path) -> pathlib.Path | None:
   """
   if path.is_dir():
     return _newest(path)
-  bare = path.with_name(_ENDING.sub("", path.name)) if path.name else path
-  for prefix in (bare, path):
+  match = re.fullmatch(f"(.+){_ENDING.pattern}", path.name)
+  prefixes = [path] if match is None else [path.with_name(match[1]), path]
+  for prefix in prefixes:
     if prefix.name and _has_index(prefix) and not prefix.is_file():
       return prefix
   return None
@@ -142,10 +146,11 @@ def _open(
   prefix: pathlib.Path,
 ) -> tuple[list[str], Callable[[str], np.ndarray]]:
   """Opens a checkpoint: the names of its variables, and their reader."""
-  for file in prefix.parent.iterdir():
-    if file.name.startswith(prefix.name):
-      if _ENDING.fullmatch(file.name.removeprefix(prefix.name)):
-        regular.require_regular(file)
+  with files.plain_errors(prefix):
+    for file in prefix.parent.iterdir():
+      if file.name.startswith(prefix.name):
+        if _ENDING.fullmatch(file.name.removeprefix(prefix.name)):
+          regular.require_regular(file)
   try:
     import tensorflow
   except ImportError as error:

@@ -189,6 +189,12 @@ def test_a_checkpoint_is_found_by_folder_prefix_or_file(stored, tmp_path):
   assert stored.asked[-1] == str(prefix)
 
 
+def test_paths_that_are_no_checkpoint_stay_what_they_are(tmp_path):
+  for name in (".index", "x.index", "n" * 250, ".", "x.data-00000-of-00001"):
+    with pytest.raises(UserError, match=r"No such file|directory"):
+      interop.load(tmp_path / name)
+
+
 def test_of_two_networks_in_a_checkpoint_entry_chooses(stored):
   arrays = variables("teacher/")
   double = {k.replace("teacher", "student"): 2 * x for k, x in arrays.items()}

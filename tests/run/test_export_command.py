@@ -90,6 +90,7 @@ def test_without_results_there_is_nothing_for_robustbench(
   [
     ("--paper=title=x", "--paper: 'title=x'; allowed: FIELD=TEXT for name"),
     ("--paper=link", "--paper: 'link'; allowed"),
+    ("--name=", "--name: ''; allowed: a name without a folder"),
     ("--name=../x", "--name: '../x'; allowed: a name without a folder"),
     ("--results=none", "--results: none; allowed: a folder with results.json"),
   ],

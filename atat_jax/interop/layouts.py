@@ -33,7 +33,9 @@ Fields: TypeAlias = dict[str, Any]
 CIFAR10 = ((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616))
 CIFAR10_OTHER_STD = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 CIFAR100 = ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
-_MOST_STAGES, _MOST_UNITS = 8, 300  # more are not traced
+MOST_STAGES = 8
+"""Largest number of stages of a network that is read."""
+_MOST_UNITS = 300  # more are not traced
 IMAGENET = (base.IMAGENET_MEAN, base.IMAGENET_STD)
 
 
@@ -94,7 +96,7 @@ def _count(shapes: Shapes, prefix: str, start: int = 0) -> int:
 def _counts(shapes: Shapes, prefix: str, start: int, inside: str) -> tuple:
   """Returns the number of units of each stage: layer1.0, layer1.1, ..."""
   number = _count(shapes, prefix, start)
-  if number > _MOST_STAGES:
+  if number > MOST_STAGES:
     raise ValueError(f"{number} stages")
   stages = range(start, start + number)
   return tuple(_count(shapes, f"{prefix}{s}.{inside}") for s in stages)
@@ -258,7 +260,7 @@ def _vgg(shapes: Shapes) -> tuple[str, Fields]:
 
 def _densenet(shapes: Shapes) -> tuple[str, Fields]:
   block = "features.denseblock"
-  numbers = range(1, 1 + min(_count(shapes, block, 1), _MOST_STAGES))
+  numbers = range(1, 1 + min(_count(shapes, block, 1), MOST_STAGES))
   growth = shapes[f"{block}1.denselayer1.conv2.weight"][0]
   return "densenet121", {
     "stage_sizes": tuple(
@@ -282,7 +284,7 @@ def _stem_channels(shapes: Shapes, prefix: str) -> tuple[int, ...]:
   found: list[int] = []
   index = 0
   while (shape := shapes.get(f"{prefix}.stem.{index}.weight")) is not None:
-    if len(shape) != 4 or shape[2] != 3 or len(found) > _MOST_STAGES:
+    if len(shape) != 4 or shape[2] != 3 or len(found) > MOST_STAGES:
       break
     found.append(shape[0])
     index += 3

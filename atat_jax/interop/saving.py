@@ -115,6 +115,12 @@ def save(
   checks.module(model)
   described = description.describe(model)
   layout = layouts.saved(model)
+  stages = len(described.fields.get("stage_sizes", ()))
+  if stages > layouts.MOST_STAGES:
+    raise UserError(
+      f"model: {stages} stages; allowed: at most {layouts.MOST_STAGES}, as load"
+      " reads them"
+    )
   paths = _paths(path)
   channels = _num_channels(layout, variables)
   side = torch_weights.example_side(model)

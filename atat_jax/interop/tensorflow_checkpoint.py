@@ -21,7 +21,7 @@ _STATE = "checkpoint"  # text beside the checkpoints that names the newest
 _INDEX = ".index"
 _MOST_TEXT = 1 << 20
 _STEM = "input/init_conv/DW"
-_ENDING = re.compile(r"\.(index|data-\d{5}-of-\d{5})")
+_ENDING = re.compile(r"\.(?:index|meta|data-\d{5}-of-\d{5})")
 _NEWEST = re.compile(r'^model_checkpoint_path: "(.*)"$', re.MULTILINE)
 _NORM = {
   "gamma": "weight",

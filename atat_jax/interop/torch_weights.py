@@ -148,9 +148,11 @@ def example_side(model: nn.Module) -> int:
   fields: Any = model
   if hasattr(model, "image_size"):
     return int(fields.image_size)
+  if hasattr(model, "patch_size"):
+    return max(64, int(fields.patch_size))
   if getattr(model, "shortcut", "") == "pad":  # strides divide the side
     return 8 * math.prod(fields.strides)
-  return 256 if hasattr(model, "stage_channels") else 64
+  return 512  # halved by as many stages as are read
 
 
 def _check_channels(number: int) -> None:

@@ -174,6 +174,7 @@ def test_a_checkpoint_is_found_by_folder_prefix_or_file(stored, tmp_path):
     tmp_path,
     prefix,
     f"{prefix}.index",
+    f"{prefix}.meta",
     f"{prefix}.data-00000-of-00001",
   ):
     assert "14-2, 5 classes" in interop.load(path).told

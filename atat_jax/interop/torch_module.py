@@ -4,6 +4,7 @@ The text of each kind of network is in `torch_code/`; the fields of the network
 are written into it as constants.
 """
 
+import json
 import pathlib
 import re
 import string
@@ -32,10 +33,10 @@ _CODE = {
   XCiT: "xcit",
 }
 _BUFFERS = """
-        shape = 1, self.num_channels, 1, 1
-        mean, std = torch.tensor({mean}), torch.tensor({std})
-        self.register_buffer("mean", mean.view(shape))
-        self.register_buffer("std", std.view(shape))
+        mean = torch.tensor({mean})
+        std = torch.tensor({std})
+        self.register_buffer("mean", mean.view(1, -1, 1, 1))
+        self.register_buffer("std", std.view(1, -1, 1, 1))
 """
 _PLAIN = re.compile(r"[\w. ()+=,@-]+")
 _MARK = b"\nWritten by atat_jax, "
@@ -92,7 +93,7 @@ def source(
     classes=network.num_classes,
     module=module_name(pathlib.PurePath(weights).stem),
     fields="\n".join(
-      f"    {name} = {value!r}"
+      f"    {name} = {json.dumps(value) if type(value) is str else repr(value)}"
       for name, value in constants.items()
       if name not in hidden
     ),

@@ -1,6 +1,6 @@
 """Writes a trained network for PyTorch, and its numbers for RobustBench.
 
-  python -m atat_jax.export runs/atat --out exported
+  atat-jax export runs/atat --out exported
 
 takes the directory of a finished run, or a file of weights that `interop.load`
 reads. It writes `<name>.safetensors`, a Python file with the `torch.nn.Module`
@@ -20,10 +20,11 @@ from flax import linen as nn
 from atat_jax import checkpoints, interop
 from atat_jax.errors import UserError
 from atat_jax.export import robustbench
-from atat_jax.process import flag_values
+from atat_jax.process import arguments, commands, flag_values
 from atat_jax.runs import files, locations
 from atat_jax.typing import Variables
 
+PROGRAM = "python -m atat_jax.export"
 _FORM = "new_model.md"
 
 _log = logging.getLogger("atat_jax.export")
@@ -37,15 +38,15 @@ class _Source(NamedTuple):
   step: int | None
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-  flags = argparse.ArgumentParser(
-    prog="python -m atat_jax.export",
-    description="Writes a network for PyTorch, its numbers for RobustBench.",
-    epilog="example: python -m atat_jax.export runs/atat --out exported"
-    " --name Me2026Title --paper link=https://arxiv.org/abs/...",
+def _parse(argv: Sequence[str] | None, program: str) -> argparse.Namespace:
+  flags = arguments.Parser(
+    program,
+    "SOURCE --out=DIR [flags]",
+    description="Writes a network for PyTorch, and its numbers for RobustBench.",
+    example="runs/atat --out=exported --name=Me2026Title",
   )
   add = flags.add_argument
-  add("source", help="a run's directory, or a file of weights")
+  add("source", metavar="SOURCE", help="directory of a run, or weights")
   add("--out", required=True, help="directory of the files")
   add("--name", help="name of the files; default: the source's")
   add("--which", default="best", help="checkpoint: best or last (best)")
@@ -58,15 +59,14 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     action="append",
     type=flag_values.assignment,
     default=[],
-    metavar="NAME=VALUE",
-    help="field of the network that the file does not show",
+    help="NAME=VALUE of the network that the weights do not show",
   )
   add(
     "--paper",
     action="append",
     default=[],
-    metavar="FIELD=TEXT",
-    help=f"what the authors know: {', '.join(robustbench.PAPER)}, checkpoint",
+    help="FIELD=TEXT that the authors know: name, link, authors, venue,"
+    " footnote, checkpoint",
   )
   return flags.parse_args(argv)
 
@@ -128,16 +128,17 @@ def _write_robustbench(
     sys.stdout.write(f"not known:  {', '.join(fields)}: {reason}\n")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None, *, program: str = PROGRAM) -> None:
   """Exports the network that the command line names.
 
   Args:
     argv: Without the program; None: the command line.
+    program: Command as it is typed, for the help.
 
   Raises:
     UserError: Bad input, one clear line.
   """
-  args = _parse(argv)
+  args = _parse(argv, program)
   path = locations.expand("source", args.source)
   out = locations.expand("out", args.out)
   name = args.name
@@ -162,3 +163,4 @@ def main(argv: Sequence[str] | None = None) -> None:
     sys.stdout.write("no results.json, and so nothing for RobustBench\n")
   else:
     _write_robustbench(out, name, results, source, args)
+  commands.say_next(f"{saved.module} says how PyTorch loads the weights")

@@ -13,6 +13,7 @@ from atat_jax import (
   attacks,
   attention,
   batch_norm,
+  bounds,
   checkpoints,
   data,
   evaluation,
@@ -86,6 +87,10 @@ _ATTACK = {
   "labels": "labels",
   "epsilon": "epsilon",
 }
+
+
+def _bounds(w: World) -> dict[str, Any]:
+  return {name: x for name, x in _attack(w).items() if name != "key"}
 
 
 def _analysis(w: World) -> dict[str, Any]:
@@ -440,8 +445,19 @@ ENTRIES = [
       "dataset": "text",
       "name": "text",
       "out": "path?",
+      "certify": "boolean",
       "mesh": "mesh?",
     },
+  ),
+  Entry(
+    bounds.interval,
+    _bounds,
+    {k: v for k, v in _ATTACK.items() if k != "key"},
+  ),
+  Entry(
+    bounds.crown,
+    _bounds,
+    {k: v for k, v in _ATTACK.items() if k != "key"},
   ),
   Entry(
     evaluation.parse,
@@ -1250,6 +1266,7 @@ PARTS = (
   # has been checked by a function of the table, or by `config.make_plan`, whose
   # fields have a test of their own.
   "checks",
+  "cli",
   "compilation",
   "config",
   "drawing",
@@ -1280,6 +1297,7 @@ PARTS = (
   "attacks.targeting",
   "data.archives",
   "data.base",
+  "data.batches.watch",
   "data.prepare",
   "data.record_files",
   "evaluation.map_distances",

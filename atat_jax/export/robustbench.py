@@ -48,7 +48,7 @@ _Row = Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
-class Entry:
+class ModelInfo:
   """Description of a network for RobustBench.
 
   Attributes:
@@ -211,7 +211,7 @@ def entry(
   model: nn.Module,
   step: int | None = None,
   paper: Mapping[str, str | None] | None = None,
-) -> Entry:
+) -> ModelInfo:
   """Describes a network for RobustBench.
 
   Args:
@@ -252,7 +252,7 @@ def entry(
       ("eps", "reported", "autoattack_acc", "unreliable"), no_row
     ),
   }
-  return Entry(
+  return ModelInfo(
     {field: info[field] for field in _FIELDS},
     {
       field: reasons.get(field, "the authors know it")
@@ -275,7 +275,7 @@ def _evaluation(results: Mapping[str, Any], row: _Row) -> str:
   )
 
 
-def form(found: Entry, checkpoint: str | None = None) -> str:
+def form(found: ModelInfo, checkpoint: str | None = None) -> str:
   """Fills RobustBench's form for a new model.
 
   Args:

@@ -7,7 +7,7 @@ from typing import Any
 
 from atat_jax import figures
 from atat_jax.errors import UserError
-from atat_jax.report import page, results, summary
+from atat_jax.report import corruptions, page, results, summary
 from atat_jax.runs import (
   comparable,
   files,
@@ -49,7 +49,7 @@ def write_report(workdir: str | os.PathLike[str]) -> pathlib.Path:
     )
   run = found.get("run", {})
   config = run.get("config") or files.read_json(workdir / files.CONFIG) or {}
-  rows = found["rows"]
+  rows, corrupted = found["rows"], found.get("corruptions", [])
   text = page.render(
     "run.html.j2",
     title=_title(config, rows),
@@ -61,10 +61,11 @@ def write_report(workdir: str | os.PathLike[str]) -> pathlib.Path:
     comparable=comparable.note(tables.columns(rows)),
     bars=figures.draw_results(workdir),
     by_class=results.by_class(rows, run.get("class_names")),
+    corruptions=corruptions.sections(rows, corrupted),
     diagnostics=results.titled(found.get("diagnostics", {}), rows),
     curves=figures.draw_curves(workdir),
     sections=analyses.sections(workdir, workdir / files.FIGURES),
-    facts=_facts(run, rows),
+    facts=_facts(run, [*rows, *corrupted]),
     commit=run.get("commit"),
     command=run.get("command"),
     config=json.dumps(config, indent=2) if config else "",

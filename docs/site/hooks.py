@@ -22,6 +22,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 # Pages of the site that are other files of the repository.
 PAGES = {
   "start.md": "README.md",
+  "changelog.md": "CHANGELOG.md",
   "contributing.md": "CONTRIBUTING.md",
   "benchmarks.md": "benchmarks/README.md",
 }

@@ -31,7 +31,15 @@ from atat_jax import (
 )
 from atat_jax.attacks import classifiers
 from atat_jax.attacks.autoattack import versions
-from atat_jax.data import augment, batches, cifar, digits, mixing, photographs
+from atat_jax.data import (
+  augment,
+  batches,
+  cifar,
+  corruptions,
+  digits,
+  mixing,
+  photographs,
+)
 from atat_jax.evaluation import iterates
 from atat_jax.models import base as base_networks
 from atat_jax.runs import configuration, files
@@ -445,6 +453,7 @@ ENTRIES = [
       "dataset": "text",
       "name": "text",
       "out": "path?",
+      "corruptions": "path",
       "certify": "boolean",
       "mesh": "mesh?",
     },
@@ -908,6 +917,23 @@ ENTRIES += [
     {"offsets": "images", "flips": "images", "images": "offsets"},
   ),
   Entry(
+    corruptions.corrupt,
+    lambda w: {
+      "key": w.key,
+      "images": w.images,
+      "kind": "contrast",
+      "severity": 3,
+    },
+    {
+      "key": "key",
+      "images": "images",
+      "kind": "name",
+      "severity": "count",
+      "numbers": "classes?",
+    },
+    {"numbers": "images", "images": "numbers"},
+  ),
+  Entry(
     mixing.check,
     lambda _: {"name": "mixup", "alpha": 1.0},
     {"name": "name", "alpha": "positive"},
@@ -1297,9 +1323,17 @@ PARTS = (
   "attacks.targeting",
   "data.archives",
   "data.base",
+  "data.corruptions.apply",
+  "data.corruptions.blur",
+  "data.corruptions.digital",
+  "data.corruptions.geometry",
+  "data.corruptions.noise",
+  "data.corruptions.published",
+  "data.corruptions.weather",
   "data.batches.watch",
   "data.prepare",
   "data.record_files",
+  "evaluation.corrupted",
   "evaluation.map_distances",
   "evaluation.networks",
   "evaluation.ranking",
@@ -1329,6 +1363,7 @@ PARTS = (
   "models.blocks",
   "models.convolution",
   "models.winograd",
+  "report.corruptions",
   "report.groups",
   "report.layout",
   "report.merge",
@@ -1336,6 +1371,7 @@ PARTS = (
   "report.published",
   "runs.attention_file",
   "runs.comparable",
+  "runs.corrupted",
   "runs.intervals",
   "runs.inventory",
   "runs.locations",

@@ -26,7 +26,7 @@ from atat_jax.data.base import Split, as_floats
 from atat_jax.evaluation import accuracies, certifying, rules
 from atat_jax.evaluation.protocols import Protocol
 from atat_jax.process import stops
-from atat_jax.runs import files, tables, worst_case
+from atat_jax.runs import files, spreadsheet, tables, worst_case
 from atat_jax.typing import Array, Classifier
 
 _log = logging.getLogger(__name__)
@@ -237,7 +237,7 @@ class ResultsTable:
     if self._certificates:
       self.content["certificates"] = self._certificates
     if self.path is not None and jax.process_index() == 0:
-      files.write_json(self.path, self.content, sealed=True)
+      spreadsheet.write_results(self.path, self.content)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -235,8 +235,8 @@ def test_no_image_of_the_ball_is_below_the_bounds(method):
     least = (own - logits).min(0)
     lower = np.asarray(found.lower)
     assert np.all(lower <= least)
-    if epsilon == 0.0:
-      np.testing.assert_allclose(lower, least, atol=2e-3)
+    if epsilon == 0.0:  # pixels are widened by what float32 rounds
+      np.testing.assert_allclose(lower, least, atol=2e-2)
 
 
 def test_attacks_in_float32_never_go_below_the_bound_of_a_linear_network():

@@ -1479,6 +1479,8 @@ PARTS = (
   "report.results.models",
   "report.results.titled",
   "report.results.total_time",
+  "report.summary.headline",
+  "report.summary.sentences",
   "runs.better_attacks.find",
   "runs.better_attacks.is_published",
   "runs.configuration.check",
@@ -1499,6 +1501,8 @@ PARTS = (
   "runs.files.write_bytes",
   "runs.files.write_json",
   "runs.files.write_text",
+  "runs.spreadsheet.as_csv",
+  "runs.spreadsheet.write_results",
   "runs.terminal.percent",
 )
 """Modules and names that only the package itself calls, after its checks."""

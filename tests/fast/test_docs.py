@@ -21,6 +21,7 @@ import pytest
 
 from atat_jax import analyses, attacks, cli, data, models, objectives
 from atat_jax.attacks.autoattack import versions
+from atat_jax.data import corruptions
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "atat_jax"
@@ -107,6 +108,7 @@ LISTS: dict[str, Mapping[str, Any]] = {
   "versions": versions.VERSIONS,
   "models": models.MODELS,
   "datasets": data.DATASETS,
+  "corruptions": corruptions.CORRUPTIONS,
   "analyses": analyses.ANALYSES,
 }
 

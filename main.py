@@ -42,6 +42,24 @@ _STEP = flags.DEFINE_integer(
 _DISTRIBUTED = flags.DEFINE_bool(
   "distributed", False, "Join the other processes of a pod, cluster or job."
 )
+_COORDINATOR_ADDRESS = flags.DEFINE_string(
+  "coordinator_address",
+  None,
+  "host:port of process 0, with --distributed; or JAX_COORDINATOR_ADDRESS.",
+)
+_NUM_PROCESSES = flags.DEFINE_string(
+  "num_processes",
+  None,
+  "Number of processes, with --distributed; or JAX_NUM_PROCESSES.",
+)
+_PROCESS_ID = flags.DEFINE_string(
+  "process_id",
+  None,
+  "Number of this process, from 0, with --distributed; or JAX_PROCESS_ID.",
+)
+_WAIT_SECONDS = flags.DEFINE_integer(
+  "wait_seconds", 50, "Longest wait for the other processes."
+)
 _DETERMINISTIC = flags.DEFINE_bool(
   "deterministic", False, "Make the numbers of a GPU repeat; slower."
 )
@@ -85,6 +103,20 @@ def _reason(error: Exception) -> str:
   return f"cannot be read: {type(error).__name__}: {text} ({where})"
 
 
+def _common(arguments: Sequence[str]) -> list[str]:
+  """Returns the arguments without those that each process has of its own."""
+  own = {"coordinator_address", "num_processes", "process_id", "wait_seconds"}
+  kept, skips = [], False
+  for argument in arguments:
+    name, equals, _ = argument.lstrip("-").partition("=")
+    if not skips and not (argument.startswith("-") and name in own):
+      kept.append(argument)
+    skips = (
+      not skips and argument.startswith("-") and name in own and not equals
+    )
+  return kept
+
+
 def main(argv: Sequence[str]) -> None:
   """Sets the runtime up and runs the mode."""
   del argv
@@ -94,7 +126,14 @@ def main(argv: Sequence[str]) -> None:
   )
   with runtime.plain_exits(workdir, kept):
     runtime.set_up(
-      distributed=_DISTRIBUTED.value, deterministic=_DETERMINISTIC.value
+      distributed=_DISTRIBUTED.value,
+      deterministic=_DETERMINISTIC.value,
+      place={
+        flag.name: flag.value
+        for flag in (_COORDINATOR_ADDRESS, _NUM_PROCESSES, _PROCESS_ID)
+      },
+      wait_seconds=_WAIT_SECONDS.value,
+      arguments=_common(sys.argv[1:]),
     )
     pipeline.run(_MODE.value, _CONFIG.value, workdir, step=_STEP.value)
 

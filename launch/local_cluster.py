@@ -152,7 +152,9 @@ class Cluster:
     """
     deadline = None
     while any(process.poll() is None for process in self._processes):
-      ended = [p.returncode for p in self._processes if p.returncode is not None]
+      ended = [
+        p.returncode for p in self._processes if p.returncode is not None
+      ]
       now = time.monotonic()
       if deadline is None and any(ended):
         deadline = now + _OTHERS_END_SECONDS

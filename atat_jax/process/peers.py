@@ -35,7 +35,7 @@ LOST_SECONDS = 30
 _MARK = "atat_jax 1"
 _LONGEST = 1 << 20
 _RETRY_SECONDS = 0.2
-_FREE_SECONDS = 5.0
+_FREE_SECONDS = _LATER_SECONDS = 5.0
 
 Message = dict[str, Any]
 
@@ -98,6 +98,12 @@ class _Line:
       return None
     return messages if all(isinstance(m, dict) for m in messages) else None
 
+  def hang_up(self) -> None:
+    """Ends the connection, which whoever reads from it notices."""
+    self.left = True
+    with contextlib.suppress(OSError):
+      self._socket.shutdown(socket.SHUT_RDWR)
+
   def close(self) -> None:
     """Closes the connection."""
     self._socket.close()
@@ -138,16 +144,19 @@ class Peers:
     self._on_stop: Callable[[int], object] = lambda signum: None
     self._on_gone: Callable[[str, bool], object] = lambda line, leader: None
     self._lock = threading.Lock()
+    self._ended = False
+    self._came: set[int] = set()
     try:
       if place.process_id == 0:
         self._gather()
       else:
         self._lines = [self._join()]
     except BaseException:
-      self._close()
+      self.close()
       raise
 
-  def _close(self) -> None:
+  def close(self) -> None:
+    """Closes the connections; no thread watches them any more."""
     for line in self._lines:
       line.close()
 
@@ -205,6 +214,7 @@ class Peers:
       line.close()
       return
     self._lines.append(line)
+    self._came.add(line.number)
     for other in self._lines:
       other.send({"missing": _listed(self._missing())})
 
@@ -241,7 +251,10 @@ class Peers:
 
   def _give_up(self, new: list[_Line]) -> None:
     """Ends the wait for all."""
-    missing = _listed(self._missing())
+    absent = self._missing()
+    # Some may have waited for their whole time before.
+    never = [number for number in absent if number not in self._came]
+    missing = _listed(never or absent)
     for line in self._lines:
       line.send({"failed": missing})
     for line in new:
@@ -293,7 +306,8 @@ class Peers:
     """Waits for the word of process 0; False: it is not there any more."""
     line.send(self._hello)
     missing = ""
-    while time.monotonic() < self._deadline:
+    # Process 0, which may have begun later, has the better list.
+    while time.monotonic() < self._deadline + _LATER_SECONDS:
       ready, _, _ = select.select([line], [], [], _RETRY_SECONDS)
       messages = line.read() if ready else []
       if messages is None:
@@ -350,6 +364,8 @@ class Peers:
       self._gone(str(message["gone"]), line, leader=False)
 
   def _gone(self, who: str, besides: _Line, *, leader: bool) -> None:
+    if self._ended:
+      return
     self._forward({"gone": who}, besides=besides)
     self._on_gone(
       f"error: {who}, of {self._place.num_processes}, has ended or cannot be"
@@ -365,12 +381,18 @@ class Peers:
         if line is not besides and not line.left:
           line.send(message)
 
+  def hang_up(self) -> None:
+    """Ends the connections, as the end of this process does."""
+    for line in self._lines:
+      line.hang_up()
+
   def stop(self, signum: int) -> None:
     """Tells the others of a request to stop."""
     self._forward({"stop": signum}, besides=None)
 
   def leave(self, *, failed: bool) -> None:
     """Tells the others that this process ends, and whether before its time."""
+    self._ended = True
     who = f"process {self._place.process_id} on {self._hello['host']}"
     self._forward({"gone": who} if failed else {"bye": True}, besides=None)
 

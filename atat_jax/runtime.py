@@ -71,7 +71,7 @@ def _ask_cluster() -> job.Found:
 
 
 def join(
-  place: job.Place, seconds: int, arguments: Sequence[str] = ()
+  place: job.Member, seconds: int, arguments: Sequence[str] = ()
 ) -> peers.Peers:
   """Joins the other processes of a job, before anything asks for a device.
 

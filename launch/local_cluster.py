@@ -120,7 +120,7 @@ class Cluster:
 
   def _start(self, number: int, worker: Worker) -> subprocess.Popen[str]:
     stream: Any = None if number == 0 else subprocess.PIPE
-    process = subprocess.Popen(
+    process = subprocess.Popen(  # noqa: S603 - this interpreter, main.py
       worker.command,
       env={**os.environ, **worker.environment},
       stdin=subprocess.DEVNULL,
@@ -167,9 +167,11 @@ class Cluster:
 
 def _copy(number: int, process: subprocess.Popen[str]) -> None:
   """Writes what a process says, with its number before each line."""
-  for line in process.stdout or ():
-    sys.stderr.write(f"[{number}] {line}")
-    sys.stderr.flush()
+  assert process.stdout is not None  # noqa: S101 - narrows the type
+  with process.stdout as lines:
+    for line in lines:
+      sys.stderr.write(f"[{number}] {line}")
+      sys.stderr.flush()
 
 
 def _say(line: str) -> None:
@@ -201,8 +203,32 @@ def run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     for cluster in current:
       cluster.signal(signum)
 
-  for signum in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(signum, stop)
+  before = {
+    signum: signal.signal(signum, stop)
+    for signum in (signal.SIGINT, signal.SIGTERM)
+  }
+  try:
+    return _run(options, arguments, asked, current)
+  finally:
+    for signum, handler in before.items():
+      signal.signal(signum, handler)
+
+
+def _run(
+  options: argparse.Namespace,
+  arguments: Sequence[str],
+  asked: list[int],
+  current: list[Cluster],
+) -> int:
+  """Starts the processes until they have finished.
+
+  Args:
+    options: Options of the command.
+    arguments: Arguments of main.py.
+    asked: Signals that this process got; filled elsewhere.
+    current: The processes that signals go to; filled here.
+  """
+  statuses: list[int] = []
   for restart in range(options.max_restarts + 1):
     made = workers(
       arguments,

@@ -32,7 +32,7 @@ Found = tuple[str | None, int | None, int | None]
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class Member:
   """Place of a process in a job.
 
   Attributes:
@@ -72,7 +72,7 @@ def find(
   flags: Mapping[str, object],
   ask: Callable[[], Found] = lambda: (None, None, None),
   environment: Mapping[str, str] = os.environ,
-) -> Place:
+) -> Member:
   """Finds the place of this process.
 
   Args:
@@ -97,7 +97,7 @@ def find(
   number = _integer(
     names["num_processes"], given["num_processes"], 1, MOST_PROCESSES
   )
-  return Place(
+  return Member(
     _address(names["coordinator_address"], given["coordinator_address"]),
     number,
     _integer(names["process_id"], given["process_id"], 0, number - 1),

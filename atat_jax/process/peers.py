@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from atat_jax.errors import UserError
-from atat_jax.process.job import Place
+from atat_jax.process.job import Member
 
 LOST_SECONDS = 30
 """Longest time in which a host that is gone is noticed."""
@@ -124,7 +124,7 @@ class Peers:
 
   def __init__(
     self,
-    place: Place,
+    place: Member,
     same: Mapping[str, Any],
     *,
     seconds: float,
@@ -174,15 +174,13 @@ class Peers:
         if now - told > min(15.0, self._seconds / 3):
           told = now
           self._tell(self._describe_missing())
-        ready, _, _ = select.select(
-          [listener, *new, *self._lines], [], [], _RETRY_SECONDS
-        )
-        for one in ready:
-          if one is listener:
-            with contextlib.suppress(OSError):
-              new.append(_Line(listener.accept()[0]))
-          else:
+        lines: list[socket.socket | _Line] = [listener, *new, *self._lines]
+        for one in select.select(lines, [], [], _RETRY_SECONDS)[0]:
+          if isinstance(one, _Line):
             self._hear(one, new)
+            continue
+          with contextlib.suppress(OSError):
+            new.append(_Line(listener.accept()[0]))
       for line in new:
         line.close()
     for line in self._lines:
@@ -434,7 +432,7 @@ def _listed(numbers: Iterable[int]) -> str:
   return f"process{'es' if plural else ''} {', '.join(texts)}"
 
 
-def _listen(place: Place) -> socket.socket:
+def _listen(place: Member) -> socket.socket:
   """Opens the coordinator's port.
 
   Raises:
@@ -462,7 +460,7 @@ def _listen(place: Place) -> socket.socket:
       ) from None
 
 
-def _connect(place: Place) -> socket.socket:
+def _connect(place: Member) -> socket.socket:
   found = socket.create_connection((place.host, place.port), timeout=5.0)
   # Where nobody listens on a port for outgoing connections, a socket may reach
   # itself.

@@ -1,4 +1,4 @@
-"""Place of a process in a job, and the roll call, without JAX."""
+"""Places of processes in a job, and the roll call, without JAX."""
 
 import socket
 import threading
@@ -22,12 +22,12 @@ def find(flags=None, ask=None, **environment):
 
 
 def test_variables_name_the_place_on_plain_hosts():
-  assert find(**FULL) == job.Place("10.0.0.1:8476", 4, 3)
+  assert find(**FULL) == job.Member("10.0.0.1:8476", 4, 3)
 
 
 def test_flags_win_over_variables():
   flags = {"process_id": "0", "num_processes": 2, "coordinator_address": None}
-  assert find(flags, **FULL) == job.Place("10.0.0.1:8476", 2, 0)
+  assert find(flags, **FULL) == job.Member("10.0.0.1:8476", 2, 0)
 
 
 def test_a_cluster_is_asked_for_what_is_missing_and_no_more():
@@ -36,7 +36,7 @@ def test_a_cluster_is_asked_for_what_is_missing_and_no_more():
 
   assert find(ask=never, **FULL).num_processes == 4
   found = find(ask=lambda: ("[fe80::1]:99", 8, 7), JAX_PROCESS_ID=" 2 ")
-  assert found == job.Place("[fe80::1]:99", 8, 2)
+  assert found == job.Member("[fe80::1]:99", 8, 2)
   assert (found.host, found.port) == ("fe80::1", 99)
 
 
@@ -81,13 +81,13 @@ def test_a_bad_flag_and_a_missing_value_are_named(flag):
 
 
 def test_no_job_at_all_is_said_with_the_ways_to_one():
-  with pytest.raises(UserError, match="^distributed: no job found; allowed: "):
+  with pytest.raises(UserError, match=r"^distributed: no job found; allowed: "):
     find()
 
 
 @pytest.mark.parametrize("seconds", [0, -1, 86_401, 1.5, "50"])
 def test_a_bad_wait_is_refused(seconds):
-  with pytest.raises(UserError, match="^wait_seconds: "):
+  with pytest.raises(UserError, match=r"^wait_seconds: "):
     job.check_seconds(seconds)
 
 
@@ -108,7 +108,7 @@ class Call:
     self.found, self._threads = {}, []
 
   def start(self, number, *, size=None, name=None, seconds=None, **same):
-    place = job.Place(self.address, size or self.size, number)
+    place = job.Member(self.address, size or self.size, number)
     same = same or {"arguments": ["--config=a"]}
 
     def work():
@@ -249,8 +249,8 @@ def test_strangers_on_the_port_disturb_nothing(make_call):
 def test_a_port_that_is_taken_is_named(monkeypatch):
   monkeypatch.setattr(peers, "_FREE_SECONDS", 0.1)
   with socket.create_server(("", 0)) as server:
-    place = job.Place(f"localhost:{server.getsockname()[1]}", 2, 0)
-    with pytest.raises(UserError, match="^coordinator_address: .* in use; "):
+    place = job.Member(f"localhost:{server.getsockname()[1]}", 2, 0)
+    with pytest.raises(UserError, match=r"^coordinator_address: .* in use; "):
       peers.Peers(place, {}, seconds=1)
 
 

@@ -118,7 +118,7 @@ def _train(
 ) -> None:
   """Trains what is not trained yet."""
   extra = plan.data.open_extra()
-  train.check_sizes(plan, dataset, extra)
+  train.check_sizes(plan, dataset, extra, mesh)
   with train.StepPrograms(plan, mesh) as step_programs:
     # Compiles while the other programs are traced and the data are moved.
     step_programs.compile(workdir, dataset)
@@ -140,8 +140,8 @@ def _shown(workdir: pathlib.Path) -> dict[pathlib.Path, tuple[int, int]]:
 def _replay(plan: Plan, workdir: pathlib.Path, step: int) -> None:
   """Makes a step of a training again."""
   dataset, extra = plan.data.load(), plan.data.open_extra()
-  train.check_sizes(plan, dataset, extra)
   mesh = sharding.make_mesh()
+  train.check_sizes(plan, dataset, extra, mesh)
   path = replay.replay(plan, workdir, dataset, mesh, extra, step=step)
   if jax.process_index() == 0:
     sys.stdout.write(f"{replay.describe(path)}\n")

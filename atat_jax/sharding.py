@@ -82,6 +82,32 @@ def batch_sharding(
   return NamedSharding(mesh, PartitionSpec(*[None] * axis, "data"))
 
 
+def check_divides(mesh: Mesh, batch_size: int, *, parts: int = 1) -> None:
+  """Checks that a batch divides evenly over the devices.
+
+  Args:
+    mesh: The devices.
+    batch_size: Number of examples in the batch.
+    parts: Number of parts in which the batch is computed, one after another.
+
+  Raises:
+    UserError: It does not; the message names the nearest sizes.
+  """
+  check_mesh(mesh)
+  checks.count("batch_size", batch_size)
+  checks.count("parts", parts)
+  multiple = mesh.size * parts
+  if batch_size % multiple == 0:
+    return
+  below = batch_size // multiple * multiple
+  nearest = [size for size in (below, below + multiple) if size]
+  in_parts = f" in {parts} parts (accumulate_steps)" if parts > 1 else ""
+  raise UserError(
+    f"batch_size: {batch_size} on {mesh.size} devices{in_parts}; allowed:"
+    f" multiples of {multiple}, the nearest {' and '.join(map(str, nearest))}"
+  )
+
+
 def put_replicated(mesh: Mesh, tree: PyTree) -> PyTree:
   """Copies a pytree of arrays (the same in every process) to every device."""
   sharding = replicated(mesh)

@@ -96,9 +96,9 @@ class _Watch:
         if note & _OF_ANOTHER:
           continue  # its second request is not one to this process
         if own is not None and now - own > _SAME_REQUEST_SECONDS:
-          self._end()
+          self.end()
         if self.status is not None:
-          self._end()
+          self.end()
         if own is None:
           own = now
           if self.forward is not None:
@@ -108,7 +108,7 @@ class _Watch:
       if self.holds and self.failure is None and not self.abandoned:
         deadline = now + self.grace
       elif (first is not None or self.failure) and now >= deadline:
-        self._end()
+        self.end()
 
   def fail(self, line: str) -> None:
     self.failure = self.failure or line
@@ -126,7 +126,8 @@ class _Watch:
         with contextlib.suppress(OSError):
           os.write(2, line.encode(errors="backslashreplace"))
 
-  def _end(self) -> None:
+  def end(self) -> None:
+    """Ends the process, with its last line."""
     if self.status is not None:
       os._exit(self.status)
     if self.failure is not None:
@@ -219,17 +220,17 @@ def lost(line: str, *, at_once: bool = False) -> None:
 
   Args:
     line: The last line of the process.
-    at_once: Whether the line is written now, since JAX may end this process at
-      any moment.
+    at_once: Whether this process ends now: it is process 0 that has, without
+      which JAX aborts the others.
   """
   if _watch is None:
     return
   if _watch.signum:
     _watch.abandoned = True
-    return
-  _watch.fail(line)
+  else:
+    _watch.fail(line)
   if at_once:
-    _watch.say(f"\n{line}\n")
+    _watch.end()
 
 
 def excuse(seconds: float = 2.0) -> tuple[str, int] | None:

@@ -694,6 +694,11 @@ ENTRIES += [
     {"mesh": "mesh", "batch_size": "count", "axis": "number of an axis"},
   ),
   Entry(
+    sharding.check_divides,
+    lambda w: {"mesh": w.mesh, "batch_size": 8 * w.mesh.size},
+    {"mesh": "mesh", "batch_size": "count", "parts": "count"},
+  ),
+  Entry(
     sharding.put_batch,
     lambda w: {"mesh": w.mesh, "array": np.zeros((2, 3))},
     {"mesh": "mesh", "array": "host arrays", "axis": "axis"},

@@ -6,6 +6,7 @@ within a minute, and what starts again must end with the numbers of a job that
 nobody disturbed.
 """
 
+import json
 import os
 import pathlib
 import random
@@ -23,11 +24,12 @@ TRIALS = 20
 ENDS_WITHIN_SECONDS = 60
 
 FLAGS = (
-  "--config.train.num_epochs=3",
+  "--config.train.num_epochs=2",
   "--config.evaluation.attacks=nominal,fgsm",
+  "--config.evaluation.batch_norm=('running',)",
   "--config.figures.analyses=",
 )
-OPTIONS = ("--num_processes=2", "--devices=2")
+OPTIONS = ("--num_processes=2", "--devices=1")
 
 
 class Undisturbed(NamedTuple):
@@ -94,8 +96,8 @@ def test_a_job_outlives_what_happens_to_one_process(
     )
   if first != [0, 0]:
     check_the_end(signum, victim, first, text)
-  if kept and kept[-1] < 30 and first != [0, 0]:
-    assert f"resumed at step {kept[-1]} of 30" in job.text, job.text
+  if kept and kept[-1] < 20 and first != [0, 0]:
+    assert f"resumed at step {kept[-1]} of 20" in job.text, job.text
   assert cluster.metrics(workdir) == cluster.metrics(undisturbed.workdir)
   assert tiny_results(workdir) == tiny_results(undisturbed.workdir)
 
@@ -115,7 +117,7 @@ def check_the_end(signum, victim, statuses, text):
 
 
 def tiny_results(workdir):
-  results = tiny.json.loads((workdir / "results.json").read_text())
+  results = json.loads((workdir / "results.json").read_text())
   return [
     {k: v for k, v in row.items() if k != "seconds"} for row in results["rows"]
   ]

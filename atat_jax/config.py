@@ -103,6 +103,7 @@ def make_plan(config: ConfigDict) -> Plan:
       required=objectives.defaults(fields["method"]),
     )
     objective = objectives.create(fields["method"], **fields["objective"])
+  _check_groups(model, objective)
   teacher = _teacher_directory(fields) if objective.needs_teacher else None
   return Plan(
     data=data_plan,
@@ -115,6 +116,17 @@ def make_plan(config: ConfigDict) -> Plan:
     profile_steps=fields["profile_steps"],
     record=_record(config),
   )
+
+
+def _check_groups(model: nn.Module, objective: Objective) -> None:
+  """Refuses groups of BatchNorm that would part clean from attacked images."""
+  size = getattr(model, "batch_norm_group_size", 0)
+  if size and getattr(objective, "student_batch_norm", "") == "mixture":
+    raise UserError(
+      f"model.batch_norm_group_size: {size}; allowed: 0 with"
+      " objective.student_batch_norm='mixture', whose statistics are those of"
+      " clean and attacked images together"
+    )
 
 
 def _read(config: ConfigDict) -> Fields:

@@ -108,6 +108,8 @@ def _model() -> dict[str, Any]:
     "normalization": "per_image",  # dataset, none
     "batch_norm_momentum": 0.9,
     "batch_norm_epsilon": 1e-3,
+    # Consecutive images that share statistics in training; 0: the whole batch.
+    "batch_norm_group_size": 0,
     "dtype": "float32",  # bfloat16 on accelerators
     # Fields that only some have, as wide_resnet; the others ignore them.
     "depth": 32,  # 6n + 2 or 6n + 4

@@ -59,6 +59,7 @@ _LATER: dict[str, tuple[str, dict[str, Any]]] = {
       "extra_fraction": 0.7,
     },
   ),
+  "model": ("batch_norm_epsilon", {"batch_norm_group_size": 0}),
   "objective": (
     "num_steps",
     {

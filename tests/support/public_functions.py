@@ -487,6 +487,7 @@ def _kind(name: str, value: Any) -> str:
     "negative_slope": "real",
     "batch_norm_momentum": "fraction",
     "batch_norm_epsilon": "positive",
+    "batch_norm_group_size": "number of an axis",
   }
   if name in named:
     return named[name]
@@ -1298,6 +1299,7 @@ PARTS = (
   "interop.torch_weights.read",
   "interop.wrappers",
   "models.blocks",
+  "models.normalization",
   "models.convolution",
   "models.winograd",
   "report.groups",

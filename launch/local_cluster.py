@@ -32,7 +32,8 @@ _CPU_FLAGS = (
   "--xla_cpu_collective_timeout_seconds=1200",
 )
 _GPU_FLAGS = ("--xla_gpu_enable_latency_hiding_scheduler=true",)
-_OTHERS_END_SECONDS = 90
+# After a bad end the others notice by themselves, unless they still wait for it.
+_OTHERS_ASKED_SECONDS, _OTHERS_KILLED_SECONDS = 15, 90
 _POLL_SECONDS = 0.1
 
 
@@ -145,22 +146,27 @@ class Cluster:
         process.send_signal(signum)
 
   def wait(self) -> list[int]:
-    """Waits for the end of all; those that outlive a bad end are killed.
+    """Waits for the end of all; those that outlive a bad end are ended.
 
     Returns:
       Their statuses, a negative signal for one that was killed.
     """
-    deadline = None
+    bad: float | None = None
+    due = [
+      (_OTHERS_ASKED_SECONDS, signal.SIGTERM),
+      (_OTHERS_KILLED_SECONDS, signal.SIGKILL),
+    ]
     while any(process.poll() is None for process in self._processes):
       ended = [
         p.returncode for p in self._processes if p.returncode is not None
       ]
       now = time.monotonic()
-      if deadline is None and any(ended):
-        deadline = now + _OTHERS_END_SECONDS
-      if deadline is not None and now > deadline:
-        _say("killed what did not end")
-        self.signal(signal.SIGKILL)
+      if bad is None and any(ended):
+        bad = now
+      if bad is not None and due and now > bad + due[0][0]:
+        _, signum = due.pop(0)
+        _say(f"{signum.name} to what has not ended {now - bad:.0f} s later")
+        self.signal(signum)
       time.sleep(_POLL_SECONDS)
     return [process.returncode for process in self._processes]
 

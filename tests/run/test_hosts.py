@@ -95,6 +95,41 @@ def test_two_processes_make_the_run_of_one(tmp_path, monkeypatch):
   assert len(written) == 1
 
 
+@pytest.mark.parametrize(
+  ("words", "said"),
+  [
+    (["--distributed"], "distributed: no job found; allowed: "),
+    (["--distributed", "--process_id=1"], "coordinator_address: missing; "),
+    (
+      [
+        "--distributed",
+        "--process_id=2",
+        "--num_processes=2",
+        "--coordinator_address=localhost:1",
+      ],
+      "process_id: '2'; allowed: 0 to 1",
+    ),
+    (["--num_processes=2"], "num_processes: 2; allowed: with --distributed"),
+    (["--distributed", "--wait_seconds=0"], "wait_seconds: 0; allowed: 1 to"),
+    (
+      [
+        "--distributed",
+        "--process_id=1",
+        "--num_processes=2",
+        "--coordinator_address=localhost:1",
+        "--wait_seconds=1",
+      ],
+      "process 0 of 2 did not answer process 1 there within 1 s",
+    ),
+  ],
+)
+def test_a_bad_place_ends_in_one_line(words, said, command_line, tmp_path):
+  found = command_line(*tiny.flags(tmp_path / "run", *words, method="at"))
+  assert found.status == 1 and not (tmp_path / "run").exists()
+  last = found.stderr.strip().splitlines()[-1]
+  assert last.startswith("error: ") and said in last
+
+
 def job(workdir, layout, method, *extra):
   processes, devices = layout
   return cluster.Job(
@@ -206,3 +241,23 @@ def test_every_layout_makes_the_run_of_one_device(
   assert found["metrics"] < 1e-3
   assert found["landscape"] < 1e-2 and found["curvature"] < 5e-2
   assert sum(found["rows"].values()) <= 2  # at the very edge of a decision
+
+
+@pytest.mark.slow
+def test_a_run_saved_on_8_devices_goes_on_on_2_and_is_evaluated_on_1(
+  alone, tmp_path
+):
+  workdir = tmp_path / "run"
+  first = job(workdir, (4, 2), "at")
+  path = workdir / "metrics.jsonl"
+  first.until(lambda: path.exists() and path.read_text().count("\n") > 7)
+  first.process.terminate()
+  assert first.wait() == 143, first.text
+  assert "stopped at step" in first.text
+  for layout, mode in (((1, 2), "train"), ((1, 1), "run")):
+    later = job(workdir, layout, "at", f"--mode={mode}")
+    assert later.wait() == 0, later.text
+    assert ("resumed at step" in later.text) == (mode == "train"), later.text
+  found = Compared(alone / "at", workdir).describe()
+  assert found["parameters"] < 1e-3 and found["statistics"] < 1e-3
+  assert sum(found["rows"].values()) <= 2

@@ -63,7 +63,14 @@ _EVALUATION: dict[str, Any] = {
 }
 # Numbers of attacks that have a field of their own.
 _SHARED = ("epsilon", "step_size", "norm", "num_restarts")
-_FIELDS = (*_SECTIONS, *_TEXTS, "seed", "profile_steps", "teacher_workdir")
+_FIELDS = (
+  *_SECTIONS,
+  *_TEXTS,
+  "seed",
+  "profile_steps",
+  "model_axis",
+  "teacher_workdir",
+)
 
 # Larger numbers would fill the memory, or draw pictures that no program opens.
 _LARGEST = {
@@ -114,6 +121,7 @@ def make_plan(config: ConfigDict) -> Plan:
     evaluation=_make_evaluation(fields["evaluation"]),
     figures=_make_figures(fields["figures"], fields["evaluation"]),
     profile_steps=fields["profile_steps"],
+    model_axis=fields["model_axis"],
     record=_record(config),
   )
 
@@ -148,6 +156,7 @@ def _read(config: ConfigDict) -> Fields:
   typed.check_value("seed", int, fields["seed"])
   typed.check_value("teacher_workdir", str | None, fields["teacher_workdir"])
   typed.check_value("profile_steps", tuple[int, ...], fields["profile_steps"])
+  typed.check_value("model_axis", int, fields["model_axis"])
   for (section, name), largest in _LARGEST.items():
     value = fields[section].get(name)
     if isinstance(value, int) and value > largest:

@@ -87,7 +87,7 @@ def _work(
 ) -> None:
   """Does the work of "run", "train" and "evaluate"."""
   before = _shown(workdir)
-  mesh = sharding.make_mesh()
+  mesh = sharding.split_mesh(sharding.make_mesh(), plan.model_axis)
   dataset = plan.data.load()
   if mode in ("run", "train"):
     _train(plan, workdir, dataset, mesh, check)
@@ -140,7 +140,7 @@ def _shown(workdir: pathlib.Path) -> dict[pathlib.Path, tuple[int, int]]:
 def _replay(plan: Plan, workdir: pathlib.Path, step: int) -> None:
   """Makes a step of a training again."""
   dataset, extra = plan.data.load(), plan.data.open_extra()
-  mesh = sharding.make_mesh()
+  mesh = sharding.split_mesh(sharding.make_mesh(), plan.model_axis)
   train.check_sizes(plan, dataset, extra, mesh)
   path = replay.replay(plan, workdir, dataset, mesh, extra, step=step)
   if jax.process_index() == 0:

@@ -457,6 +457,8 @@ class Plan:
     figures: Numbers of the analyses.
     profile_steps: First and last step of the profile, from 1; (): no profile.
     record: Configuration that the plan was made from, as plain JSON.
+    model_axis: Number of devices that share the large arrays of a training
+      state.
   """
 
   data: DataPlan
@@ -468,6 +470,7 @@ class Plan:
   figures: analyses.FigureSettings
   profile_steps: tuple[int, ...]
   record: dict[str, Any]
+  model_axis: int = 1
 
   def __post_init__(self) -> None:
     """Checks the profile, and that the objective's layers exist."""
@@ -477,6 +480,7 @@ class Plan:
         f"profile_steps: {steps}; allowed: (), or a first and a last step, from"
         " 1"
       )
+    checks.positive("model_axis", self.model_axis, integer=True)
     single = getattr(self.objective, "takes_single_step", False)
     if single and self.evaluation.single_step is None:
       raise UserError(

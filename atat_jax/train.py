@@ -179,9 +179,12 @@ class StepPrograms:
       image,
       teacher if objective.starts_from_teacher else None,
     )
-    current, teacher, images = jax.tree.map(
+    current = jax.tree.map(
+      placed, fresh, sharding.state_shardings(self._mesh, fresh)
+    )
+    teacher, images = jax.tree.map(
       lambda x: placed(x, sharding.replicated(self._mesh)),
-      (fresh, teacher, dataset.train),
+      (teacher, dataset.train),
     )
     size, axis = outline.per_dispatch, int(outline.per_dispatch > 1)
     lead = (size,) if axis else ()
@@ -471,7 +474,7 @@ def _start(
   )
   if options.guards:
     fresh = fresh.replace(guard=soundness.fresh_guard(left_out))
-  placed: TrainState = sharding.put_replicated(mesh, fresh)
+  placed: TrainState = sharding.put_state(mesh, fresh)
   return placed
 
 

@@ -208,6 +208,8 @@ def get_config(
       # A note of the choice after the colon, as in cifar10.py:at,modern.
       "recipe": recipe,
       "profile_steps": (),  # first and last step of a profile, e.g. 10,12
+      # Devices that share parameters, optimizer state and averages, for memory.
+      "model_axis": 1,
       "data": _data(),
       "model": _model(),
       "objective": defaults(method) | fields,

@@ -16,6 +16,7 @@ _FREE = (
   "data.cache_dir",
   "data.source",
   "profile_steps",
+  "model_axis",
   "train.steps_per_dispatch",
   "teacher.steps_per_dispatch",
   "train.nonfinite",

@@ -700,6 +700,29 @@ ENTRIES += [
     {"mesh": "mesh", "batch_size": "count", "parts": "count"},
   ),
   Entry(
+    sharding.split_mesh,
+    lambda w: {"mesh": w.mesh, "model_axis": 1},
+    {"mesh": "mesh", "model_axis": "count"},
+  ),
+  Entry(sharding.splits_state, lambda w: {"mesh": w.mesh}, {"mesh": "mesh"}),
+  *(
+    Entry(
+      function,
+      lambda w: {"mesh": w.mesh, "state": {"a": np.zeros(2)}},
+      {"mesh": "mesh"},
+    )
+    for function in (
+      sharding.state_shardings,
+      sharding.split_state,
+      sharding.put_state,
+    )
+  ),
+  Entry(
+    sharding.gather,
+    lambda w: {"mesh": w.mesh, "tree": {"a": np.zeros(2)}},
+    {"mesh": "mesh"},
+  ),
+  Entry(
     sharding.put_batch,
     lambda w: {"mesh": w.mesh, "array": np.zeros((2, 3))},
     {"mesh": "mesh", "array": "host arrays", "axis": "axis"},

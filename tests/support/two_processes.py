@@ -64,7 +64,7 @@ def work(mesh: jax.sharding.Mesh, folder: pathlib.Path) -> dict[str, Any]:
     metric_names=steps.metric_names(objective),
     term_names=steps.term_names(objective),
   )
-  current = sharding.put_replicated(mesh, fresh)
+  current = sharding.put_state(mesh, fresh)
   images = sharding.put_replicated(mesh, held)
   step = steps.make_train_step(
     model, objective, optimizer, mesh=mesh, num_classes=3
@@ -82,6 +82,10 @@ def work(mesh: jax.sharding.Mesh, folder: pathlib.Path) -> dict[str, Any]:
       current = step(current, None, images, drawn.indices([number]))
     found = jax.tree.map(np.asarray, sharding.to_host(mesh, current.sums))
     metrics.write("train", NUM_STEPS, {"loss": float(found["loss"][0])})
+  split = [
+    not leaf.sharding.is_fully_replicated
+    for leaf in jax.tree.leaves((current.params, current.opt_state))
+  ]
   saved = sharding.to_host(mesh, state.variables(current))
   spec = {"name": "net", "fields": {}, "image_shape": [6, 6, 1]}
   with checkpoints.Checkpointer(folder, spec) as checkpointer:
@@ -107,6 +111,7 @@ def work(mesh: jax.sharding.Mesh, folder: pathlib.Path) -> dict[str, Any]:
     **{f"sum of {name}": np.asarray(x) for name, x in found.items()},
     "correct": judged.correct,
     "counted": np.array(counted),
+    "split": np.array(sum(split)),
   }
 
 

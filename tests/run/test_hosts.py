@@ -2,9 +2,9 @@
 
 The slow tests run whole jobs of main.py in every layout of `LAYOUTS` by
 launch/local_cluster.py, with gloo between the processes. The layouts differ by
-the order in which numbers are added. Training attacks in the l2 ball, since a
-sign of a gradient that is nearly 0 turns at rounding: with signs the same runs
-agree to 1e-7 for some steps, and to 1e-2 after 20.
+the order in which numbers are added. Networks here are smooth and training attacks
+in the l2 ball: where a sign of a gradient that is nearly 0, or the side of a kink,
+turns at rounding, the same runs agree to 1e-7 for some steps, and to 1e-2 after 20.
 """
 
 import json
@@ -33,6 +33,7 @@ METHODS = ("at", "atat")
 STEPS = 20
 FLAGS = (
   "--config.data.validation_size=128",
+  "--config.model.activation=silu",
   "--config.objective.norm=l2",
   "--config.objective.epsilon=1.0",
   "--config.objective.step_size=0.5",
@@ -41,6 +42,7 @@ FLAGS = (
   "--config.train.log_every_steps=1",
   "--config.evaluation.attacks=nominal,pgd2,autoattack-fast",
   "--config.evaluation.num_examples=40",
+  "--config.evaluation.batch_norm=('running',)",
   "--config.figures.analyses=landscape,curvature",
   "--config.figures.indices=(0,1)",
   "--config.figures.num_points=9",
@@ -184,7 +186,9 @@ class Compared:
   def rows(self) -> dict[str, int]:
     """Protocol to the number of images that are judged differently."""
     one, other = self._both(
-      lambda run: json.loads((run / files.RESULTS).read_text())["rows"]
+      lambda run: worst_case.measured(
+        json.loads((run / files.RESULTS).read_text())["rows"]
+      )
     )
     found: dict[str, int] = {}
     for a, b in zip(one, other, strict=True):
@@ -240,10 +244,11 @@ def test_every_layout_makes_the_run_of_one_device(
   found = Compared(alone / method, tmp_path / "run").describe()
   with capsys.disabled():
     print(f"\n{method} {layout[0]} x {layout[1]}: {found}")
-  assert found["parameters"] < 1e-3 and found["statistics"] < 1e-3
-  assert found["metrics"] < 1e-3
-  assert found["landscape"] < 1e-2 and found["curvature"] < 5e-2
-  assert sum(found["rows"].values()) <= 2  # at the very edge of a decision
+  assert found["parameters"] < 1e-5 and found["statistics"] < 1e-5
+  assert found["metrics"] < 1e-5
+  # Signs of the gradient, and eigenvalues that have not converged.
+  assert found["landscape"] < 1e-2 and found["curvature"] < 1e-2
+  assert sum(found["rows"].values()) <= 1  # at the very edge of a decision
 
 
 @pytest.mark.slow
@@ -262,5 +267,5 @@ def test_a_run_saved_on_8_devices_goes_on_on_2_and_is_evaluated_on_1(
     assert later.wait() == 0, later.text
     assert ("resumed at step" in later.text) == (mode == "train"), later.text
   found = Compared(alone / "at", workdir).describe()
-  assert found["parameters"] < 1e-3 and found["statistics"] < 1e-3
-  assert sum(found["rows"].values()) <= 2
+  assert found["parameters"] < 1e-5 and found["statistics"] < 1e-5
+  assert sum(found["rows"].values()) <= 1

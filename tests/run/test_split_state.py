@@ -92,12 +92,14 @@ def test_a_run_whose_state_is_split_is_that_of_a_whole_one(
 ):
   """Training, checkpoints, resume and evaluation; and split again."""
   more = {
+    "model__activation": "silu",  # no kinks, no signs: see test_hosts.py
     "objective__norm": "l2",
     "objective__epsilon": 1.0,
     "objective__step_size": 0.5,
     "train__learning_rate": 0.01,
     "train__ema_decay": 0.9,
     "evaluation__attacks": "nominal,pgd2",
+    "evaluation__batch_norm": ("running",),
     "figures__analyses": "",
   }
   for name, axis in (("whole", 1), ("split", 4)):
@@ -108,10 +110,10 @@ def test_a_run_whose_state_is_split_is_that_of_a_whole_one(
     for name in ("whole", "split")
   )
   for a, b in zip(*map(jax.tree.leaves, (one, other)), strict=True):
-    assert np.abs(a - b).max() < 1e-2 * np.abs(a).max()
+    assert np.abs(a - b).max() < 1e-5 * np.abs(a).max()
   first, second = (
     json.loads((tmp_path / name / "results.json").read_text())["rows"]
     for name in ("whole", "split")
   )
   for a, b in zip(first, second, strict=True):
-    assert abs(a["accuracy"] - b["accuracy"]) <= 2 / tiny.NUM_TEST
+    assert abs(a["accuracy"] - b["accuracy"]) <= 1 / tiny.NUM_TEST

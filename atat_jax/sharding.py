@@ -132,20 +132,20 @@ def splits_state(mesh: Mesh) -> bool:
   return mesh.axis_names == _BOTH
 
 
-def state_shardings(mesh: Mesh, state: PyTree) -> PyTree:
+def state_shardings(mesh: Mesh, tree: PyTree) -> PyTree:
   """Returns the sharding of each array of a training state.
 
   Args:
     mesh: The devices.
-    state: The state, with the fields `params`, `opt_state` and `ema`; arrays or
-      shapes.
+    tree: Training state, with the fields `params`, `opt_state` and `ema`; arrays
+      or shapes.
 
   Returns:
     The tree of the shardings: replicated, but for the arrays of these fields
     that have `_SMALLEST` numbers or more, along their longest side that divides.
   """
   if not splits_state(mesh):
-    return jax.tree.map(lambda leaf: replicated(mesh), state)
+    return jax.tree.map(lambda leaf: replicated(mesh), tree)
   size = mesh.shape["model"]
 
   def choose(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
@@ -158,14 +158,14 @@ def state_shardings(mesh: Mesh, state: PyTree) -> PyTree:
     _, axis = max(sides)
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, "model"))
 
-  return jax.tree_util.tree_map_with_path(choose, state)
+  return jax.tree_util.tree_map_with_path(choose, tree)
 
 
-def split_state(mesh: Mesh, state: PyTree) -> PyTree:
+def split_state(mesh: Mesh, tree: PyTree) -> PyTree:
   """Constrains a training state to `state_shardings`, inside jit."""
   if not splits_state(mesh):
-    return state
-  return jax.lax.with_sharding_constraint(state, state_shardings(mesh, state))
+    return tree
+  return jax.lax.with_sharding_constraint(tree, state_shardings(mesh, tree))
 
 
 def gather(mesh: Mesh, tree: PyTree) -> PyTree:
@@ -209,19 +209,19 @@ def put_replicated(mesh: Mesh, tree: PyTree) -> PyTree:
   return jax.tree.map(lambda leaf: _put(leaf, sharding), tree)
 
 
-def put_state(mesh: Mesh, state: PyTree) -> PyTree:
+def put_state(mesh: Mesh, tree: PyTree) -> PyTree:
   """Puts a training state (the same in every process) on the devices.
 
   Args:
     mesh: The devices.
-    state: The state.
+    tree: Training state.
 
   Returns:
     The state with `state_shardings`.
   """
   if not splits_state(mesh):
-    return put_replicated(mesh, state)
-  return jax.tree.map(_put, state, state_shardings(mesh, state))
+    return put_replicated(mesh, tree)
+  return jax.tree.map(_put, tree, state_shardings(mesh, tree))
 
 
 def _put(leaf: jax.Array | np.ndarray, sharding: NamedSharding) -> jax.Array:

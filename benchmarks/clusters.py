@@ -20,7 +20,7 @@ from atat_jax.runs import tables
 from benchmarks.support import flops, networks
 
 SHARE_OF_PEAK = 0.37
-"""Of WRN-28-10 in bfloat16 with PGD-7 at batch 256 on one H200."""
+"""Share of WRN-28-10 in bfloat16 with PGD-7 at batch 256 on one H200."""
 
 LATENCY_SECONDS = 20e-6
 """Guess of one small all-reduce; NCCL and ICI have 10 to 30 microseconds."""
@@ -59,7 +59,7 @@ class Recipe:
 
   Attributes:
     network: Name in `networks.network`.
-    source: Where it was published.
+    source: Publication.
     method: Objective.
     num_steps: Steps of its attack.
     batch_size: Images in a batch.
@@ -190,7 +190,7 @@ def cost(
   Args:
     recipe: The training.
     counts: Size of its network.
-    machine: Where it runs.
+    machine: Devices that it runs on.
     running: Whether the attack uses running statistics.
   """
   attack, loss = (

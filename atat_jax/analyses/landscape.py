@@ -18,6 +18,7 @@ network `<name>_loss` float32 [n, P, P] (image, a, b), in nats,
 """
 
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -119,13 +120,6 @@ def loss_landscape(
     raise UserError(f"num_points: {num_points}; allowed: odd, at least 3")
   named, images, labels, _ = classifiers(networks, images, labels)
   coefficients, signs = _plane(key, images.shape, radius, num_points)
-  count = len(images) * num_points**2
-  shape = (len(images), num_points, num_points)
-  given = images, labels, signs, coefficients
-  points: Array | np.ndarray = _points(count, batch_size, mesh)
-  if mesh is not None:
-    given = sharding.put_replicated(mesh, given)
-    points = sharding.put_batch(mesh, np.asarray(points), axis=1)
   found = {
     "networks": np.array(list(named)),
     "images": images,
@@ -135,15 +129,31 @@ def loss_landscape(
     "random_direction": signs,
   }
   for name, classifier in named.items():
-    if mesh is not None:
-      classifier = sharding.put_replicated(mesh, classifier)
-    measured = _jitted(classifier, *given, points)
-    if mesh is not None:
-      measured = sharding.to_host(mesh, measured)
-    loss, margin, direction = jax.device_get(measured)
-    loss, margin = (x.ravel()[:count].reshape(shape) for x in (loss, margin))
-    found |= _named(name, loss, margin, direction)
+    surface = _measure(
+      (classifier, images, labels, signs, coefficients), batch_size, mesh
+    )
+    found |= _named(name, *surface)
   return found
+
+
+def _measure(
+  given: tuple[Any, ...], batch_size: int, mesh: Mesh | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Returns losses and margins [n, P, P] of a network, and sign(grad)."""
+  _, images, *_, coefficients = given
+  side = len(coefficients)
+  count = len(images) * side**2
+  points: Array | np.ndarray = _points(count, batch_size, mesh)
+  if mesh is not None:
+    given = sharding.put_replicated(mesh, given)
+    points = sharding.put_batch(mesh, np.asarray(points), axis=1)
+  measured = _jitted(*given, points)
+  if mesh is not None:
+    measured = sharding.to_host(mesh, measured)
+  loss, margin, direction = jax.device_get(measured)
+  shape = (len(images), side, side)
+  loss, margin = (x.ravel()[:count].reshape(shape) for x in (loss, margin))
+  return loss, margin, direction
 
 
 def _points(count: int, limit: int, mesh: Mesh | None) -> np.ndarray:

@@ -110,10 +110,10 @@ def check_the_end(signum, victim, statuses, text):
     assert "stopped" in text
     return
   assert statuses[victim] == -signal.SIGKILL, text
-  # JAX itself may end a process whose process 0 is gone, after the line.
-  assert statuses[1 - victim] in (1, 134, -signal.SIGABRT, 0), text
-  if statuses[1 - victim]:
-    assert f"process {victim} " in text.split("statuses")[0], text
+  # 143: the two had not met yet, and the launcher stopped the one that waited.
+  assert statuses[1 - victim] in (1, 143, 0), text
+  if statuses[1 - victim] == 1:
+    assert f"error: process {victim} on " in text, text
 
 
 def tiny_results(workdir):

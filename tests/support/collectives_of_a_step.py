@@ -14,29 +14,34 @@ from typing import Any
 NUM_NORMS, NUM_STEPS = 2, 3
 
 
-def find(devices: Any, attack_batch_norm: str) -> dict[str, Any]:
-  """Compiles a step for devices; returns its collectives and its sizes."""
-  import jax
-  import jax.numpy as jnp
-  import optax
-  import quick
+def _network() -> Any:
   from flax import linen as nn
-
-  from atat_jax import objectives, sharding, state, steps
-  from atat_jax.data.base import Split
-  from benchmarks.support import collectives
 
   class Net(nn.Module):
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+    def __call__(self, x: Any, *, train: bool = False) -> Any:
       for number in range(1, NUM_NORMS + 1):
         x = nn.Conv(8, (3, 3), name=f"conv{number}")(x)
         x = nn.BatchNorm(not train, momentum=0.9, name=f"bn{number}")(x)
         x = nn.tanh(x)
       return nn.Dense(3, name="head")(x.mean((1, 2)))
 
+  return Net()
+
+
+def find(devices: Any, attack_batch_norm: str) -> dict[str, Any]:
+  """Compiles a step for devices; returns its collectives and its sizes."""
+  import jax
+  import jax.numpy as jnp
+  import optax
+  import quick
+
+  from atat_jax import objectives, sharding, state, steps
+  from atat_jax.data.base import Split
+  from benchmarks.support import collectives
+
   batch = 2 * len(devices)
-  model, mesh = Net(), sharding.make_mesh(devices)
+  model, mesh = _network(), sharding.make_mesh(devices)
   objective = objectives.create(
     "at",
     num_steps=NUM_STEPS,

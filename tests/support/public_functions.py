@@ -708,7 +708,7 @@ ENTRIES += [
   *(
     Entry(
       function,
-      lambda w: {"mesh": w.mesh, "state": {"a": np.zeros(2)}},
+      lambda w: {"mesh": w.mesh, "tree": {"a": np.zeros(2)}},
       {"mesh": "mesh"},
     )
     for function in (

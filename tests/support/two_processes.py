@@ -95,16 +95,7 @@ def work(mesh: jax.sharding.Mesh, folder: pathlib.Path) -> dict[str, Any]:
   variables = sharding.to_host(mesh, state.variables(current))
   for one, other in zip(*map(jax.tree.leaves, (saved, variables)), strict=True):
     np.testing.assert_array_equal(one, other)
-  counted: list[int] = []
-  judged = evaluation.judge(
-    jax.random.key(2),
-    models.classifier(model, state.variables(current)),
-    images,
-    protocol=evaluation.parse("pgd2", epsilon=0.1, step_size=0.05),
-    batch_size=BATCH,
-    mesh=mesh,
-    on_batch=counted.append,
-  )
+  judged, counted = _judge(mesh, model, state.variables(current), images)
   leaves = jax.tree_util.tree_leaves_with_path(variables)
   return {
     **{jax.tree_util.keystr(path): leaf for path, leaf in leaves},
@@ -113,6 +104,22 @@ def work(mesh: jax.sharding.Mesh, folder: pathlib.Path) -> dict[str, Any]:
     "counted": np.array(counted),
     "split": np.array(sum(split)),
   }
+
+
+def _judge(
+  mesh: jax.sharding.Mesh, model: nn.Module, variables: Any, images: Split
+) -> tuple[Any, list[int]]:
+  counted: list[int] = []
+  judged = evaluation.judge(
+    jax.random.key(2),
+    models.classifier(model, variables),
+    images,
+    protocol=evaluation.parse("pgd2", epsilon=0.1, step_size=0.05),
+    batch_size=BATCH,
+    mesh=mesh,
+    on_batch=counted.append,
+  )
+  return judged, counted
 
 
 def main(folder: pathlib.Path) -> None:

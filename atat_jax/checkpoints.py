@@ -592,7 +592,7 @@ def find(
   if not directory.is_dir():
     raise UserError(
       f"workdir: {workdir} has no checkpoints; train first:"
-      " python main.py --mode=train --config=... --workdir=..."
+      " atat-jax train --config=... --workdir=..."
     )
   steps = _steps(directory)
   if not steps:

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from atat_jax import analyses
+from atat_jax.errors import near
 from atat_jax.objectives import OBJECTIVES, SETTINGS, defaults, setting
 
 MODERN = {
@@ -141,6 +142,9 @@ def _evaluation() -> dict[str, Any]:
     "num_examples": 0,  # test images, from the first on; 0: all
     "seed": 0,
     "teacher": True,  # whether it is evaluated beside the student
+    # Corrupted test images, beside the attacks: generated, or the folder of
+    # CIFAR-10-C or CIFAR-100-C; "": none.
+    "corruptions": "",
   }
 
 
@@ -176,10 +180,15 @@ def parse(choice: str, recipes: tuple[str, ...] = RECIPES) -> tuple[str, str]:
   method, *rest = choice.split(",")
   known = (*OBJECTIVES, *SETTINGS)
   if method not in known:
-    raise ValueError(f"method: {method!r}; allowed: {', '.join(known)}")
+    raise ValueError(
+      f"method: {method!r}{near(method, known)}; allowed: {', '.join(known)}"
+    )
   recipe = ",".join(rest) if rest else recipes[0]
   if recipe not in recipes:
-    raise ValueError(f"recipe: {recipe!r}; allowed: {', '.join(recipes)}")
+    raise ValueError(
+      f"recipe: {recipe!r}{near(recipe, recipes)}; allowed:"
+      f" {', '.join(recipes)}"
+    )
   return method, recipe
 
 

@@ -166,6 +166,28 @@ _NEEDED = (
   "accuracy",
 )
 
+_CORRUPTED = {
+  "model": _TEXT,
+  "benchmark": _TEXT,
+  "dataset": _TEXT,
+  "split": _TEXT,
+  "corruption": _TEXT,
+  "severity": _Kind(
+    "an integer from 1 to 5",
+    lambda value: type(value) is int and 1 <= value <= 5,
+  ),
+  "num_examples": _integer(1),
+  "batch_norm": _ROW["batch_norm"],
+  "accuracy": _SHARE,
+  "images": _or_none(_TEXT),
+  "batch_size": _or_none(_integer(1)),
+  "seed": _or_none(_integer(0)),
+  "checkpoint_step": _or_none(_integer(0)),
+  "nonfinite": _or_none(_integer(0)),
+  "seconds": _or_none(_number(0)),
+}
+_CORRUPTED_NEEDED = tuple(_CORRUPTED)[:9]
+
 _SECTION = _Kind("an object", lambda value: isinstance(value, dict))
 _CONFIGURATION = {
   "method": _TEXT,
@@ -215,6 +237,29 @@ def check(results: object) -> None:
     raise UserError(f"results: {found}")
 
 
+_CERTIFICATE = {
+  "model": _TEXT,
+  "method": _TEXT,
+  "norm": _TEXT,
+  "epsilon": _number(0),
+  "num_examples": _integer(1),
+  "accuracy": _SHARE,
+  "correct": _TEXT,
+}
+
+
+def _certificate_fault(results: Mapping[str, Any]) -> str:
+  """Says what is wrong with the certificates; "" if nothing is."""
+  found = results.get("certificates", [])
+  if not isinstance(found, list):
+    return f"certificates: {shown(found)}; allowed: a list"
+  for number, one in enumerate(found, 1):
+    bad = _fault(one, _CERTIFICATE, _CERTIFICATE) or _correct_fault(one)
+    if bad:
+      return f"certificate {number}: {bad}"
+  return ""
+
+
 def fault(results: Mapping[str, Any], needed: Iterable[str] = ()) -> str:
   """Says what is wrong with the content of a `results.json`.
 
@@ -234,8 +279,16 @@ def fault(results: Mapping[str, Any], needed: Iterable[str] = ()) -> str:
       return f"row {number}: {found}"
     if found := _correct_fault(row):
       return f"row {number}: correct: {found}"
+  corrupted = results.get("corruptions", [])
+  if not isinstance(corrupted, list):
+    return "corruptions; allowed: a list"
+  for number, row in enumerate(corrupted, 1):
+    if found := _fault(row, _CORRUPTED, _CORRUPTED_NEEDED):
+      return f"corruptions, row {number}: {found}"
   if found := _fault(results.get("run", {}), _RUN, ()):
     return f"run: {found}"
+  if found := _certificate_fault(results):
+    return found
   if not _named(_DIAGNOSTIC).holds(results.get("diagnostics", {})):
     return f"diagnostics; allowed: {_named(_DIAGNOSTIC).allowed}"
   return ""

@@ -150,7 +150,8 @@ def _look(
     current = programs.reset_metrics(current)
   if outline.validates(step):
     current = programs.estimate_statistics(current)
-    found = programs.validate(current)
+    with journal.bar.validating():
+      found = programs.validate(current)
     journal.check_logits(found.nonfinite, found.num_images, step)
     programs.before_saving()
     journal.save(current, step, found.scores, found.gradient_ratios)

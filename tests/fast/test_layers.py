@@ -21,6 +21,7 @@ LAYERS = (
   "losses attention optim data models",
   "interop",
   "attacks",  # attack
+  "bounds",
   "objectives",  # method
   "state",
   "checkpoints",
@@ -35,13 +36,14 @@ LAYERS = (
   "train",  # modes
   "evaluate",
   "trial",
-  "pipeline explain attack",
+  "pipeline explain attack export",
+  "cli",  # commands
 )
 RANKS = {name: rank for rank, row in enumerate(LAYERS) for name in row.split()}
 
 # Who may import what. Everything that is not named here is free.
 PLACES = {
-  "ml_collections": ("config", "pipeline"),
+  "ml_collections": ("cli", "config", "pipeline"),
   "orbax": ("checkpoints",),
   "tensorflow_datasets": ("data",),
   "sklearn": ("data",),
@@ -53,8 +55,8 @@ PLACES = {
   "pickle": (),  # it runs what a file says
   "marshal": (),
   "shelve": (),
-  "absl": ("runtime",),
-  "tensorflow": (),
+  "absl": ("cli", "runtime"),
+  "tensorflow": ("interop",),
   "torch": (),
   "equinox": (),
   "clu": (),

@@ -60,6 +60,7 @@ _EVALUATION: dict[str, Any] = {
   "num_examples": int,
   "seed": int,
   "teacher": bool,
+  "corruptions": str,
 }
 # Numbers of attacks that have a field of their own.
 _SHARED = ("epsilon", "step_size", "norm", "num_restarts")
@@ -306,6 +307,7 @@ def _make_evaluation(fields: Fields) -> EvaluationPlan:
       num_examples=fields["num_examples"],
       seed=fields["seed"],
       teacher=fields["teacher"],
+      corruptions=fields["corruptions"],
     )
     _check_section(fields, _EVALUATION, bits=True)
     return made

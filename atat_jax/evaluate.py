@@ -16,10 +16,10 @@ from atat_jax import (
 )
 from atat_jax.data import Dataset, Split
 from atat_jax.errors import in_section
-from atat_jax.evaluation import measuring
+from atat_jax.evaluation import corrupted, measuring
 from atat_jax.plan import Plan
 from atat_jax.runs import files, provenance, wording
-from atat_jax.typing import BatchNormMode, Classifier
+from atat_jax.typing import BatchNormMode, Classifier, Variables
 
 _log = logging.getLogger(__name__)
 
@@ -45,6 +45,37 @@ def find_checkpoints(
   }
 
 
+def open_corrupted(plan: Plan, test: Split) -> corrupted.Corrupted | None:
+  """Opens the corrupted images of a plan and compares them with the clean ones.
+
+  Args:
+    plan: Plan of the run.
+    test: The test split.
+
+  Returns:
+    The images of the evaluation; None where the plan has none.
+
+  Raises:
+    UserError: They are missing, damaged, or made of other images.
+  """
+  settings = plan.evaluation
+  if not settings.corruptions:
+    return None
+  source = plan.open_corruptions()
+  name = plan.data.spec.name
+  if source is not None:
+    with in_section("evaluation"):
+      source.check_labels(test.labels, name)
+  first = _evaluated(plan, test)
+  return corrupted.Corrupted(first, name, settings.seed, source)
+
+
+def _evaluated(plan: Plan, test: Split) -> Split:
+  """Returns the images of a test split that are evaluated."""
+  count = plan.evaluation.num_examples or len(test.labels)
+  return Split(*(array[:count] for array in test))
+
+
 def evaluate(
   plan: Plan, workdir: pathlib.Path, dataset: Dataset, mesh: Mesh
 ) -> dict[str, Any]:
@@ -60,10 +91,13 @@ def evaluate(
     The content of `results.json`.
 
   Raises:
-    UserError: A checkpoint is missing or of another network; the test split
-      lacks an image that an analysis is to show.
+    UserError: A checkpoint is missing or of another network; corrupted images
+      cannot be used; the test split lacks an image that an analysis is to
+      show.
   """
+  settings = plan.evaluation
   found = find_checkpoints(plan, workdir)
+  corrupted_images = open_corrupted(plan, dataset.test)
   with in_section("figures"):
     figures = analyses.for_images(plan.figures, len(dataset.test.labels))
   networks = {}
@@ -74,26 +108,21 @@ def evaluate(
     )
     networks[role] = (model, sharding.put_replicated(mesh, variables))
   steps = {role: chosen.step for role, (_, chosen) in found.items()}
-  record = provenance.record(
-    [device.device_kind for device in jax.devices()],
-    config=plan.record,
-    class_names=list(plan.data.spec.class_names),
-    checkpoints={role: chosen._asdict() for role, (_, chosen) in found.items()},
-    num_parameters={
-      role: sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
-      for role, (_, variables) in networks.items()
-    },
-  )
   classifiers = {
     (role, mode): models.classifier(*network, batch_norm=mode)
     for role, network in networks.items()
-    for mode in plan.evaluation.batch_norm
+    for mode in settings.batch_norm
   }
   _tell_left_out(plan)
   table = measuring.ResultsTable(
-    workdir / files.RESULTS, steps=steps, record=record
+    workdir / files.RESULTS, steps=steps, record=_record(plan, found, networks)
   )
   _complete(table, plan, classifiers, dataset.test, mesh)
+  if corrupted_images is not None:
+    sizes = {mode: settings.size_of_batch(mode) for mode in settings.batch_norm}
+    corrupted.complete(
+      table, classifiers, corrupted_images, batch_sizes=sizes, mesh=mesh
+    )
   analyses.write(
     workdir,
     networks,
@@ -104,6 +133,24 @@ def evaluate(
     mesh=mesh,
   )
   return table.content
+
+
+def _record(
+  plan: Plan,
+  found: Mapping[str, tuple[pathlib.Path, checkpoints.Chosen]],
+  networks: Mapping[str, tuple[Any, Variables]],
+) -> dict[str, Any]:
+  """Returns the record of a run: what it was made of, where and when."""
+  return provenance.record(
+    [device.device_kind for device in jax.devices()],
+    config=plan.record,
+    class_names=list(plan.data.spec.class_names),
+    checkpoints={role: chosen._asdict() for role, (_, chosen) in found.items()},
+    num_parameters={
+      role: sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+      for role, (_, variables) in networks.items()
+    },
+  )
 
 
 def _tell_left_out(plan: Plan) -> None:
@@ -127,8 +174,7 @@ def _complete(
 ) -> None:
   """Measures the rows that a table lacks."""
   settings = plan.evaluation
-  count = settings.num_examples or len(test.labels)
-  test = Split(*(array[:count] for array in test))
+  test = _evaluated(plan, test)
   pending = [
     measuring.Pending(
       measuring.row_of(
@@ -148,5 +194,35 @@ def _complete(
     for (role, mode), classifier in classifiers.items()
     for protocol in settings.protocols_of(mode)
   ]
-  num_classes = plan.data.spec.num_classes
-  measuring.complete(table, pending, test, num_classes=num_classes, mesh=mesh)
+  table.expect([one.row for one in pending])
+  _tell_order(plan)
+  asked = plan.evaluated[-1]
+  measuring.complete(
+    table,
+    # The network that was trained, as it is deployed, before all others.
+    sorted(pending, key=lambda one: not _is_asked(one.row, asked)),
+    test,
+    num_classes=plan.data.spec.num_classes,
+    mesh=mesh,
+  )
+
+
+def _is_asked(row: measuring.Row, model: str) -> bool:
+  return (row["model"], row["batch_norm"]) == (model, "running")
+
+
+def _tell_order(plan: Plan) -> None:
+  """Says what is measured first, what else, and how to leave that out."""
+  *others, asked = plan.evaluated
+  more = {}
+  if "batch" in plan.evaluation.batch_norm:
+    more["batch statistics"] = "--config.evaluation.batch_norm=running"
+  if others:
+    more[f"the {wording.listed(others)}"] = "--config.evaluation.teacher=false"
+  if more and "running" in plan.evaluation.batch_norm:
+    _log.info(
+      "evaluate: %s with running statistics first; then %s; without: %s",
+      asked,
+      wording.listed(list(more)),
+      wording.listed(list(more.values())),
+    )

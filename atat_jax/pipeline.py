@@ -57,6 +57,8 @@ def run(
   configuration.check(plan.record, workdir)
   if mode == "evaluate":
     evaluate.find_checkpoints(plan, workdir)  # before data are loaded
+  if mode in ("run", "evaluate"):
+    plan.open_corruptions()
   with _locked(workdir) as check:
     configuration.check(plan.record, workdir)  # another may have begun since
     if step is not None:
@@ -89,6 +91,8 @@ def _work(
   before = _shown(workdir)
   mesh = sharding.make_mesh()
   dataset = plan.data.load()
+  if mode in ("run", "evaluate"):
+    evaluate.open_corrupted(plan, dataset.test)  # before hours of training
   if mode in ("run", "train"):
     _train(plan, workdir, dataset, mesh, check)
   check()

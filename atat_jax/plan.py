@@ -24,8 +24,9 @@ from atat_jax import (
   optim,
 )
 from atat_jax.data import mixing
-from atat_jax.errors import UserError
-from atat_jax.evaluation import Protocol
+from atat_jax.data.corruptions.published import Published
+from atat_jax.errors import UserError, in_section
+from atat_jax.evaluation import Protocol, corrupted
 from atat_jax.evaluation.protocols import REFILLED
 from atat_jax.objectives import Objective
 from atat_jax.runs import roles
@@ -355,6 +356,8 @@ class EvaluationPlan:
     num_examples: Number of test images, from the first on; 0: all of them.
     seed: Seed of the attacks.
     teacher: Whether the teacher is evaluated beside the student.
+    corruptions: Corrupted test images of the table: "generated", the folder of
+      CIFAR-10-C or of a set like it, or "" for none.
   """
 
   validation: Protocol
@@ -365,6 +368,7 @@ class EvaluationPlan:
   num_examples: int
   seed: int
   teacher: bool = True
+  corruptions: str = ""
 
   def __post_init__(self) -> None:
     """Checks all numbers."""
@@ -509,6 +513,20 @@ class Plan:
     teacher = {} if self.teacher is None else {roles.TEACHER: self.teacher}
     last = self.stages[-1]
     return {**teacher, last.name: last.directory}
+
+  def open_corruptions(self) -> Published | None:
+    """Opens the corrupted test images; None where no folder holds them.
+
+    Raises:
+      UserError: They are missing, damaged or of another kind.
+    """
+    with in_section("evaluation"):
+      return corrupted.open_source(
+        self.evaluation.corruptions,
+        dataset=self.data.spec.name,
+        image_shape=self.data.spec.image_shape,
+        num_classes=self.data.spec.num_classes,
+      )
 
   @property
   def evaluated(self) -> tuple[str, ...]:

@@ -140,6 +140,9 @@ def _evaluation() -> dict[str, Any]:
     "num_examples": 0,  # test images, from the first on; 0: all
     "seed": 0,
     "teacher": True,  # whether it is evaluated beside the student
+    # Corrupted test images, beside the attacks: generated, or the folder of
+    # CIFAR-10-C or CIFAR-100-C; "": none.
+    "corruptions": "",
   }
 
 

@@ -48,6 +48,7 @@ COMMANDS: dict[str, Entry] = {
     "atat_jax.cli.importing",
     True,
   ),
+  "export": Entry("write a network for PyTorch", "atat_jax.export", True),
   "fields": Entry("list the fields of a configuration", "atat_jax.cli.listing"),
 }
 

@@ -176,6 +176,12 @@ def _plain(text: str) -> str:
   match = re.fullmatch(r"flag --(config\.\S+?)=(.*): (allowed: .*)", text, re.S)
   if match:
     return f"{match[1]}: {match[2]!r}; {match[3]}"
+  if match := re.fullmatch(r"flag --mode=(.*): value should be .*", text, re.S):
+    modes = pipeline.MODES
+    return (
+      f"--mode: {match[1]!r}{near(match[1], modes)}; allowed:"
+      f" {', '.join(modes)}"
+    )
   return re.sub(r"^[\w.]*Error: (?=.*; allowed: )", "", text)
 
 

@@ -18,7 +18,14 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class Features(nn.Module):
-  """Identity with a name: makes a tensor tappable by attention."""
+  """Identity with a name: makes a tensor tappable by attention.
+
+  Attributes:
+    tapped_by_default: Whether attention taps this tensor where no layer is
+      named, although what follows is tokens: the last grid of a transformer.
+  """
+
+  tapped_by_default: bool = False
 
   def __call__(self, x: Array) -> Array:
     """Returns x."""

@@ -221,7 +221,7 @@ def test_a_wrong_argument_is_one_line(words, message, capsys):
       "config.figures.rounds: '(1,'; allowed: val",
     ),
     (["--epochs=3"], "epochs"),
-    (["--mode=evalute"], "evalute"),
+    (["--mode=evalute"], "--mode: 'evalute' (did you mean 'evaluate'?); allow"),
     (["train"], "unknown argument 'train'"),
   ],
 )

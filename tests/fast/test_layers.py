@@ -36,7 +36,7 @@ LAYERS = (
   "train",  # modes
   "evaluate",
   "trial",
-  "pipeline explain attack",
+  "pipeline explain attack export",
   "cli",  # commands
 )
 RANKS = {name: rank for rank, row in enumerate(LAYERS) for name in row.split()}
@@ -56,7 +56,7 @@ PLACES = {
   "marshal": (),
   "shelve": (),
   "absl": ("cli", "runtime"),
-  "tensorflow": (),
+  "tensorflow": ("interop",),
   "torch": (),
   "equinox": (),
   "clu": (),

@@ -31,7 +31,15 @@ from atat_jax import (
 )
 from atat_jax.attacks import classifiers
 from atat_jax.attacks.autoattack import versions
-from atat_jax.data import augment, batches, cifar, digits, mixing, photographs
+from atat_jax.data import (
+  augment,
+  batches,
+  cifar,
+  corruptions,
+  digits,
+  mixing,
+  photographs,
+)
 from atat_jax.evaluation import iterates
 from atat_jax.models import base as base_networks
 from atat_jax.runs import configuration, files
@@ -445,6 +453,7 @@ ENTRIES = [
       "dataset": "text",
       "name": "text",
       "out": "path?",
+      "corruptions": "path",
       "certify": "boolean",
       "mesh": "mesh?",
     },
@@ -908,6 +917,23 @@ ENTRIES += [
     {"offsets": "images", "flips": "images", "images": "offsets"},
   ),
   Entry(
+    corruptions.corrupt,
+    lambda w: {
+      "key": w.key,
+      "images": w.images,
+      "kind": "contrast",
+      "severity": 3,
+    },
+    {
+      "key": "key",
+      "images": "images",
+      "kind": "name",
+      "severity": "count",
+      "numbers": "classes?",
+    },
+    {"numbers": "images", "images": "numbers"},
+  ),
+  Entry(
     mixing.check,
     lambda _: {"name": "mixup", "alpha": 1.0},
     {"name": "name", "alpha": "positive"},
@@ -1022,6 +1048,15 @@ ENTRIES += [
       "entry": "text?",
     },
     {"path": "weights|missing|world.*"},
+  ),
+  Entry(
+    interop.save,
+    lambda w: {
+      "path": w.folder / "saved.safetensors",
+      "model": w.loaded.model,
+      "variables": w.loaded.variables,
+    },
+    {"path": "file", "model": "model", "variables": "variables"},
   ),
   Entry(
     interop.sanity,
@@ -1288,9 +1323,17 @@ PARTS = (
   "attacks.targeting",
   "data.archives",
   "data.base",
+  "data.corruptions.apply",
+  "data.corruptions.blur",
+  "data.corruptions.digital",
+  "data.corruptions.geometry",
+  "data.corruptions.noise",
+  "data.corruptions.published",
+  "data.corruptions.weather",
   "data.batches.watch",
   "data.prepare",
   "data.record_files",
+  "evaluation.corrupted",
   "evaluation.map_distances",
   "evaluation.networks",
   "evaluation.ranking",
@@ -1298,6 +1341,7 @@ PARTS = (
   "figures.comparison",
   "figures.curves",
   "figures.robustness",
+  "interop.description",
   "interop.entry_names",
   "interop.layouts",
   "interop.loaded",
@@ -1305,14 +1349,21 @@ PARTS = (
   "interop.safetensors_file",
   "interop.sanity_check.decide",
   "interop.sanity_check.examples",
+  "interop.tensorflow_checkpoint",
   "interop.torch_file",
+  "interop.torch_module",
   "interop.torch_names",
+  "interop.saving.Saved",
+  "interop.torch_weights.example_side",
   "interop.torch_weights.fit",
   "interop.torch_weights.read",
+  "interop.torch_weights.tensor_name",
+  "interop.torch_weights.to_torch",
   "interop.wrappers",
   "models.blocks",
   "models.convolution",
   "models.winograd",
+  "report.corruptions",
   "report.groups",
   "report.layout",
   "report.merge",
@@ -1320,6 +1371,7 @@ PARTS = (
   "report.published",
   "runs.attention_file",
   "runs.comparable",
+  "runs.corrupted",
   "runs.intervals",
   "runs.inventory",
   "runs.locations",
@@ -1410,6 +1462,7 @@ PARTS = (
   "evaluation.rules.storable",
   "attack",
   "explain.main",
+  "export",
   "models.batch_norm_of",
   "models.base.check_size",
   "models.base.check_sizes",
@@ -1426,6 +1479,8 @@ PARTS = (
   "report.results.models",
   "report.results.titled",
   "report.results.total_time",
+  "report.summary.headline",
+  "report.summary.sentences",
   "runs.better_attacks.find",
   "runs.better_attacks.is_published",
   "runs.configuration.check",
@@ -1446,6 +1501,8 @@ PARTS = (
   "runs.files.write_bytes",
   "runs.files.write_json",
   "runs.files.write_text",
+  "runs.spreadsheet.as_csv",
+  "runs.spreadsheet.write_results",
   "runs.terminal.percent",
 )
 """Modules and names that only the package itself calls, after its checks."""

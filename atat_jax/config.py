@@ -64,13 +64,21 @@ _EVALUATION: dict[str, Any] = {
 }
 # Numbers of attacks that have a field of their own.
 _SHARED = ("epsilon", "step_size", "norm", "num_restarts")
-_FIELDS = (*_SECTIONS, *_TEXTS, "seed", "profile_steps", "teacher_workdir")
+_FIELDS = (
+  *_SECTIONS,
+  *_TEXTS,
+  "seed",
+  "profile_steps",
+  "model_axis",
+  "teacher_workdir",
+)
 
 MEANINGS = {
   "seed": "Seed of a run: initial weights, batches and attacks.",
   "method": "Training method, chosen behind the colon of --config.",
   "recipe": "Note of the recipe that was chosen behind the colon of --config.",
   "profile_steps": "First and last step of a profile; (): no profile.",
+  "model_axis": "Number of devices that share the large arrays of a training.",
   "teacher_workdir": "Finished run to take the teacher from; None: train one.",
   "model.name": "Network, a name in `models.MODELS`.",
   "evaluation.validation_attack": "Attack that chooses checkpoints.",
@@ -120,6 +128,7 @@ def make_plan(config: ConfigDict) -> Plan:
       required=objectives.defaults(fields["method"]),
     )
     objective = objectives.create(fields["method"], **fields["objective"])
+  _check_groups(model, objective)
   teacher = _teacher_directory(fields) if objective.needs_teacher else None
   return Plan(
     data=data_plan,
@@ -130,8 +139,20 @@ def make_plan(config: ConfigDict) -> Plan:
     evaluation=_make_evaluation(fields["evaluation"]),
     figures=_make_figures(fields["figures"], fields["evaluation"]),
     profile_steps=fields["profile_steps"],
+    model_axis=fields["model_axis"],
     record=_record(config),
   )
+
+
+def _check_groups(model: nn.Module, objective: Objective) -> None:
+  """Refuses groups of BatchNorm that would part clean from attacked images."""
+  size = getattr(model, "batch_norm_group_size", 0)
+  if size and getattr(objective, "student_batch_norm", "") == "mixture":
+    raise UserError(
+      f"model.batch_norm_group_size: {size}; allowed: 0 with"
+      " objective.student_batch_norm='mixture', whose statistics are those of"
+      " clean and attacked images together"
+    )
 
 
 def _read(config: ConfigDict) -> Fields:
@@ -153,6 +174,7 @@ def _read(config: ConfigDict) -> Fields:
   typed.check_value("seed", int, fields["seed"])
   typed.check_value("teacher_workdir", str | None, fields["teacher_workdir"])
   typed.check_value("profile_steps", tuple[int, ...], fields["profile_steps"])
+  typed.check_value("model_axis", int, fields["model_axis"])
   for (section, name), largest in _LARGEST.items():
     value = fields[section].get(name)
     if isinstance(value, int) and value > largest:

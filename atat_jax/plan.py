@@ -461,6 +461,8 @@ class Plan:
     figures: Numbers of the analyses.
     profile_steps: First and last step of the profile, from 1; (): no profile.
     record: Configuration that the plan was made from, as plain JSON.
+    model_axis: Number of devices that share the large arrays of a training
+      state.
   """
 
   data: DataPlan
@@ -472,6 +474,7 @@ class Plan:
   figures: analyses.FigureSettings
   profile_steps: tuple[int, ...]
   record: dict[str, Any]
+  model_axis: int = 1
 
   def __post_init__(self) -> None:
     """Checks the profile, and that the objective's layers exist."""
@@ -481,6 +484,7 @@ class Plan:
         f"profile_steps: {steps}; allowed: (), or a first and a last step, from"
         " 1"
       )
+    checks.positive("model_axis", self.model_axis, integer=True)
     single = getattr(self.objective, "takes_single_step", False)
     if single and self.evaluation.single_step is None:
       raise UserError(

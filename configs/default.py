@@ -109,6 +109,8 @@ def _model() -> dict[str, Any]:
     "normalization": "per_image",  # dataset, none
     "batch_norm_momentum": 0.9,
     "batch_norm_epsilon": 1e-3,
+    # Consecutive images that share statistics in training; 0: the whole batch.
+    "batch_norm_group_size": 0,
     "dtype": "float32",  # bfloat16 on accelerators
     # Fields that only some have, as wide_resnet; the others ignore them.
     "depth": 32,  # 6n + 2 or 6n + 4
@@ -215,6 +217,8 @@ def get_config(
       # A note of the choice after the colon, as in cifar10.py:at,modern.
       "recipe": recipe,
       "profile_steps": (),  # first and last step of a profile, e.g. 10,12
+      # Devices that share parameters, optimizer state and averages, for memory.
+      "model_axis": 1,
       "data": _data(),
       "model": _model(),
       "objective": defaults(method) | fields,

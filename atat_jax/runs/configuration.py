@@ -16,6 +16,7 @@ _FREE = (
   "data.cache_dir",
   "data.source",
   "profile_steps",
+  "model_axis",
   "train.steps_per_dispatch",
   "teacher.steps_per_dispatch",
   "train.nonfinite",
@@ -59,6 +60,7 @@ _LATER: dict[str, tuple[str, dict[str, Any]]] = {
       "extra_fraction": 0.7,
     },
   ),
+  "model": ("batch_norm_epsilon", {"batch_norm_group_size": 0}),
   "objective": (
     "num_steps",
     {

@@ -356,4 +356,5 @@ class Journal(contextlib.AbstractContextManager[Any]):
       f"{self._outline.name}: stopped at step {step} of {self._outline.total}, saved in"
       f" {self._place}; the same command resumes there",
       signum,
+      agreed=True,
     )

@@ -24,6 +24,7 @@ from atat_jax import (
   config,
   data,
   errors,
+  interop,
   models,
   objectives,
   optim,
@@ -524,3 +525,9 @@ def test_imported_weights_are_a_checkpoint(tmp_path, capsys):
     np.testing.assert_array_equal(found, wanted)
   with pytest.raises(UserError, match="holds checkpoints already"):
     importing.write(world.loaded, out)
+  # ... and back.
+  written = tmp_path / "exported"
+  cli.main(["export", str(out), f"--out={written}", "--name=net"])
+  assert capsys.readouterr().out.splitlines()[-1].startswith("next: ")
+  again = interop.load(written / "net.safetensors").variables
+  jax.tree.map(np.testing.assert_array_equal, again, dict(expected))

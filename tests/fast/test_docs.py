@@ -35,7 +35,7 @@ MODULES = {
   for path in PACKAGE.iterdir()
   if path.suffix in ("", ".py") and path.name[0] not in "._"
 }
-FOLDERS = ("atat_jax", "benchmarks", "configs", "docs", "tests")
+FOLDERS = ("atat_jax", "benchmarks", "configs", "docs", "launch", "tests")
 SUFFIXES = ("html", "json", "jsonl", "md", "npz", "pdf", "png", "py")
 
 
@@ -359,6 +359,7 @@ def test_every_flag_is_one_of_its_command():
     for line in "\n".join(_blocks(text, "bash")).splitlines():
       line = line.split("  #")[0]
       for command in line.split(" && "):
+        command = command.split(" -- ")[0]  # what follows goes to main.py
         source = _source(command)
         if not source or "$" in command:
           continue

@@ -512,6 +512,7 @@ def _kind(name: str, value: Any) -> str:
     "negative_slope": "real",
     "batch_norm_momentum": "fraction",
     "batch_norm_epsilon": "positive",
+    "batch_norm_group_size": "number of an axis",
   }
   if name in named:
     return named[name]
@@ -717,6 +718,34 @@ ENTRIES += [
     sharding.batch_sharding,
     lambda w: {"mesh": w.mesh, "batch_size": 2},
     {"mesh": "mesh", "batch_size": "count", "axis": "number of an axis"},
+  ),
+  Entry(
+    sharding.check_divides,
+    lambda w: {"mesh": w.mesh, "batch_size": 8 * w.mesh.size},
+    {"mesh": "mesh", "batch_size": "count", "parts": "count"},
+  ),
+  Entry(
+    sharding.split_mesh,
+    lambda w: {"mesh": w.mesh, "model_axis": 1},
+    {"mesh": "mesh", "model_axis": "count"},
+  ),
+  Entry(sharding.splits_state, lambda w: {"mesh": w.mesh}, {"mesh": "mesh"}),
+  *(
+    Entry(
+      function,
+      lambda w: {"mesh": w.mesh, "tree": {"a": np.zeros(2)}},
+      {"mesh": "mesh"},
+    )
+    for function in (
+      sharding.state_shardings,
+      sharding.split_state,
+      sharding.put_state,
+    )
+  ),
+  Entry(
+    sharding.gather,
+    lambda w: {"mesh": w.mesh, "tree": {"a": np.zeros(2)}},
+    {"mesh": "mesh"},
   ),
   Entry(
     sharding.put_batch,
@@ -1309,6 +1338,13 @@ PARTS = (
   "training",
   "trial",
   "untrusted",
+  "bounds.affine_rules",
+  "bounds.curves",
+  "bounds.network",
+  "bounds.nodes",
+  "bounds.products",
+  "bounds.propagation",
+  "bounds.windows",
   "attacks.autoattack.progress",
   "attacks.autoattack.screening",
   "attacks.autoattack.slots",
@@ -1333,6 +1369,7 @@ PARTS = (
   "data.batches.watch",
   "data.prepare",
   "data.record_files",
+  "evaluation.certifying",
   "evaluation.corrupted",
   "evaluation.map_distances",
   "evaluation.networks",
@@ -1361,6 +1398,7 @@ PARTS = (
   "interop.torch_weights.to_torch",
   "interop.wrappers",
   "models.blocks",
+  "models.normalization",
   "models.convolution",
   "models.winograd",
   "report.corruptions",

@@ -4,11 +4,32 @@ import functools
 import logging
 import os
 import pathlib
+import re
 import sys
 
 from atat_jax.errors import UserError, shown
 
 _log = logging.getLogger(__name__)
+
+# pathlib makes gs:/bucket of gs://bucket, which would be a folder named "gs:".
+_SCHEME = re.compile(r"\s*([A-Za-z][A-Za-z0-9+.-]+):/(/?)")
+_KNOWN_SCHEMES = frozenset(
+  "abfs abfss adl az azure b2 cns dbfs file ftp gcs gs hdfs hf http https"
+  " memory minio oci oss placer r2 s3 s3a s3n sftp ssh wasb wasbs webhdfs".split()
+)
+
+
+def scheme(path: str | os.PathLike[str]) -> str | None:
+  """Returns the scheme of an address, in small letters; None for a local path.
+
+  Args:
+    path: The path as it was given, or what pathlib made of it.
+  """
+  found = _SCHEME.match(str(path))
+  if found is None:
+    return None
+  name = found[1].lower()
+  return name if found[2] or name in _KNOWN_SCHEMES else None
 
 
 def expand(field: str, path: str | os.PathLike[str]) -> pathlib.Path:
@@ -19,8 +40,8 @@ def expand(field: str, path: str | os.PathLike[str]) -> pathlib.Path:
     path: The path, as it was given.
 
   Raises:
-    UserError: No path; "" or "None", as from an unset variable; a home folder
-      that is not known; a name that is too long; a null byte.
+    UserError: No path; "" or "None", as from an unset variable; an address; a
+      home folder that is not known; a name that is too long; a null byte.
   """
   if not isinstance(path, str | os.PathLike):
     raise UserError(f"{field}: {shown(path)}; allowed: a path")
@@ -29,6 +50,11 @@ def expand(field: str, path: str | os.PathLike[str]) -> pathlib.Path:
     raise UserError(f"{field}: {text!r}; allowed: a path")
   if "\0" in text:
     raise UserError(f"{field}: {text!r}; allowed: a path without a null byte")
+  if scheme(text):
+    raise UserError(
+      f"{field}: {text!r}; allowed: a path on this machine, without"
+      f" {scheme(text)}://"
+    )
   if not _is_text(text):  # checkpoints cannot be written there
     raise UserError(
       f"{field}: {text!r}; allowed: a path of letters in this locale's encoding,"

@@ -11,10 +11,12 @@ from jax.sharding import Mesh
 from atat_jax import (
   analyses,
   checkpoints,
+  evaluation,
   models,
   sharding,
 )
-from atat_jax.data import Dataset, Split
+from atat_jax.data import Dataset, Pictures, Split
+from atat_jax.data.base import count, first_images
 from atat_jax.errors import in_section
 from atat_jax.evaluation import measuring
 from atat_jax.plan import Plan
@@ -65,7 +67,7 @@ def evaluate(
   """
   found = find_checkpoints(plan, workdir)
   with in_section("figures"):
-    figures = analyses.for_images(plan.figures, len(dataset.test.labels))
+    figures = analyses.for_images(plan.figures, dataset.num_test)
   networks = {}
   for role in plan.evaluated:
     directory, chosen = found[role]
@@ -94,16 +96,28 @@ def evaluate(
     workdir / files.RESULTS, steps=steps, record=record
   )
   _complete(table, plan, classifiers, dataset.test, mesh)
+  shown = first_images(
+    dataset.test, analyses.num_images(figures, dataset.num_test)
+  )
   analyses.write(
     workdir,
     networks,
-    dataset.test.images,
-    dataset.test.labels,
+    shown.images,
+    shown.labels,
     settings=figures,
     class_names=plan.data.spec.class_names,
     mesh=mesh,
   )
   return table.content
+
+
+def _sharding(
+  test: Split | Pictures, protocol: evaluation.Protocol
+) -> dict[str, int]:
+  """Field of a row whose random numbers depend on the shards."""
+  if isinstance(test, Split) or protocol.attack != "autoattack":
+    return {}
+  return {"shard_size": test.options.shard_size}
 
 
 def _tell_left_out(plan: Plan) -> None:
@@ -122,13 +136,17 @@ def _complete(
   table: measuring.ResultsTable,
   plan: Plan,
   classifiers: Mapping[tuple[str, BatchNormMode], Classifier],
-  test: Split,
+  test: Split | Pictures,
   mesh: Mesh,
 ) -> None:
   """Measures the rows that a table lacks."""
   settings = plan.evaluation
-  count = settings.num_examples or len(test.labels)
-  test = Split(*(array[:count] for array in test))
+  number = settings.num_examples or count(test)
+  test = (
+    Split(*(array[:number] for array in test))
+    if isinstance(test, Split)
+    else test.select(slice(number))
+  )
   pending = [
     measuring.Pending(
       measuring.row_of(
@@ -136,11 +154,12 @@ def _complete(
         model=role,
         dataset=plan.data.spec.name,
         split="test",
-        num_examples=len(test.labels),
+        num_examples=count(test),
         batch_norm=mode,
         batch_size=settings.size_of_batch(mode),
         seed=settings.seed,
         checkpoint_step=table.steps[role],
+        **_sharding(test, protocol),
       ),
       protocol,
       classifier,

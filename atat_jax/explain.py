@@ -40,6 +40,7 @@ from atat_jax import (
   runtime,
   sharding,
 )
+from atat_jax.data.base import first_images, in_memory
 from atat_jax.data.photographs import read_photograph
 from atat_jax.errors import UserError
 from atat_jax.evaluation.networks import Networks
@@ -202,7 +203,10 @@ def load_runs(
   arguments = configuration.read(workdirs[0]).data
   if data_dir is not None:
     arguments["data_dir"] = data_dir
-  dataset = data.load(**arguments)
+  # A data set that stays on the disk shows its first images.
+  streaming = data.Streaming() if arguments.pop("stream", False) else None
+  dataset = data.load(**arguments, streaming=streaming)
+  test = first_images(dataset.test, data.Streaming.shard_size)
   rows = []
   for name, path in zip(names, workdirs, strict=True):
     own = (files.read_results(path) or {"rows": []})["rows"]
@@ -215,8 +219,8 @@ def load_runs(
       name: checkpoints.restore_model(path)
       for name, path in zip(names, workdirs, strict=True)
     },
-    images=dataset.test.images,
-    labels=dataset.test.labels,
+    images=test.images,
+    labels=test.labels,
     class_names=dataset.spec.class_names,
     rows=rows,
   )
@@ -320,7 +324,7 @@ def load_weights(
   if entry is not None:
     checks.instance("entry", entry, str, "the name of an entry of the files")
   found = data.load(dataset, data_dir=data_dir, validation_size=1)
-  images, labels = found.test.images, found.test.labels
+  images, labels = in_memory(found.test)
   known["num_classes"] = found.spec.num_classes
   loaded = {
     name: _recognized(

@@ -97,6 +97,12 @@ def _data() -> dict[str, Any]:
     "mix_alpha": 1.0,  # share of an image: Beta(alpha, alpha)
     "extra": placeholder(str),  # .npz or directory of further images
     "extra_fraction": 0.7,  # share of every batch, where there are any
+    # Leaves the pictures of folder and tfds on the disk (docs/training.md).
+    "stream": False,
+    "workers": 0,  # stream: processes that read ahead; 0: threads
+    "prefetch": 2,  # stream: batches that are read ahead
+    "smallest_crop": 0.08,  # stream: share of a picture; 1: no random crop
+    "shard_size": 1000,  # stream: test images in memory at a time
   }
 
 

@@ -113,6 +113,19 @@ def check_images(settings: FigureSettings, count: int) -> None:
       )
 
 
+def num_images(settings: FigureSettings, count: int) -> int:
+  """Returns how many images the analyses need, from the first on.
+
+  Args:
+    settings: Which analyses, of which images.
+    count: Number of images of the test set.
+  """
+  checks.instance("settings", settings, FigureSettings, "FigureSettings")
+  checks.count("count", count)
+  needed = [max(ANALYSES[x].images(settings, count)) for x in settings.analyses]
+  return 1 + max(needed, default=0)
+
+
 def for_images(settings: FigureSettings, count: int) -> FigureSettings:
   """Returns settings for a test set that may lack the paper's images.
 

@@ -15,6 +15,9 @@ _FREE = (
   "data.dir",
   "data.cache_dir",
   "data.source",
+  "data.workers",
+  "data.prefetch",
+  "data.shard_size",
   "profile_steps",
   "train.steps_per_dispatch",
   "teacher.steps_per_dispatch",
@@ -57,6 +60,8 @@ _LATER: dict[str, tuple[str, dict[str, Any]]] = {
       "mix_alpha": 1.0,
       "extra": None,
       "extra_fraction": 0.7,
+      "stream": False,
+      "smallest_crop": 0.08,
     },
   ),
   "objective": (
@@ -86,7 +91,8 @@ class Configuration:
     batch_size: Number of images in a training batch; None: not recorded.
     training: Dotted name of every field that the training depends on to its
       value.
-    data: Arguments of `atat_jax.data.load`, its `name` included.
+    data: Arguments of `atat_jax.data.load`, its `name` included, and "stream":
+      whether pictures stay on the disk.
     attack: epsilon, step_size and norm of the run's evaluation.
   """
 
@@ -124,6 +130,7 @@ def parse(tree: Mapping[str, Any], where: pathlib.Path) -> Configuration:
     "validation_size": "validation_size",
     "source": "source",
     "size": "size",
+    "stream": "stream",
   }
   return Configuration(
     method=tree["method"],

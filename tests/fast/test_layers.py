@@ -53,7 +53,8 @@ PLACES = {
   "pickle": (),  # it runs what a file says
   "marshal": (),
   "shelve": (),
-  "absl": ("runtime",),
+  "absl": ("runtime", "data"),
+  "grain": ("data",),
   "tensorflow": (),
   "torch": (),
   "equinox": (),

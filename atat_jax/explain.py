@@ -200,11 +200,12 @@ def load_runs(
   names = run_names(workdirs)
   for path in workdirs:
     checkpoints.checkpoint_step(path)  # before data are loaded
-  arguments = configuration.read(workdirs[0]).data
+  run = configuration.read(workdirs[0])
+  arguments = run.data
   if data_dir is not None:
     arguments["data_dir"] = data_dir
   # A data set that stays on the disk shows its first images.
-  streaming = data.Streaming() if arguments.pop("stream", False) else None
+  streaming = data.Streaming() if run.streams else None
   dataset = data.load(**arguments, streaming=streaming)
   test = first_images(dataset.test, data.Streaming.shard_size)
   rows = []

@@ -215,9 +215,11 @@ class StagePlan:
     factor: Schedule "piecewise": factor of each fall.
     warmup_fraction: Schedules "cosine", "one_cycle" and "triangular": share of
       the run in which the rate rises.
-    momentum: Momentum of SGD.
+    momentum: Momentum of SGD, or decay of AdamW's first moment.
     nesterov: Whether the momentum is Nesterov's.
     weight_decay: Weight decay of the kernels.
+    optimizer: Name in `optim.OPTIMIZERS`.
+    second_momentum: Decay of AdamW's second moment.
     clip_norm: Largest norm of the gradient; 0: no clipping.
     accumulate_steps: Number of parts of a batch that are computed in turn.
     remat: Whether cheap results are recomputed rather than kept.
@@ -271,6 +273,8 @@ class StagePlan:
   log_every_steps: int
   steps_per_dispatch: int
   validate_every_epochs: float
+  optimizer: str = "sgd"
+  second_momentum: float = 0.999
   nonfinite: str = "stop"
   term_gradients: bool = True
   overfitting_alarm: bool = True
@@ -339,6 +343,8 @@ class StagePlan:
       nesterov=self.nesterov,
       weight_decay=self.weight_decay,
       clip_norm=self.clip_norm,
+      name=self.optimizer,
+      second_momentum=self.second_momentum,
     )
 
   def make_options(self, total_steps: int) -> Options:

@@ -55,6 +55,8 @@ def training() -> dict[str, Any]:
     "momentum": 0.9,
     "nesterov": False,
     "weight_decay": 2e-4,  # on kernels only
+    "optimizer": "sgd",  # adamw: momentum is its first decay
+    "second_momentum": 0.999,  # adamw: its second
     # Options for every method (docs/training.md); 0, or 1 part: off.
     "clip_norm": 0.0,  # longest gradient
     "accumulate_steps": 1,  # parts of a batch, one after another, for memory

@@ -133,7 +133,6 @@ def _find(
       "size: 0 with stream=True; allowed: the side of the images in pixels, such"
       " as 224"
     )
-  streamed.check_installed()
   found: streamed.Found = member.stream(rest, data_dir=data_dir, source=source)
   return found
 
@@ -203,6 +202,7 @@ def load(
   _check_place(name, data_dir, cache_dir, source, size)
   if streaming is not None:
     there = _find(name, data_dir, source, size)
+    streamed.check_installed()
     all_, on_disk = there.pictures(size, streaming)
     return Dataset(
       there.describe(size), *all_.hold_out(validation_size), on_disk

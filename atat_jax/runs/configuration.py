@@ -50,6 +50,8 @@ _TRAINING = {
   "ema_decay": 0.0,
   "swa_start": 0.0,
   "statistics_batches": 0,
+  "optimizer": "sgd",
+  "second_momentum": 0.999,
 }
 _LATER: dict[str, tuple[str, dict[str, Any]]] = {
   "data": (
@@ -91,9 +93,9 @@ class Configuration:
     batch_size: Number of images in a training batch; None: not recorded.
     training: Dotted name of every field that the training depends on to its
       value.
-    data: Arguments of `atat_jax.data.load`, its `name` included, and "stream":
-      whether pictures stay on the disk.
+    data: Arguments of `atat_jax.data.load`, its `name` included.
     attack: epsilon, step_size and norm of the run's evaluation.
+    streams: Whether its pictures stay on the disk.
   """
 
   method: str
@@ -102,6 +104,7 @@ class Configuration:
   training: dict[str, Any]
   data: dict[str, Any]
   attack: dict[str, Any]
+  streams: bool = False
 
 
 def parse(tree: Mapping[str, Any], where: pathlib.Path) -> Configuration:
@@ -130,7 +133,6 @@ def parse(tree: Mapping[str, Any], where: pathlib.Path) -> Configuration:
     "validation_size": "validation_size",
     "source": "source",
     "size": "size",
-    "stream": "stream",
   }
   return Configuration(
     method=tree["method"],
@@ -143,6 +145,7 @@ def parse(tree: Mapping[str, Any], where: pathlib.Path) -> Configuration:
       for field in ("epsilon", "step_size", "norm")
       if field in evaluation
     },
+    streams=data.get("stream", False) is True,
   )
 
 

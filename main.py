@@ -21,6 +21,9 @@ from atat_jax import pipeline, runtime
 from atat_jax.errors import UserError
 from atat_jax.runs import locations
 
+# Orbax writes checkpoints to no other store.
+STORES = ("gs",)
+
 _CONFIG = config_flags.DEFINE_config_file(
   "config",
   None,
@@ -56,7 +59,7 @@ def _parse(argv: Sequence[str]) -> list[str]:
     for flag in (_CONFIG, _WORKDIR):
       if flag.value is None:
         raise flags.Error(f"--{flag.name} is missing")
-    locations.expand("--workdir", str(_WORKDIR.value))
+    locations.find("--workdir", str(_WORKDIR.value), STORES)
     _CONFIG.value.items()  # a file that could not be read fails only here
     return rest
   except UserError as error:
@@ -88,7 +91,7 @@ def _reason(error: Exception) -> str:
 def main(argv: Sequence[str]) -> None:
   """Sets the runtime up and runs the mode."""
   del argv
-  workdir = locations.expand("--workdir", str(_WORKDIR.value))
+  workdir = locations.find("--workdir", str(_WORKDIR.value), STORES)
   kept = (
     f"what {workdir} holds is kept, and the same command goes on from there"
   )

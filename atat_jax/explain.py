@@ -106,7 +106,8 @@ def run_names(workdirs: Sequence[pathlib.Path]) -> list[str]:
     UserError: A directory is given twice.
   """
   checks.sequence("runs", workdirs, "directories")
-  paths = [locations.expand("runs", path).resolve() for path in workdirs]
+  paths = [locations.find("runs", path) for path in workdirs]
+  paths = [locations.resolved(path) for path in paths]
   if len(set(paths)) < len(paths):
     raise UserError(
       f"runs: {' '.join(map(str, workdirs))}; allowed: each directory once"
@@ -522,7 +523,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
   args = flags.parse_args(argv)
   if bool(args.runs) == bool(args.model or args.weights):
     flags.error("name runs, or networks by --weights")
-  args.runs = [locations.expand("runs", path) for path in args.runs]
+  args.runs = [locations.find("runs", path) for path in args.runs]
   args.out = locations.expand("out", args.out)
   return args
 

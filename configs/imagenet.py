@@ -30,6 +30,7 @@ that a device needs: docs/training.md.
 
 import pathlib
 import sys
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -86,7 +87,7 @@ def _data(config: ConfigDict) -> None:
 
 def _model(network: str) -> ConfigDict:
   """Returns the fields of a network, those that differ from its defaults too."""
-  name, changed = {
+  networks: dict[str, tuple[str, dict[str, Any]]] = {
     "resnet50": ("resnet50", {"batch_norm_epsilon": 1e-5}),
     "convnext_t": ("convnext", {"conv_stem": (48, 96)}),
     "vit_s": (
@@ -98,7 +99,8 @@ def _model(network: str) -> ConfigDict:
         "hidden": 1536,
       },
     ),
-  }[network]
+  }
+  name, changed = networks[network]
   made = models.create(name)
   # The others follow from the data.
   fields = set(models.field_names(name)) - DERIVED

@@ -199,7 +199,7 @@ def write(
   """
   _check_inputs(networks, images, labels, class_names)
   sharding.check_mesh(mesh)
-  directory = locations.expand("directory", directory)
+  directory = locations.find("directory", directory)
   check_images(settings, len(labels))
   weights = {
     name: base.digest(sharding.to_host(mesh, variables))
@@ -242,8 +242,8 @@ def sections(
   Raises:
     UserError: A file cannot be read.
   """
-  directory = locations.expand("directory", directory)
-  figures_directory = locations.expand("figures_directory", figures_directory)
+  directory = locations.find("directory", directory)
+  figures_directory = locations.find("figures_directory", figures_directory)
   names = ANALYSES if only is None else checks.names("only", only, empty=True)
   wanted = set(names)
   found = (

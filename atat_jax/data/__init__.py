@@ -148,7 +148,8 @@ def _check_place(
   checks.integer("size", size, 0, LARGEST_SIDE)
   for field, place in (("data_dir", data_dir), ("cache_dir", cache_dir)):
     if place is not None:
-      locations.expand(field, place)
+      reads = locations.find if field == "data_dir" else locations.expand
+      reads(field, place)
   checks.instance("source", source, str, "'auto', or a kind of source")
   if size and _source(name)[0].spec is not None:
     raise UserError(f"size: {size}; allowed: 0, {name} has images of one size")

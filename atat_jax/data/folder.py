@@ -10,6 +10,7 @@ does.
 import os
 import pathlib
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import tqdm
@@ -17,8 +18,7 @@ import tqdm
 from atat_jax import checks
 from atat_jax.data import base, own, streamed
 from atat_jax.errors import UserError
-from atat_jax.runs import locations
-from atat_jax.untrusted import regular
+from atat_jax.runs import files, locations
 
 _SUFFIXES = {
   f".{name}"
@@ -70,7 +70,7 @@ def read(
     )
 
   return own.cached(
-    f"folder:{name or root.resolve().name}",
+    f"folder:{name or locations.resolved(root).name}",
     root,
     [path for part in found for path, _ in part],
     decode,
@@ -89,7 +89,7 @@ def _open(
       "data_dir: missing; allowed: a folder with train/<class>/* and"
       " test/<class>/*"
     )
-  root = locations.expand("data_dir", data_dir)
+  root = locations.find("data_dir", data_dir)
   try:
     return root, *_list(root)
   except OSError as error:
@@ -117,7 +117,7 @@ class Records:
 
   def read(self, number: int) -> streamed.Record:
     """Reads a picture; raises what the operating system does."""
-    content = regular.read_bytes(self._paths[number], _LARGEST_FILE)
+    content = _read(locations.of(self._paths[number]))
     return streamed.Record(content, int(self._labels[number]))
 
   @property
@@ -148,7 +148,10 @@ def stream(
   root, classes, found = _open(data_dir, source)
   train, test = (Records(part) for part in found)
   return streamed.Found(
-    f"folder:{name or root.resolve().name}", tuple(classes), train, test
+    f"folder:{name or locations.resolved(root).name}",
+    tuple(classes),
+    train,
+    test,
   )
 
 
@@ -209,11 +212,22 @@ def _pictures(
 
 def _walk(folder: pathlib.Path) -> Iterator[pathlib.Path]:
   """Yields the pictures of a class, also those in folders of the folder."""
-  for place, _, names in os.walk(folder, onerror=_fail):
+  there: Any = folder
+  remote = locations.is_remote(folder)
+  for place, _, names in (
+    there.walk() if remote else os.walk(folder, onerror=_fail)
+  ):
     for name in names:
       suffix = os.path.splitext(name)[1].lower()
       if suffix in _SUFFIXES and not name.startswith("."):
-        yield pathlib.Path(place, name)
+        yield locations.of(os.path.join(place, name))
+
+
+def _read(path: pathlib.Path) -> bytes:
+  content = files.read_bytes(path, _LARGEST_FILE)
+  if content is None:
+    raise UserError(f"{path}: no such file")
+  return content
 
 
 def _fail(error: OSError) -> None:
@@ -228,7 +242,7 @@ def _decode(paths: list[pathlib.Path], size: int) -> np.ndarray:
     paths, desc="decoding pictures, once", unit=" images", disable=None
   ):
     try:
-      decoded.append(decode(regular.read_bytes(path, _LARGEST_FILE)))
+      decoded.append(decode(_read(path)))
     except UserError:
       raise
     except Exception as error:  # a damaged file can raise anything in a decoder

@@ -23,8 +23,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     "--out", default="comparison", help="path of the files, without a suffix"
   )
   args = flags.parse_args(argv)
-  workdirs = [locations.expand("workdirs", path) for path in args.workdirs]
-  for path in write_comparison(workdirs, locations.expand("out", args.out)):
+  workdirs = [locations.find("workdirs", path) for path in args.workdirs]
+  for path in write_comparison(workdirs, locations.find("out", args.out)):
     sys.stdout.write(f"comparison: {path}\n")
 
 

@@ -158,7 +158,7 @@ def read(workdir: pathlib.Path) -> Configuration:
   Raises:
     UserError: There is no such file, or it is damaged.
   """
-  workdir = locations.expand("workdir", workdir)
+  workdir = locations.find("workdir", workdir)
   for directory in (workdir, workdir.parent):
     tree = files.read_json(directory / files.CONFIG)
     if tree is not None:

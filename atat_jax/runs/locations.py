@@ -1,4 +1,9 @@
-"""Paths as users write them, and the folders of this user."""
+"""Paths as users write them, and the folders of this user.
+
+An address on an object store, gs:// or s3://, is a path of etils.epath, which
+has the methods of pathlib's. What is atomic there is the writing of an object;
+folders, renames, locks and appending do not exist (docs/files.md).
+"""
 
 import functools
 import logging
@@ -6,6 +11,9 @@ import os
 import pathlib
 import re
 import sys
+from typing import cast
+
+from etils import epath
 
 from atat_jax.errors import UserError, shown
 
@@ -30,6 +38,81 @@ def scheme(path: str | os.PathLike[str]) -> str | None:
     return None
   name = found[1].lower()
   return name if found[2] or name in _KNOWN_SCHEMES else None
+
+
+STORES = {"gs": "gcsfs", "s3": "s3fs"}
+"""Schemes of object stores to the Python package that reaches them."""
+
+
+def is_remote(path: os.PathLike[str]) -> bool:
+  """Returns whether a path of `find` is on an object store."""
+  return not isinstance(path, pathlib.Path)
+
+
+def of(text: str) -> pathlib.Path:
+  """Returns the path that a path of `find` was, from its text."""
+  if scheme(text):
+    return cast(pathlib.Path, epath.Path(text))
+  return pathlib.Path(text)
+
+
+def resolved(path: pathlib.Path) -> pathlib.Path:
+  """Returns a path without links; on an object store there are none."""
+  return path if is_remote(path) else path.resolve()
+
+
+def find(
+  field: str, path: str | os.PathLike[str], stores: tuple[str, ...] = (*STORES,)
+) -> pathlib.Path:
+  """Returns a local path as `expand` does, or one on an object store.
+
+  Args:
+    field: Name of the argument, for the message.
+    path: The path, as it was given.
+    stores: Schemes that are allowed.
+
+  Returns:
+    The path; of an address a `epath.Path`, see `is_remote`.
+
+  Raises:
+    UserError: What `expand` refuses; another scheme, no bucket, a store whose
+      package is missing or that cannot be reached.
+  """
+  name = scheme(path) if isinstance(path, str | os.PathLike) else None
+  if name is None:
+    return expand(field, path)
+  text = str(path).strip()
+  bucket = text.removeprefix(f"{name}://").partition("/")[0]
+  if name not in stores or not text.startswith(f"{name}://") or not bucket:
+    places = " or ".join(f"{one}://<bucket>/<folder>" for one in stores)
+    raise UserError(
+      f"{field}: {text!r}; allowed: a path on this machine, or {places}"
+    )
+  try:
+    _reach(name, bucket)
+  except ImportError:
+    raise UserError(
+      f"{field}: {text!r} needs the Python package {STORES[name]}: pip install"
+      f" {STORES[name]}"
+    ) from None
+  # Each store's library has errors of its own.
+  except Exception as error:
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    raise UserError(
+      f"{field}: {text!r} cannot be reached ({reason}); allowed: a bucket that"
+      " exists and that these credentials may read and write"
+    ) from None
+  return cast(pathlib.Path, epath.Path(text.rstrip("/")))
+
+
+@functools.cache
+def _reach(name: str, bucket: str) -> None:
+  """Looks into a bucket, once; raises whatever the store's library does."""
+  import fsspec
+
+  fsspec.get_filesystem_class(name)
+  # `exists` would take any failure for a no.
+  next(iter(epath.Path(f"{name}://{bucket}").iterdir()), None)
 
 
 def expand(field: str, path: str | os.PathLike[str]) -> pathlib.Path:

@@ -9,7 +9,7 @@ does.
 
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -212,15 +212,16 @@ def _pictures(
 
 def _walk(folder: pathlib.Path) -> Iterator[pathlib.Path]:
   """Yields the pictures of a class, also those in folders of the folder."""
-  there: Any = folder
-  remote = locations.is_remote(folder)
-  for place, _, names in (
-    there.walk() if remote else os.walk(folder, onerror=_fail)
-  ):
+  found: Iterable[tuple[Any, list[str]]]
+  if locations.is_remote(folder):
+    found = locations.walk(folder)
+  else:
+    found = ((x, names) for x, _, names in os.walk(folder, onerror=_fail))
+  for place, names in found:
     for name in names:
       suffix = os.path.splitext(name)[1].lower()
       if suffix in _SUFFIXES and not name.startswith("."):
-        yield locations.of(os.path.join(place, name))
+        yield locations.of(f"{place}/{name}")
 
 
 def _read(path: pathlib.Path) -> bytes:

@@ -338,11 +338,12 @@ def _move_remote(path: pathlib.Path, target: pathlib.Path, copy: bool) -> None:
   if not path.is_dir():
     source.copy(target)
   else:
-    for place, _, names in source.walk():
+    for place, names in locations.walk(path):
       for name in names:
         there = target / place.relative_to(source) / name
         there.parent.mkdir(parents=True, exist_ok=True)
-        (place / name).copy(there)
+        here: Any = place / name
+        here.copy(there)
   if not copy:
     source.rmtree() if path.is_dir() else source.unlink()
 

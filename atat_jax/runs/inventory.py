@@ -75,8 +75,7 @@ def check(
 def _names(folder: pathlib.Path, part: str) -> Iterator[str]:
   """Files of a part, without what file systems and desktops hide in it."""
   if locations.is_remote(folder):
-    there: Any = folder / part
-    for place, _, names in there.walk():
+    for place, names in locations.walk(folder / part):
       for name in sorted(names):
         if not name.startswith("."):
           yield (place / name).relative_to(folder).as_posix()

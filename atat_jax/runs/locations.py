@@ -11,7 +11,8 @@ import os
 import pathlib
 import re
 import sys
-from typing import cast
+from collections.abc import Iterator
+from typing import Any, cast
 
 from etils import epath
 
@@ -54,6 +55,18 @@ def of(text: str) -> pathlib.Path:
   if scheme(text):
     return cast(pathlib.Path, epath.Path(text))
   return pathlib.Path(text)
+
+
+def walk(
+  folder: pathlib.Path,
+) -> Iterator[tuple[pathlib.Path, list[str]]]:
+  """Yields the folders below a remote one, itself included, and their files."""
+  there: Any = folder
+  for place, _, names in there.walk():
+    text = str(place)
+    if scheme(text) is None:  # epath loses it
+      text = f"{scheme(folder)}://{text.lstrip('/')}"
+    yield of(text), names
 
 
 def resolved(path: pathlib.Path) -> pathlib.Path:

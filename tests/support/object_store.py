@@ -5,6 +5,7 @@ exist without an object in them.
 """
 
 import pathlib
+import sys
 
 import fsspec
 from etils.epath.backend import fsspec_backend
@@ -80,3 +81,11 @@ def install(monkeypatch, root: pathlib.Path) -> list[str]:
   monkeypatch.setattr(gcs_utils, "rmtree", remove)
   locations._reach.cache_clear()
   return written
+
+
+def remove() -> None:
+  """Forgets the store that `install` has put in place."""
+  for name in SCHEMES:
+    sys.modules["fsspec.registry"]._registry.pop(name, None)
+  fsspec_backend._get_filesystem.cache_clear()
+  locations._reach.cache_clear()

@@ -96,14 +96,11 @@ def evaluate(
     workdir / files.RESULTS, steps=steps, record=record
   )
   _complete(table, plan, classifiers, dataset.test, mesh)
-  shown = first_images(
-    dataset.test, analyses.num_images(figures, dataset.num_test)
-  )
+  needed = analyses.num_images(figures, dataset.num_test)
   analyses.write(
     workdir,
     networks,
-    shown.images,
-    shown.labels,
+    *first_images(dataset.test, needed),
     settings=figures,
     class_names=plan.data.spec.class_names,
     mesh=mesh,

@@ -167,16 +167,9 @@ def make_optimizer(
   if name == "adamw":
     if nesterov:
       raise UserError("nesterov: True with adamw; allowed: False")
-    return optax.chain(
-      *clip,
-      optax.adamw(
-        schedule,
-        b1=momentum,
-        b2=second_momentum,
-        weight_decay=weight_decay,
-        mask=decay_mask,
-      ),
-    )
+    decay = {"weight_decay": weight_decay, "mask": decay_mask}
+    adamw = optax.adamw(schedule, b1=momentum, b2=second_momentum, **decay)
+    return optax.chain(*clip, adamw)
   return optax.chain(
     *clip,
     optax.add_decayed_weights(weight_decay, mask=decay_mask),

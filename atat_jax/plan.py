@@ -127,7 +127,7 @@ class DataPlan:
 
   @property
   def streaming(self) -> data.Streaming | None:
-    """How pictures on the disk are read; None: they are read at once."""
+    """Options of reading pictures on the disk; None: all are read at once."""
     return data.Streaming(**self._reading()) if self.stream else None
 
   @functools.cached_property

@@ -355,8 +355,7 @@ def prepare(
   initial = teacher if stage.objective.starts_from_teacher else None
   statistics_pass = averaging.make_statistics_pass(**bound)
   teacher, images, validation_images = sharding.put_replicated(
-    mesh,
-    (teacher, resident(dataset), in_memory(dataset.validation)),
+    mesh, (teacher, resident(dataset), in_memory(dataset.validation))
   )
   draws = _make_draws(stage, dataset, extra, mesh, outline.total)
   take = functools.partial(

@@ -186,12 +186,11 @@ def load(
     source: "auto", or one kind of source, for CIFAR "tfds", "binary", "python".
     size: Side in pixels to which pictures in folders or in a tfds set are
       resized and cropped; 0: they have one size and keep it.
-    streaming: How pictures that do not fit into memory are read, for `folder`
-      and `tfds`; None: they are read at once.
+    streaming: Reading of pictures that stay on the disk, for `folder` and
+      `tfds`; None: all are read at once.
 
   Returns:
-    Disjoint splits; images uint8 `[N, H, W, C]`, labels int32 `[N]`, or the
-    `Pictures` that are to be read.
+    Disjoint splits; uint8 `[N, H, W, C]` and int32 `[N]`, or `Pictures`.
 
   Raises:
     UserError: Unknown name or source, no such data (the message says how to get

@@ -96,7 +96,7 @@ def _open(
     raise UserError(f"data_dir={root}: {error.strerror or error}") from None
 
 
-class Records:
+class PictureFiles:
   """Pictures in folders, for `streamed.Pictures`.
 
   Args:
@@ -146,7 +146,7 @@ def stream(
     UserError: No such folder, no pictures.
   """
   root, classes, found = _open(data_dir, source)
-  train, test = (Records(part) for part in found)
+  train, test = (PictureFiles(part) for part in found)
   return streamed.Found(
     f"folder:{name or locations.resolved(root).name}",
     tuple(classes),

@@ -54,7 +54,7 @@ class Pictures:
     numbers: Numbers of the records that belong to the split.
     labels: Labels of all records, or None where only reading shows them.
     size: Side of the square images in pixels.
-    options: How the pictures are read.
+    options: Options of reading.
   """
 
   def __init__(
@@ -125,7 +125,7 @@ class Pictures:
     """
     examples = _Examples(self.numbers, None)
     decode = functools.partial(_decode, self.records, self.size, 1.0)
-    with _Reader(
+    with _ChunkReader(
       examples, decode, chunk=_CHUNK, threads=_THREADS, ahead=2 * _THREADS
     ) as reader:
       return _joined([*reader])
@@ -177,7 +177,7 @@ class Found(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Streaming:
-  """How streamed pictures are read.
+  """Options of reading streamed pictures.
 
   Attributes:
     workers: Processes that read ahead; 0: threads of this process.
@@ -400,7 +400,7 @@ def check_installed() -> None:
     ) from None
 
 
-class _Reader:
+class _ChunkReader:
   """Reads chunks of examples ahead, in order; a context manager.
 
   Args:
@@ -442,7 +442,7 @@ class _Reader:
   def __iter__(self) -> Iterator[_Read]:
     return self._chunks
 
-  def __enter__(self) -> "_Reader":
+  def __enter__(self) -> "_ChunkReader":
     return self
 
   def __exit__(self, *error: object) -> None:
@@ -509,7 +509,7 @@ class TrainingBatches:
     self._chunk = max(n for n in range(1, _CHUNK + 1) if len(rows) % n == 0)
     self._per_step = len(rows) // self._chunk
     self._options = options
-    self._reader: _Reader | None = None
+    self._reader: _ChunkReader | None = None
     self._next = 0
 
   def batch(self, number: int) -> Split:
@@ -537,7 +537,7 @@ class TrainingBatches:
       number: Number of the step, from 0.
 
     Returns:
-      What `batch` returns.
+      The result of `batch`.
 
     Raises:
       UserError: A picture cannot be read; the message names it.
@@ -549,9 +549,9 @@ class TrainingBatches:
     chunks = iter(self._reader)
     return _joined([next(chunks) for _ in range(self._per_step)])
 
-  def _open(self, start: int, stop: int | None) -> _Reader:
+  def _open(self, start: int, stop: int | None) -> _ChunkReader:
     options = self._options
-    return _Reader(
+    return _ChunkReader(
       self._examples,
       self._decode,
       chunk=self._chunk,

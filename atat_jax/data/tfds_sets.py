@@ -315,7 +315,7 @@ def _place(name: str, data_dir: str | None, source: str) -> pathlib.Path:
 # --- Records that stay on the disk --------------------------------------------
 
 
-class Records:
+class PreparedRecords:
   """Records of a prepared version, for `streamed.Pictures`.
 
   Each process opens the files itself: open ones cannot be handed on.
@@ -382,7 +382,8 @@ def stream(
   directory = _place(name, data_dir, source)
   described = _described(directory, name)
   train, test = (
-    Records(directory, described.splits[split]) for split in ("train", "test")
+    PreparedRecords(directory, described.splits[split])
+    for split in ("train", "test")
   )
   try:
     empty = not (len(train) and len(test))

@@ -147,16 +147,14 @@ def judge(
   checks.integer("first_batch", first_batch)
   num_examples = data.labels.shape[0]
 
-  def judge_batch(number: int, indices: Array) -> tuple[Array, Array]:
+  def judge_batch(place: int, indices: Array) -> tuple[Array, Array]:
     images, labels = _jitted_take(data, indices)
+    number = first_batch + place
     images = protocol.run(
-      rng.stream(key, "evaluation", first_batch + number),
-      classifier,
-      images,
-      labels,
+      rng.stream(key, "evaluation", number), classifier, images, labels
     )
     found = score(classifier, images, labels)
-    on_batch(min(batch_size, num_examples - number * batch_size))
+    on_batch(min(batch_size, num_examples - place * batch_size))
     stops.check()
     return found
 

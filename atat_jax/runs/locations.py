@@ -88,7 +88,7 @@ def find(
     The path; of an address a `epath.Path`, see `is_remote`.
 
   Raises:
-    UserError: What `expand` refuses; another scheme, no bucket, a store whose
+    UserError: Refused by `expand`; another scheme, no bucket, a store whose
       package is missing or that cannot be reached.
   """
   name = scheme(path) if isinstance(path, str | os.PathLike) else None

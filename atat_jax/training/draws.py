@@ -141,7 +141,7 @@ class BatchDraws:
       size: Number of batches in the arrays.
 
     Returns:
-      What `images` returns.
+      The result of `images`.
     """
     draw = self._images if self._streamed is None else self._streamed.follow
     return self._put(draw, numbers, size, self._put_images)

@@ -18,18 +18,7 @@ from atat_jax.runs import locations
 SCHEMES = ("gs", "gcs", "s3")
 
 
-def install(monkeypatch, root: pathlib.Path) -> list[str]:
-  """Puts a store in the place of gs:// and s3://.
-
-  Args:
-    monkeypatch: The fixture, which takes it away again.
-    root: Folder of the buckets.
-
-  Returns:
-    Paths of the objects that were written, in order.
-  """
-  written: list[str] = []
-
+def _make(root: pathlib.Path, written: list[str]) -> type[DirFileSystem]:
   class Store(DirFileSystem):
     protocol = SCHEMES
 
@@ -61,8 +50,23 @@ def install(monkeypatch, root: pathlib.Path) -> list[str]:
     def exists(self, path, **_):
       return pathlib.Path(self._join(path)).is_file() or self.isdir(path)
 
+  return Store
+
+
+def install(monkeypatch, root: pathlib.Path) -> list[str]:
+  """Puts a store in the place of gs:// and s3://.
+
+  Args:
+    monkeypatch: The fixture, which takes it away again.
+    root: Folder of the buckets.
+
+  Returns:
+    Paths of the objects that were written, in order.
+  """
+  written: list[str] = []
+  store = _make(root, written)
   for name in SCHEMES:
-    fsspec.register_implementation(name, Store, clobber=True)
+    fsspec.register_implementation(name, store, clobber=True)
   fsspec_backend._get_filesystem.cache_clear()
 
   def kvstore(path):
@@ -72,7 +76,7 @@ def install(monkeypatch, root: pathlib.Path) -> list[str]:
 
   def remove(path, missing_ok=False):
     del missing_ok
-    Store().rm(str(path), recursive=True)
+    store().rm(str(path), recursive=True)
 
   monkeypatch.setattr(gcs_utils, "get_kvstore_for_gcs", kvstore)
   monkeypatch.setattr(

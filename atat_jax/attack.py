@@ -37,7 +37,7 @@ from atat_jax import (
 from atat_jax.data import npz
 from atat_jax.data.base import Split, in_memory
 from atat_jax.errors import UserError
-from atat_jax.process import flag_values
+from atat_jax.process import arguments, flag_values
 from atat_jax.runs import configuration, files, locations, lock
 from atat_jax.typing import Classifier
 
@@ -171,15 +171,22 @@ def _call(module: str, name: str) -> Classifier:
 # --- The command --------------------------------------------------------------
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-  flags = argparse.ArgumentParser(
-    prog="python -m atat_jax.attack",
+PROGRAM = "python -m atat_jax.attack"
+
+
+def _parse(argv: Sequence[str] | None, program: str) -> argparse.Namespace:
+  flags = arguments.Parser(
+    program,
+    "SOURCE --out=DIR [flags]",
     description="Accuracy of a trained network, clean and under attack.",
-    epilog="example: python -m atat_jax.attack weights.pth --data cifar10"
-    " --epsilon 8/255 --attacks autoattack --out runs/mine",
+    example="runs/digits --out=runs/attacked --num-examples=100",
   )
   add = flags.add_argument
-  add("source", help="PyTorch weights, a run's directory, or module:function")
+  add(
+    "source",
+    metavar="SOURCE",
+    help="PyTorch weights, a run's directory, or module:function",
+  )
   add("--data", help="data set, .npz or folder; default: the run's")
   add("--data-dir", help="place of the data; default: the usual one")
   add("--size", type=int, default=0, help="side of pictures in a folder")
@@ -202,6 +209,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
   add("--num-examples", type=int, default=0, help="test images; 0: all")
   add("--batch-size", type=int, default=256, help="images at a time (256)")
   add("--seed", type=int, default=0, help="seed of the attacks (0)")
+  add(
+    "--certify",
+    action="store_true",
+    help="certify images by linear bounds, too (small networks, linf)",
+  )
   add("--entry", help="entry of the weights file to take")
   add(
     "--field",
@@ -231,16 +243,17 @@ def _of_run(args: argparse.Namespace) -> tuple[str, str | None, float]:
   return name, place, 8 / 255 if epsilon is None else epsilon
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None, *, program: str = PROGRAM) -> None:
   """Attacks the network that the command line names.
 
   Args:
     argv: Without the program; None: the command line.
+    program: Command as it is typed, for the help.
 
   Raises:
     UserError: Bad input, one clear line.
   """
-  args = _parse(argv)
+  args = _parse(argv, program)
   out = locations.expand("out", args.out)
   if (out / files.CONFIG).exists():
     raise UserError(
@@ -256,6 +269,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     "num_restarts": args.num_restarts,
   }
   evaluation.parse_list(args.attacks, **numbers)  # before anything is loaded
+  if args.certify and args.norm != "linf":
+    raise UserError(f"--certify: with norm {args.norm!r}; allowed: linf")
   images = load_images(
     name, data_dir=place, size=args.size, num_examples=args.num_examples
   )
@@ -274,10 +289,12 @@ def main(argv: Sequence[str] | None = None) -> None:
       name=pathlib.Path(args.source).stem.rpartition(":")[2],
       dataset=images.name,
       out=out,
+      certify=args.certify,
     )
     page = report.write_report(out)
   sys.stdout.write(f"\n{rows.table()}\n")
   sys.stdout.write(f"results: {out / files.RESULTS}\nreport:  {page}\n")
+  commands.say_next(f"open {page}; its warnings say what to doubt")
 
 
 if __name__ == "__main__":

@@ -108,8 +108,7 @@ def _items(state: TrainState) -> dict[str, Any]:
 
 
 def _directory(workdir: pathlib.Path | str) -> pathlib.Path:
-  # Orbax writes to no other store.
-  directory = locations.find("workdir", workdir, ("gs",))
+  directory = locations.find("workdir", workdir, locations.FOR_RUNS)
   if not locations.is_remote(directory):
     directory = directory.absolute()
   return directory / files.CHECKPOINTS
@@ -612,7 +611,7 @@ def find(
   if not directory.is_dir():
     raise UserError(
       f"workdir: {workdir} has no checkpoints; train first:"
-      " python main.py --mode=train --config=... --workdir=..."
+      " atat-jax train --config=... --workdir=..."
     )
   steps = _steps(directory)
   if not steps:

@@ -19,7 +19,7 @@ import numpy as np
 from flax import linen as nn
 from flax.core import meta
 
-from atat_jax.errors import UserError, shown
+from atat_jax.errors import UserError, near, shown
 from atat_jax.runs import wording
 from atat_jax.typing import Array, PyTree, Variables
 
@@ -177,7 +177,10 @@ def choice(name: str, value: object, allowed: Iterable[str]) -> None:
   """Checks that a value is one of the allowed names."""
   allowed = sorted(allowed)
   if not isinstance(value, str) or value not in allowed:
-    raise UserError(f"{name}: {shown(value)}; allowed: {', '.join(allowed)}")
+    raise UserError(
+      f"{name}: {shown(value)}{near(value, allowed)}; allowed:"
+      f" {', '.join(allowed)}"
+    )
 
 
 def boolean(name: str, value: object) -> None:

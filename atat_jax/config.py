@@ -65,6 +65,22 @@ _EVALUATION: dict[str, Any] = {
 _SHARED = ("epsilon", "step_size", "norm", "num_restarts")
 _FIELDS = (*_SECTIONS, *_TEXTS, "seed", "profile_steps", "teacher_workdir")
 
+MEANINGS = {
+  "seed": "Seed of a run: initial weights, batches and attacks.",
+  "method": "Training method, chosen behind the colon of --config.",
+  "recipe": "Note of the recipe that was chosen behind the colon of --config.",
+  "profile_steps": "First and last step of a profile; (): no profile.",
+  "teacher_workdir": "Finished run to take the teacher from; None: train one.",
+  "model.name": "Network, a name in `models.MODELS`.",
+  "evaluation.validation_attack": "Attack that chooses checkpoints.",
+  "evaluation.attacks": "Attacks of the table, names between commas.",
+  "evaluation.norm": "Norm of the ball.",
+  "evaluation.epsilon": "Radius of the attacks, pixels in [0, 1].",
+  "evaluation.step_size": "Length of a step, in the same unit.",
+  "evaluation.num_restarts": "Number of restarts of PGD.",
+}
+"""Fields that no dataclass of the plan describes."""
+
 # Larger numbers would fill the memory, or draw pictures that no program opens.
 _LARGEST = {
   ("evaluation", "batch_size"): 65_536,

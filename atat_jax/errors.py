@@ -1,12 +1,16 @@
 """Errors that a user can fix; commands print them in one line, no traceback."""
 
 import contextlib
+import difflib
 import reprlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 _LONGEST = 1_600
 """Most characters of a message."""
+
+_LONGEST_NAME = 100
+"""Most characters of a name that is compared with others."""
 
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = _short.maxlong = 200
@@ -61,6 +65,39 @@ def shown(value: Any) -> str:
     return one_line(_short.repr(value))
   except Exception:  # e.g. an integer of more than 4,300 digits
     return one_line(f"a value of type {kind} that cannot be shown")
+
+
+def nearest(value: object, known: Iterable[str]) -> str | None:
+  """Finds the name that somebody meant who misspelt it.
+
+  Args:
+    value: The name that does not exist.
+    known: Names that exist.
+
+  Returns:
+    The most similar name; None where none is like it.
+  """
+  if not isinstance(value, str) or not 0 < len(value) <= _LONGEST_NAME:
+    return None
+  names = {name.lower().replace("-", "_"): name for name in known}
+  found = difflib.get_close_matches(
+    value.lower().replace("-", "_"), names, 1, cutoff=0.65
+  )
+  return names[found[0]] if found else None
+
+
+def near(value: object, known: Iterable[str]) -> str:
+  """Says which name may be meant, for the message that refuses another.
+
+  Args:
+    value: The name that does not exist.
+    known: Names that exist.
+
+  Returns:
+    " (did you mean 'pgd'?)", or "" where no name is like it.
+  """
+  found = nearest(value, known)
+  return f" (did you mean {found!r}?)" if found else ""
 
 
 class UserError(ValueError):

@@ -44,7 +44,7 @@ from atat_jax.data.base import first_images, in_memory
 from atat_jax.data.photographs import read_photograph
 from atat_jax.errors import UserError
 from atat_jax.evaluation.networks import Networks
-from atat_jax.process import flag_values
+from atat_jax.process import arguments, flag_values
 from atat_jax.report import page
 from atat_jax.runs import (
   configuration,
@@ -512,11 +512,16 @@ def explain(
 # --- The command -------------------------------------------------------------
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-  flags = argparse.ArgumentParser(
-    prog="python -m atat_jax.explain",
-    description="Pictures of any networks: attention under attack, attention"
-    " shift, loss landscapes, curvature, accuracy against steps and epsilon.",
+PROGRAM = "python -m atat_jax.explain"
+
+
+def _parse(argv: Sequence[str] | None, program: str) -> argparse.Namespace:
+  flags = arguments.Parser(
+    program,
+    "[RUN ...] [--weights FILE ...] [flags]",
+    description="Pictures of any networks: attention under attack, its shift,"
+    " loss landscapes,\ncurvature, accuracy against steps and epsilon.",
+    example="runs/digits/teacher runs/digits --out=explained",
   )
   _add_subject(flags)
   _add_numbers(flags)
@@ -542,8 +547,7 @@ def _add_subject(flags: argparse.ArgumentParser) -> None:
     "--model",
     nargs="+",
     default=[],
-    help="networks that the files must be of; default: as they show: "
-    + ", ".join(models.MODELS),
+    help="networks that the files must be of; default: as they show",
   )
   add("--entry", help="entry of the files to take, such as model_ema")
   add(
@@ -556,8 +560,7 @@ def _add_subject(flags: argparse.ArgumentParser) -> None:
   )
   add(
     "--data",
-    help="data set whose test images are explained: "
-    + ", ".join(data.DATASETS),
+    help=f"its test images are explained: {', '.join(data.DATASETS)}",
   )
   add("--images", nargs="+", default=[], help="photographs")
   add(
@@ -575,8 +578,8 @@ def _add_subject(flags: argparse.ArgumentParser) -> None:
   add("--class-names", help="text file with one class name a line")
   add(
     "--figures",
-    help=f"analyses, some of {','.join(analyses.ANALYSES)}; default: all, for"
-    f" photographs {_OF_FEW}",
+    help=f"{','.join(analyses.ANALYSES)}; default: all, for photographs"
+    f" {_OF_FEW}",
   )
 
 
@@ -586,7 +589,7 @@ def _add_numbers(flags: argparse.ArgumentParser) -> None:
     for field in dataclasses.fields(analyses.FigureSettings)
   }
   add = flags.add_argument
-  attack = "default: as the runs are evaluated; photographs:"
+  attack = "default: as the runs have it; photographs:"
   add(
     "--epsilon",
     type=flag_values.number,
@@ -597,7 +600,7 @@ def _add_numbers(flags: argparse.ArgumentParser) -> None:
     type=flag_values.number,
     help=f"length of a step; {attack} 2/255",
   )
-  add("--norm", help=f"norm: linf, l2 or l1; {attack} linf")
+  add("--norm", help=f"linf, l2, l1; {attack} linf")
   add(
     "--attack",
     default="pgd20",
@@ -609,10 +612,10 @@ def _add_numbers(flags: argparse.ArgumentParser) -> None:
     (
       "num_examples",
       int,
-      "shift, curvature, steps, epsilons: number of images",
+      "images of shift, curvature, steps, epsilons",
     ),
     ("num_points", int, "landscape: points a side"),
-    ("num_steps", int, "steps: number of steps of the longest attack"),
+    ("num_steps", int, "steps: steps of the longest attack"),
     ("batch_size", int, "images at a time"),
     ("seed", int, "seed of all random numbers"),
   ):
@@ -628,7 +631,7 @@ def _add_numbers(flags: argparse.ArgumentParser) -> None:
     (
       "epsilons",
       flag_values.number,
-      "epsilons: radii; default: some around --epsilon",
+      "epsilons: radii; default: around --epsilon",
     ),
   ):
     add(f"--{name}", nargs="+", type=number, help=text)
@@ -667,16 +670,17 @@ def _settings(args: argparse.Namespace) -> analyses.FigureSettings:
   )
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None, *, program: str = PROGRAM) -> None:
   """Explains what the command line names.
 
   Args:
     argv: Without the program; None: the command line.
+    program: Command as it is typed, for the help and the page.
 
   Raises:
     UserError: Bad input, one clear line.
   """
-  args = _parse(argv)
+  args = _parse(argv, program)
   if (args.out / files.CONFIG).exists():
     raise UserError(
       f"out: {args.out} holds a run, whose results.json would be replaced;"
@@ -707,12 +711,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
   analyses.check_images(settings, len(subject.labels))
   words = sys.argv[1:] if argv is None else argv
-  command = provenance.join(["python", "-m", "atat_jax.explain", *words])
+  command = provenance.join([*program.split(), *words])
   with lock.directory("out", args.out):
     path = explain(subject, settings, args.out, command=command)
   sys.stdout.write(
     f"arrays:  {args.out}\nfigures: {args.out / 'figures'}\npage:    {path}\n"
   )
+  commands.say_next(f"open {path}")
 
 
 if __name__ == "__main__":

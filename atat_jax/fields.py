@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from atat_jax import checks
-from atat_jax.errors import UserError, shown
+from atat_jax.errors import UserError, near, shown
 
 T = TypeVar("T")
 
@@ -151,7 +151,9 @@ def check_names(
   known = sorted(known)
   for name in given:
     if name not in known:
-      raise UserError(f"{name}: no such field; allowed: {', '.join(known)}")
+      raise UserError(
+        f"{name}: no such field{near(name, known)}; allowed: {', '.join(known)}"
+      )
   for name in required:
     if name not in given:
       raise UserError(f"{name}: missing; allowed: a configuration that has it")

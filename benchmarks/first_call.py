@@ -1,14 +1,25 @@
 """Seconds of the first call of an attack in a fresh process, caches off.
 
-  python -m benchmarks.first_call --network convnet --attack fgsm
+  python -m benchmarks.first_call --network convnet wrn-10-1 --out=first_call.json
 
-Imports, weights and images are not counted. On a machine with other work the
-CPU seconds, of all threads, say more than those of the clock.
+Every measurement has a process of its own, and the cases take turns. Imports,
+weights and images are not counted. On a machine with other work the CPU seconds,
+of all threads, say more than those of the clock.
 """
 
 import argparse
+import json
+import statistics
+import subprocess
+import sys
 import time
+from collections.abc import Iterator, Sequence
 from typing import Any
+
+from atat_jax.errors import UserError
+from atat_jax.runs import tables
+from benchmarks.support import machine
+from benchmarks.support.machine import ROOT, whole
 
 NETWORKS = ("convnet", "wrn-10-1", "wrn-16-4")
 
@@ -83,15 +94,82 @@ def measure(network: str, attack: str) -> dict[str, float]:
   return found
 
 
-def main() -> None:
-  """Prints one line."""
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--network", choices=NETWORKS, default="convnet")
-  parser.add_argument("--attack", choices=("fgsm", "pgd"), default="fgsm")
-  args = parser.parse_args()
-  found = measure(args.network, args.attack)
-  numbers = ", ".join(f"{name} {x:.3g}" for name, x in found.items())
-  print(f"{args.network} {args.attack}: {numbers}")
+ATTACKS = ("fgsm", "pgd")
+_ONE = (
+  "import json, sys; from benchmarks import first_call;"
+  " print(json.dumps(first_call.measure(*sys.argv[1:])))"
+)
+
+
+def _in_a_process(network: str, attack: str) -> dict[str, float]:
+  done = subprocess.run(  # noqa: S603 - this Python, names from the choices
+    [sys.executable, "-c", _ONE, network, attack],
+    capture_output=True,
+    text=True,
+    cwd=ROOT,
+    check=False,
+  )
+  if done.returncode:
+    raise UserError(f"{network} {attack}: {done.stderr.strip()[-500:]}")
+  found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+  return found
+
+
+def _rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+  cases = [(n, a) for n in args.network for a in args.attack]
+  found: dict[tuple[str, str], list[dict[str, float]]] = {c: [] for c in cases}
+  for _ in range(args.repeats):
+    for case in cases:
+      found[case].append(_in_a_process(*case))
+  for (network, attack), calls in found.items():
+    numbers = {
+      name: statistics.median(call[name] for call in calls) for name in calls[0]
+    }
+    spread = [call["first, CPU (s)"] for call in calls]
+    yield {
+      "name": f"{attack}/{network}",
+      "repeats": args.repeats,
+      "spread": (min(spread), max(spread)),
+      **numbers,
+    }
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+  """Tabulates medians, and the range of the first call's CPU seconds."""
+  head = ["first call", "CPU (s)", "from", "to", "clock (s)", "programs"]
+  lines = [[*head, "second call, CPU (s)"]]
+  for row in rows:
+    lines.append(
+      [
+        row["name"],
+        f"{row['first, CPU (s)']:.2f}",
+        *(f"{end:.2f}" for end in row["spread"]),
+        f"{row['first (s)']:.2f}",
+        f"{row['programs']:.0f}",
+        f"{row['second, CPU (s)']:.3f}",
+      ]
+    )
+  return tables.markdown(lines)
+
+
+def _line(row: dict[str, Any]) -> str:
+  return f"{row['name']}: {row['first, CPU (s)']:.2f} CPU s"
+
+
+def parser() -> argparse.ArgumentParser:
+  """Makes the parser of the flags."""
+  made = machine.measurement_parser(__doc__)
+  add = made.add_argument
+  add("--network", nargs="+", choices=NETWORKS, default=list(NETWORKS[:2]))
+  add("--attack", nargs="+", choices=ATTACKS, default=list(ATTACKS))
+  add("--repeats", type=whole, default=5)
+  return made
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+  """Runs the command."""
+  args = parser().parse_args(argv)
+  machine.run(args, _rows(args), table, line=_line)
 
 
 if __name__ == "__main__":

@@ -164,7 +164,8 @@ def _make_run(
   config.evaluation.attacks = args.attacks
   config.evaluation.teacher = False  # it is a run of its own
   # The other analyses would take minutes for all runs together.
-  config.figures.analyses = "attention"
+  config.figures.analyses = "attention,shift"
+  config.figures.rounds = (20,)  # the shift under PGD-20
   if make_plan(config).objective.needs_teacher:
     config.teacher_workdir = str(directory / TEACHER)
   configs = [config]

@@ -4,14 +4,18 @@
     --out=precision.json
 
 Each network is attacked in the precision that it is scored in, from the same
-random numbers. On a CPU the compiler may leave a rounding out, which
+random numbers. The images are the same, so that the difference's standard error is
+that of paired answers. On a CPU the compiler may leave a rounding out, which
 XLA_FLAGS=--xla_allow_excess_precision=false forbids.
 """
 
 import argparse
+import math
 import pathlib
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from atat_jax.runs import tables
 from benchmarks.support import machine
@@ -21,11 +25,48 @@ DTYPES = ("float32", "bfloat16")
 ATTACKS = ("nominal", "pgd20", "autoattack-fast")
 
 
-def _rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-  import jax
-  import jax.numpy as jnp
+class Subject(NamedTuple):
+  """Trained network and the test images that it is judged on.
 
-  from atat_jax import checkpoints, data, evaluation, models, sharding
+  Attributes:
+    data: Name of the data set.
+    model: The module.
+    variables: Parameters and running statistics.
+    split: Images and labels, on the devices of `mesh`.
+    mesh: The devices.
+  """
+
+  data: str
+  model: Any
+  variables: Any
+  split: Any
+  mesh: Any
+
+  def correct(
+    self, args: argparse.Namespace, attack: str, dtype: str | None = None
+  ) -> np.ndarray:
+    """Judges the images under an attack; returns bool [N]."""
+    import jax
+
+    from atat_jax import evaluation, models
+
+    protocol = evaluation.parse(
+      attack, epsilon=args.epsilon, step_size=args.step_size
+    )
+    model = self.model if dtype is None else self.model.clone(dtype=dtype)
+    return evaluation.judge(
+      jax.random.key(args.seed),
+      models.classifier(model, self.variables),
+      self.split,
+      protocol=protocol,
+      batch_size=args.batch_size,
+      mesh=self.mesh,
+    ).correct
+
+
+def load(args: argparse.Namespace) -> Subject:
+  """Restores the network of a run directory, with its test images."""
+  from atat_jax import checkpoints, data, sharding
   from atat_jax.runs import configuration
 
   folder = args.workdir.resolve()
@@ -38,24 +79,17 @@ def _rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
   split = sharding.put_replicated(
     mesh, data.Split(*(array[: args.num_examples] for array in test))
   )
+  return Subject(arguments["name"], model, variables, split, mesh)
+
+
+def _rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+  subject = load(args)
   for attack in args.attacks:
-    protocol = evaluation.parse(
-      attack, epsilon=args.epsilon, step_size=args.step_size
-    )
-    full, half = (
-      evaluation.judge(
-        jax.random.key(args.seed),
-        models.classifier(model.clone(dtype=jnp.dtype(dtype)), variables),
-        split,
-        protocol=protocol,
-        batch_size=args.batch_size,
-        mesh=mesh,
-      ).correct
-      for dtype in DTYPES
-    )
+    full, half = (subject.correct(args, attack, dtype) for dtype in DTYPES)
     yield {
       "name": f"{attack}/n{len(full)}",
-      "data": arguments["name"],
+      "num_examples": len(full),
+      "data": subject.data,
       "epsilon": args.epsilon,
       "float32": float(full.mean()),
       "bfloat16": float(half.mean()),
@@ -64,9 +98,22 @@ def _rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     }
 
 
+def paired_error(row: dict[str, Any]) -> float:
+  """Returns the standard error of the difference of two accuracies.
+
+  The difference is the mean over the images of 1 where only bfloat16 is right,
+  -1 where only float32 is, and 0 elsewhere.
+  """
+  count = row["num_examples"]
+  apart = row["float32_only"] + row["bfloat16_only"]
+  mean = (row["bfloat16_only"] - row["float32_only"]) / count
+  return math.sqrt(max(apart / count - mean**2, 0.0) / count)
+
+
 def table(rows: Sequence[dict[str, Any]]) -> str:
   """Tabulates accuracies (%) and images that only one side has right."""
-  lines = [["attack", *DTYPES, "difference", *(f"{x} only" for x in DTYPES)]]
+  head = ["attack", *DTYPES, "difference", "+-"]
+  lines = [[*head, *(f"{x} only" for x in DTYPES)]]
   for row in rows:
     shares = [100 * row[dtype] for dtype in DTYPES]
     lines.append(
@@ -74,6 +121,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         row["name"],
         *(f"{share:.2f}" for share in shares),
         f"{shares[1] - shares[0]:+.2f}",
+        f"{100 * paired_error(row):.2f}",
         *(str(row[f"{dtype}_only"]) for dtype in DTYPES),
       ]
     )
@@ -87,16 +135,23 @@ def _line(row: dict[str, Any]) -> str:
 def parser() -> argparse.ArgumentParser:
   """Makes the parser of the flags."""
   made = machine.measurement_parser(__doc__)
-  add = made.add_argument
+  add_subject_flags(made)
+  made.add_argument(
+    "--attacks", nargs="+", default=list(ATTACKS), help="names of protocols"
+  )
+  return made
+
+
+def add_subject_flags(parser: argparse.ArgumentParser) -> None:
+  """Adds the flags that name the network, its images and the attacks' sizes."""
+  add = parser.add_argument
   add("--workdir", type=pathlib.Path, required=True, help="run directory")
   add("--data_dir", help="directory of the data; default: the run's")
-  add("--attacks", nargs="+", default=list(ATTACKS), help="names of protocols")
   add("--epsilon", type=number, default=8 / 255)
   add("--step_size", type=number, default=2 / 255)
   add("--num_examples", type=whole, default=1000)
   add("--batch_size", type=whole, default=500)
   add("--seed", type=int, default=0)
-  return made
 
 
 def main(argv: Sequence[str] | None = None) -> None:

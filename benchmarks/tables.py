@@ -15,7 +15,17 @@ from typing import Any
 
 from atat_jax.errors import UserError
 from atat_jax.runs import files
-from benchmarks import attacks, kernels, maps, savings, scaling, step
+from benchmarks import (
+  attacks,
+  first_call,
+  kernels,
+  maps,
+  precision,
+  savings,
+  scaling,
+  step,
+  traffic,
+)
 from benchmarks.support import comparison, machine
 
 RESULTS = machine.ROOT / "benchmarks" / "results"
@@ -53,6 +63,9 @@ _CPU: dict[str, Callable[[Found], str]] = {
   "scaling": _of_rows(scaling.page),
   "savings": _of_rows(savings.table),
   "maps": _of_rows(maps.table),
+  "first_call": _of_rows(first_call.table),
+  "traffic": _of_rows(traffic.table),
+  "precision": _of_rows(precision.table),
 }
 PARTS: dict[str, tuple[str, Callable[[Found], str]]] = {
   **{name: (f"cpu/{name}.json", table) for name, table in _CPU.items()},

@@ -2,8 +2,9 @@
 
   pip install --no-deps jax-cuda12-plugin==VERSION jax-cuda12-pjrt==VERSION \\
     nvidia-cuda-nvcc-cu12
-  JAX_PLATFORMS=cpu python -m benchmarks.traffic --model=wrn-28-10 \\
-    --method=at --dtype=bfloat16 --batch_size=256 --out=traffic.json
+  JAX_PLATFORMS=cpu python -m benchmarks.traffic --model=wrn-28-10 --method=at \\
+    --dtype=bfloat16 --batch_size=256 --statistics batch running \\
+    --out=traffic.json
 
 VERSION is that of jax; no driver is needed. XLA compiles for a GPU of which it
 has the description only (`targets/`). Counted are the operands and results of
@@ -128,13 +129,16 @@ def kernels(text: str) -> list[Kernel]:
   return list(listed(entry, 1))
 
 
-def _attack(case: step.Case) -> dict[str, Any]:
+def _attack(case: step.Case, statistics: str) -> dict[str, Any]:
   if case.method == "standard":
     return {}
-  return step.ATTACK | {"num_steps": case.num_steps}
+  fields = {"attack_batch_norm": statistics, "num_steps": case.num_steps}
+  if statistics == "running":
+    fields["attack_moves_statistics"] = False
+  return step.ATTACK | fields
 
 
-def compiled(case: step.Case, target: str) -> str:
+def compiled(case: step.Case, statistics: str, target: str) -> str:
   """Compiles a train step for a GPU by its description; returns the program."""
   import jax
   import jax.numpy as jnp
@@ -147,7 +151,7 @@ def compiled(case: step.Case, target: str) -> str:
     "", platform="cuda", topology="1x1x1", target_config=target
   )
   mesh = sharding.make_mesh(topology.devices[:1])
-  objective = objectives.create(case.method, **_attack(case))
+  objective = objectives.create(case.method, **_attack(case, statistics))
   model = networks.network(
     case.model, dtype=jnp.dtype(case.dtype), convolution="xla"
   )
@@ -191,16 +195,16 @@ def compiled(case: step.Case, target: str) -> str:
   return str(lowered.compile(compiler_options=options).as_text())
 
 
-def measure(case: step.Case, target: str) -> dict[str, Any]:
+def measure(case: step.Case, statistics: str, target: str) -> dict[str, Any]:
   """Counts kernels, launches and bytes of a case, by kind."""
   sizes: collections.Counter[str] = collections.Counter()
   launches: collections.Counter[str] = collections.Counter()
-  found = kernels(compiled(case, target))
+  found = kernels(compiled(case, statistics, target))
   for kernel in found:
     sizes[kernel.kind] += kernel.size * kernel.times
     launches[kernel.kind] += kernel.times
   return {
-    "name": case.name,
+    "name": f"{case.name}/{statistics}",
     "case": dataclasses.asdict(case),
     "kernels": len(found),
     "launches": dict(launches),
@@ -234,6 +238,13 @@ def parser() -> argparse.ArgumentParser:
   made = machine.measurement_parser(__doc__)
   step.add_case_flags(made)
   made.add_argument(
+    "--statistics",
+    nargs="+",
+    choices=("batch", "running"),
+    default=["batch"],
+    help="BatchNorm's statistics in the attack",
+  )
+  made.add_argument(
     "--target", default="h200", help="description of the GPU, in targets/"
   )
   return made
@@ -248,7 +259,8 @@ def _rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for name in ("num_devices", "steps_per_dispatch"):
       if getattr(case, name) != 1:
         raise UserError(f"{name}: {getattr(case, name)}; allowed: 1")
-    yield measure(case, path.read_text(encoding="utf-8"))
+    for statistics in args.statistics:
+      yield measure(case, statistics, path.read_text(encoding="utf-8"))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from atat_jax import analyses
+from atat_jax.errors import near
 from atat_jax.objectives import OBJECTIVES, SETTINGS, defaults, setting
 
 MODERN = {
@@ -182,10 +183,15 @@ def parse(choice: str, recipes: tuple[str, ...] = RECIPES) -> tuple[str, str]:
   method, *rest = choice.split(",")
   known = (*OBJECTIVES, *SETTINGS)
   if method not in known:
-    raise ValueError(f"method: {method!r}; allowed: {', '.join(known)}")
+    raise ValueError(
+      f"method: {method!r}{near(method, known)}; allowed: {', '.join(known)}"
+    )
   recipe = ",".join(rest) if rest else recipes[0]
   if recipe not in recipes:
-    raise ValueError(f"recipe: {recipe!r}; allowed: {', '.join(recipes)}")
+    raise ValueError(
+      f"recipe: {recipe!r}{near(recipe, recipes)}; allowed:"
+      f" {', '.join(recipes)}"
+    )
   return method, recipe
 
 

@@ -6,8 +6,10 @@ are computed, drawn and put into a sentence, and a line in `ANALYSES`.
 """
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -33,6 +35,7 @@ from atat_jax.analyses.landscape import loss_landscape
 from atat_jax.analyses.rounds import attention_rounds
 from atat_jax.analyses.shift import attention_shift
 from atat_jax.analyses.steps import attack_steps
+from atat_jax.data import batches
 from atat_jax.errors import UserError
 from atat_jax.evaluation.networks import Networks, check_networks
 from atat_jax.process import stops
@@ -122,6 +125,7 @@ def num_images(settings: FigureSettings, count: int) -> int:
   """
   checks.instance("settings", settings, FigureSettings, "FigureSettings")
   checks.count("count", count)
+  _check_names(settings.analyses)
   needed = [max(ANALYSES[x].images(settings, count)) for x in settings.analyses]
   return 1 + max(needed, default=0)
 
@@ -218,8 +222,14 @@ def write(
       stops.check()
       bar.set_postfix_str(name)
       paths.append(ANALYSES[name].path(directory))
-      base.write(ANALYSES[name], paths[-1], inputs, settings, mesh)
+      with batches.watch(functools.partial(_show_batch, bar, name)):
+        base.write(ANALYSES[name], paths[-1], inputs, settings, mesh)
   return paths
+
+
+def _show_batch(bar: Any, name: str, done: int, count: int) -> None:
+  """Moves the bar by a batch of an analysis."""
+  bar.set_postfix_str(f"{name}, {done}/{count} images")
 
 
 def sections(

@@ -195,6 +195,17 @@ def _is_rule(eqn: Any, name: str) -> bool:
   return eqn.primitive.name in _WITH_RULES and name not in _INNER
 
 
+def called(eqn: Any) -> Any | None:
+  """Returns the program that an equation runs on its operands; None: none.
+
+  Args:
+    eqn: Equation of a traced program.
+  """
+  if eqn.primitive.name not in _CALLS:
+    return None
+  return next(eqn.params[key] for key in _INNER if key in eqn.params)
+
+
 def _is_hoisted(value: Any) -> bool:
   """Whether a constant becomes an argument.
 
@@ -273,8 +284,8 @@ class _Substitution:
         )
       return out if eqn.primitive.multiple_results else [out]
     name, params = eqn.primitive.name, eqn.params
-    if name in _CALLS:
-      inner = next(params[key] for key in _INNER if key in params)
+    inner = called(eqn)
+    if inner is not None:
       return self.closed(inner, *args)
     if name == "scan":
       return self._scan(params, args)

@@ -106,7 +106,7 @@ def spec(
       read.
   """
   member, rest = _source(name)
-  _check_place(name, data_dir, cache_dir, source, size)
+  _check_place(name, data_dir, cache_dir, source, size, streaming)
   if streaming is not None:
     return _find(name, data_dir, source, size).describe(size)
   if member.spec is not None:
@@ -143,9 +143,12 @@ def _check_place(
   cache_dir: str | None,
   source: str,
   size: int,
+  streaming: Streaming | None,
 ) -> None:
   """Checks where and how data are to be read."""
   checks.integer("size", size, 0, LARGEST_SIDE)
+  if streaming is not None:
+    checks.instance("streaming", streaming, Streaming, "a data.Streaming")
   for field, place in (("data_dir", data_dir), ("cache_dir", cache_dir)):
     if place is not None:
       reads = locations.find if field == "data_dir" else locations.expand
@@ -199,7 +202,7 @@ def load(
   """
   member, rest = _source(name)
   checks.count("validation_size", validation_size)
-  _check_place(name, data_dir, cache_dir, source, size)
+  _check_place(name, data_dir, cache_dir, source, size, streaming)
   if streaming is not None:
     there = _find(name, data_dir, source, size)
     streamed.check_installed()

@@ -4,8 +4,9 @@ A resumed run needs the step and nothing else, and every process can compute
 the whole batch and take its part.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
@@ -90,6 +91,23 @@ def eval_batches(
   return (position % num_examples).astype(np.int32), position < num_examples
 
 
+_listeners: list[Callable[[int, int], object]] = []
+
+
+@contextlib.contextmanager
+def watch(listener: Callable[[int, int], object]) -> Iterator[None]:
+  """Has somebody told of every batch that `map_batches` is done with.
+
+  Args:
+    listener: Function of the number of examples done, and of all of them.
+  """
+  _listeners.append(listener)
+  try:
+    yield
+  finally:
+    _listeners.remove(listener)
+
+
 def map_batches(
   function: Callable[..., PyTree],
   *arrays: np.ndarray,
@@ -122,6 +140,8 @@ def map_batches(
   for number, rows in enumerate(indices):
     batch = [sharding.put_batch(mesh, array[rows]) for array in arrays]
     results.append(sharding.to_host(mesh, function(number, *batch)))
+    for listener in _listeners:
+      listener(min((number + 1) * batch_size, count), count)
   return jax.tree.map(
     lambda *parts: np.concatenate(parts, axis).take(range(count), axis),
     *results,

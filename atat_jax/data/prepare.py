@@ -8,7 +8,6 @@ everything else (features, names, keys, order, files) is left to the stock
 builder, so that `tfds.data_source` reads the result like any other.
 """
 
-import argparse
 import hashlib
 import http.client
 import io
@@ -21,9 +20,11 @@ import numpy as np
 import tqdm
 
 from atat_jax.data import archives, base, cifar, tfds_sets
-from atat_jax.errors import UserError
-from atat_jax.process import commands, stops
+from atat_jax.errors import UserError, near, shown
+from atat_jax.process import arguments, commands, stops
 from atat_jax.runs import files, locations, lock
+
+PROGRAM = "python -m atat_jax.data.prepare"
 
 _BLOCK = 1 << 18
 _TIMEOUT_SECONDS = 60
@@ -197,7 +198,9 @@ def _checked(
 ) -> tuple[base.DatasetSpec, pathlib.Path]:
   """Checks the arguments; returns the data set and its directory."""
   if not isinstance(name, str) or name not in _SPECS:
-    raise UserError(f"name={name!r}: must be one of {', '.join(_SPECS)}")
+    raise UserError(
+      f"name: {shown(name)}{near(name, _SPECS)}; allowed: {', '.join(_SPECS)}"
+    )
   spec = _SPECS[name]
   root = locations.expand("data_dir", data_dir) if data_dir else None
   try:
@@ -268,25 +271,46 @@ def _prepare(
   _builder(spec, root, splits).download_and_prepare()
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-  """Runs the command line; exits with status 1 after an error."""
-  parser = argparse.ArgumentParser(
-    prog="python -m atat_jax.data.prepare",
-    description="Downloads CIFAR and prepares it for tensorflow-datasets.",
+def main(argv: Sequence[str] | None = None, *, program: str = PROGRAM) -> None:
+  """Prepares the data set that the command line names.
+
+  Args:
+    argv: Without the program; None: the command line.
+    program: Command as it is typed, for the help.
+
+  Raises:
+    SystemExit: Status 1 after an error.
+  """
+  parser = arguments.Parser(
+    program,
+    "NAME [--data-dir=DIR] [--archive=PATH]",
+    description="Downloads CIFAR and prepares it for tensorflow-datasets,"
+    " without TensorFlow.",
+    example="cifar10 --data-dir=data",
   )
-  parser.add_argument("name", choices=sorted(_SPECS))
   parser.add_argument(
+    "name", choices=sorted(_SPECS), metavar="NAME", help=", ".join(_SPECS)
+  )
+  parser.add_argument(
+    "--data-dir",
     "--data_dir",
+    metavar="DIR",
     help="tfds data directory (default: $TFDS_DATA_DIR or"
     " ~/tensorflow_datasets)",
   )
   parser.add_argument(
-    "--archive", help="official archive to use instead of downloading it"
+    "--archive",
+    metavar="PATH",
+    help="official archive to use instead of downloading it",
   )
   args = parser.parse_args(argv)
   with commands.plain_exits():
     stops.started()
-    prepare(args.name, data_dir=args.data_dir, archive=args.archive)
+    found = prepare(args.name, data_dir=args.data_dir, archive=args.archive)
+    commands.say_next(
+      f"atat-jax run --config={args.name}:at,fast --workdir=runs/{args.name}"
+      f" --config.data.dir={found.parents[1]}"
+    )
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from atat_jax import checks, compilation, sharding
 from atat_jax.attacks import base
 from atat_jax.data.base import Split, as_floats
 from atat_jax.errors import UserError
-from atat_jax.evaluation import measuring, protocols
+from atat_jax.evaluation import certifying, measuring, protocols
 from atat_jax.runs import files, locations, provenance, terminal
 from atat_jax.typing import Array, Classifier
 
@@ -59,7 +59,12 @@ class Rows(list[dict[str, Any]]):
       for found in self.diagnostics.values()
       if found["flag"]
     ]
-    return "\n".join([terminal.results_table(self.content), *warnings])
+    told = [
+      f"certified: {found['message']}"
+      for name, found in self.diagnostics.items()
+      if name.endswith("_certified") and not found["flag"]
+    ]
+    return "\n".join([terminal.results_table(self.content), *told, *warnings])
 
 
 def benchmark(
@@ -77,6 +82,7 @@ def benchmark(
   name: str = "network",
   dataset: str = "images",
   out: pathlib.Path | str | None = None,
+  certify: bool = False,
   mesh: Mesh | None = None,
 ) -> Rows:
   """Measures the accuracy of a classifier, clean first and then attacked.
@@ -97,6 +103,8 @@ def benchmark(
     dataset: Name of the images in the rows.
     out: Directory for `results.json`, where an interrupted call goes on and
       later ones add rows; None: nothing is written.
+    certify: Whether images are certified, too (`bounds.crown`), which no attack
+      may contradict; for small networks, linf only.
     mesh: The devices; None: all of them.
 
   Returns:
@@ -110,9 +118,13 @@ def benchmark(
   step = epsilon / 4 if step_size is None else step_size
   shared = {"norm": norm, "epsilon": epsilon, "step_size": step}
   protocols_ = _protocols(attacks, **shared, num_restarts=num_restarts)
+  checks.boolean("certify", certify)
+  if certify and norm != "linf":
+    raise UserError(f"certify: True with norm {norm!r}; allowed: norm 'linf'")
   fields = {"model": name, "dataset": dataset, "batch_size": batch_size}
+  radius = epsilon if certify else None
   test = _split(images, labels)
-  return _measure(key, classifier, test, protocols_, fields, out, mesh)
+  return _measure(key, classifier, test, protocols_, fields, out, mesh, radius)
 
 
 def _measure(
@@ -123,6 +135,7 @@ def _measure(
   fields: dict[str, Any],
   out: pathlib.Path | str | None,
   mesh: Mesh | None,
+  radius: float | None,
 ) -> Rows:
   """Measures the rows of some protocols; `fields` are the caller's own."""
   for field in ("model", "dataset"):
@@ -149,8 +162,29 @@ def _measure(
     measuring.Pending(measuring.row_of(one, **shared), one, classifier)
     for one in chosen
   ]
+  if radius is not None:
+    _certify(table, classifier, test, fields, radius)
   measuring.complete(table, pending, test, num_classes=num_classes, mesh=mesh)
   return Rows(table.content)
+
+
+def _certify(
+  table: measuring.ResultsTable,
+  classifier: Classifier,
+  test: Split,
+  fields: dict[str, Any],
+  radius: float,
+) -> None:
+  """Certifies the images, unless that is done."""
+  wanted = certifying.wanted(
+    model=fields["model"],
+    epsilon=radius,
+    num_examples=len(test.labels),
+    checkpoint_step=None,
+  )
+  if not table.has_certificate(wanted):
+    size = fields["batch_size"]
+    table.certify(certifying.measure(wanted, classifier, test, batch_size=size))
 
 
 def _checked(classifier: Classifier, test: Split) -> tuple[Classifier, int]:

@@ -25,7 +25,7 @@ from atat_jax.attacks import diagnostics, nonfinite
 from atat_jax.attacks.diagnostics import Diagnostic
 from atat_jax.data.base import Split, as_floats, count
 from atat_jax.data.streamed import Pictures
-from atat_jax.evaluation import accuracies, parts, rules
+from atat_jax.evaluation import accuracies, certifying, parts, rules
 from atat_jax.evaluation.protocols import Protocol
 from atat_jax.process import stops
 from atat_jax.runs import files, tables, worst_case
@@ -147,6 +147,12 @@ class ResultsTable:
       if row["model"] in steps
       and steps[row["model"]] == row.get("checkpoint_step")
     }
+    self._certificates = [
+      one
+      for one in self.content.get("certificates", [])
+      if one["model"] in steps
+      and steps[one["model"]] == one.get("checkpoint_step")
+    ]
     if path is not None and jax.process_index() == 0:
       self._keep_rows_of_damaged(path, stored)
 
@@ -173,17 +179,41 @@ class ResultsTable:
   def add(self, row: Row) -> None:
     """Adds a row and writes the file."""
     self._rows[identity(row)] = row
+    self._write()
+
+  def has_certificate(self, wanted: certifying.Certificate) -> bool:
+    """Whether images have been certified."""
+    return any(certifying.is_same(wanted, one) for one in self._certificates)
+
+  def certify(self, certificate: certifying.Certificate) -> None:
+    """Adds a certificate and writes the file."""
+    self._certificates.append(certificate)
+    self._write()
+
+  def _diagnostics(self, rows: Sequence[Row]) -> dict[str, Diagnostic]:
+    found = {
+      f"{model}_{rule}": one
+      for model in self.steps
+      for rule, one in rules.diagnose(rows, model).items()
+    }
+    for one in self._certificates:
+      check = certifying.check(one, rows)
+      name = f"{one['model']}_certified"
+      # Among several radii a contradiction counts, otherwise the last.
+      if check and not (name in found and found[name]["flag"]):
+        found[name] = check
+    return found
+
+  def _write(self) -> None:
     rows = list(self._rows.values())
     self.content = {
       "format": 1,
       "run": self._record,
       "rows": worst_case.complete(rows),
-      "diagnostics": {
-        f"{model}_{rule}": found
-        for model in self.steps
-        for rule, found in rules.diagnose(rows, model).items()
-      },
+      "diagnostics": self._diagnostics(rows),
     }
+    if self._certificates:
+      self.content["certificates"] = self._certificates
     if self.path is not None and jax.process_index() == 0:
       files.write_json(self.path, self.content, sealed=True)
 

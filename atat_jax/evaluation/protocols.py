@@ -21,7 +21,7 @@ from atat_jax.attacks import balls, base
 from atat_jax.attacks.autoattack import versions
 from atat_jax.attacks.autoattack.screening import SCREENINGS
 from atat_jax.attacks.targeting import TARGETINGS
-from atat_jax.errors import UserError, shown
+from atat_jax.errors import UserError, near, nearest, shown
 from atat_jax.runs import better_attacks, wording
 from atat_jax.typing import Array, Classifier
 
@@ -127,7 +127,33 @@ def allowed_names() -> str:
 
 
 def _not_allowed(name: str) -> UserError:
-  return UserError(f"attack: {name!r}; allowed: {allowed_names()}")
+  return UserError(
+    f"attack: {name!r}{_meant(name)}; allowed: {allowed_names()}"
+  )
+
+
+def _meant(name: str) -> str:
+  """Says which protocol a misspelt name may stand for."""
+  head, colon, rest = name.partition(":")
+  match = re.fullmatch(r"([A-Za-z_]+)(\d*)(?:-(\w+))?", head)
+  if not match:
+    return ""
+  attack = nearest(match[1], (_NOMINAL, *attacks.ATTACKS, _AUTOATTACK))
+  if attack is None:
+    return ""
+  meant, variant = attack + match[2], match[3]
+  if variant is not None:
+    signature = _signature(attack)
+    variants = signature.choices.get(signature.variant or "", ())
+    meant += f"-{nearest(variant, variants)}"
+  meant += colon + rest
+  try:
+    if meant != name:
+      _read(meant)
+      return f" (did you mean {meant!r}?)"
+  except UserError:
+    pass
+  return ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -411,7 +437,7 @@ def _check(attack: str, given: dict[str, Any]) -> None:
     if not isinstance(value, str) or value not in choices:
       only = f" for {attack}" if set(choices) < set(balls.BALLS) else ""
       raise UserError(
-        f"{parameter}: {shown(value)}; allowed:"
+        f"{parameter}: {shown(value)}{near(value, choices)}; allowed:"
         f" {', '.join(sorted(choices))}{only}"
       )
   checks.epsilon(given["epsilon"], given["norm"])

@@ -243,6 +243,15 @@ def plain_exits(
   stops.finish(0)
 
 
+def say_next(text: str) -> None:
+  """Ends the output of a command: where to look next.
+
+  Args:
+    text: A file to open, or a command that goes on from here.
+  """
+  sys.stdout.write(f"next: {one_line(text)}\n")
+
+
 def _leave(line: str, status: int) -> None:
   sys.stdout.flush()
   if not stops.watching() and status == 1:

@@ -1,4 +1,4 @@
-"""Values of flags: fractions, and fields with a value."""
+"""Values as users write them: fractions, tuples, and fields with a value."""
 
 import argparse
 import ast
@@ -21,8 +21,47 @@ def number(text: str) -> float:
   return float(above) / float(below or 1)
 
 
+def literal(text: str) -> Any:
+  """Reads a Python literal in which numbers can be fractions: (1/255, 0.1).
+
+  Args:
+    text: The text of a flag. Words between commas, as in running,batch, are
+      texts.
+
+  Raises:
+    ValueError: Anything else.
+  """
+  try:
+    return _value(ast.parse(text.strip(), mode="eval").body)
+  except (
+    ArithmeticError,
+    MemoryError,
+    RecursionError,
+    SyntaxError,
+    TypeError,
+  ) as error:
+    raise ValueError(f"{text!r} is no literal") from error
+
+
+def _value(node: ast.expr) -> Any:
+  """Value of a part of an expression."""
+  match node:
+    case ast.Tuple(elts=parts):
+      return tuple(map(_value, parts))
+    case ast.List(elts=parts):
+      return [_value(part) for part in parts]
+    case ast.Name(id=word):
+      return word
+    case ast.BinOp(left=left, op=ast.Div(), right=right):
+      above, below = ast.literal_eval(left), ast.literal_eval(right)
+      if isinstance(above, int | float) and isinstance(below, int | float):
+        return float(above) / float(below)
+      raise ValueError(ast.unparse(node))
+  return ast.literal_eval(node)
+
+
 def assignment(text: str) -> tuple[str, Any]:
-  """Reads NAME=VALUE; the value is a Python literal, or else a text.
+  """Reads NAME=VALUE; the value is a literal, or else a text.
 
   Args:
     text: The text of a flag.
@@ -32,6 +71,6 @@ def assignment(text: str) -> tuple[str, Any]:
   """
   name, _, value = text.partition("=")
   try:
-    return name, ast.literal_eval(value)
-  except (ValueError, SyntaxError):
+    return name, literal(value)
+  except ValueError:
     return name, value

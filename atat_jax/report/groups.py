@@ -11,12 +11,15 @@ import pathlib
 import statistics
 from typing import Any
 
-from atat_jax.errors import UserError
+import numpy as np
+
+from atat_jax.errors import DamagedFileError, UserError
 from atat_jax.runs import configuration, files, roles, tables
 
 # Runs of one method may differ in these and are still merged. The teacher is
 # that of the seed.
 _SEEDS = ("seed", "teacher_workdir")
+_SHIFT = "attention_shift.npz"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +35,8 @@ class Run:
     record: "run" of `results.json`.
     rows: Rows of `network`.
     seconds_per_step: Median over the training; None if it was not measured.
+    num_steps: Number of steps of the training; None if it was not recorded.
+    shift: Attention shift, see `read_shift`; None if it was not measured.
   """
 
   workdir: str
@@ -42,6 +47,8 @@ class Run:
   record: dict[str, Any]
   rows: list[tables.Row]
   seconds_per_step: float | None
+  num_steps: int | None
+  shift: dict[str, Any] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +88,7 @@ def read(workdir: pathlib.Path) -> Run:
   if results is None:
     raise UserError(
       f"workdir: {workdir} has no results.json; allowed: finished runs, made by"
-      f" `python main.py --config=... --workdir={workdir}`"
+      f" `atat-jax run --config=... --workdir={workdir}`"
     )
   record = results.get("run", {})
   config = configuration.parse(
@@ -94,9 +101,10 @@ def read(workdir: pathlib.Path) -> Run:
   if not rows:
     raise UserError(
       f"workdir: {workdir} has no results of {network!r}, which it trains;"
-      " evaluate first, with `python main.py --mode=evaluate --config=..."
+      " evaluate first, with `atat-jax evaluate --config=..."
       f" --workdir={workdir}`"
     )
+  lines = files.read_metrics(workdir / files.METRICS).get("train", [])
   return Run(
     workdir=str(workdir),
     method=config.method,
@@ -105,14 +113,58 @@ def read(workdir: pathlib.Path) -> Run:
     training={k: v for k, v in config.training.items() if k not in _SEEDS},
     record=record,
     rows=rows,
-    seconds_per_step=_seconds_per_step(workdir, config.batch_size),
+    seconds_per_step=_seconds_per_step(lines, config.batch_size),
+    num_steps=max((line["step"] for line in lines), default=None),
+    shift=read_shift(workdir, network),
   )
 
 
+def read_shift(workdir: pathlib.Path, network: str) -> dict[str, Any] | None:
+  """Reads how far the longest attack has moved a network's attention.
+
+  Args:
+    workdir: Directory that may have the analysis `shift`.
+    network: Name of the network in it.
+
+  Returns:
+    "mean": cosine distance of the true class's maps of clean and attacked
+    images, mean over "num_examples" images; "num_steps" of the attack,
+    "protocol" and "layer" in words. None where there is no such file, or not of
+    this network.
+
+  Raises:
+    UserError: The file is damaged.
+  """
+  path = workdir / _SHIFT
+  arrays = files.read_arrays(path)
+  if arrays is None or network not in arrays["networks"].tolist():
+    return None
+  rounds, means = arrays["rounds"], arrays[f"{network}_cosine_mean"]
+  if (
+    rounds.dtype.kind not in "iu"
+    or means.dtype.kind != "f"
+    or rounds.ndim != 1
+    or rounds.shape != means.shape
+    or not np.isfinite(means).all()
+    or not len(rounds)
+  ):
+    raise DamagedFileError(
+      f"{path}: rounds {list(rounds.shape)}, means {list(means.shape)}; allowed:"
+      " a finite mean for each number of steps; delete it and evaluate again"
+    )
+  last = int(rounds.argmax())
+  return {
+    "mean": float(means[last]),
+    "num_steps": int(rounds[last]),
+    "num_examples": int(arrays["labels"].size),
+    "protocol": str(arrays["protocol"]),
+    "layer": str(arrays["layer"]),
+  }
+
+
 def _seconds_per_step(
-  workdir: pathlib.Path, batch_size: int | None
+  lines: list[dict[str, Any]], batch_size: int | None
 ) -> float | None:
-  lines = files.read_metrics(workdir / files.METRICS).get("train", [])
   found = [line.get("images_per_second") for line in lines]
   rates = [
     rate
@@ -227,6 +279,17 @@ def differing_fields(groups: list[Group]) -> dict[str, dict[str, str]]:
     }
     for field in sorted(_differing(firsts))
     if field != "method"
+  }
+
+
+def shared_fields(groups: list[Group]) -> dict[str, str]:
+  """Returns {field: value} of the fields that all trainings share."""
+  firsts = [group.runs[0] for group in groups]
+  other = _differing(firsts)
+  return {
+    field: _text(value)
+    for field, value in sorted(firsts[0].training.items())
+    if field not in other and field != "method"
   }
 
 

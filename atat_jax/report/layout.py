@@ -205,6 +205,43 @@ def costs(comparison: dict[str, Any]) -> Table | None:
   )
 
 
+def shifts(comparison: dict[str, Any]) -> Table | None:
+  """Makes the table of attention shifts; None if none was measured."""
+  found = comparison.get("shifts")
+  if not found:
+    return None
+  rows = [
+    [
+      Cell(shift["label"], (wording.plural(shift["num_runs"], "run"),)),
+      Cell(shift["dataset"]),
+      Cell(distance(shift["mean"], shift["standard_error"])),
+    ]
+    for shift in found
+  ]
+  protocols = dict.fromkeys(
+    f"{shift['protocol']}; {shift['num_examples']:,} images; layer"
+    f" {shift['layer']}."
+    for shift in found
+  )
+  return Table(
+    heading="Attention shift",
+    kind="",
+    head=["method", "data", "1 - cosine"],
+    rows=rows,
+    notes=[
+      "Cosine distance of the true class's Grad-CAM map of an attacked image from"
+      " that of the clean one: mean over the images, then over runs. 0: the"
+      " attention stays in place.",
+      *protocols,
+    ],
+  )
+
+
+def distance(mean: float, error: float | None) -> str:
+  """Writes a distance of maps with its standard error."""
+  return f"{mean:.3f}" + ("" if error is None else f" ± {error:.3f}")
+
+
 def _milliseconds(seconds: float, error: float | None) -> str:
   text = f"{1000 * seconds:.1f}"
   return text if error is None else f"{text} ± {1000 * error:.1f}"
@@ -346,7 +383,12 @@ def _worst_case(found: comparable.Attacks) -> str:
 
 def other_tables(comparison: dict[str, Any]) -> list[Table]:
   """Makes the tables beside the accuracies: training, costs, runs."""
-  others = (training(comparison), costs(comparison), runs(comparison))
+  others = (
+    training(comparison),
+    costs(comparison),
+    shifts(comparison),
+    runs(comparison),
+  )
   return [found for found in others if found]
 
 

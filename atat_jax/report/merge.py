@@ -15,6 +15,7 @@ from atat_jax.report.groups import (
   by_training,
   differing_fields,
   read,
+  shared_fields,
 )
 from atat_jax.runs import locations, tables
 
@@ -44,7 +45,8 @@ def compare(workdirs: Sequence[str | os.PathLike[str]]) -> dict[str, Any]:
     "num_runs", "accuracies" by seed, "published", and with batch statistics
     "difference" from running statistics; "missing", a sentence for each run and
     column without a number; "training", the fields in which the methods differ;
-    "costs", the time of a training step. Rows that met numbers that are not
+    "recipe", those in which they agree; "costs", the time of a training step and
+    the number of steps; "shifts", the attention shift of each method. Rows that met numbers that are not
     finite have the counts of the seed with the most (`tables.NONFINITE`).
 
   Raises:
@@ -71,7 +73,9 @@ def compare(workdirs: Sequence[str | os.PathLike[str]]) -> dict[str, Any]:
     "rows": rows,
     "missing": _missing(groups, rows),
     "training": differing_fields(groups),
+    "recipe": shared_fields(groups),
     "costs": _costs(groups),
+    "shifts": _shifts(groups),
   }
 
 
@@ -269,6 +273,7 @@ def _costs(groups: list[Group]) -> list[dict[str, Any]]:
         "num_runs": len(times),
         "seconds_per_step": mean,
         "standard_error": error,
+        "num_steps": group.runs[0].num_steps,
         "circumstances": _circumstances(group),
       }
     )
@@ -284,6 +289,29 @@ def _costs(groups: list[Group]) -> list[dict[str, Any]]:
       cost["seconds_per_step"] / found[0] if len(found) == 1 else None
     )
   return costs
+
+
+def _shifts(groups: list[Group]) -> list[dict[str, Any]]:
+  """Merges attention shifts of equal images, attack and layer."""
+  found: dict[tuple[Any, ...], list[float]] = {}
+  fields = ("num_steps", "num_examples", "protocol", "layer")
+  for group in groups:
+    for run in filter(lambda run: run.shift, group.runs):
+      dataset, shift = run.rows[0]["dataset"], run.shift or {}
+      own = (group.label, dataset, *(shift[field] for field in fields))
+      found.setdefault(own, []).append(shift["mean"])
+  merged = []
+  for own, values in found.items():
+    mean, error = mean_and_error(values)
+    merged.append(
+      {
+        **dict(zip(("label", "dataset", *fields), own, strict=True)),
+        "mean": mean,
+        "standard_error": error,
+        "num_runs": len(values),
+      }
+    )
+  return merged
 
 
 def _circumstances(group: Group) -> dict[str, Any]:

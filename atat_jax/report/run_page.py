@@ -45,7 +45,7 @@ def write_report(workdir: str | os.PathLike[str]) -> pathlib.Path:
   if found is None:
     raise UserError(
       f"{workdir / files.RESULTS} does not exist: evaluate first, with "
-      f"`python main.py --mode=evaluate --config=... --workdir={workdir}`"
+      f"`atat-jax evaluate --config=... --workdir={workdir}`"
     )
   run = found.get("run", {})
   config = run.get("config") or files.read_json(workdir / files.CONFIG) or {}

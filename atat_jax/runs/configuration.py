@@ -165,7 +165,7 @@ def read(workdir: pathlib.Path) -> Configuration:
       _compare_with_results(tree, directory)
       return parse(tree, directory)
   raise UserError(
-    f"{workdir}: no run, it has no config.json; allowed: a --workdir of main.py"
+    f"{workdir}: no run, it has no config.json; allowed: the --workdir of a run"
   )
 
 

@@ -43,6 +43,8 @@ def scheme(path: str | os.PathLike[str]) -> str | None:
 
 STORES = {"gs": "gcsfs", "s3": "s3fs"}
 """Schemes of object stores to the Python package that reaches them."""
+FOR_RUNS = ("gs",)
+"""Those that hold working directories: Orbax writes checkpoints to no other."""
 
 
 def is_remote(path: os.PathLike[str]) -> bool:

@@ -12,6 +12,8 @@ from typing import Any
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 
+_CONSOLE = "atat-jax"  # the command that an installation has
+
 
 def commit() -> str | None:
   """Returns the commit of this source tree, with "-dirty" if it was changed.
@@ -51,6 +53,8 @@ def command() -> str:
   """Returns the command of this process, ready for a shell."""
   main = sys.modules.get("__main__")
   spec = getattr(main, "__spec__", None)
+  if spec is None and os.path.basename(sys.argv[0]) == _CONSOLE:
+    return join([_CONSOLE, *sys.argv[1:]])
   if spec is None or sys.argv[0] != getattr(main, "__file__", None):
     return join(["python", *sys.argv])
   module = spec.name.removesuffix(".__main__")

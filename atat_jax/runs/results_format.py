@@ -215,6 +215,29 @@ def check(results: object) -> None:
     raise UserError(f"results: {found}")
 
 
+_CERTIFICATE = {
+  "model": _TEXT,
+  "method": _TEXT,
+  "norm": _TEXT,
+  "epsilon": _number(0),
+  "num_examples": _integer(1),
+  "accuracy": _SHARE,
+  "correct": _TEXT,
+}
+
+
+def _certificate_fault(results: Mapping[str, Any]) -> str:
+  """Says what is wrong with the certificates; "" if nothing is."""
+  found = results.get("certificates", [])
+  if not isinstance(found, list):
+    return f"certificates: {shown(found)}; allowed: a list"
+  for number, one in enumerate(found, 1):
+    bad = _fault(one, _CERTIFICATE, _CERTIFICATE) or _correct_fault(one)
+    if bad:
+      return f"certificate {number}: {bad}"
+  return ""
+
+
 def fault(results: Mapping[str, Any], needed: Iterable[str] = ()) -> str:
   """Says what is wrong with the content of a `results.json`.
 
@@ -236,6 +259,8 @@ def fault(results: Mapping[str, Any], needed: Iterable[str] = ()) -> str:
       return f"row {number}: correct: {found}"
   if found := _fault(results.get("run", {}), _RUN, ()):
     return f"run: {found}"
+  if found := _certificate_fault(results):
+    return found
   if not _named(_DIAGNOSTIC).holds(results.get("diagnostics", {})):
     return f"diagnostics; allowed: {_named(_DIAGNOSTIC).allowed}"
   return ""

@@ -194,6 +194,10 @@ class StepBar(contextlib.AbstractContextManager[Any]):
     self._steps += count
     self._bar.update(count)
 
+  def show_validation(self, done: int, count: int) -> None:
+    """Shows behind the bar how far a pass over the validation images is."""
+    self._bar.set_postfix_str(f"validation, {done}/{count} images")
+
   def images_per_second(self) -> float:
     """Speed since the clock was restarted."""
     seconds = time.perf_counter() - self._since

@@ -384,3 +384,45 @@ def test_traffic_counts_operands_and_results_of_each_iteration():
   assert found["conv"] == traffic.Kernel("conv", "convolutions", 2 * 73, 1)
   assert found["sums"] == traffic.Kernel("sums", "reductions", 64 + 64, 7)
   assert found["z"] == traffic.Kernel("z", "elementwise", 64 + 128, 1)
+
+
+def test_the_difference_of_two_precisions_is_paired():
+  precision = importlib.import_module("benchmarks.precision")
+  generator = np.random.default_rng(0)
+  full = generator.random(200) < 0.6
+  half = np.where(generator.random(200) < 0.1, ~full, full)
+  row = {
+    "name": "pgd20/n200",
+    "num_examples": 200,
+    "float32": full.mean(),
+    "bfloat16": half.mean(),
+    "float32_only": int((full & ~half).sum()),
+    "bfloat16_only": int((half & ~full).sum()),
+  }
+  gaps = half.astype(float) - full
+  expected = gaps.std() / np.sqrt(200)
+  assert precision.paired_error(row) == pytest.approx(expected)
+  line = precision.table([row]).splitlines()[-1]
+  assert f" {100 * gaps.mean():+.2f} |" in line
+  assert f" {100 * expected:.2f} |" in line
+
+
+def test_first_calls_take_turns_in_processes_of_their_own(monkeypatch):
+  first_call = importlib.import_module("benchmarks.first_call")
+  made = []
+
+  def call(*case):
+    made.append(case)
+    seconds = float(len(made))
+    names = ("first (s)", "first, CPU (s)", "second (s)", "second, CPU (s)")
+    return {"programs": 2.0, **dict.fromkeys(names, seconds)}
+
+  monkeypatch.setattr(first_call, "_in_a_process", call)
+  args = first_call.parser().parse_args(
+    ["--network", "convnet", "--attack", "fgsm", "pgd", "--repeats", "3"]
+  )
+  rows = list(first_call._rows(args))
+  assert made == [("convnet", "fgsm"), ("convnet", "pgd")] * 3
+  assert [row["first, CPU (s)"] for row in rows] == [3, 4]
+  assert rows[0]["spread"] == (1, 5)
+  assert "| fgsm/convnet |" in first_call.table(rows)

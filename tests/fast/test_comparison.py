@@ -540,5 +540,7 @@ def test_the_command(tmp_path, capsys):
     "rows",
     "missing",
     "training",
+    "recipe",
     "costs",
+    "shifts",
   }

@@ -1,5 +1,6 @@
 """Examples of each batch, and the walk over all of them."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -192,3 +193,19 @@ def test_map_batches_refuses_empty_sizes(count, batch_size, eight_devices):
       batch_size=batch_size,
       mesh=sharding.make_mesh(eight_devices[:1]),
     )
+
+
+def test_who_watches_is_told_of_every_batch_until_the_end():
+  mesh, told = sharding.make_mesh(jax.devices()[:1]), []
+
+  def walk():
+    return batches.map_batches(
+      lambda number, x: x + number, np.arange(10.0), batch_size=4, mesh=mesh
+    )
+
+  alone = walk()
+  with batches.watch(lambda *counts: told.append(counts)):
+    watched = walk()
+  walk()
+  assert told == [(4, 10), (8, 10), (10, 10)]
+  np.testing.assert_array_equal(alone, watched)

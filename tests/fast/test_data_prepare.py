@@ -222,7 +222,7 @@ def test_errors_of_the_command_are_one_line(tmp_path, capsys):
   with pytest.raises(SystemExit) as end:
     prepare.main(["mnist"])
   assert end.value.code == 2
-  with pytest.raises(UserError, match="name='mnist'"):
+  with pytest.raises(UserError, match="name: 'mnist'"):
     prepare.prepare("mnist")
 
 

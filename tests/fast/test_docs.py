@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import importlib
 import importlib.util
+import json
 import pathlib
 import re
 import subprocess
@@ -18,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from atat_jax import analyses, attacks, data, models, objectives
+from atat_jax import analyses, attacks, cli, data, models, objectives
 from atat_jax.attacks.autoattack import versions
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -82,8 +83,18 @@ def test_every_link_leads_to_a_file_and_a_heading():
   assert not wrong, "\n".join(wrong)
 
 
+def test_every_page_is_in_the_site():
+  nav = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").split("\nnav:")[1]
+  pages = re.findall(r"([\w/]+\.md)$", nav, re.M)
+  assert len(set(pages)) == len(pages)
+  flat = {page for page in pages if "/" not in page}
+  assert flat - {"start.md", "contributing.md", "benchmarks.md"} == {
+    path.name for path in ROOT.glob("docs/*.md")
+  }
+
+
 def test_every_page_is_in_the_index():
-  linked = re.findall(r"\]\((\w+\.md)\)", DOCUMENTS["docs/README.md"])
+  linked = set(re.findall(r"\]\((\w+\.md)\)", DOCUMENTS["docs/README.md"]))
   pages = {path.name for path in ROOT.glob("docs/*.md")} - {"README.md"}
   assert sorted(linked) == sorted(pages)
 
@@ -218,18 +229,30 @@ def test_every_name_of_the_package_exists():
 
 
 def test_python_blocks_use_names_that_exist():
+  blocks = [
+    (name, block)
+    for name, text in DOCUMENTS.items()
+    for block in _blocks(text, "python")
+  ]
+  for path in sorted(ROOT.glob("notebooks/*.ipynb")):
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    code = ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
+    # Commands of the notebook are no Python.
+    blocks += [
+      (path.name, re.sub(r"^( *)[%!].*$", r"\1pass", cell, flags=re.M))
+      for cell in code
+    ]
   wrong = []
-  for name, text in DOCUMENTS.items():
-    for block in _blocks(text, "python"):
-      for node in ast.walk(ast.parse(block)):
-        match node:
-          case ast.ImportFrom(module=module, names=names) if module is not None:
-            used = [f"{module}.{alias.name}" for alias in names]
-          case ast.Attribute(value=ast.Name(id=module), attr=attr):
-            used = [f"atat_jax.{module}.{attr}"] if module in MODULES else []
-          case _:
-            continue
-        wrong += [f"{name}: {u}" for u in used if not _resolves(u)]
+  for name, block in blocks:
+    for node in ast.walk(ast.parse(block)):
+      match node:
+        case ast.ImportFrom(module=module, names=names) if module is not None:
+          used = [f"{module}.{alias.name}" for alias in names]
+        case ast.Attribute(value=ast.Name(id=module), attr=attr):
+          used = [f"atat_jax.{module}.{attr}"] if module in MODULES else []
+        case _:
+          continue
+      wrong += [f"{name}: {u}" for u in used if not _resolves(u)]
   assert not wrong, "\n".join(wrong)
 
 
@@ -289,6 +312,10 @@ def test_every_command_exists():
       count += 1
       if not _resolves(module):
         wrong.append(f"{name}: python -m {module}")
+    for command in re.findall(r"^\S*atat-jax (\w+)", text, re.M):
+      count += 1
+      if command not in cli.COMMANDS:
+        wrong.append(f"{name}: atat-jax {command}")
     for path in re.findall(r"python3? ((?:\w+/)*\w+\.py)", text):
       count += 1
       if not (ROOT / path).exists():
@@ -309,11 +336,13 @@ def test_every_command_exists():
 
 
 def _source(command: str) -> str:
-  """Text of the modules behind `python -m NAME` or `python PATH`."""
-  match = re.search(r"python3? (?:-m )?([\w./]+)", command)
+  """Text of the modules behind a command, `atat-jax NAME` among them."""
+  match = re.search(r"python3? (?:-m )?([\w./]+)|atat-jax (\w+)", command)
   if match is None:
     return ""
-  place = match[1].removesuffix(".py").replace(".", "/").removesuffix("/")
+  module = match[1] or cli.COMMANDS[match[2]].module
+  place = module.removesuffix(".py").replace(".", "/").removesuffix("/")
+  place = "atat_jax/cli/modes" if place == "main" else place
   if place.split("/")[0] not in ("main", *FOLDERS):
     return ""
   path = ROOT / place

@@ -21,6 +21,7 @@ LAYERS = (
   "losses attention optim data models",
   "interop",
   "attacks",  # attack
+  "bounds",
   "objectives",  # method
   "state",
   "checkpoints",
@@ -36,12 +37,13 @@ LAYERS = (
   "evaluate",
   "trial",
   "pipeline explain attack",
+  "cli",  # commands
 )
 RANKS = {name: rank for rank, row in enumerate(LAYERS) for name in row.split()}
 
 # Who may import what. Everything that is not named here is free.
 PLACES = {
-  "ml_collections": ("config", "pipeline"),
+  "ml_collections": ("cli", "config", "pipeline"),
   "orbax": ("checkpoints",),
   "tensorflow_datasets": ("data",),
   "sklearn": ("data",),
@@ -53,7 +55,7 @@ PLACES = {
   "pickle": (),  # it runs what a file says
   "marshal": (),
   "shelve": (),
-  "absl": ("runtime", "data"),
+  "absl": ("cli", "data", "runtime"),
   "grain": ("data",),
   "tensorflow": (),
   "torch": (),

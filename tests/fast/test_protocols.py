@@ -84,7 +84,10 @@ def test_numbers_that_differ_from_the_plain_attack_are_options(name, options):
 @pytest.mark.parametrize(
   ("name", "named"),
   [
-    ("pgd20:momentun=1", "'momentun'; allowed: eot_samples, epsilon"),
+    (
+      "pgd20:momentun=1",
+      r"'momentun' \(did you mean 'momentum'\?\); allowed: ",
+    ),
     ("pgd20:momentum", "once, as :<parameter>=<value>"),
     ("pgd20:norm=l2:norm=l1", "each parameter once"),
     ("pgd20:momentum=fast", "momentum: 'fast'; allowed: a number"),

@@ -50,7 +50,7 @@ def cells(page):
 def test_missing_results_name_the_command(tmp_path):
   with pytest.raises(UserError) as error:
     report.write_report(tmp_path)
-  assert "python main.py --mode=evaluate" in str(error.value)
+  assert "atat-jax evaluate --config=" in str(error.value)
   assert f"--workdir={tmp_path}" in str(error.value)
   assert list(tmp_path.iterdir()) == []
 

@@ -1,5 +1,6 @@
 """From a classifier to an honest table: one call, and one command."""
 
+import base64
 import json
 import logging
 
@@ -10,7 +11,7 @@ import pytest
 
 from atat_jax import attack, evaluation
 from atat_jax.errors import UserError
-from atat_jax.evaluation import measuring
+from atat_jax.evaluation import certifying, measuring
 
 pytest_plugins = ("tiny",)
 
@@ -88,6 +89,28 @@ def test_rows_that_are_there_are_not_measured_again(tmp_path, monkeypatch):
   both = measure(out=tmp_path, attacks="fgsm")
   assert measured == ["fgsm"]
   assert {"nominal", "pgd10-margin", "fgsm"} <= set(accuracies(both))
+
+
+def test_certified_accuracy_is_the_exact_one_and_contradicted_by_a_fault(
+  tmp_path,
+):
+  rows = measure(certify=True, out=tmp_path)
+  (certificate,) = rows.content["certificates"]
+  assert certificate["accuracy"] == worst_case()
+  check = rows.diagnostics["network_certified"]
+  assert (check["flag"], check["value"]) == (False, 0)
+  assert "certified: " in rows.table()
+  row = next(r for r in rows if r["attack"] == "pgd10-margin")
+  bits = np.unpackbits(np.frombuffer(base64.b64decode(row["correct"]), "u1"))
+  bits[np.flatnonzero(bits)[0]] = 0  # an image that is certified
+  fooled = {**row, "correct": base64.b64encode(np.packbits(bits)).decode()}
+  found = certifying.check(certificate, [fooled])
+  assert found["flag"] and "1 of these: the bounds or" in found["message"]
+  again = measure(certify=True, out=tmp_path, attacks="fgsm")
+  assert again.content["certificates"] == [certificate]
+  assert "network_certified" in again.diagnostics
+  with pytest.raises(UserError, match="certify: True with norm 'l2'"):
+    measure(certify=True, norm="l2")
 
 
 def test_results_of_another_classifier_or_image_are_refused(tmp_path):

@@ -614,7 +614,7 @@ def test_missing_data_say_how_to_get_them(command_line, tmp_path):
 def test_nothing_trained_yet(command_line, tmp_path, mode):
   workdir = tmp_path / "run"
   outcome = command_line(*tiny.flags(workdir, mode=mode))
-  refused(outcome, workdir, "python main.py --mode=")
+  refused(outcome, workdir, "atat-jax ")
   assert not workdir.exists()
 
 

@@ -13,6 +13,7 @@ from atat_jax import (
   attacks,
   attention,
   batch_norm,
+  bounds,
   checkpoints,
   data,
   evaluation,
@@ -86,6 +87,10 @@ _ATTACK = {
   "labels": "labels",
   "epsilon": "epsilon",
 }
+
+
+def _bounds(w: World) -> dict[str, Any]:
+  return {name: x for name, x in _attack(w).items() if name != "key"}
 
 
 def _analysis(w: World) -> dict[str, Any]:
@@ -440,8 +445,19 @@ ENTRIES = [
       "dataset": "text",
       "name": "text",
       "out": "path?",
+      "certify": "boolean",
       "mesh": "mesh?",
     },
+  ),
+  Entry(
+    bounds.interval,
+    _bounds,
+    {k: v for k, v in _ATTACK.items() if k != "key"},
+  ),
+  Entry(
+    bounds.crown,
+    _bounds,
+    {k: v for k, v in _ATTACK.items() if k != "key"},
   ),
   Entry(
     evaluation.parse,
@@ -679,7 +695,10 @@ ENTRIES += [
       "nesterov": "boolean",
       "weight_decay": "weight",
       "clip_norm": "weight",
+      "name": "name",
+      "second_momentum": "fraction",
     },
+    {"name": "optimizer"},
   ),
   Entry(
     rng.stream,
@@ -849,6 +868,7 @@ ENTRIES += [
       "validation_size": "count",
       "source": "name",
       "size": "number",
+      "streaming": "spec?",
     },
   ),
   Entry(data.check_name, lambda _: {"name": "digits"}, {"name": "name"}),
@@ -860,6 +880,7 @@ ENTRIES += [
       "data_dir": "place?",
       "cache_dir": "place?",
       "size": "number",
+      "streaming": "spec?",
     },
   ),
   Entry(
@@ -1112,7 +1133,11 @@ ENTRIES += [
       {"settings": "settings", "count": "count"},
       {"settings": "analyses|indices"},
     )
-    for function in (analyses.check_images, analyses.for_images)
+    for function in (
+      analyses.check_images,
+      analyses.for_images,
+      analyses.num_images,
+    )
   ),
   Entry(
     analyses.sections,
@@ -1241,6 +1266,7 @@ PARTS = (
   # has been checked by a function of the table, or by `config.make_plan`, whose
   # fields have a test of their own.
   "checks",
+  "cli",
   "compilation",
   "config",
   "drawing",
@@ -1271,10 +1297,13 @@ PARTS = (
   "attacks.targeting",
   "data.archives",
   "data.base",
+  "data.batches.watch",
   "data.prepare",
   "data.record_files",
+  "data.streamed",
   "evaluation.map_distances",
   "evaluation.networks",
+  "evaluation.parts",
   "evaluation.ranking",
   "evaluation.sweeps",
   "figures.comparison",
@@ -1368,6 +1397,7 @@ PARTS = (
   "data.pictures",
   "data.tfds_sets",
   "data.prefetch.Prefetcher",
+  "evaluation.accuracies.by_class",
   "evaluation.accuracies.count_classes",
   "evaluation.accuracies.judge",
   "evaluation.accuracies.score",
@@ -1414,7 +1444,12 @@ PARTS = (
   "runs.configuration.parse",
   "runs.configuration.training_fields",
   "runs.configuration.write",
+  "runs.files.Appender",
   "runs.files.Arrays",
+  "runs.files.local",
+  "runs.files.stamp",
+  "sharding.local_rows",
+  "sharding.put_rows",
   "runs.files.load_arrays",
   "runs.files.parse_json",
   "runs.files.plain_errors",

@@ -1,0 +1,109 @@
+"""Products of two values that depend on the image, and choices by a third.
+
+Planes around a product are McCormick's (1976, Computability of Global Solutions
+to Factorable Nonconvex Programs).
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+
+from atat_jax.bounds.nodes import OWN, UNIT, Interval, Lines, Node
+from atat_jax.typing import Array
+
+
+def node(one: int, other: int, shape: tuple[int, ...]) -> Node:
+  """Makes the node of a product.
+
+  Args:
+    one: Number of a factor's node.
+    other: Number of the other's.
+    shape: Shape of both.
+
+  Returns:
+    The node.
+  """
+
+  def interval(x: Interval, y: Interval) -> Interval:
+    corners = jnp.stack(
+      [a * b for a in (x.lower, x.upper) for b in (y.lower, y.upper)]
+    )
+    return Interval(corners.min(0), corners.max(0))
+
+  def lines(x: Interval, y: Interval) -> Lines:
+    middle = (x.lower + x.upper) / 2, (y.lower + y.upper) / 2
+    below = _better(
+      (y.lower, x.lower), (y.upper, x.upper), middle, largest=True
+    )
+    above = _better(
+      (y.upper, x.lower), (y.lower, x.upper), middle, largest=False
+    )
+    error = (UNIT + 4 * OWN) * x.largest * y.largest
+    return Lines(
+      lambda v, w: below[0] * v + below[1] * w,
+      lambda v, w: above[0] * v + above[1] * w,
+      -below[0] * below[1],
+      -above[0] * above[1],
+      error,
+      error,
+    )
+
+  return Node((one, other), shape, interval, lines)
+
+
+def _better(
+  first: tuple[Array, Array],
+  second: tuple[Array, Array],
+  middle: tuple[Array, Array],
+  *,
+  largest: bool,
+) -> tuple[Array, Array]:
+  """Factors of the better of two planes a x + b y - a b, in the middle."""
+
+  def at(plane: tuple[Array, Array]) -> Array:
+    a, b = plane
+    return a * middle[0] + b * middle[1] - a * b
+
+  takes = (at(first) >= at(second)) == largest
+  return (
+    jnp.where(takes, first[0], second[0]),
+    jnp.where(takes, first[1], second[1]),
+  )
+
+
+def choice(
+  parents: tuple[int, int, int], shape: tuple[int, ...], point: Any
+) -> Node:
+  """Makes the node of a choice between two values.
+
+  Args:
+    parents: Numbers of the nodes of what decides, of the value where that is
+      below a point, and of the value where it is above.
+    shape: Shape of all.
+    point: The point, at which either value may be taken.
+
+  Returns:
+    The node.
+  """
+
+  def interval(which: Interval, below: Interval, above: Interval) -> Interval:
+    first, second = which.upper < point, which.lower > point
+    lower = jnp.minimum(below.lower, above.lower)
+    upper = jnp.maximum(below.upper, above.upper)
+    return Interval(
+      jnp.where(first, below.lower, jnp.where(second, above.lower, lower)),
+      jnp.where(first, below.upper, jnp.where(second, above.upper, upper)),
+    )
+
+  def lines(which: Interval, below: Interval, above: Interval) -> Lines:
+    first, second = which.upper < point, which.lower > point
+    found = interval(which, below, above)
+
+    def chosen(_: Array, x: Array, y: Array) -> Array:
+      return first * x + second * y
+
+    lower, upper = (jnp.where(first | second, 0.0, level) for level in found)
+    error = OWN * found.largest
+    return Lines(chosen, chosen, lower, upper, error)
+
+  return Node(parents, shape, interval, lines)

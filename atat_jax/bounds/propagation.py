@@ -1,0 +1,207 @@
+"""Bounds of a network's nodes: forwards by intervals, backwards by lines.
+
+Backwards, a linear function of a node is replaced by one of its parents that is
+nowhere above it, until it is one of the image (Zhang et al., 2018, CROWN,
+arXiv:1811.00866; Xu et al., 2020, arXiv:2002.12920). A node that is not affine
+needs intervals of its parents for that, which are found in the same way, first
+nodes first.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from atat_jax.bounds.network import Network
+from atat_jax.bounds.nodes import OWN, Interval, Lines
+from atat_jax.typing import Array
+
+_ENTRIES = 2**22
+"""Numbers that one step of the backward pass holds of a node."""
+
+
+class Propagation:
+  """Bounds of all nodes for one image.
+
+  Args:
+    network: The network.
+    image: Range of each pixel, [1, H, W, C].
+    backward: Whether nodes that are not affine are enclosed by lines; otherwise
+      by their intervals.
+
+  Attributes:
+    intervals: Interval of each node.
+  """
+
+  def __init__(self, network: Network, image: Interval, *, backward: bool):
+    self._nodes = network.nodes
+    self.intervals = [image]
+    self._lines = [Lines(_nothing, _nothing, None, None, None)]
+    self._backward = backward
+    self._found: dict[int, Interval] = {0: image}
+    needed = {
+      parent
+      for node in self._nodes
+      if not node.affine
+      for parent in node.parents
+    }
+    for number in range(1, len(self._nodes)):
+      self._visit(number, number in needed)
+
+  def _visit(self, number: int, needed: bool) -> None:
+    """Adds the interval and the lines of a node."""
+    node = self._nodes[number]
+    coarse = [self.intervals[parent] for parent in node.parents]
+    near = coarse
+    if self._backward and not node.affine:
+      near = [self._found[parent] for parent in node.parents]
+    lines = node.lines(*near)
+    self._lines.append(lines)
+    found = node.interval(*coarse).widened(lines.spread)
+    self.intervals.append(found)
+    if self._backward and needed:
+      self._found[number] = self._tight(number, found)
+      self.intervals[number] = _meet(found, self._found[number])
+
+  def _tight(self, number: int, coarse: Interval) -> Interval:
+    """Interval of a node that lines are made with."""
+    node = self._nodes[number]
+    if number in self._found:
+      return self._found[number]
+    if node.moved or not node.affine:
+      # Its entries are known as well as those of its parents.
+      parents = [
+        self._tight(parent, self.intervals[parent]) for parent in node.parents
+      ]
+      found = node.interval(*parents)
+      return found.widened(self._lines[number].spread)
+    found = self._rows(number)
+    # Intervals that settle a sign are used, as auto_LiRPA does.
+    settled = (coarse.lower >= 0) | (coarse.upper <= 0)
+    self._found[number] = Interval(
+      jnp.where(settled, coarse.lower, found.lower),
+      jnp.where(settled, coarse.upper, found.upper),
+    )
+    return self._found[number]
+
+  def _rows(self, number: int) -> Interval:
+    """Interval of a node, each entry bounded backwards on both sides."""
+    shape = self._nodes[number].shape
+    size = math.prod(shape)
+
+    def bound(row: Array) -> Array:
+      place, sign = row % size, jnp.where(row < size, 1.0, -1.0)
+      coefficients = jnp.zeros(size).at[place].set(sign).reshape(shape)
+      return self.least(number, coefficients)
+
+    largest = max(math.prod(node.shape) for node in self._nodes)
+    found = mapped(bound, jnp.arange(2 * size), _ENTRIES // largest)
+    lower, upper = found[:size], -found[size:]
+    return Interval(lower.reshape(shape), upper.reshape(shape))
+
+  def least(self, number: int, coefficients: Array) -> Array:
+    """Bounds a linear function of a node from below.
+
+    Args:
+      number: Number of the node.
+      coefficients: Factor of each of its entries.
+
+    Returns:
+      The bound, a scalar; every rounding is taken off it.
+    """
+    waiting = {number: coefficients}
+    total = jnp.zeros(())
+    for current in range(number, -1, -1):
+      a = waiting.pop(current, None)
+      if a is None:
+        continue
+      node, lines = self._nodes[current], self._lines[current]
+      if current == 0 or not (node.affine or self._backward):
+        total += _ends(a, self.intervals[current])
+        continue
+      if lines.error is not None:
+        total -= (jnp.abs(a) * lines.error).sum()
+      parts = [(a, lines.lower, lines.lower_offset)]
+      if not node.affine:
+        parts = [
+          (jnp.maximum(a, 0), lines.lower, lines.lower_offset),
+          (jnp.minimum(a, 0), lines.upper, lines.upper_offset),
+        ]
+      zeros = [jnp.zeros(self._nodes[p].shape) for p in node.parents]
+      for part, line, offset in parts:
+        if offset is not None:
+          total += (part * offset).sum()
+        _, pull = jax.vjp(line, *zeros)
+        for parent, gradient in zip(node.parents, pull(part), strict=True):
+          before = waiting.get(parent)
+          waiting[parent] = gradient if before is None else before + gradient
+    return total
+
+  def is_finite(self) -> Array:
+    """Whether all intervals are, without which nothing is proved."""
+    limit = jnp.finfo(jnp.float32).max
+    return jnp.stack(
+      [(one.largest < limit).all() for one in self.intervals]
+    ).all()
+
+
+def mapped(function: Callable[[Any], Any], xs: Any, at_once: int) -> Any:
+  """Applies a function to each entry, some at once.
+
+  `jax.lax.map` compiles the function twice where the number does not fit.
+
+  Args:
+    function: Function of one entry of `xs`.
+    xs: Pytree of arrays [N, ...].
+    at_once: Number of entries that may be computed at once.
+
+  Returns:
+    The results, [N, ...].
+  """
+  count = len(jax.tree.leaves(xs)[0])
+  steps = -(-count // max(1, at_once))
+  if steps == 1:
+    return jax.vmap(function)(xs)
+  size = -(-count // steps)
+  places = jnp.minimum(jnp.arange(steps * size), count - 1).reshape(steps, size)
+  found = jax.lax.map(
+    lambda row: jax.vmap(function)(jax.tree.map(lambda x: x[row], xs)), places
+  )
+  return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:count], found)
+
+
+def _nothing() -> Array:
+  raise NotImplementedError("the image is a function of nothing")
+
+
+def _ends(a: Array, x: Interval) -> Array:
+  """Least value of a linear function on a box."""
+  return _sum(jnp.maximum(a, 0) * x.lower) + _sum(jnp.minimum(a, 0) * x.upper)
+
+
+def _meet(one: Interval, other: Interval) -> Interval:
+  """Intersection; NaN stays."""
+  return Interval(
+    jnp.maximum(one.lower, other.lower), jnp.minimum(one.upper, other.upper)
+  )
+
+
+def _sum(x: Array) -> Array:
+  """Sum, less the error that it may have."""
+  return x.sum() - OWN * jnp.abs(x).sum()
+
+
+def pixels(image: Array, epsilon: Any) -> Interval:
+  """Computes the range of each pixel in a linf ball and in [0, 1].
+
+  Args:
+    image: Float64 [1, H, W, C].
+    epsilon: Radius.
+
+  Returns:
+    The range, widened by what float32 rounds a perturbed pixel.
+  """
+  slack = epsilon + 2.0**-23
+  return Interval(jnp.clip(image - slack, 0, 1), jnp.clip(image + slack, 0, 1))

@@ -1,0 +1,134 @@
+"""Recognises PyTorch weights, and makes a checkpoint of them."""
+
+import pathlib
+import sys
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from atat_jax import attack, checkpoints, interop, metrics, state
+from atat_jax.errors import UserError
+from atat_jax.process import arguments, commands, flag_values
+from atat_jax.runs import files, locations, lock
+
+PROGRAM = "python -m atat_jax.cli import"
+
+
+def write(
+  loaded: interop.Loaded,
+  out: pathlib.Path,
+  image_shape: tuple[int, int, int] | None = None,
+) -> pathlib.Path:
+  """Writes a checkpoint of a network whose weights were loaded.
+
+  `checkpoints.restore_model` reads it as that of a run, so that the directory
+  can be attacked, explained, and taken for a teacher (`teacher_workdir`).
+
+  Args:
+    loaded: The network, see `interop.load`.
+    out: Directory of the checkpoint.
+    image_shape: Shape of an image, [H, W, C]; None: the network's usual one.
+
+  Returns:
+    Directory of the checkpoints.
+
+  Raises:
+    UserError: The directory has checkpoints already, or cannot be written.
+  """
+  place = out / files.CHECKPOINTS
+  if place.exists():
+    raise UserError(
+      f"out: {out} holds checkpoints already; allowed: another directory"
+    )
+  side = loaded.image_side
+  shape = image_shape or (side, side, loaded.num_channels)
+  made = state.TrainState(
+    step=jnp.zeros((), jnp.int32),
+    params=loaded.variables["params"],
+    batch_stats=loaded.variables.get("batch_stats", {}),
+    opt_state={},
+    rng=jax.random.key(0),
+    sums=metrics.zeros(()),
+    nonfinite={},
+  )
+  spec = checkpoints.model_spec(loaded.name, loaded.model, shape)
+  with checkpoints.Checkpointer(out, spec) as checkpointer:
+    checkpointer.save(made, 0, None)
+  return place
+
+
+def describe(loaded: interop.Loaded) -> str:
+  """Says what a file was recognised as, a line for each fact.
+
+  Args:
+    loaded: The network, see `interop.load`.
+  """
+  count = sum(leaf.size for leaf in jax.tree.leaves(loaded.variables["params"]))
+  facts = {
+    "network": f"{loaded.name}, {loaded.layout}",
+    "parameters": f"{count:,}",
+    "images": f"{loaded.image_side} x {loaded.image_side} pixels,"
+    f" {loaded.num_channels} channels",
+    "normalised": loaded.normalization,
+    "in one line": loaded.told,
+  }
+  return "".join(f"{name + ':':<13}{text}\n" for name, text in facts.items())
+
+
+def main(argv: Sequence[str] | None = None, *, program: str = PROGRAM) -> None:
+  """Recognises the file that the command line names.
+
+  Args:
+    argv: Without the program; None: the command line.
+    program: Command as it is typed, for the help.
+
+  Raises:
+    UserError: A file that is not recognised, weights that classify at chance,
+      or a directory that is taken; one clear line.
+  """
+  flags = arguments.Parser(
+    program,
+    "FILE [--out=DIR] [flags]",
+    description="Recognises PyTorch weights by names and shapes; runs no code"
+    " of the file.",
+    example="weights.pth --data=cifar10 --out=runs/imported",
+  )
+  add = flags.add_argument
+  add("file", metavar="FILE", help="of torch.save, or .safetensors")
+  add("--out", help="directory for a checkpoint; default: only recognise")
+  add("--data", help="data set, .npz or folder that accuracy is measured on")
+  add("--data-dir", help="place of the data; default: the usual one")
+  add("--size", type=int, default=0, help="side of pictures in a folder")
+  add("--entry", help="entry of the file to take, such as model_ema")
+  add(
+    "--field",
+    action="append",
+    type=flag_values.assignment,
+    default=[],
+    help="NAME=VALUE of the network that the file does not show",
+  )
+  args = flags.parse_args(argv)
+  out = locations.expand("out", args.out) if args.out else None
+  images = (
+    attack.load_images(args.data, data_dir=args.data_dir, size=args.size).test
+    if args.data
+    else None
+  )
+  loaded = interop.load(
+    args.file,
+    images=images.images if images else None,
+    labels=images.labels if images else None,
+    entry=args.entry,
+    **dict(args.field),
+  )
+  sys.stdout.write(describe(loaded))
+  source, attacked = args.file, "attacked"
+  if out is not None:
+    shape = images.images.shape[1:] if images else None
+    with lock.directory("out", out):
+      sys.stdout.write(f"{'checkpoint:':<13}{write(loaded, out, shape)}\n")
+    source, attacked = out, f"{out}-attacked"
+  commands.say_next(
+    f"atat-jax attack {source} --data={args.data or 'NAME'} --out={attacked}"
+  )

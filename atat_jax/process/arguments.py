@@ -1,0 +1,81 @@
+"""Arguments of the commands: help on one screen, errors on one line."""
+
+import argparse
+import re
+from collections.abc import Iterable
+from typing import Any, NoReturn
+
+from atat_jax.errors import near, one_line
+
+
+class _Format(argparse.RawDescriptionHelpFormatter):
+  """Flags by their names alone, one line each where the text fits."""
+
+  def __init__(self, prog: str, **options: Any):
+    super().__init__(prog, max_help_position=20, width=80, **options)
+
+  def start_section(self, heading: str | None) -> None:
+    """Begins a group without its heading."""
+    super().start_section(argparse.SUPPRESS if heading else heading)
+
+  def _format_action_invocation(self, action: argparse.Action) -> str:
+    if not action.option_strings:
+      return str(action.metavar or action.dest)
+    several = " ..." if action.nargs in ("+", "*") else ""
+    return action.option_strings[0] + several
+
+
+class Parser(argparse.ArgumentParser):
+  """Parser whose help is short and whose errors are one line.
+
+  Args:
+    program: Command as it is typed, such as "atat-jax attack".
+    usage: Arguments in brief, behind the program.
+    description: Purpose of the command, in a sentence.
+    example: Arguments of a command that works, behind the program.
+  """
+
+  def __init__(
+    self, program: str, usage: str, *, description: str, example: str
+  ):
+    super().__init__(
+      prog=program,
+      usage=f"{program} {usage}",
+      description=description,
+      epilog=f"example:\n  {program} {example}",
+      formatter_class=_Format,
+      add_help=False,
+    )
+    self.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
+
+  def error(self, message: str) -> NoReturn:
+    """Ends the process with one line and status 2.
+
+    Args:
+      message: Message of argparse.
+    """
+    self.exit(
+      2, f"error: {one_line(self._helped(message))}; see {self.prog} --help\n"
+    )
+
+  def _helped(self, message: str) -> str:
+    """Adds the name that may be meant to the message of a misspelt one."""
+    wrong = re.match(r"unrecognized arguments: (-[^\s=]+)", message)
+    if wrong:
+      flags = self._option_string_actions
+      return f"{message}{near(wrong[1], _long(flags))}"
+    wrong = re.match(
+      r"argument ([^:]+): invalid choice: '([^']*)' \(choose from (.*)\)",
+      message,
+    )
+    if wrong:
+      known = [name.strip("' ") for name in wrong[3].split(",")]
+      return (
+        f"{wrong[1]}: {wrong[2]!r}{near(wrong[2], known)}; allowed:"
+        f" {', '.join(known)}"
+      )
+    return message
+
+
+def _long(flags: Iterable[str]) -> list[str]:
+  return [flag for flag in flags if flag.startswith("--")]

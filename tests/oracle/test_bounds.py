@@ -1,0 +1,394 @@
+"""Certified bounds against exact minima, CROWN by hand, and auto_LiRPA."""
+
+import itertools
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import linen as nn
+from scipy import optimize
+
+from atat_jax import attacks, bounds
+from atat_jax.errors import UserError
+
+SIZES = (6, 4, 3, 3)  # pixels, two hidden layers, classes
+
+
+def images(count, *shape, seed=0):
+  generator = np.random.default_rng(seed)
+  return generator.uniform(size=(count, *shape)).astype(np.float32)
+
+
+def layers(sizes=SIZES, seed=1):
+  generator = np.random.default_rng(seed)
+  return [
+    (
+      generator.normal(size=(n, m)).astype(np.float32) * 1.5 / n**0.5,
+      generator.normal(size=m).astype(np.float32) * 0.2,
+    )
+    for n, m in itertools.pairwise(sizes)
+  ]
+
+
+def mlp(weights, x):
+  x = x.reshape(len(x), -1)
+  for number, (kernel, bias) in enumerate(weights, 1):
+    x = x @ kernel + bias
+    x = x if number == len(weights) else jax.nn.relu(x)
+  return x
+
+
+WEIGHTS = layers()
+IMAGES = images(3, 2, 3, 1)
+LABELS = np.asarray(mlp(WEIGHTS, IMAGES)).argmax(-1)
+MLP = jax.tree_util.Partial(mlp, WEIGHTS)
+EPSILON = 0.12
+
+
+@pytest.fixture(scope="module")
+def found():
+  return {
+    method: getattr(bounds, method)(MLP, IMAGES, LABELS, epsilon=EPSILON)
+    for method in bounds.METHODS
+  }
+
+
+def ball(image, epsilon=EPSILON):
+  x = image.astype(np.float64).ravel()
+  return np.clip(x - epsilon, 0, 1), np.clip(x + epsilon, 0, 1)
+
+
+def crown_by_hand(image, label):
+  """Lower bounds of all margins, in float64, layer by layer."""
+  low, high = ball(image)
+  weights = [(w.astype(float), b.astype(float)) for w, b in WEIGHTS]
+  ranges = []
+
+  def least(rows, depth):
+    """Minimum of rows @ (output of affine layer number depth)."""
+    total = np.zeros(len(rows))
+    for number in range(depth, -1, -1):
+      kernel, bias = weights[number]
+      total += rows @ bias
+      rows = rows @ kernel.T
+      if number:
+        lo, up = ranges[number - 1]
+        both = (lo < 0) & (up > 0)
+        chord = np.where(both, up / np.where(both, up - lo, 1), lo >= 0)
+        steep = np.where(both, chord > 0.5, lo >= 0)
+        total += np.minimum(rows, 0) @ np.where(both, -chord * lo, 0)
+        rows = np.maximum(rows, 0) * steep + np.minimum(rows, 0) * chord
+    return total + np.maximum(rows, 0) @ low + np.minimum(rows, 0) @ high
+
+  for depth in range(len(weights) - 1):
+    eye = np.eye(weights[depth][0].shape[1])
+    ranges.append((least(eye, depth), -least(-eye, depth)))
+  gaps = np.eye(SIZES[-1])[label] - np.eye(SIZES[-1])
+  return least(gaps, len(weights) - 1)
+
+
+def exact_margin(image, label, other):
+  """Least margin over the ball: a linear program for each ReLU pattern."""
+  low, high = ball(image)
+  (w1, b1), (w2, b2), (w3, b3) = [
+    (w.astype(float), b.astype(float)) for w, b in WEIGHTS
+  ]
+  best = np.inf
+  for pattern in itertools.product((0, 1), repeat=w1.shape[1] + w2.shape[1]):
+    on = np.array(pattern, float)
+    one, two = on[: w1.shape[1]], on[w1.shape[1] :]
+    first, offset = w1 * one, b1 * one
+    second, shift = first @ w2, offset @ w2 + b2
+    last = (second * two) @ (w3[:, label] - w3[:, other])
+    constant = (shift * two) @ (w3[:, label] - w3[:, other])
+    constant += b3[label] - b3[other]
+    sign_one, sign_two = 1 - 2 * one, 1 - 2 * two  # active: -z <= 0
+    program = optimize.linprog(
+      last,
+      A_ub=np.concatenate([(w1 * sign_one).T, (second * sign_two).T]),
+      b_ub=np.concatenate([-b1 * sign_one, -shift * sign_two]),
+      bounds=list(zip(low, high, strict=True)),
+    )
+    if program.status == 0:
+      best = min(best, program.fun + constant)
+  return best
+
+
+def test_crown_is_that_of_the_formulas_in_float64(found):
+  for image, label, row in zip(
+    IMAGES, LABELS, np.asarray(found["crown"].lower), strict=True
+  ):
+    expected = crown_by_hand(image, label)
+    assert np.all(row <= expected + 1e-7)  # every rounding is taken off
+    np.testing.assert_allclose(row, expected, atol=2e-5)
+
+
+def test_bounds_are_below_the_exact_minimum_and_attacks_above(found):
+  adversarial = attacks.pgd(
+    jax.random.key(0),
+    MLP,
+    IMAGES,
+    LABELS,
+    epsilon=EPSILON,
+    step_size=0.03,
+    num_steps=20,
+    loss="margin",
+  )
+  logits = np.asarray(MLP(adversarial))
+  looser = 0
+  for number in range(2):
+    label = LABELS[number]
+    for other in set(range(3)) - {label}:
+      truth = exact_margin(IMAGES[number], label, other)
+      attacked = logits[number, label] - logits[number, other]
+      assert truth <= attacked + 1e-6
+      for method in bounds.METHODS:
+        lower = float(found[method].lower[number, other])
+        assert lower <= truth, (method, number, other)
+        looser += lower < truth - 1e-3
+  assert looser  # some units change their sign
+
+
+class Affine(nn.Module):
+  """Layers of every kind that are affine."""
+
+  @nn.compact
+  def __call__(self, images):
+    x = (images - 0.5) / jnp.array([0.2, 0.3])
+    x = nn.Conv(6, (3, 3), strides=2, feature_group_count=2)(x)
+    y = nn.Conv(6, (2, 3), padding="VALID", kernel_dilation=2)(images)
+    y = nn.BatchNorm(use_running_average=True)(y)
+    x = jnp.pad(x, ((0, 0), (1, 0), (0, 2), (0, 0)), constant_values=0.3)
+    y = nn.avg_pool(jnp.flip(y, 1), (2, 2))[:, :, ::2]
+    parts = [x.reshape(len(x), -1), y.transpose(0, 3, 1, 2).reshape(len(x), -1)]
+    z = jnp.concatenate([*parts, jnp.ones((len(x), 1))], -1)
+    z = jnp.where(jnp.arange(z.shape[1]) % 3 == 0, 0.5, -z) + z.mean()
+    z = jnp.cumsum(z[:, jnp.array([0, 5, 3, 8, 21])], 1) - 0.5 * z[:, :5]
+    return nn.Dense(3)(jax.lax.stop_gradient(z))
+
+
+def test_affine_networks_have_their_exact_minimum():
+  x = images(2, 7, 8, 2, seed=3)
+  labels, epsilon = np.array([0, 2]), 0.2
+  variables = Affine().init(jax.random.key(0), x)
+  classifier = jax.tree_util.Partial(Affine().apply, variables)
+  found = np.asarray(
+    bounds.crown(classifier, x[:1], labels[:1], epsilon=epsilon).lower
+  )
+  with jax.enable_x64(True):
+    wide = jax.tree.map(lambda v: np.asarray(v, np.float64), variables)
+
+    def logits(flat):
+      return Affine().apply(wide, flat.reshape(1, 7, 8, 2))[0]
+
+    start = x[0].astype(np.float64).ravel()
+    slopes = np.asarray(jax.jacobian(logits)(start))
+    at_start = np.asarray(logits(start))
+  low, high = ball(x[0], epsilon)
+  gaps = slopes[labels[0]] - slopes
+  expected = at_start[labels[0]] - at_start
+  expected += (np.maximum(gaps, 0) * (low - start)).sum(1)
+  expected += (np.minimum(gaps, 0) * (high - start)).sum(1)
+  assert np.all(found[0] <= expected)
+  np.testing.assert_allclose(found[0], expected, atol=1e-4)
+
+
+class Bent(nn.Module):
+  """Nonlinear parts of every kind, one after another."""
+
+  @nn.compact
+  def __call__(self, images):
+    centred = images - images.mean((1, 2, 3), keepdims=True)
+    variance = jnp.square(centred).mean((1, 2, 3), keepdims=True)
+    x = centred / jnp.sqrt(jnp.maximum(variance, 0.01))
+    x = nn.leaky_relu(nn.Conv(3, (3, 3))(x), 0.1)
+    x = nn.max_pool(x, (2, 2), (1, 1)) + 0.1 * nn.softplus(x[:, 1:, 1:])
+    x = jnp.where(x > 1.0, 2.0 - x, x) + jnp.clip(x, -0.5, 0.7)
+    x = x.reshape(len(x), -1)
+    y = nn.Dense(4)(x)
+    z = nn.silu(y) + nn.elu(y) + jnp.tanh(y) + jnp.abs(y) + (y > 0) * 0.3
+    return nn.log_softmax(nn.Dense(3)(jnp.maximum(z, y[:, ::-1])))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", bounds.METHODS)
+def test_no_image_of_the_ball_is_below_the_bounds(method):
+  x = images(2, 4, 4, 2, seed=5)
+  labels = np.array([0, 2])
+  variables = Bent().init(jax.random.key(1), x)
+  classifier = jax.tree_util.Partial(Bent().apply, variables)
+  generator = np.random.default_rng(0)
+  for epsilon in (0.0, 0.003, 0.03, 0.2):
+    found = getattr(bounds, method)(classifier, x, labels, epsilon=epsilon)
+    signs = generator.choice([-1, 0, 1, 1.0], size=(4000, *x.shape))
+    tried = np.clip(x + epsilon * signs, 0, 1).astype(np.float32)
+    logits = np.asarray(classifier(tried.reshape(-1, 4, 4, 2)), np.float64)
+    logits = logits.reshape(4000, 2, 3)
+    own = np.take_along_axis(logits, labels[None, :, None], 2)
+    least = (own - logits).min(0)
+    lower = np.asarray(found.lower)
+    assert np.all(lower <= least)
+    if epsilon == 0.0:
+      np.testing.assert_allclose(lower, least, atol=2e-3)
+
+
+def test_attacks_in_float32_never_go_below_the_bound_of_a_linear_network():
+  generator = np.random.default_rng(2)
+  weights = generator.normal(size=(300, 2)).astype(np.float32)
+  x = images(40, 10, 10, 3, seed=6)
+  labels = np.zeros(40, int)
+
+  def classifier(x):
+    return x.reshape(len(x), -1) @ weights
+
+  found = bounds.interval(classifier, x, labels, epsilon=8 / 255)
+  sign = np.sign(weights[:, 1] - weights[:, 0]).reshape(x.shape[1:])
+  moved = np.clip(x + np.float32(8 / 255) * sign, 0, 1).astype(np.float32)
+  logits = np.asarray(jax.jit(classifier)(moved))
+  gap = logits[:, 0] - logits[:, 1]
+  lower = np.asarray(found.lower)[:, 1]
+  assert np.all(lower <= gap)
+  np.testing.assert_allclose(lower, gap, atol=3e-3)  # n units of the sum
+
+
+def refused(classifier, message):
+  with pytest.raises(UserError, match=message):
+    bounds.interval(classifier, IMAGES, LABELS, epsilon=0.1)
+
+
+def test_what_has_no_bounds_is_named():
+  refused(lambda x: mlp(WEIGHTS, jnp.sin(x)), "sin of values that depend")
+  refused(lambda x: mlp(WEIGHTS, jnp.sort(x, 1)), "sort of values")
+  refused(
+    lambda x: mlp(WEIGHTS, x.astype(jnp.bfloat16)), "bfloat16; allowed: float32"
+  )
+  refused(
+    lambda x: mlp(WEIGHTS, x - x.mean(0)), "depend on the others in its batch"
+  )
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("method", bounds.METHODS)
+def test_numbers_that_are_not_finite_certify_nothing(bad, method):
+  bias = jnp.array([1.0, -1.0, bad])  # large margin against the second class
+
+  def classifier(x):
+    return jax.nn.relu(x.reshape(len(x), -1)[:, :3]) * 1e-3 + bias
+
+  labels = np.zeros(3, int)
+  found = getattr(bounds, method)(classifier, IMAGES, labels, epsilon=0.01)
+  assert not np.any(found.certified)
+  fine = getattr(bounds, method)(
+    lambda x: classifier(x)[:, :2], IMAGES, labels, epsilon=0.01
+  )
+  assert np.all(fine.certified)
+
+
+def reference(network, method, epsilon, x, labels):
+  """Bounds of a PyTorch network by auto_LiRPA."""
+  with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    lirpa = pytest.importorskip("auto_LiRPA")
+    inputs = torch.tensor(np.asarray(x).transpose(0, 3, 1, 2))
+    low, high = (inputs - epsilon).clamp(0, 1), (inputs + epsilon).clamp(0, 1)
+    perturbation = lirpa.PerturbationLpNorm(norm=np.inf, x_L=low, x_U=high)
+    bounded = lirpa.BoundedModule(network, torch.zeros_like(inputs[:1]))
+    eye = torch.eye(network(inputs).shape[1])
+    gaps = eye[torch.tensor(labels)][:, None] - eye[None]
+    lower, _ = bounded.compute_bounds(
+      x=(lirpa.BoundedTensor(inputs, perturbation),),
+      method=method,
+      C=gaps,
+      bound_upper=False,
+    )
+  return lower.detach().numpy()
+
+
+def torch_mlp():
+  torch.manual_seed(0)
+  parts = [torch.nn.Flatten()]
+  for n, m in itertools.pairwise((27, 16, 12, 5)):
+    parts += [torch.nn.Linear(n, m), torch.nn.ReLU()]
+  return torch.nn.Sequential(*parts[:-1])
+
+
+def torch_cnn(activation=torch.nn.ReLU, pool=torch.nn.AvgPool2d):
+  torch.manual_seed(0)
+  return torch.nn.Sequential(
+    torch.nn.Conv2d(2, 4, 3, padding=1),
+    torch.nn.BatchNorm2d(4),
+    activation(),
+    torch.nn.Conv2d(4, 4, 3, stride=2),
+    activation(),
+    pool(2),
+    torch.nn.Flatten(),
+    torch.nn.Linear(16, 8),
+    activation(),
+    torch.nn.Linear(8, 4),
+  )
+
+
+def as_jax(network):
+  """The same network in JAX, channels last outside and first inside."""
+
+  def apply(x):
+    x = x.transpose(0, 3, 1, 2)
+    for layer in network:
+      state = {k: jnp.asarray(v) for k, v in layer.state_dict().items()}
+      match type(layer).__name__:
+        case "Linear":
+          x = x @ state["weight"].T + state["bias"]
+        case "Conv2d":
+          x = jax.lax.conv_general_dilated(
+            x, state["weight"], layer.stride, [(n, n) for n in layer.padding]
+          )
+          x += state["bias"][:, None, None]
+        case "BatchNorm2d":
+          scale = state["weight"] / jnp.sqrt(state["running_var"] + layer.eps)
+          shift = state["bias"] - state["running_mean"] * scale
+          x = x * scale[:, None, None] + shift[:, None, None]
+        case "Flatten":
+          x = x.reshape(len(x), -1)
+        case "ReLU":
+          x = jax.nn.relu(x)
+        case "LeakyReLU":
+          x = jax.nn.leaky_relu(x, layer.negative_slope)
+        case "AvgPool2d":
+          n, c, h, w = x.shape
+          x = x.reshape(n, c, h // 2, 2, w // 2, 2).mean((3, 5))
+        case "MaxPool2d":
+          x = nn.max_pool(x.transpose(0, 2, 3, 1), (2, 2), (2, 2))
+          x = x.transpose(0, 3, 1, 2)
+        case "Sigmoid":
+          x = jax.nn.sigmoid(x)
+    return x
+
+  return apply
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("network", "shape"),
+  [
+    (torch_mlp(), (3, 3, 3)),
+    (torch_cnn(), (10, 10, 2)),
+    (torch_cnn(lambda: torch.nn.LeakyReLU(0.1)), (10, 10, 2)),
+    (torch_cnn(pool=torch.nn.MaxPool2d), (10, 10, 2)),
+  ],
+  ids=["mlp", "cnn", "leaky", "max_pool"],
+)
+@pytest.mark.parametrize("epsilon", [0.01, 0.05, 0.2])
+def test_bounds_are_those_of_auto_lirpa(network, shape, epsilon):
+  network.eval()
+  x = images(3, *shape)
+  labels = np.array([0, 1, 3])
+  classifier = as_jax(network)
+  for method, theirs in (("interval", "IBP"), ("crown", "CROWN")):
+    expected = reference(network, theirs, epsilon, x, labels)
+    lower = getattr(bounds, method)(
+      classifier, x, labels, epsilon=epsilon
+    ).lower
+    np.testing.assert_allclose(lower, expected, atol=1e-4, rtol=1e-4)

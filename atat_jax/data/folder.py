@@ -212,6 +212,8 @@ def _pictures(
 
 def _walk(folder: pathlib.Path) -> Iterator[pathlib.Path]:
   """Yields the pictures of a class, also those in folders of the folder."""
+  if not folder.is_dir():  # a split may lack a class
+    return
   found: Iterable[tuple[Any, list[str]]]
   if locations.is_remote(folder):
     found = locations.walk(folder)

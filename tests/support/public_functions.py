@@ -1133,11 +1133,7 @@ ENTRIES += [
       {"settings": "settings", "count": "count"},
       {"settings": "analyses|indices"},
     )
-    for function in (
-      analyses.check_images,
-      analyses.for_images,
-      analyses.num_images,
-    )
+    for function in (analyses.check_images, analyses.for_images)
   ),
   Entry(
     analyses.sections,
@@ -1368,6 +1364,7 @@ PARTS = (
   "analyses.base.network_names",
   "analyses.base.section",
   "analyses.base.write",
+  "analyses.num_images",
   "analyses.shift.mean_band",
   "attention.taps.listing",
   "attention.taps.run",

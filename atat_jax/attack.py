@@ -37,6 +37,7 @@ from atat_jax import (
 from atat_jax.data import npz
 from atat_jax.data.base import Split, in_memory
 from atat_jax.errors import UserError
+from atat_jax.evaluation import corrupted
 from atat_jax.process import arguments, flag_values
 from atat_jax.runs import configuration, files, locations, lock
 from atat_jax.typing import Classifier
@@ -206,6 +207,7 @@ def _parse(argv: Sequence[str] | None, program: str) -> argparse.Namespace:
     "--step-size", type=flag_values.number, help="default: a quarter of epsilon"
   )
   add("--num-restarts", type=int, default=1, help="restarts of PGD (1)")
+  add("--corruptions", default="", help="generated, or CIFAR-10-C's folder")
   add("--num-examples", type=int, default=0, help="test images; 0: all")
   add("--batch-size", type=int, default=256, help="images at a time (256)")
   add("--seed", type=int, default=0, help="seed of the attacks (0)")
@@ -269,6 +271,7 @@ def main(argv: Sequence[str] | None = None, *, program: str = PROGRAM) -> None:
     "num_restarts": args.num_restarts,
   }
   evaluation.parse_list(args.attacks, **numbers)  # before anything is loaded
+  corrupted.check_name(args.corruptions)
   if args.certify and args.norm != "linf":
     raise UserError(f"--certify: with norm {args.norm!r}; allowed: linf")
   images = load_images(
@@ -285,6 +288,7 @@ def main(argv: Sequence[str] | None = None, *, program: str = PROGRAM) -> None:
       images.test.labels,
       **numbers,
       attacks=args.attacks,
+      corruptions=args.corruptions,
       batch_size=args.batch_size,
       name=pathlib.Path(args.source).stem.rpartition(":")[2],
       dataset=images.name,

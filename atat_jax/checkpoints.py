@@ -16,6 +16,7 @@ whole rule.
 import contextlib
 import dataclasses
 import functools
+import itertools
 import logging
 import math
 import pathlib
@@ -62,6 +63,9 @@ _CHECKED = "checksums"
 _DELETED = ".deleted"
 
 _log = logging.getLogger(__name__)
+
+# Numbers of the questions of this process whether all stop.
+_questions = itertools.count(1)
 
 
 def model_spec(
@@ -213,7 +217,7 @@ class Checkpointer(contextlib.AbstractContextManager[Any]):
     """Decides whether every process stops after this step.
 
     A single process stops when it got a signal; several agree on a step through
-    JAX's preemption service.
+    JAX's preemption service, and so ask equally often.
 
     Args:
       step: Step just made.
@@ -224,7 +228,10 @@ class Checkpointer(contextlib.AbstractContextManager[Any]):
     """
     if jax.process_count() == 1:
       return bool(signum)
-    return self._manager.reached_preemption(step)
+    # They agree on the number after the largest, which the steps would jump
+    # over where one program makes several.
+    del step
+    return self._manager.reached_preemption(next(_questions))
 
   def save(
     self,

@@ -60,10 +60,18 @@ _EVALUATION: dict[str, Any] = {
   "num_examples": int,
   "seed": int,
   "teacher": bool,
+  "corruptions": str,
 }
 # Numbers of attacks that have a field of their own.
 _SHARED = ("epsilon", "step_size", "norm", "num_restarts")
-_FIELDS = (*_SECTIONS, *_TEXTS, "seed", "profile_steps", "teacher_workdir")
+_FIELDS = (
+  *_SECTIONS,
+  *_TEXTS,
+  "seed",
+  "profile_steps",
+  "model_axis",
+  "teacher_workdir",
+)
 
 MEANINGS = {
   "seed": "Seed of a run: initial weights, batches and attacks.",
@@ -119,6 +127,7 @@ def make_plan(config: ConfigDict) -> Plan:
       required=objectives.defaults(fields["method"]),
     )
     objective = objectives.create(fields["method"], **fields["objective"])
+  _check_groups(model, objective)
   teacher = _teacher_directory(fields) if objective.needs_teacher else None
   return Plan(
     data=data_plan,
@@ -129,8 +138,20 @@ def make_plan(config: ConfigDict) -> Plan:
     evaluation=_make_evaluation(fields["evaluation"]),
     figures=_make_figures(fields["figures"], fields["evaluation"]),
     profile_steps=fields["profile_steps"],
+    model_axis=fields["model_axis"],
     record=_record(config),
   )
+
+
+def _check_groups(model: nn.Module, objective: Objective) -> None:
+  """Refuses groups of BatchNorm that would part clean from attacked images."""
+  size = getattr(model, "batch_norm_group_size", 0)
+  if size and getattr(objective, "student_batch_norm", "") == "mixture":
+    raise UserError(
+      f"model.batch_norm_group_size: {size}; allowed: 0 with"
+      " objective.student_batch_norm='mixture', whose statistics are those of"
+      " clean and attacked images together"
+    )
 
 
 def _read(config: ConfigDict) -> Fields:
@@ -152,6 +173,7 @@ def _read(config: ConfigDict) -> Fields:
   typed.check_value("seed", int, fields["seed"])
   typed.check_value("teacher_workdir", str | None, fields["teacher_workdir"])
   typed.check_value("profile_steps", tuple[int, ...], fields["profile_steps"])
+  typed.check_value("model_axis", int, fields["model_axis"])
   for (section, name), largest in _LARGEST.items():
     value = fields[section].get(name)
     if isinstance(value, int) and value > largest:
@@ -306,6 +328,7 @@ def _make_evaluation(fields: Fields) -> EvaluationPlan:
       num_examples=fields["num_examples"],
       seed=fields["seed"],
       teacher=fields["teacher"],
+      corruptions=fields["corruptions"],
     )
     _check_section(fields, _EVALUATION, bits=True)
     return made

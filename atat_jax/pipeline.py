@@ -62,6 +62,8 @@ def run(
   configuration.check(plan.record, workdir)
   if mode == "evaluate":
     evaluate.find_checkpoints(plan, workdir)  # before data are loaded
+  if mode in ("run", "evaluate"):
+    plan.open_corruptions()
   with _locked(workdir) as check:
     configuration.check(plan.record, workdir)  # another may have begun since
     if step is not None:
@@ -92,8 +94,10 @@ def _work(
 ) -> None:
   """Does the work of "run", "train" and "evaluate"."""
   before = _shown(workdir)
-  mesh = sharding.make_mesh()
+  mesh = sharding.split_mesh(sharding.make_mesh(), plan.model_axis)
   dataset = plan.data.load()
+  if mode in ("run", "evaluate"):
+    evaluate.open_corrupted(plan, dataset.test)  # before hours of training
   if mode in ("run", "train"):
     _train(plan, workdir, dataset, mesh, check)
   check()
@@ -123,7 +127,7 @@ def _train(
 ) -> None:
   """Trains what is not trained yet."""
   extra = plan.data.open_extra()
-  train.check_sizes(plan, dataset, extra)
+  train.check_sizes(plan, dataset, extra, mesh)
   with train.StepPrograms(plan, mesh) as step_programs:
     # Compiles while the other programs are traced and the data are moved.
     step_programs.compile(workdir, dataset)
@@ -144,8 +148,8 @@ def _shown(workdir: pathlib.Path) -> dict[pathlib.Path, tuple[float, int]]:
 def _replay(plan: Plan, workdir: pathlib.Path, step: int) -> None:
   """Makes a step of a training again."""
   dataset, extra = plan.data.load(), plan.data.open_extra()
-  train.check_sizes(plan, dataset, extra)
-  mesh = sharding.make_mesh()
+  mesh = sharding.split_mesh(sharding.make_mesh(), plan.model_axis)
+  train.check_sizes(plan, dataset, extra, mesh)
   path = replay.replay(plan, workdir, dataset, mesh, extra, step=step)
   if jax.process_index() == 0:
     sys.stdout.write(f"{replay.describe(path)}\n")

@@ -24,8 +24,9 @@ from atat_jax import (
   optim,
 )
 from atat_jax.data import mixing
-from atat_jax.errors import UserError
-from atat_jax.evaluation import Protocol
+from atat_jax.data.corruptions.published import Published
+from atat_jax.errors import UserError, in_section
+from atat_jax.evaluation import Protocol, corrupted
 from atat_jax.evaluation.protocols import REFILLED
 from atat_jax.objectives import Objective
 from atat_jax.runs import roles
@@ -397,6 +398,8 @@ class EvaluationPlan:
     num_examples: Number of test images, from the first on; 0: all of them.
     seed: Seed of the attacks.
     teacher: Whether the teacher is evaluated beside the student.
+    corruptions: Corrupted test images of the table: "generated", the folder of
+      CIFAR-10-C or of a set like it, or "" for none.
   """
 
   validation: Protocol
@@ -407,6 +410,7 @@ class EvaluationPlan:
   num_examples: int
   seed: int
   teacher: bool = True
+  corruptions: str = ""
 
   def __post_init__(self) -> None:
     """Checks all numbers."""
@@ -499,6 +503,8 @@ class Plan:
     figures: Numbers of the analyses.
     profile_steps: First and last step of the profile, from 1; (): no profile.
     record: Configuration that the plan was made from, as plain JSON.
+    model_axis: Number of devices that share the large arrays of a training
+      state.
   """
 
   data: DataPlan
@@ -510,6 +516,7 @@ class Plan:
   figures: analyses.FigureSettings
   profile_steps: tuple[int, ...]
   record: dict[str, Any]
+  model_axis: int = 1
 
   def __post_init__(self) -> None:
     """Checks the profile, and that the objective's layers exist."""
@@ -519,6 +526,7 @@ class Plan:
         f"profile_steps: {steps}; allowed: (), or a first and a last step, from"
         " 1"
       )
+    checks.positive("model_axis", self.model_axis, integer=True)
     single = getattr(self.objective, "takes_single_step", False)
     if single and self.evaluation.single_step is None:
       raise UserError(
@@ -564,6 +572,20 @@ class Plan:
     teacher = {} if self.teacher is None else {roles.TEACHER: self.teacher}
     last = self.stages[-1]
     return {**teacher, last.name: last.directory}
+
+  def open_corruptions(self) -> Published | None:
+    """Opens the corrupted test images; None where no folder holds them.
+
+    Raises:
+      UserError: They are missing, damaged or of another kind.
+    """
+    with in_section("evaluation"):
+      return corrupted.open_source(
+        self.evaluation.corruptions,
+        dataset=self.data.spec.name,
+        image_shape=self.data.spec.image_shape,
+        num_classes=self.data.spec.num_classes,
+      )
 
   @property
   def evaluated(self) -> tuple[str, ...]:

@@ -1,11 +1,18 @@
-"""Mesh with one axis, `data`; the only module that knows it.
+"""Mesh of the devices; the only module that knows it.
 
-Parameters, optimizer state and the resident data set are replicated, batches
-are split over the axis. The same program runs on one device, on eight and on
-several hosts; BatchNorm statistics are those of the global batch.
+It has one axis, `data`: parameters, optimizer state and the resident data set
+are replicated, batches are split. The same program runs on one device, on eight
+and on several hosts; BatchNorm statistics are those of the global batch.
+
+With a second axis, `model`, batches are split over both, and the large arrays
+of parameters, optimizer state and averages over `model` alone. A step gathers
+the parameters for its passes and updates each part where it is ("fully sharded
+data parallel"; Rajbhandari et al., ZeRO, 2020): memory for networks whose state
+fills a device.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +22,12 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from atat_jax import checks
 from atat_jax.errors import UserError, shown
 from atat_jax.typing import PyTree
+
+_BOTH = ("data", "model")
+
+_SPLIT = ("params", "opt_state", "ema")
+_SMALLEST = 4096
+"""Fewest numbers of an array that is split; others are cheaper to keep whole."""
 
 
 def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -31,11 +44,40 @@ def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
   )
 
 
+def split_mesh(mesh: Mesh, model_axis: int) -> Mesh:
+  """Returns a mesh of the same devices with an axis `model`.
+
+  Args:
+    mesh: Mesh of `make_mesh`.
+    model_axis: Number of neighbouring devices that share the large arrays of a
+      training state; 1: the mesh as it is.
+
+  Raises:
+    UserError: It does not divide the number of devices.
+  """
+  check_mesh(mesh)
+  checks.count("model_axis", model_axis)
+  if model_axis == 1:
+    return mesh
+  if mesh.size % model_axis:
+    known = [n for n in range(1, mesh.size + 1) if mesh.size % n == 0]
+    raise UserError(
+      f"model_axis: {model_axis} on {mesh.size} devices; allowed:"
+      f" {', '.join(map(str, known))}"
+    )
+  return jax.make_mesh(
+    (mesh.size // model_axis, model_axis),
+    _BOTH,
+    axis_types=(AxisType.Auto,) * 2,
+    devices=mesh.devices.ravel().tolist(),
+  )
+
+
 def mesh_or_all(mesh: Mesh | None) -> Mesh:
   """Returns a mesh that an argument gives, checked; for None, of all devices.
 
   Raises:
-    UserError: Something else than a mesh with the axis `data` alone.
+    UserError: Something else than a mesh of this module.
   """
   if mesh is None:
     return make_mesh()
@@ -44,12 +86,13 @@ def mesh_or_all(mesh: Mesh | None) -> Mesh:
 
 
 def check_mesh(mesh: object) -> None:
-  """Checks that a value is a mesh with the axis `data` alone.
+  """Checks that a value is a mesh of this module.
 
   Raises:
     UserError: Anything else.
   """
-  if not isinstance(mesh, Mesh) or mesh.axis_names != ("data",):
+  known = (("data",), _BOTH)
+  if not isinstance(mesh, Mesh) or mesh.axis_names not in known:
     raise UserError(
       f"mesh: {shown(mesh)}; allowed: a mesh of sharding.make_mesh()"
     )
@@ -79,7 +122,83 @@ def batch_sharding(
   checks.count("axis", axis, 0)
   if batch_size % mesh.size:
     return replicated(mesh)
-  return NamedSharding(mesh, PartitionSpec(*[None] * axis, "data"))
+  names = "data" if mesh.axis_names == ("data",) else _BOTH
+  return NamedSharding(mesh, PartitionSpec(*[None] * axis, names))
+
+
+def splits_state(mesh: Mesh) -> bool:
+  """Returns whether large arrays of a training state are split."""
+  check_mesh(mesh)
+  return mesh.axis_names == _BOTH
+
+
+def state_shardings(mesh: Mesh, tree: PyTree) -> PyTree:
+  """Returns the sharding of each array of a training state.
+
+  Args:
+    mesh: The devices.
+    tree: Training state, with the fields `params`, `opt_state` and `ema`; arrays
+      or shapes.
+
+  Returns:
+    The tree of the shardings: replicated, but for the arrays of these fields
+    that have `_SMALLEST` numbers or more, along their longest side that divides.
+  """
+  if not splits_state(mesh):
+    return jax.tree.map(lambda leaf: replicated(mesh), tree)
+  size = mesh.shape["model"]
+
+  def choose(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+    sides = [
+      (side, axis) for axis, side in enumerate(leaf.shape) if side % size == 0
+    ]
+    field = getattr(path[0], "name", None)
+    if field not in _SPLIT or leaf.size < _SMALLEST or not sides:
+      return replicated(mesh)
+    _, axis = max(sides)
+    return NamedSharding(mesh, PartitionSpec(*[None] * axis, "model"))
+
+  return jax.tree_util.tree_map_with_path(choose, tree)
+
+
+def split_state(mesh: Mesh, tree: PyTree) -> PyTree:
+  """Constrains a training state to `state_shardings`, inside jit."""
+  if not splits_state(mesh):
+    return tree
+  return jax.lax.with_sharding_constraint(tree, state_shardings(mesh, tree))
+
+
+def gather(mesh: Mesh, tree: PyTree) -> PyTree:
+  """Gathers the arrays of a training state that are split, inside jit."""
+  if not splits_state(mesh):
+    return tree
+  return jax.lax.with_sharding_constraint(tree, replicated(mesh))
+
+
+def check_divides(mesh: Mesh, batch_size: int, *, parts: int = 1) -> None:
+  """Checks that a batch divides evenly over the devices.
+
+  Args:
+    mesh: The devices.
+    batch_size: Number of examples in the batch.
+    parts: Number of parts in which the batch is computed, one after another.
+
+  Raises:
+    UserError: It does not; the message names the nearest sizes.
+  """
+  check_mesh(mesh)
+  checks.count("batch_size", batch_size)
+  checks.count("parts", parts)
+  multiple = mesh.size * parts
+  if batch_size % multiple == 0:
+    return
+  below = batch_size // multiple * multiple
+  nearest = [size for size in (below, below + multiple) if size]
+  in_parts = f" in {parts} parts (accumulate_steps)" if parts > 1 else ""
+  raise UserError(
+    f"batch_size: {batch_size} on {mesh.size} devices{in_parts}; allowed:"
+    f" multiples of {multiple}, the nearest {' and '.join(map(str, nearest))}"
+  )
 
 
 def put_replicated(mesh: Mesh, tree: PyTree) -> PyTree:
@@ -87,15 +206,30 @@ def put_replicated(mesh: Mesh, tree: PyTree) -> PyTree:
   sharding = replicated(mesh)
   if jax.process_count() == 1:
     return jax.device_put(tree, sharding)
+  return jax.tree.map(lambda leaf: _put(leaf, sharding), tree)
 
-  def put(leaf: jax.Array | np.ndarray) -> jax.Array:
-    # device_put accepts only addressable devices, and numpy has no keys.
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-      return jax.random.wrap_key_data(put(jax.random.key_data(leaf)))
-    host = np.asarray(leaf)
-    return jax.make_array_from_callback(host.shape, sharding, host.__getitem__)
 
-  return jax.tree.map(put, tree)
+def put_state(mesh: Mesh, tree: PyTree) -> PyTree:
+  """Puts a training state (the same in every process) on the devices.
+
+  Args:
+    mesh: The devices.
+    tree: Training state.
+
+  Returns:
+    The state with `state_shardings`.
+  """
+  if not splits_state(mesh):
+    return put_replicated(mesh, tree)
+  return jax.tree.map(_put, tree, state_shardings(mesh, tree))
+
+
+def _put(leaf: jax.Array | np.ndarray, sharding: NamedSharding) -> jax.Array:
+  # device_put accepts only addressable devices, and numpy has no keys.
+  if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    return jax.random.wrap_key_data(_put(jax.random.key_data(leaf), sharding))
+  host = np.asarray(leaf)
+  return jax.make_array_from_callback(host.shape, sharding, host.__getitem__)
 
 
 def put_batch(mesh: Mesh, array: np.ndarray, *, axis: int = 0) -> jax.Array:

@@ -88,7 +88,10 @@ def make_train_step(
   return compilation.jit(
     functools.partial(dispatch, step=step),
     donate_argnums=0,
-    out_shardings=sharding.replicated(mesh),
+    # A split state constrains itself: its shapes are known in the trace.
+    out_shardings=None
+    if sharding.splits_state(mesh)
+    else sharding.replicated(mesh),
   )
 
 
@@ -165,6 +168,7 @@ def train_step(
   Returns:
     State after the step.
   """
+  state = state.replace(params=sharding.gather(mesh, state.params))
   batch, gradient, outcome = gradients.differentiate(
     state,
     teacher,
@@ -179,7 +183,8 @@ def train_step(
     flip=flip,
     options=options,
   )
-  return _updated(state, gradient, outcome, batch, optimizer, options)
+  after = _updated(state, gradient, outcome, batch, optimizer, options)
+  return sharding.split_state(mesh, after)
 
 
 def _updated(

@@ -46,20 +46,30 @@ _NOMINAL = evaluation.parse("nominal", epsilon=0, step_size=0)
 
 
 def check_sizes(
-  plan: Plan, dataset: Dataset, extra: Extra | None = None
+  plan: Plan,
+  dataset: Dataset,
+  extra: Extra | None = None,
+  mesh: Mesh | None = None,
 ) -> None:
-  """Checks the sizes of batches against the data, before anything is trained.
+  """Checks the sizes of batches, before anything is trained.
 
   Args:
     plan: Plan of the run.
     dataset: The data.
     extra: Extra training images, or None.
+    mesh: The devices; None: any number of them.
 
   Raises:
-    UserError: A batch is larger than the training split, or its extra part than
-      the extra images; or the schedule has no place in so few or many steps.
+    UserError: A batch does not divide by the number of devices, is larger than
+      the training split, or its extra part than the extra images; or the
+      schedule has no place in so few or many steps.
   """
   for stage in plan.stages:
+    if mesh is not None:
+      with in_section(stage.section):
+        sharding.check_divides(
+          mesh, stage.batch_size, parts=stage.accumulate_steps
+        )
     if stage.batch_size > dataset.num_train:
       raise UserError(
         f"{stage.section}.batch_size: {stage.batch_size}; allowed: at most the"
@@ -169,9 +179,12 @@ class StepPrograms:
       image,
       teacher if objective.starts_from_teacher else None,
     )
-    current, teacher, images = jax.tree.map(
+    current = jax.tree.map(
+      placed, fresh, sharding.state_shardings(self._mesh, fresh)
+    )
+    teacher, images = jax.tree.map(
       lambda x: placed(x, sharding.replicated(self._mesh)),
-      (fresh, teacher, resident(dataset)),
+      (teacher, resident(dataset)),
     )
     size, axis = outline.per_dispatch, int(outline.per_dispatch > 1)
     lead = (size,) if axis else ()
@@ -494,7 +507,7 @@ def _start(
   )
   if options.guards:
     fresh = fresh.replace(guard=soundness.fresh_guard(left_out))
-  placed: TrainState = sharding.put_replicated(mesh, fresh)
+  placed: TrainState = sharding.put_state(mesh, fresh)
   return placed
 
 

@@ -117,6 +117,8 @@ def _model() -> dict[str, Any]:
     "normalization": "per_image",  # dataset, none
     "batch_norm_momentum": 0.9,
     "batch_norm_epsilon": 1e-3,
+    # Consecutive images that share statistics in training; 0: the whole batch.
+    "batch_norm_group_size": 0,
     "dtype": "float32",  # bfloat16 on accelerators
     # Fields that only some have, as wide_resnet; the others ignore them.
     "depth": 32,  # 6n + 2 or 6n + 4
@@ -148,6 +150,9 @@ def _evaluation() -> dict[str, Any]:
     "num_examples": 0,  # test images, from the first on; 0: all
     "seed": 0,
     "teacher": True,  # whether it is evaluated beside the student
+    # Corrupted test images, beside the attacks: generated, or the folder of
+    # CIFAR-10-C or CIFAR-100-C; "": none.
+    "corruptions": "",
   }
 
 
@@ -184,13 +189,13 @@ def parse(choice: str, recipes: tuple[str, ...] = RECIPES) -> tuple[str, str]:
   known = (*OBJECTIVES, *SETTINGS)
   if method not in known:
     raise ValueError(
-      f"method: {method!r}{near(method, known)}; allowed: {', '.join(known)}"
+      f"method: {method!r}; allowed: {', '.join(known)}{near(method, known)}"
     )
   recipe = ",".join(rest) if rest else recipes[0]
   if recipe not in recipes:
     raise ValueError(
-      f"recipe: {recipe!r}{near(recipe, recipes)}; allowed:"
-      f" {', '.join(recipes)}"
+      f"recipe: {recipe!r}; allowed: {', '.join(recipes)}"
+      f"{near(recipe, recipes)}"
     )
   return method, recipe
 
@@ -220,6 +225,8 @@ def get_config(
       # A note of the choice after the colon, as in cifar10.py:at,modern.
       "recipe": recipe,
       "profile_steps": (),  # first and last step of a profile, e.g. 10,12
+      # Devices that share parameters, optimizer state and averages, for memory.
+      "model_axis": 1,
       "data": _data(),
       "model": _model(),
       "objective": defaults(method) | fields,

@@ -18,6 +18,7 @@ network `<name>_loss` float32 [n, P, P] (image, a, b), in nats,
 """
 
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -47,17 +48,15 @@ def _surface(
   labels: Array,
   random_direction: Array,
   coefficients: Array,
-  *,
-  rows: int,
+  points: Array,
 ) -> tuple[Array, Array, Array]:
-  """Returns losses and margins [n, P, P] over the plane, and sign(grad)."""
+  """Returns losses and margins of points [m, b] of the planes, and sign(grad)."""
 
   def total_loss(x: Array) -> Array:
     return losses.cross_entropy(classifier(x), labels).sum()
 
   gradient_direction = jnp.sign(jax.grad(total_loss)(images))
-  count, side = len(images), len(coefficients)
-  points = jnp.arange(count * side * side).reshape(-1, rows)
+  side = len(coefficients)
 
   def measure(point: Array) -> tuple[Array, Array]:
     image, place = jnp.divmod(point, side * side)
@@ -71,12 +70,10 @@ def _surface(
     y = labels[image]
     return losses.cross_entropy(logits, y), losses.margin(logits, y)
 
-  value, margin = lax.map(measure, points)
-  shape = (count, side, side)
-  return value.reshape(shape), margin.reshape(shape), gradient_direction
+  return *lax.map(measure, points), gradient_direction
 
 
-_jitted = compilation.jit(_surface, static_argnames=("rows",))
+_jitted = compilation.jit(_surface)
 
 
 def loss_landscape(
@@ -104,7 +101,8 @@ def loss_landscape(
     num_points: P, points a side; odd, so that the image itself is one.
     batch_size: Largest number of points at a time. So many are taken as divide
       their number: 82 of 41 x 41 points of 2 images.
-    mesh: Ignored: it is computed where the variables are.
+    mesh: The devices over which points are split; None: one, where the
+      variables are.
 
   Returns:
     The arrays that the module describes, by name.
@@ -112,7 +110,8 @@ def loss_landscape(
   Raises:
     UserError: An argument of a wrong shape, dtype or range, by name.
   """
-  sharding.mesh_or_all(mesh)
+  if mesh is not None:
+    sharding.check_mesh(mesh)
   checks.key(key)
   checks.positive("radius", radius)
   checks.positive("batch_size", batch_size, integer=True)
@@ -121,7 +120,6 @@ def loss_landscape(
     raise UserError(f"num_points: {num_points}; allowed: odd, at least 3")
   named, images, labels, _ = classifiers(networks, images, labels)
   coefficients, signs = _plane(key, images.shape, radius, num_points)
-  rows = _largest_divisor(len(images) * num_points**2, batch_size)
   found = {
     "networks": np.array(list(named)),
     "images": images,
@@ -131,11 +129,43 @@ def loss_landscape(
     "random_direction": signs,
   }
   for name, classifier in named.items():
-    surface = jax.device_get(
-      _jitted(classifier, images, labels, signs, coefficients, rows=rows)
+    surface = _measure(
+      (classifier, images, labels, signs, coefficients), batch_size, mesh
     )
     found |= _named(name, *surface)
   return found
+
+
+def _measure(
+  given: tuple[Any, ...], batch_size: int, mesh: Mesh | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Returns losses and margins [n, P, P] of a network, and sign(grad)."""
+  _, images, *_, coefficients = given
+  side = len(coefficients)
+  count = len(images) * side**2
+  points: Array | np.ndarray = _points(count, batch_size, mesh)
+  if mesh is not None:
+    given = sharding.put_replicated(mesh, given)
+    points = sharding.put_batch(mesh, np.asarray(points), axis=1)
+  measured = _jitted(*given, points)
+  if mesh is not None:
+    measured = sharding.to_host(mesh, measured)
+  loss, margin, direction = jax.device_get(measured)
+  shape = (len(images), side, side)
+  loss, margin = (x.ravel()[:count].reshape(shape) for x in (loss, margin))
+  return loss, margin, direction
+
+
+def _points(count: int, limit: int, mesh: Mesh | None) -> np.ndarray:
+  """Numbers of the points, [batches, points of a batch].
+
+  A batch divides by the number of devices; on several, the last one is filled
+  up with the first points again.
+  """
+  if mesh is None or mesh.size == 1:
+    return np.arange(count).reshape(-1, _largest_divisor(count, limit))
+  rows = max(1, min(limit, count) // mesh.size) * mesh.size
+  return np.arange(-(-count // rows) * rows).reshape(-1, rows) % count
 
 
 def _named(

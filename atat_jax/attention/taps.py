@@ -217,6 +217,7 @@ def listing(
   images = checks.batch(images, "images", ndim=4)
   checks.variables(model, variables, images.shape)
   marked: list[tuple[Place, jax.ShapeDtypeStruct]] = []
+  stated: set[Place] = set()
   visitors: list[_Visitor] = []
 
   def mark(place: Place, module: nn.Module, tensor: Array) -> Array:
@@ -224,6 +225,8 @@ def listing(
       return tensor
     shape = jax.ShapeDtypeStruct(tensor.shape, tensor.dtype)
     marked.append((place, shape))
+    if getattr(module, "tapped_by_default", False) is True:
+      stated.add(place)
     return checkpoint_name(tensor, f"{_MARK}{len(marked) - 1}")
 
   def logits(variables: Variables, images: Array) -> Array:
@@ -239,7 +242,7 @@ def listing(
       f" {type(model).__name__} for images of shape {images.shape[1:]}"
     ) from None
   flow = _Flow(closed.jaxpr)
-  return _sorted_out(visitors[-1], marked, flow, images.shape)
+  return _sorted_out(visitors[-1], marked, stated, flow, images.shape)
 
 
 def _may_be_spatial(module: nn.Module, tensor: Array, size: int) -> bool:
@@ -296,6 +299,35 @@ class _Flow:
     reached = self._reached(self._images, without=self._marks[mark])
     return not reached.intersection(self._logits)
 
+  def reads_tokens(self, mark: int, earlier: Iterable[int]) -> bool:
+    """Whether only tokens go past a grid, on a path from an earlier one.
+
+    All that the logits know of the images goes through one of the two, and no
+    convolution or grid is beside the path between them.
+
+    Args:
+      mark: Mark of the grid.
+      earlier: Marks of the other tensors [B, h, w, C].
+    """
+    needed = set(self._marks[mark].outvars)
+    for eqn in reversed(self._eqns):
+      if needed.intersection(eqn.outvars):
+        needed.update(_variables(eqn.invars))
+    beside = [
+      eqn
+      for eqn in self._eqns
+      if _convolves(eqn) and not needed.intersection(eqn.outvars)
+    ]
+    beside += [
+      self._marks[one]
+      for one in earlier
+      if not needed.intersection(self._marks[one].outvars)
+    ]
+    used = self._seen & self._needed
+    if any(used.intersection(eqn.outvars) for eqn in beside):
+      return False
+    return any(self.is_cut(one) for one in (mark, *earlier))
+
   def convolves_after(self, mark: int) -> bool:
     """Whether a convolution lies between a tensor and the logits."""
     reached = self._reached(self._marks[mark].outvars[0])
@@ -331,6 +363,7 @@ def _convolves(eqn: Any) -> bool:
 def _sorted_out(
   visitor: _Visitor,
   marked: list[tuple[Place, jax.ShapeDtypeStruct]],
+  stated: set[Place],
   flow: _Flow,
   image_shape: tuple[int, ...],
 ) -> Listing:
@@ -361,7 +394,7 @@ def _sorted_out(
       others[path] = f"called {count} times"
     elif path not in layers and names:
       others[path] = "returns several tensors"
-  last, reason = _last(layers, marks, flow, visitor, image_shape)
+  last, reason = _last(layers, marks, stated, flow, visitor, image_shape)
   return Listing(layers, last, reason, others)
 
 
@@ -412,6 +445,7 @@ _NAME_IT = (
 def _last(
   layers: dict[str, Layer],
   marks: dict[str, int],
+  stated: set[Place],
   flow: _Flow,
   visitor: _Visitor,
   image_shape: tuple[int, ...],
@@ -434,19 +468,22 @@ def _last(
   last = (large or list(spatial))[-1]
   after = list(layers)[list(layers).index(last) + 1 :]
   found = f"the last tensor [B, h, w, C] of a submodule is that of {last!r}"
+  is_stated = spatial[last].place in stated and flow.reads_tokens(
+    marks[last], [marks[n] for n in large if n != last]
+  )
   reason = ""
   if not _keeps_proportions(spatial[last].grid, image_shape):
     reason = (
       f"whose shape {spatial[last].shape} is not in the proportions of the"
       f" images, {image_shape}"
     )
-  elif later := [n for n in after if n in tokens]:
+  elif not is_stated and (later := [n for n in after if n in tokens]):
     reason = f"and is followed by tokens [B, T, C], at {_few(later)}"
   elif later := _later(visitor, spatial[last]):
     reason = f"and is followed by others inside{_where(later)}"
   elif flow.convolves_after(marks[last]):
     reason = "and is followed by a convolution that no submodule returns"
-  elif not flow.is_cut(marks[last]):
+  elif not is_stated and not flow.is_cut(marks[last]):
     reason = (
       "which is one of several paths from the images to the logits, as before a"
       " sum or a concatenation that no submodule returns"

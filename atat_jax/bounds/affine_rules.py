@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -134,8 +133,7 @@ def node(
       values[places.index(place)] if place in parents else given[place]
       for place in range(len(args))
     ]
-    with jax.named_scope(eqn.primitive.name):
-      out = eqn.primitive.bind(*operands, **params)
+    out = eqn.primitive.bind(*operands, **params)
     return out[output] if eqn.primitive.multiple_results else out
 
   zeros = {place: _empty(value) for place, value in constants.items()}
@@ -152,9 +150,9 @@ def node(
     return bind(values, linear)
 
   def magnitude(*values: Array) -> Array:
-    last = len(args) - 1
+    turned = len(args) - 1 if rule.turns else -1
     given = [
-      -value if rule.turns and place == last else value
+      -value if place == turned else value
       for place, value in zip(places, values, strict=True)
     ]
     return bind(given, sizes)

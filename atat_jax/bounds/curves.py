@@ -18,7 +18,7 @@ from atat_jax.typing import Array
 _NARROW = 1e-6  # relative width below which a chord has no reliable slope
 
 
-class Curve(NamedTuple):
+class CurvedFunction(NamedTuple):
   """Function of one number.
 
   Attributes:
@@ -39,11 +39,11 @@ class Curve(NamedTuple):
   above: float | None = None
 
 
-def _power(exponent: int) -> Curve:
+def _power(exponent: int) -> CurvedFunction:
   """x ** exponent for an integer exponent."""
   even = exponent % 2 == 0
   shape = "convex" if even or exponent < 0 else "monotone"
-  return Curve(
+  return CurvedFunction(
     lambda x: lax.integer_pow(x, exponent),
     lambda x: exponent * lax.integer_pow(x, exponent - 1),
     shape,
@@ -53,27 +53,31 @@ def _power(exponent: int) -> Curve:
   )
 
 
-CURVES: dict[str, Callable[[dict[str, Any]], Curve]] = {
-  "exp": lambda _: Curve(jnp.exp, jnp.exp, "convex"),
-  "exp2": lambda _: Curve(
+CURVES: dict[str, Callable[[dict[str, Any]], CurvedFunction]] = {
+  "exp": lambda _: CurvedFunction(jnp.exp, jnp.exp, "convex"),
+  "exp2": lambda _: CurvedFunction(
     jnp.exp2, lambda x: jnp.log(2.0) * jnp.exp2(x), "convex"
   ),
-  "expm1": lambda _: Curve(jnp.expm1, jnp.exp, "convex"),
-  "log": lambda _: Curve(jnp.log, lambda x: 1 / x, "concave", above=0.0),
-  "log1p": lambda _: Curve(
+  "expm1": lambda _: CurvedFunction(jnp.expm1, jnp.exp, "convex"),
+  "log": lambda _: CurvedFunction(
+    jnp.log, lambda x: 1 / x, "concave", above=0.0
+  ),
+  "log1p": lambda _: CurvedFunction(
     jnp.log1p, lambda x: 1 / (1 + x), "concave", above=-1.0
   ),
-  "sqrt": lambda _: Curve(
+  "sqrt": lambda _: CurvedFunction(
     jnp.sqrt, lambda x: 0.5 / jnp.sqrt(x), "concave", above=0.0
   ),
-  "rsqrt": lambda _: Curve(
+  "rsqrt": lambda _: CurvedFunction(
     lax.rsqrt, lambda x: -0.5 * lax.rsqrt(x) / x, "convex", True, above=0.0
   ),
-  "logistic": lambda _: Curve(
+  "logistic": lambda _: CurvedFunction(
     lax.logistic, lambda x: lax.logistic(x) * lax.logistic(-x), "s"
   ),
-  "tanh": lambda _: Curve(jnp.tanh, lambda x: 1 / jnp.cosh(x) ** 2, "s"),
-  "erf": lambda _: Curve(
+  "tanh": lambda _: CurvedFunction(
+    jnp.tanh, lambda x: 1 / jnp.cosh(x) ** 2, "s"
+  ),
+  "erf": lambda _: CurvedFunction(
     lax.erf, lambda x: 2 / jnp.sqrt(jnp.pi) * jnp.exp(-x * x), "s"
   ),
   "square": lambda _: _power(2),
@@ -84,7 +88,7 @@ CURVES: dict[str, Callable[[dict[str, Any]], Curve]] = {
 RECIPROCAL = _power(-1)
 
 
-def interval(curve: Curve, x: Interval) -> Interval:
+def interval(curve: CurvedFunction, x: Interval) -> Interval:
   """Computes the range of a function; NaN outside its domain.
 
   Args:
@@ -104,7 +108,7 @@ def interval(curve: Curve, x: Interval) -> Interval:
   return Interval(low, high)
 
 
-def slopes(curve: Curve, x: Interval) -> Slopes:
+def slopes(curve: CurvedFunction, x: Interval) -> Slopes:
   """Computes the lines around a function.
 
   Args:
@@ -159,7 +163,7 @@ class Pieces(NamedTuple):
   """Function of one number that is a line on each side of a point.
 
   Attributes:
-    point: Where the lines meet, or the function jumps.
+    point: Argument at which the lines meet, or the function jumps.
     left: Slope and value at 0 before it.
     right: The same after it.
   """

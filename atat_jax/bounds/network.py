@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend import core
 
 from atat_jax.bounds import affine_rules, curves, products, windows
@@ -47,7 +48,7 @@ def _exactly(x: Interval) -> None:
   del x
 
 
-class Network:
+class NodeList:
   """Nodes of a classifier of one image, parents before children.
 
   Args:
@@ -143,7 +144,7 @@ class Network:
       return None
     return self._bend(args[0].number, made(eqn.params))
 
-  def _bend(self, parent: int, curve: curves.Curve) -> _Ref:
+  def _bend(self, parent: int, curve: curves.CurvedFunction) -> _Ref:
     return self._add(
       elementwise(
         parent,
@@ -160,10 +161,11 @@ class Network:
     rounding: Callable[[Interval], Array | None] = _exactly,
   ) -> _Ref:
     pieces = jax.tree.map(_wide, pieces)
+    parts = (self.nodes[parent].shape, *map(jnp.shape, jax.tree.leaves(pieces)))
     return self._add(
       elementwise(
         parent,
-        self.nodes[parent].shape,
+        np.broadcast_shapes(*parts),
         lambda x: curves.pieces_interval(pieces, x),
         lambda x: curves.pieces_slopes(pieces, x),
         rounding=rounding,
@@ -174,7 +176,7 @@ class Network:
     return self._add(
       affine(
         (one, other),
-        self.nodes[one].shape,
+        self._shape(one, other),
         lambda x, y: x - y,
         lambda x, y: x + y,
         1,
@@ -182,8 +184,12 @@ class Network:
     )
 
   def _sum(self, one: int, other: int) -> _Ref:
-    shape = self.nodes[one].shape
+    shape = self._shape(one, other)
     return self._add(affine((one, other), shape, _plus, _plus, 1))
+
+  def _shape(self, one: int, other: int) -> tuple[int, ...]:
+    """Shape of two nodes together; an axis of one entry fits all."""
+    return np.broadcast_shapes(self.nodes[one].shape, self.nodes[other].shape)
 
   # --- Primitives with rules of their own ------------------------------------
 
@@ -226,7 +232,7 @@ class Network:
     one, other = args
     if one == other:
       return self._bend(one.number, curves.CURVES["square"]({}))
-    shape = self.nodes[one.number].shape
+    shape = eqn.outvars[0].aval.shape
     return self._add(products.node(one.number, other.number, shape))
 
   def _on_div(self, eqn: Any, args: list[Any]) -> _Ref | None:
@@ -234,7 +240,7 @@ class Network:
     if not isinstance(other, _Ref):
       return None
     inverse = self._bend(other.number, curves.RECIPROCAL)
-    shape = self.nodes[inverse.number].shape
+    shape = eqn.outvars[0].aval.shape
     if isinstance(one, _Ref):
       return self._add(products.node(one.number, inverse.number, shape))
     factor = _wide(one)
@@ -409,7 +415,7 @@ def _wide(value: Any) -> Array:
   return jnp.asarray(value, jnp.float64)
 
 
-def read(classifier: Callable[[Array], Array], image: Any) -> Network:
+def read(classifier: Callable[[Array], Array], image: Any) -> NodeList:
   """Reads the network of a classifier.
 
   Args:
@@ -428,4 +434,4 @@ def read(classifier: Callable[[Array], Array], image: Any) -> Network:
 
   with jax.enable_x64(False):  # as the network runs
     closed = jax.make_jaxpr(logits)(image)
-  return Network(closed)
+  return NodeList(closed)

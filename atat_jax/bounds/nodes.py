@@ -49,7 +49,7 @@ Map = Callable[..., Array]
 """Function of the parents' values."""
 
 
-class Lines(NamedTuple):
+class Enclosure(NamedTuple):
   """Affine functions of the parents that enclose a node's value.
 
   Attributes:
@@ -87,7 +87,7 @@ class Node:
   parents: tuple[int, ...]
   shape: tuple[int, ...]
   interval: Callable[..., Interval]
-  lines: Callable[..., Lines]
+  lines: Callable[..., Enclosure]
   affine: bool = False
   moved: bool = False
 
@@ -129,7 +129,7 @@ def affine(
     radius = magnitude(*((x.upper - x.lower) / 2 for x in found))
     return Interval(middle - radius, middle + radius)
 
-  def lines(*found: Interval) -> Lines:
+  def lines(*found: Interval) -> Enclosure:
     error = None
     if terms:
       size = magnitude(*(x.largest for x in found))
@@ -137,7 +137,7 @@ def affine(
       error = (terms * UNIT / (1 - terms * UNIT) + OWN) * size
     elif offset is not None:
       error = OWN * jnp.abs(offset)
-    return Lines(function, function, offset, offset, error, error)
+    return Enclosure(function, function, offset, offset, error, error)
 
   return Node(parents, shape, interval, lines, affine=True, moved=not terms)
 
@@ -164,14 +164,14 @@ def elementwise(
     The node.
   """
 
-  def lines(x: Interval) -> Lines:
+  def lines(x: Interval) -> Enclosure:
     a, b, c, d = slopes(x)
     own = interval(x).largest
     size = jnp.maximum(jnp.abs(a), jnp.abs(c)) * x.largest + own
     size += jnp.maximum(jnp.abs(b), jnp.abs(d))
     spread = rounding(x) if rounding else (_ULPS * UNIT + OWN) * own
     error = OWN * size if spread is None else OWN * size + spread
-    return Lines(lambda v: a * v, lambda v: c * v, b, d, error, spread)
+    return Enclosure(lambda v: a * v, lambda v: c * v, b, d, error, spread)
 
   return Node((parent,), shape, interval, lines)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from atat_jax.bounds.nodes import OWN, UNIT, Interval, Lines, Node
+from atat_jax.bounds.nodes import OWN, UNIT, Enclosure, Interval, Node
 from atat_jax.typing import Array
 
 
@@ -30,7 +30,7 @@ def node(one: int, other: int, shape: tuple[int, ...]) -> Node:
     )
     return Interval(corners.min(0), corners.max(0))
 
-  def lines(x: Interval, y: Interval) -> Lines:
+  def lines(x: Interval, y: Interval) -> Enclosure:
     middle = (x.lower + x.upper) / 2, (y.lower + y.upper) / 2
     below = _better(
       (y.lower, x.lower), (y.upper, x.upper), middle, largest=True
@@ -39,7 +39,7 @@ def node(one: int, other: int, shape: tuple[int, ...]) -> Node:
       (y.upper, x.lower), (y.lower, x.upper), middle, largest=False
     )
     error = (UNIT + 4 * OWN) * x.largest * y.largest
-    return Lines(
+    return Enclosure(
       lambda v, w: below[0] * v + below[1] * w,
       lambda v, w: above[0] * v + above[1] * w,
       -below[0] * below[1],
@@ -95,7 +95,7 @@ def choice(
       jnp.where(first, below.upper, jnp.where(second, above.upper, upper)),
     )
 
-  def lines(which: Interval, below: Interval, above: Interval) -> Lines:
+  def lines(which: Interval, below: Interval, above: Interval) -> Enclosure:
     first, second = which.upper < point, which.lower > point
     found = interval(which, below, above)
 
@@ -104,6 +104,6 @@ def choice(
 
     lower, upper = (jnp.where(first | second, 0.0, level) for level in found)
     error = OWN * found.largest
-    return Lines(chosen, chosen, lower, upper, error)
+    return Enclosure(chosen, chosen, lower, upper, error)
 
   return Node(parents, shape, interval, lines)

@@ -14,8 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from atat_jax.bounds.network import Network
-from atat_jax.bounds.nodes import OWN, Interval, Lines
+from atat_jax.bounds.network import NodeList
+from atat_jax.bounds.nodes import OWN, Enclosure, Interval
 from atat_jax.typing import Array
 
 _ENTRIES = 2**22
@@ -35,10 +35,10 @@ class Propagation:
     intervals: Interval of each node.
   """
 
-  def __init__(self, network: Network, image: Interval, *, backward: bool):
+  def __init__(self, network: NodeList, image: Interval, *, backward: bool):
     self._nodes = network.nodes
     self.intervals = [image]
-    self._lines = [Lines(_nothing, _nothing, None, None, None)]
+    self._lines = [Enclosure(_nothing, _nothing, None, None, None)]
     self._backward = backward
     self._found: dict[int, Interval] = {0: image}
     needed = {

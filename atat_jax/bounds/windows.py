@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from atat_jax.bounds.nodes import OWN, Interval, Lines, Node
+from atat_jax.bounds.nodes import OWN, Enclosure, Interval, Node
 from atat_jax.errors import UserError
 from atat_jax.typing import Array
 
@@ -71,7 +71,7 @@ def node(eqn: Any, parent: int) -> Node:
   def interval(x: Interval) -> Interval:
     return Interval(taken(x.lower).max(-1), taken(x.upper).max(-1))
 
-  def lines(x: Interval) -> Lines:
+  def lines(x: Interval) -> Enclosure:
     lower, upper = taken(x.lower), taken(x.upper)
     best = lower.argmax(-1)[..., None]
     others = jnp.where(jnp.arange(places.shape[-1]) == best, -jnp.inf, upper)
@@ -85,6 +85,6 @@ def node(eqn: Any, parent: int) -> Node:
     def above(v: Array) -> Array:
       return jnp.where(decided, v.reshape(-1)[place], 0.0)
 
-    return Lines(below, above, None, most, OWN * jnp.abs(most))
+    return Enclosure(below, above, None, most, OWN * jnp.abs(most))
 
   return Node((parent,), shape, interval, lines)

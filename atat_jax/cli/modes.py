@@ -20,7 +20,7 @@ from atat_jax import pipeline, runtime
 from atat_jax.cli import field_values, listing, shipped
 from atat_jax.errors import UserError, near
 from atat_jax.objectives import OBJECTIVES
-from atat_jax.process import commands
+from atat_jax.process import commands, job
 from atat_jax.runs import files, locations
 
 _HELP = """\
@@ -39,6 +39,9 @@ usage: {program} --config=NAME[:METHOD[,RECIPE]] --workdir=DIR [flags]
   --step           step of the training that --mode=replay makes again, from 1
   --deterministic  make the numbers of a GPU repeat; slower
   --distributed    join the other processes of a pod, cluster or job
+                   (docs/scaling.md); on plain hosts with --process_id,
+                   --num_processes, --coordinator_address=HOST:PORT;
+                   --wait_seconds=50 for the others
   --help_fields    as atat-jax fields; --helpfull: the flags of absl
 
 example (minutes on two CPU cores, no download):
@@ -66,6 +69,10 @@ class Request(NamedTuple):
     step: Step that is made again, or None.
     distributed: Whether to join other processes.
     deterministic: Whether the numbers of a GPU repeat.
+    coordinator_address: Host and port of process 0, or None.
+    num_processes: Number of processes as text, or None.
+    process_id: Number of this process as text, or None.
+    wait_seconds: Longest wait for the other processes.
   """
 
   mode: str
@@ -74,6 +81,10 @@ class Request(NamedTuple):
   step: int | None
   distributed: bool
   deterministic: bool
+  coordinator_address: str | None = None
+  num_processes: str | None = None
+  process_id: str | None = None
+  wait_seconds: int = 50
 
 
 def describe(program: str, mode: str) -> str:
@@ -115,6 +126,9 @@ def _define(values: flags.FlagValues, mode: str, argv: list[str]) -> None:
   flags.DEFINE_string("workdir", None, "Directory of the run.", **more)
   flags.DEFINE_integer("step", None, "Step that replay makes.", **more)
   flags.DEFINE_bool("distributed", False, "Join other processes.", **more)
+  for name in job.VARIABLES:
+    flags.DEFINE_string(name, None, "Place in the job.", **more)
+  flags.DEFINE_integer("wait_seconds", 50, "Wait for the others.", **more)
   flags.DEFINE_bool("deterministic", False, "Repeatable on a GPU.", **more)
   flags.DEFINE_enum("mode", mode, pipeline.MODES, "Part of the work.", **more)
 
@@ -178,6 +192,12 @@ def _plain(text: str) -> str:
   match = re.fullmatch(r"flag --(config\.\S+?)=(.*): (allowed: .*)", text, re.S)
   if match:
     return f"{match[1]}: {match[2]!r}; {match[3]}"
+  if match := re.fullmatch(r"flag --mode=(.*): value should be .*", text, re.S):
+    modes = pipeline.MODES
+    return (
+      f"--mode: {match[1]!r}; allowed: {', '.join(modes)}"
+      f"{near(match[1], modes)}"
+    )
   return re.sub(r"^[\w.]*Error: (?=.*; allowed: )", "", text)
 
 
@@ -212,7 +232,7 @@ def _unknown_field(words: Sequence[str]) -> str | None:
       meant = near(match[1], known) or near(match[1], inside)
       listed = ", ".join(x.rpartition(".")[2] for x in inside)
       return (
-        f"config.{match[1]}: no such field{meant}; allowed: {listed};"
+        f"config.{match[1]}: no such field; allowed: {listed}{meant};"
         " atat-jax fields describes them"
       )
   return None
@@ -240,6 +260,19 @@ def _reason(error: Exception) -> str:
   return f"cannot be read: {type(error).__name__}: {text} ({where})"
 
 
+def _common(arguments: Sequence[str]) -> list[str]:
+  """Returns the arguments without those that each process has of its own."""
+  own = {*job.VARIABLES, "wait_seconds"}
+  kept, skips = [], False
+  for argument in arguments:
+    name, equals, _ = argument.lstrip("-").partition("=")
+    is_own = argument.startswith("-") and name in own
+    if not skips and not is_own:
+      kept.append(argument)
+    skips = not skips and is_own and not equals
+  return kept
+
+
 def work(request: Request) -> None:
   """Sets the runtime up, runs the mode, and says where to look next.
 
@@ -255,7 +288,11 @@ def work(request: Request) -> None:
   )
   with runtime.plain_exits(workdir, kept):
     runtime.set_up(
-      distributed=request.distributed, deterministic=request.deterministic
+      distributed=request.distributed,
+      deterministic=request.deterministic,
+      place={name: getattr(request, name) for name in job.VARIABLES},
+      wait_seconds=request.wait_seconds,
+      arguments=_common(sys.argv[1:]),
     )
     pipeline.run(request.mode, request.config, workdir, step=request.step)
     if jax.process_index() == 0:

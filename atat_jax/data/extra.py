@@ -16,7 +16,7 @@ import pathlib
 import struct
 import zipfile
 from collections.abc import Sequence
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
@@ -126,9 +126,7 @@ def _read_shard(
 
 def _read_pair(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
   other = path.with_name("label" + path.name.removeprefix("image"))
-  with regular.open_regular(path) as file:
-    header = arrays.read_header(file, regular.size(file))
-    images = _map(path, file, header)
+  images = arrays.map_array(path)
   with regular.open_regular(other) as file:
     return images, arrays.read_array(file, regular.size(file))
 
@@ -167,25 +165,9 @@ def _read_npz(
     if magic != _MAGIC:
       raise ValueError("no zip header where there should be one")
     file.seek(sum(lengths) + header.offset, 1)
-    images = _map(path, file, header)
+    images = arrays.map_elements(path, file, header)
   _remember(path, identity, cache_dir)
   return images, labels
-
-
-def _map(
-  path: pathlib.Path, file: IO[bytes], header: arrays.Header
-) -> np.ndarray:
-  """Maps the elements that a file stands at into memory."""
-  if not header.nbytes:
-    return np.empty(header.shape, header.dtype)
-  return np.memmap(  # type: ignore[call-overload]
-    path,
-    header.dtype,
-    mode="r",
-    offset=file.tell(),
-    shape=header.shape,
-    order=header.order,
-  )
 
 
 # --- Notes of checksums that were right ---------------------------------------

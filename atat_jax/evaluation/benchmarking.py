@@ -14,7 +14,7 @@ from atat_jax import checks, compilation, sharding
 from atat_jax.attacks import base
 from atat_jax.data.base import Split, as_floats
 from atat_jax.errors import UserError
-from atat_jax.evaluation import certifying, measuring, protocols
+from atat_jax.evaluation import certifying, corrupted, measuring, protocols
 from atat_jax.runs import files, locations, provenance, terminal
 from atat_jax.typing import Array, Classifier
 
@@ -82,6 +82,7 @@ def benchmark(
   name: str = "network",
   dataset: str = "images",
   out: pathlib.Path | str | None = None,
+  corruptions: str = "",
   certify: bool = False,
   mesh: Mesh | None = None,
 ) -> Rows:
@@ -103,6 +104,7 @@ def benchmark(
     dataset: Name of the images in the rows.
     out: Directory for `results.json`, where an interrupted call goes on and
       later ones add rows; None: nothing is written.
+    corruptions: Corrupted images: "generated", the folder of CIFAR-10-C, or "".
     certify: Whether images are certified, too (`bounds.crown`), which no attack
       may contradict; for small networks, linf only.
     mesh: The devices; None: all of them.
@@ -118,13 +120,21 @@ def benchmark(
   step = epsilon / 4 if step_size is None else step_size
   shared = {"norm": norm, "epsilon": epsilon, "step_size": step}
   protocols_ = _protocols(attacks, **shared, num_restarts=num_restarts)
+  radius = _radius(certify, norm, epsilon)
+  fields = {"model": name, "dataset": dataset, "batch_size": batch_size}
+  corrupted.check_name(corruptions)
+  test = _split(images, labels)
+  return _measure(
+    key, classifier, test, protocols_, fields, out, mesh, corruptions, radius
+  )
+
+
+def _radius(certify: bool, norm: str, epsilon: float) -> float | None:
+  """Returns the radius in which images are certified; None: they are not."""
   checks.boolean("certify", certify)
   if certify and norm != "linf":
     raise UserError(f"certify: True with norm {norm!r}; allowed: norm 'linf'")
-  fields = {"model": name, "dataset": dataset, "batch_size": batch_size}
-  radius = epsilon if certify else None
-  test = _split(images, labels)
-  return _measure(key, classifier, test, protocols_, fields, out, mesh, radius)
+  return epsilon if certify else None
 
 
 def _measure(
@@ -135,6 +145,7 @@ def _measure(
   fields: dict[str, Any],
   out: pathlib.Path | str | None,
   mesh: Mesh | None,
+  corruptions: str,
   radius: float | None,
 ) -> Rows:
   """Measures the rows of some protocols; `fields` are the caller's own."""
@@ -143,6 +154,14 @@ def _measure(
     checks.instance(named, fields[field], str, "a text")
   checks.count("batch_size", fields["batch_size"])
   classifier, num_classes = _checked(classifier, test)
+  source = corrupted.open_source(
+    corruptions,
+    dataset=fields["dataset"],
+    image_shape=test.images.shape[1:],
+    num_classes=num_classes,
+  )
+  if source is not None:
+    source.check_labels(test.labels, fields["dataset"])
   mesh = sharding.mesh_or_all(mesh)
   classifier = sharding.put_replicated(mesh, classifier)
   path = None if out is None else locations.find("out", out) / files.RESULTS
@@ -165,6 +184,14 @@ def _measure(
   if radius is not None:
     _certify(table, classifier, test, fields, radius)
   measuring.complete(table, pending, test, num_classes=num_classes, mesh=mesh)
+  if corruptions:
+    corrupted.complete(
+      table,
+      {(fields["model"], "running"): classifier},
+      corrupted.Corrupted(test, fields["dataset"], shared["seed"], source),
+      batch_sizes={"running": fields["batch_size"]},
+      mesh=mesh,
+    )
   return Rows(table.content)
 
 

@@ -28,7 +28,7 @@ from atat_jax.data.streamed import Pictures
 from atat_jax.evaluation import accuracies, certifying, parts, rules
 from atat_jax.evaluation.protocols import Protocol
 from atat_jax.process import stops
-from atat_jax.runs import files, tables, worst_case
+from atat_jax.runs import files, spreadsheet, tables, worst_case
 from atat_jax.typing import Array, Classifier
 
 _log = logging.getLogger(__name__)
@@ -117,7 +117,8 @@ class ResultsTable:
   """`results.json` while its rows are completed.
 
   Rows of other protocols stay, rows of other checkpoints go. Worst cases are
-  derived from the rows each time and are none of them.
+  derived from the rows each time and are none of them. Rows of corrupted images,
+  which have a field "corruption", are a list of their own.
 
   Args:
     path: The file; None: nothing is read or written.
@@ -141,20 +142,27 @@ class ResultsTable:
     found = files.read_results(path.parent) if path else None
     self.content = found or {"rows": []}
     stored = worst_case.measured(self.content["rows"])
-    self._rows = {
+    self._rows = {identity(row): row for row in stored if self._is_current(row)}
+    self._corrupted = {
       identity(row): row
-      for row in stored
-      if row["model"] in steps
-      and steps[row["model"]] == row.get("checkpoint_step")
+      for row in self.content.get("corruptions", [])
+      if self._is_current(row)
     }
+    self._order: dict[str, int] = {}
     self._certificates = [
       one
       for one in self.content.get("certificates", [])
-      if one["model"] in steps
-      and steps[one["model"]] == one.get("checkpoint_step")
+      if self._is_current(one)
     ]
     if path is not None and jax.process_index() == 0:
       self._keep_rows_of_damaged(path, stored)
+
+  def _is_current(self, row: Row) -> bool:
+    """Whether a row is about the checkpoint that is evaluated."""
+    model = row["model"]
+    return model in self.steps and self.steps[model] == row.get(
+      "checkpoint_step"
+    )
 
   def _keep_rows_of_damaged(
     self, path: pathlib.Path, stored: Sequence[Row]
@@ -174,11 +182,22 @@ class ResultsTable:
 
   def __contains__(self, row: Row) -> bool:
     """Whether a row has been measured."""
-    return identity(row) in self._rows
+    return identity(row) in (
+      self._corrupted if "corruption" in row else self._rows
+    )
+
+  def expect(self, rows: Sequence[Row]) -> None:
+    """Sets the order of rows in the file, whichever is measured first.
+
+    Args:
+      rows: Rows without their results; others come before them.
+    """
+    self._order = {identity(row): place for place, row in enumerate(rows)}
 
   def add(self, row: Row) -> None:
-    """Adds a row and writes the file."""
-    self._rows[identity(row)] = row
+    """Adds a row, attacked or corrupted, and writes the file."""
+    kept = self._corrupted if "corruption" in row else self._rows
+    kept[identity(row)] = row
     self._write()
 
   def has_certificate(self, wanted: certifying.Certificate) -> bool:
@@ -205,17 +224,22 @@ class ResultsTable:
     return found
 
   def _write(self) -> None:
-    rows = list(self._rows.values())
+    rows = [
+      self._rows[name]
+      for name in sorted(self._rows, key=lambda x: self._order.get(x, -1))
+    ]
     self.content = {
       "format": 1,
       "run": self._record,
       "rows": worst_case.complete(rows),
       "diagnostics": self._diagnostics(rows),
     }
+    if self._corrupted:
+      self.content["corruptions"] = list(self._corrupted.values())
     if self._certificates:
       self.content["certificates"] = self._certificates
     if self.path is not None and jax.process_index() == 0:
-      files.write_json(self.path, self.content, sealed=True)
+      spreadsheet.write_results(self.path, self.content)
 
 
 @dataclasses.dataclass(frozen=True)

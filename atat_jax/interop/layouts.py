@@ -33,7 +33,9 @@ Fields: TypeAlias = dict[str, Any]
 CIFAR10 = ((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616))
 CIFAR10_OTHER_STD = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 CIFAR100 = ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
-_MOST_STAGES, _MOST_UNITS = 8, 300  # more are not traced
+MOST_STAGES = 8
+"""Largest number of stages of a network that is read."""
+_MOST_UNITS = 300  # more are not traced
 IMAGENET = (base.IMAGENET_MEAN, base.IMAGENET_STD)
 
 
@@ -94,7 +96,7 @@ def _count(shapes: Shapes, prefix: str, start: int = 0) -> int:
 def _counts(shapes: Shapes, prefix: str, start: int, inside: str) -> tuple:
   """Returns the number of units of each stage: layer1.0, layer1.1, ..."""
   number = _count(shapes, prefix, start)
-  if number > _MOST_STAGES:
+  if number > MOST_STAGES:
     raise ValueError(f"{number} stages")
   stages = range(start, start + number)
   return tuple(_count(shapes, f"{prefix}{s}.{inside}") for s in stages)
@@ -122,7 +124,12 @@ def _wide(
   }
 
 
-def _trades(shapes: Shapes) -> tuple[str, Fields]:
+def trades(shapes: Shapes) -> tuple[str, Fields]:
+  """Infers a Wide ResNet from the names of TRADES; see `Layout.infer`.
+
+  Args:
+    shapes: Shapes of the tensors by name.
+  """
   return _wide(shapes, "conv1", "block1.layer.", "conv1", "fc")
 
 
@@ -253,7 +260,7 @@ def _vgg(shapes: Shapes) -> tuple[str, Fields]:
 
 def _densenet(shapes: Shapes) -> tuple[str, Fields]:
   block = "features.denseblock"
-  numbers = range(1, 1 + min(_count(shapes, block, 1), _MOST_STAGES))
+  numbers = range(1, 1 + min(_count(shapes, block, 1), MOST_STAGES))
   growth = shapes[f"{block}1.denselayer1.conv2.weight"][0]
   return "densenet121", {
     "stage_sizes": tuple(
@@ -277,7 +284,7 @@ def _stem_channels(shapes: Shapes, prefix: str) -> tuple[int, ...]:
   found: list[int] = []
   index = 0
   while (shape := shapes.get(f"{prefix}.stem.{index}.weight")) is not None:
-    if len(shape) != 4 or shape[2] != 3 or len(found) > _MOST_STAGES:
+    if len(shape) != 4 or shape[2] != 3 or len(found) > MOST_STAGES:
       break
     found.append(shape[0])
     index += 3
@@ -371,7 +378,7 @@ def _of_xcit(fields: Fields) -> Fields:
 _SHORTCUTS = {"activated_shortcut": (True, False)}
 
 LAYOUTS = (
-  Layout("Wide ResNet of TRADES", _trades, torch_names.trades, _usual_wide),
+  Layout("Wide ResNet of TRADES", trades, torch_names.trades, _usual_wide),
   Layout(
     "DeepMind's Wide ResNet",
     _deepmind_wide,
@@ -417,10 +424,11 @@ LAYOUTS = (
   Layout("timm's XCiT", _xcit, torch_names.xcit, _of_xcit),
 )
 
+# The first of several are the names that `interop.save` gives.
 _NETWORKS = {
   WideResNet: (torch_names.trades, torch_names.deepmind_wide),
   PreActResNet18: (torch_names.preact, torch_names.deepmind_preact),
-  ResNet18: (torch_names.cifar_resnet, torch_names.resnet),
+  ResNet18: (torch_names.resnet, torch_names.cifar_resnet),
   VGG16: (torch_names.vgg,),
   DenseNet121: (torch_names.densenet,),
   ConvNeXt: (torch_names.convnext, torch_names.convnext_facebook),
@@ -446,4 +454,22 @@ def of(model: nn.Module) -> list[Layout]:
   raise UserError(
     f"model: {type(model).__name__}; allowed: the networks of models.MODELS,"
     " wide_resnet with shortcut='conv' only"
+  )
+
+
+def saved(model: nn.Module) -> Layout:
+  """Returns the layout that `interop.save` gives to a network's weights.
+
+  Args:
+    model: Network of a class in `models.MODELS`.
+
+  Raises:
+    UserError: There is no PyTorch network like it.
+  """
+  for kind, names in _NETWORKS.items():
+    if isinstance(model, kind):
+      return next(x for x in LAYOUTS if x.names is names[0])
+  raise UserError(
+    f"model: {type(model).__name__}; allowed:"
+    f" {', '.join(kind.__name__ for kind in _NETWORKS)}"
   )

@@ -7,9 +7,18 @@ from collections.abc import Iterable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+
 from atat_jax import models
 from atat_jax.errors import UserError
-from atat_jax.interop import entry_names, layouts, torch_weights, wrappers
+from atat_jax.interop import (
+  entry_names,
+  layouts,
+  tensorflow_checkpoint,
+  torch_weights,
+  wrappers,
+)
+from atat_jax.interop.description import Description, decode, fields_of
 from atat_jax.typing import Variables
 
 _NEAR = 0.2  # share of common names below which no layout is called near
@@ -111,6 +120,8 @@ def _normalization(
     if len(mean) == 1:
       mean, std = mean * channels, std * channels
     return layouts.normalized((mean, std))
+  if assumed["normalization"] == "per_image":
+    return {"normalization": "per_image"}
   mean = assumed.get("mean", layouts.IMAGENET[0])
   if len(mean) != channels:  # numbers for colours, and other images
     return layouts.normalized(None)
@@ -133,11 +144,7 @@ def _assemble(
   """
   shapes = {name: x.shape for name, x in found.tensors.items()}
   name, shown = layout.infer(shapes)
-  for field, value in given.items():
-    if field in shown and shown[field] != value:
-      raise UserError(
-        f"{field}: {value!r}; allowed: what the file shows, {shown[field]!r}"
-      )
+  _refuse_contradictions(shown, given)
   assumed = layout.preset(shown)
   example = models.create(name, **(shown | assumed))
   first = f"{layout.names(example)[layout.first]}.weight"
@@ -164,6 +171,101 @@ def _assemble(
   )
 
 
+def _counts(fields: Mapping[str, Any]) -> list[Any]:
+  """Returns the numbers of layers, which names alone show."""
+  depth = fields.get("depth")
+  stages = fields.get("stage_sizes"), len(fields.get("stage_channels") or ())
+  blocks = [fields.get(x) for x in ("num_blocks", "num_class_blocks")]
+  stem = [fields.get(x) for x in ("stem_convolutions", "conv_stem")]
+  return [depth and (depth - 2) // 6, *stages, *blocks, *stem]
+
+
+def described(
+  description: Description,
+  tensors: Mapping[str, np.ndarray],
+  given: Mapping[str, Any],
+) -> Recognized:
+  """Puts weights into the network that a description says they are of.
+
+  Args:
+    description: The description.
+    tensors: Arrays by PyTorch's name.
+    given: Fields that are known; they precede the description's.
+
+  Returns:
+    The network and its weights.
+
+  Raises:
+    UserError: The description is of no network here, or of another one.
+  """
+  found = next(wrappers.unwrapped(tensors))
+  model = description.create(**given)
+  fields = fields_of(model)
+  layout = layouts.saved(model)
+  try:
+    _, shown = layout.infer({k: x.shape for k, x in found.tensors.items()})
+    if _counts(fields) != _counts({"stage_channels": (), **shown}):
+      raise ValueError("other numbers of layers")
+  except (LookupError, ValueError) as error:
+    raise UserError(
+      f"the description and the tensors are of different networks: {error}"
+    ) from None
+  _refuse_contradictions({"num_classes": shown["num_classes"]}, given)
+  first = found.tensors[f"{layout.names(model)[layout.first]}.weight"]
+  fitted = torch_weights.fit(found.tensors, model, layout, first.shape[1])
+  if len(fitted):
+    raise UserError(
+      "the description and the tensors are of different networks:"
+      f" {fitted.words()}"
+    )
+  # The names are those of a layout, the network need not be.
+  title = type(model).__name__
+  return Recognized(
+    layout=dataclasses.replace(layout, title=title),
+    name=description.name,
+    fields=fields,
+    assumed=(),
+    open={},
+    variables=fitted.variables,
+    words=("fields as atat_jax wrote them",),
+    source="given" if "normalization" in given else "the file's",
+  )
+
+
+def _of_checkpoint(
+  prefix: pathlib.Path, entry: str | None, given: Mapping[str, Any]
+) -> Recognized:
+  """Finds the network of a TensorFlow checkpoint."""
+  state = tensorflow_checkpoint.read(prefix, entry)
+  layout = tensorflow_checkpoint.LAYOUT
+  try:
+    result = _assemble(layout, wrappers.Unwrapped(state.tensors), given)
+  except (LookupError, ValueError) as error:
+    if isinstance(error, UserError):
+      raise
+    result = None
+    differs = f"of other names or shapes ({error})"
+  if not isinstance(result, Recognized):
+    differs = differs if result is None else result.words()
+    raise UserError(
+      f"no known network: nearest is {layout.title}; {differs}; allowed: its"
+      " variables"
+    )
+  words = (state.entry,) if state.entry else ()
+  return dataclasses.replace(result, words=words)
+
+
+def _refuse_contradictions(
+  shown: Mapping[str, Any], given: Mapping[str, Any]
+) -> None:
+  """Raises a `UserError` if a field is not what the names and shapes show."""
+  for field, value in given.items():
+    if field in shown and shown[field] != value:
+      raise UserError(
+        f"{field}: {value!r}; allowed: what the file shows, {shown[field]!r}"
+      )
+
+
 def recognize(
   path: pathlib.Path, entry: str | None, given: Mapping[str, Any]
 ) -> Recognized:
@@ -180,13 +282,21 @@ def recognize(
   Raises:
     UserError: The file is of no layout: the nearest one and what differs.
   """
+  if checkpoint := tensorflow_checkpoint.find(path):
+    found = _of_checkpoint(checkpoint, entry, given)
+    if checkpoint.name != path.name:
+      words = (f"checkpoint {checkpoint.name}", *found.words)
+      return dataclasses.replace(found, words=words)
+    return found
   state = torch_weights.read(path, entry)
+  if state.description:
+    return described(decode(state.description), state.tensors, given)
   best: tuple[layouts.Layout, torch_weights.Fit, str] | None = None
   candidates = list(wrappers.unwrapped(state.tensors))
-  for found in candidates:
+  for tensors in candidates:
     for layout in layouts.LAYOUTS:
       try:
-        result = _assemble(layout, found, given)
+        result = _assemble(layout, tensors, given)
       except UserError:
         if given:
           raise
@@ -197,7 +307,7 @@ def recognize(
         words = (state.entry,) if state.entry else ()
         return dataclasses.replace(result, words=words + result.words)
       if best is None or len(result) < len(best[1]):
-        best = layout, result, found.prefix
+        best = layout, result, tensors.prefix
   if best is not None:
     layout, fitted, prefix = best
     differs = f"nearest is {layout.title}; {fitted.words()}"

@@ -16,8 +16,12 @@ _LENGTH = struct.Struct("<Q")
 _LONGEST_HEADER = 1 << 24  # 16 MiB: some 100,000 tensors
 
 
-def _check_header(path: pathlib.Path) -> None:
-  """Checks what the library does not: the size of the header, and its names."""
+def _check_header(path: pathlib.Path) -> dict[str, Any]:
+  """Checks what the library does not: the size of the header, and its names.
+
+  Returns:
+    The texts beside the tensors, by name.
+  """
   with regular.open_regular(path) as file:
     start = file.read(_LENGTH.size)
     if len(start) < _LENGTH.size:
@@ -32,6 +36,7 @@ def _check_header(path: pathlib.Path) -> None:
     # No element takes no place, whatever the other axes claim.
     if name != "__metadata__" and math.prod(_shape(tensor)) > 1 << 62:
       raise ValueError(f"{name}: a shape beyond all memory")
+  return header.get("__metadata__") or {}
 
 
 def _shape(tensor: Any) -> list[int]:
@@ -42,14 +47,16 @@ def _shape(tensor: Any) -> list[int]:
   return [n for n in shape if n]
 
 
-def read(path: pathlib.Path) -> dict[str, np.ndarray]:
-  """Reads all tensors of a file.
+def read(
+  path: pathlib.Path,
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+  """Reads all tensors of a file, and the texts beside them.
 
   Args:
     path: File in the format of safetensors; its tensors do not overlap.
 
   Returns:
-    Arrays by name in their stored dtype.
+    Arrays by name in their stored dtype, and texts by name.
 
   Raises:
     UserError: The file is damaged or of another format, or has no tensors.
@@ -57,7 +64,7 @@ def read(path: pathlib.Path) -> dict[str, np.ndarray]:
   """
   regular.require_regular(path)
   try:
-    _check_header(path)
+    texts = _check_header(path)
     # NumPy knows the dtype bfloat16 once JAX has been imported.
     with safetensors.safe_open(path, framework="numpy") as file:
       found = {name: file.get_tensor(name) for name in file.keys()}
@@ -68,4 +75,4 @@ def read(path: pathlib.Path) -> dict[str, np.ndarray]:
     raise UserError(f"{path}: no safetensors file ({reason})") from None
   if not found:
     raise UserError(f"{path}: no state dict; allowed: tensors by name")
-  return found
+  return found, texts

@@ -73,10 +73,12 @@ class StateDict(NamedTuple):
     tensors: Arrays by name.
     entry: Which of the file's entries they are, in words; "": there was no
       choice.
+    description: Text that `interop.save` wrote beside them; "": none.
   """
 
   tensors: dict[str, np.ndarray]
   entry: str
+  description: str = ""
 
 
 class _Storage(NamedTuple):

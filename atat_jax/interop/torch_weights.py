@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 import pathlib
 import re
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from flax import linen as nn
 from atat_jax import checks
 from atat_jax.errors import UserError
 from atat_jax.interop import (
+  description,
   entry_names,
   layouts,
   safetensors_file,
@@ -67,7 +69,9 @@ def read(path: pathlib.Path | str, entry: str | None) -> torch_file.StateDict:
         raise UserError(
           f"entry: {entry!r}; allowed: none, a safetensors file has no entries"
         )
-      found = torch_file.StateDict(safetensors_file.read(path), "")
+      stored, texts = safetensors_file.read(path)
+      text = texts.get(description.TEXT, "")
+      found = torch_file.StateDict(stored, "", text)
     else:
       found = torch_file.read(path, entry)
   except OSError as error:
@@ -108,6 +112,47 @@ def _to_flax(x: np.ndarray, leaf: str) -> np.ndarray:
   if leaf == "kernel" and x.ndim in (2, 4):
     return x.T if x.ndim == 2 else x.transpose(2, 3, 1, 0)
   return x
+
+
+def to_torch(x: np.ndarray, leaf: str) -> np.ndarray:
+  """Transposes kernels as PyTorch has them.
+
+  Args:
+    x: Array of a layer.
+    leaf: Name of the array in the layer.
+
+  Returns:
+    Kernels [F, C, k, k] or [F, C]; any other array as it is.
+  """
+  if leaf == "kernel" and x.ndim in (2, 4):
+    return x.T if x.ndim == 2 else x.transpose(3, 2, 0, 1)
+  return x
+
+
+def tensor_name(layer: str, leaf: str) -> str:
+  """Returns PyTorch's name of an array.
+
+  Args:
+    layer: PyTorch's name of the layer.
+    leaf: Name of the array in the layer here.
+  """
+  return f"{layer}{_LEAVES[leaf]}"
+
+
+def example_side(model: nn.Module) -> int:
+  """Returns the side of images that a network takes, in pixels.
+
+  Args:
+    model: The network.
+  """
+  fields: Any = model
+  if hasattr(model, "image_size"):
+    return int(fields.image_size)
+  if hasattr(model, "patch_size"):
+    return max(64, int(fields.patch_size))
+  if getattr(model, "shortcut", "") == "pad":  # strides divide the side
+    return 8 * math.prod(fields.strides)
+  return 512  # halved by as many stages as are read
 
 
 def _check_channels(number: int) -> None:
@@ -177,13 +222,13 @@ def fit(
   names = layout.names(model)
   left = dict(tensors)
   missing, misshapen = [], []
-  side = getattr(model, "image_size", 64)
-  images = jax.ShapeDtypeStruct((1, side, side, num_channels), jnp.float32)
+  shape = (1, *[example_side(model)] * 2, num_channels)
+  images = jax.ShapeDtypeStruct(shape, jnp.float32)
   expected = jax.eval_shape(model.init, jax.random.key(0), images)
 
   def take(where: Any, leaf: jax.ShapeDtypeStruct) -> Any:
     _, layer, kind = (key.key for key in where)
-    name = f"{names[layer]}{_LEAVES[kind]}"
+    name = tensor_name(names[layer], kind)
     if name not in left:
       missing.append(name)
       return leaf
@@ -221,6 +266,19 @@ def _check_fields(model: nn.Module, layout: layouts.Layout) -> None:
     ours = ", ".join(f"{name}={fields[name]!r}" for name in wrong)
     raise UserError(
       f"model: {ours}; allowed for {layout.title}: {theirs}, as"
+      " interop.load(path) sets them, or check_fields=False"
+    )
+
+
+def _check_described(model: nn.Module, text: str) -> None:
+  """Checks that a network computes what the file's description says."""
+  theirs = description.decode(text).fields
+  ours = description.fields_of(model)
+  wrong = [name for name, value in ours.items() if theirs.get(name) != value]
+  if wrong:
+    listed = ", ".join(f"{x}={ours[x]!r}, not {theirs.get(x)!r}" for x in wrong)
+    raise UserError(
+      f"model: {listed}; allowed: the fields that the file describes, as"
       " interop.load(path) sets them, or check_fields=False"
     )
 
@@ -288,9 +346,11 @@ def load_torch(
   _check_channels(num_channels)
   checks.module(model)
   checks.boolean("check_fields", check_fields)
-  known = layouts.of(model)
+  state = read(path, entry)
+  described = state.description
+  known = [layouts.saved(model)] if described else layouts.of(model)
   found, layout = max(
-    itertools.product(wrappers.unwrapped(read(path, entry).tensors), known),
+    itertools.product(wrappers.unwrapped(state.tensors), known),
     key=lambda pair: _overlap(pair[0], pair[1].names(model)),
   )
   fitted = fit(found.tensors, model, layout, num_channels)
@@ -300,9 +360,12 @@ def load_torch(
       f" {layout.title}; {fitted.words()}"
     )
   try:
-    _check_normalization(model, found)
-    if check_fields:
-      _check_fields(model, layout)
+    if described and check_fields:
+      _check_described(model, described)
+    elif not described:
+      _check_normalization(model, found)
+      if check_fields:
+        _check_fields(model, layout)
   except UserError as error:
     raise UserError(f"{path}: {error}") from None
   return fitted.variables

@@ -10,6 +10,7 @@ from flax import linen as nn
 from atat_jax import checks
 from atat_jax.errors import UserError, shown
 from atat_jax.models.convolution import CONVOLUTIONS, Conv
+from atat_jax.models.normalization import GroupedBatchNorm
 from atat_jax.typing import Array
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -18,7 +19,14 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class Features(nn.Module):
-  """Identity with a name: makes a tensor tappable by attention."""
+  """Identity with a name: makes a tensor tappable by attention.
+
+  Attributes:
+    tapped_by_default: Whether attention taps this tensor where no layer is
+      named, although what follows is tokens: the last grid of a transformer.
+  """
+
+  tapped_by_default: bool = False
 
   def __call__(self, x: Array) -> Array:
     """Returns x."""
@@ -127,6 +135,8 @@ class Network(nn.Module):
     batch_norm_momentum: Decay of the running statistics; PyTorch's momentum
       0.1 is 0.9 here.
     batch_norm_epsilon: Constant added to the variance.
+    batch_norm_group_size: Number of consecutive images that share statistics in
+      training; 0: the whole batch.
     dtype: Dtype of the convolutions; parameters, statistics and logits stay
       float32.
     convolution: Form of the convolutions, see `convolution.convolve`.
@@ -140,6 +150,7 @@ class Network(nn.Module):
   batch_norm_epsilon: float = 1e-5
   dtype: jnp.dtype = jnp.float32
   convolution: str = "auto"
+  batch_norm_group_size: int = 0
 
   def __post_init__(self) -> None:
     """Checks the fields."""
@@ -147,6 +158,7 @@ class Network(nn.Module):
     checks.positive("batch_norm_epsilon", self.batch_norm_epsilon)
     checks.fraction("batch_norm_momentum", self.batch_norm_momentum)
     checks.positive("batch_norm_momentum", self.batch_norm_momentum)
+    checks.count("batch_norm_group_size", self.batch_norm_group_size, 0)
     _check_dtype(self.dtype)
     for field in dataclasses.fields(self):  # also those of subclasses
       if field.type is bool:
@@ -210,6 +222,15 @@ class Network(nn.Module):
     )
 
   def _norm(self, x: Array, name: str, train: bool) -> Array:
+    if self.batch_norm_group_size:
+      return GroupedBatchNorm(
+        group_size=self.batch_norm_group_size,
+        use_running_average=not train,
+        momentum=self.batch_norm_momentum,
+        epsilon=self.batch_norm_epsilon,
+        dtype=self.dtype,
+        name=name,
+      )(x)
     return nn.BatchNorm(
       use_running_average=not train,
       momentum=self.batch_norm_momentum,

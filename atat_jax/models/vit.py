@@ -98,7 +98,7 @@ class ViT(blocks.BlockNetwork):
       h = self._layer_norm(x, f"{name}_norm1")
       if number == self.num_blocks:
         grid = h[:, 1:].reshape(batch, height, width, channels)
-        grid = base.Features(name="features")(grid)
+        grid = base.Features(tapped_by_default=True, name="features")(grid)
         grid = grid.reshape(batch, -1, channels)
         h = jnp.concatenate([h[:, :1], grid], axis=1)
       x += self._attention(h, name)

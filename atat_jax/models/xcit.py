@@ -166,7 +166,7 @@ class XCiT(blocks.BlockNetwork):
     x = x.reshape(grid[0], -1, self.channels)
     for number in range(1, self.num_blocks + 1):
       x = self._block(x, f"block{number}", grid, train)
-    x = base.Features(name="features")(x.reshape(grid))
+    x = base.Features(tapped_by_default=True, name="features")(x.reshape(grid))
     x = x.reshape(grid[0], -1, self.channels)
     shape = (1, 1, self.channels)
     token = blocks.Parameter(shape, name="class_token")().astype(x.dtype)

@@ -229,8 +229,14 @@ def plain_exits(
     yield
   except KeyboardInterrupt as error:
     signum = getattr(error, "signum", 0) or stops.requested() or signal.SIGTERM
-    _leave(f"\n{one_line(str(error)) or 'stopped'}\n", 128 + signum)
+    _leave(
+      f"\n{one_line(str(error)) or 'stopped'}\n",
+      128 + signum,
+      early=not getattr(error, "agreed", False),
+    )
   except Exception as error:
+    if excuse := stops.excuse():
+      _leave(f"\n{excuse[0]}\n", excuse[1])
     line = describe(error, place)
     if line is None:
       raise
@@ -252,10 +258,10 @@ def say_next(text: str) -> None:
   sys.stdout.write(f"next: {one_line(text)}\n")
 
 
-def _leave(line: str, status: int) -> None:
+def _leave(line: str, status: int, *, early: bool = True) -> None:
   sys.stdout.flush()
   if not stops.watching() and status == 1:
     sys.exit(line.strip())
   stops.say(line)
-  stops.finish(status)
+  stops.finish(status, early=early)
   sys.exit(status)

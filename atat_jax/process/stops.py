@@ -34,6 +34,8 @@ GRACE_SECONDS = 5.0
 # Wrappers such as `timeout` and `srun` may deliver one request twice.
 _SAME_REQUEST_SECONDS = 0.3
 _POLL_SECONDS = 0.05
+# Bit of a note that another process of the job got the signal.
+_OF_ANOTHER = 0x80
 
 
 class Interrupted(KeyboardInterrupt):
@@ -41,11 +43,12 @@ class Interrupted(KeyboardInterrupt):
 
   Attributes:
     signum: Signal that asked for it.
+    agreed: Whether all processes of a job stop with this one.
   """
 
-  def __init__(self, message: str, signum: int):
+  def __init__(self, message: str, signum: int, *, agreed: bool = False):
     super().__init__(message)
-    self.signum = signum
+    self.signum, self.agreed = signum, agreed
 
 
 class _Watch:
@@ -58,7 +61,9 @@ class _Watch:
     self.holds = 0
     self.grace = 0.0
     self.status: int | None = None
-    self.forward: Callable[[], object] | None = None
+    self.early = True
+    self.abandoned = False
+    self.forward: Callable[[int], object] | None = None
     self._said = False
     self._lock = threading.Lock()
     self._notes, self._write_end = os.pipe()
@@ -74,34 +79,43 @@ class _Watch:
   def _run(self) -> None:
     """Waits for requests; ends the process if nobody else does."""
     first: float | None = None
+    own: float | None = None
     deadline = 0.0
     while True:
       asked = first is not None or self.failure is not None
       wait = _POLL_SECONDS if asked else None
       ready, _, _ = select.select([self._notes], [], [], wait)
       now = time.monotonic()
-      for number in os.read(self._notes, 64) if ready else b"":
+      for note in os.read(self._notes, 64) if ready else b"":
+        number = note & ~_OF_ANOTHER
         if number not in SIGNALS:
           continue  # a thread failed
         self.signum = self.signum or number
-        if first is not None and now - first > _SAME_REQUEST_SECONDS:
-          self._end()
-        if self.status is not None:
-          self._end()
         if first is None:
           first, deadline = now, now + self.grace
+        if note & _OF_ANOTHER:
+          continue  # its second request is not one to this process
+        if own is not None and now - own > _SAME_REQUEST_SECONDS:
+          self.end()
+        if self.status is not None:
+          self.end()
+        if own is None:
+          own = now
           if self.forward is not None:
-            self.forward()
+            self.forward(number)
       if self.failure is not None and not asked:
-        deadline = now + GRACE_SECONDS
-      if self.holds and self.failure is None:
+        deadline = now + max(self.grace, GRACE_SECONDS)
+      if self.holds and self.failure is None and not self.abandoned:
         deadline = now + self.grace
       elif (first is not None or self.failure) and now >= deadline:
-        self._end()
+        self.end()
 
   def fail(self, line: str) -> None:
     self.failure = self.failure or line
     os.write(self._write_end, b"\0")
+
+  def request(self, signum: int) -> None:
+    os.write(self._write_end, bytes([signum | _OF_ANOTHER]))
 
   def say(self, line: str) -> None:
     """Writes the last line of the process, once."""
@@ -112,7 +126,8 @@ class _Watch:
         with contextlib.suppress(OSError):
           os.write(2, line.encode(errors="backslashreplace"))
 
-  def _end(self) -> None:
+  def end(self) -> None:
+    """Ends the process, with its last line."""
     if self.status is not None:
       os._exit(self.status)
     if self.failure is not None:
@@ -175,11 +190,11 @@ def watching() -> bool:
   return _watch is not None
 
 
-def share_by(forward: Callable[[], object]) -> None:
+def share_by(forward: Callable[[int], object]) -> None:
   """Has the first request told to the other processes of a job.
 
   Args:
-    forward: Function that tells it; called in another thread.
+    forward: Function of the signal that tells it; called in another thread.
   """
   if _watch is not None:
     _watch.forward = forward
@@ -187,20 +202,84 @@ def share_by(forward: Callable[[], object]) -> None:
       signal.signal(number, _note)
 
 
-def started() -> None:
-  """Grants requests from now on some time to reach a safe point."""
+def request(signum: int) -> None:
+  """Notes a request that another process of the job got.
+
+  Args:
+    signum: The signal.
+  """
   if _watch is not None:
-    _watch.grace = GRACE_SECONDS
+    _watch.request(signum)
 
 
-def finish(status: int) -> None:
+def lost(line: str, *, at_once: bool = False) -> None:
+  """Notes that another process of the job has ended before its time.
+
+  Without it nothing can be finished. Whoever was asked to stop anyway ends as
+  asked, others with the line and status 1.
+
+  Args:
+    line: The last line of the process.
+    at_once: Whether this process ends now: it is process 0 that has, without
+      which JAX aborts the others.
+  """
+  if _watch is None:
+    return
+  if _watch.signum:
+    _watch.abandoned = True
+  else:
+    _watch.fail(line)
+  if at_once:
+    _watch.end()
+
+
+def excuse(seconds: float = 2.0) -> tuple[str, int] | None:
+  """Finds what is behind an error in a job: another process, or a request.
+
+  A collective fails sooner than the word of why arrives.
+
+  Args:
+    seconds: Longest time to wait for it.
+
+  Returns:
+    The last line of the process and its status; None: the error is its own.
+  """
+  if _watch is None or _watch.forward is None:
+    return None
+  deadline = time.monotonic() + seconds
+  while time.monotonic() < deadline:
+    if _watch.failure is not None:
+      return _watch.failure, 1
+    if _watch.signum:
+      return _watch.message, 128 + _watch.signum
+    time.sleep(_POLL_SECONDS)
+  return None
+
+
+def started(more: float = 0.0) -> None:
+  """Grants requests from now on some time to reach a safe point.
+
+  Args:
+    more: Seconds more than `GRACE_SECONDS`.
+  """
+  if _watch is not None:
+    _watch.grace = GRACE_SECONDS + more
+
+
+def finish(status: int, *, early: bool = False) -> None:
   """Notes that the work is over; a request from now on ends the process at once.
 
   Args:
     status: Exit status of the process.
+    early: Whether other processes of the job still count on this one.
   """
   if _watch is not None:
-    _watch.status = status
+    _watch.status, _watch.early = status, early
+
+
+def ends_early() -> bool:
+  """Returns whether other processes of the job still count on this one."""
+  return _watch is None or _watch.early
 
 
 def failure() -> str | None:

@@ -131,7 +131,7 @@ def _accuracy(column: tables.Column, model: str, batch_norm: str) -> Accuracy:
   running = column.accuracy(model, "running")
   change = ""
   if batch_norm == "batch" and running is not None:
-    change = f"{100 * (row['accuracy'] - running):+.1f}"
+    change = f"{100 * (row['accuracy'] - running):+.1f}".replace("-", "−")
   return Accuracy(
     percent=terminal.percent(row["accuracy"]),
     interval=f"{100 * low:.1f}–{100 * high:.1f}",

@@ -1,13 +1,14 @@
 """Page of one run: what its network is worth, and how that is known."""
 
 import json
+import math
 import os
 import pathlib
 from typing import Any
 
 from atat_jax import figures
 from atat_jax.errors import UserError
-from atat_jax.report import page, results, summary
+from atat_jax.report import corruptions, page, results, summary
 from atat_jax.runs import (
   comparable,
   files,
@@ -49,22 +50,26 @@ def write_report(workdir: str | os.PathLike[str]) -> pathlib.Path:
     )
   run = found.get("run", {})
   config = run.get("config") or files.read_json(workdir / files.CONFIG) or {}
-  rows = found["rows"]
+  rows, corrupted = found["rows"], found.get("corruptions", [])
   text = page.render(
     "run.html.j2",
     title=_title(config, rows),
     date=run.get("date"),
-    verdict=" ".join([summary.verdict(found), *_overfitting(workdir, run)]),
+    headline=summary.headline(found),
+    verdict=[*summary.sentences(found), *_overfitting(workdir, run)],
     images=results.images(rows),
     models=results.models(rows),
     blocks=results.blocks(rows),
     comparable=comparable.note(tables.columns(rows)),
     bars=figures.draw_results(workdir),
     by_class=results.by_class(rows, run.get("class_names")),
-    diagnostics=results.titled(found.get("diagnostics", {}), rows),
+    corruptions=corruptions.sections(rows, corrupted),
+    diagnostics=_flags_first(
+      results.titled(found.get("diagnostics", {}), rows)
+    ),
     curves=figures.draw_curves(workdir),
     sections=analyses.sections(workdir, workdir / files.FIGURES),
-    facts=_facts(run, rows),
+    facts={"Training": _training(config), **_facts(run, [*rows, *corrupted])},
     commit=run.get("commit"),
     command=run.get("command"),
     config=json.dumps(config, indent=2) if config else "",
@@ -123,6 +128,57 @@ def _title(config: dict[str, Any], rows: list[tables.Row]) -> str:
     size = "-".join(str(model[k]) for k in ("depth", "width") if k in model)
     title += f", {model['name']} {size}".rstrip()
   return title
+
+
+def _flags_first(
+  found: list[tuple[str, dict[str, Any]]],
+) -> list[tuple[str, dict[str, Any]]]:
+  """Puts the diagnostics that raise a flag first, and each only once.
+
+  AutoAttack and the rows beside it may ask the same and find the same.
+  """
+  once = {
+    (
+      title,
+      *(check[field] for field in ("rule", "value", "flag", "message")),
+    ): (
+      title,
+      check,
+    )
+    for title, check in found
+  }
+  return sorted(once.values(), key=lambda pair: not pair[1]["flag"])
+
+
+def _training(config: dict[str, Any]) -> str:
+  """Puts the training into words, as far as the configuration says it."""
+  train, objective = config.get("train"), config.get("objective")
+  parts = []
+  if isinstance(train, dict) and {"num_epochs", "batch_size"} <= {*train}:
+    parts.append(
+      f"{train['num_epochs']} epochs in batches of {train['batch_size']}"
+    )
+  if isinstance(objective, dict) and {"epsilon", "num_steps"} <= {*objective}:
+    attack = objective.get("attack_method", "pgd")
+    numbers = (
+      f"{objective['num_steps']} steps of {_pixels(objective.get('step_size'))}"
+      if attack == "pgd"
+      else "one step"
+    )
+    norm = objective.get("norm", "linf")
+    parts.append(
+      f"attacked by {attack}: {norm}, epsilon {_pixels(objective['epsilon'])},"
+      f" {numbers}"
+    )
+  if parts and "seed" in config:
+    parts.append(f"seed {config['seed']}")
+  return "; ".join(parts)
+
+
+def _pixels(value: object) -> str:
+  """Writes a distance, or whatever a file of others has in its place."""
+  is_distance = isinstance(value, float) and math.isfinite(value)
+  return wording.pixels(value) if is_distance else str(value)  # type: ignore[arg-type]
 
 
 def _facts(run: dict[str, Any], rows: list[tables.Row]) -> dict[str, str]:

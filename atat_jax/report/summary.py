@@ -30,16 +30,69 @@ def verdict(results: dict[str, Any]) -> str:
   Raises:
     UserError: Something else than such content.
   """
+  return " ".join(sentences(results))
+
+
+def headline(results: dict[str, Any]) -> str:
+  """Says the result in one sentence, with its protocol.
+
+  Args:
+    results: Content of `results.json`.
+
+  Returns:
+    The accuracy that is left of all attacks, or of the strongest where it is
+    not known which images each fools; "" without attacks on a fixed classifier.
+
+  Raises:
+    UserError: Something else than such content.
+  """
   results_format.check(results)
   columns = tables.columns(results["rows"])
   model = tables.trained(results["rows"])
   groups = comparable.attacks(columns, model)
   if not groups:
-    return (
+    return ""
+  found = groups[0]
+  column, attacks = found.strongest, found.strongest.label
+  if found.worst_case is not None:
+    column = found.worst_case
+    count = len(tables.attack_members(column.rows[model, "running"]))
+    attacks = f"each of {count} attacks"
+  row = column.rows[model, "running"]
+  text = (
+    f"The {model} withstands {attacks} on {wording.percent(row['accuracy'])} of"
+    f" {row['num_examples']:,} {row['dataset']} {row['split']} images"
+    f" ({row['norm']}, epsilon {tables.exact_pixels(row['epsilon'])})"
+  )
+  clean = comparable.clean(columns, model, found.question)
+  if clean is None:
+    return f"{text}."
+  accuracy = clean.rows[model, "running"]["accuracy"]
+  return f"{text}; without attack it is right on {wording.percent(accuracy)}."
+
+
+def sentences(results: dict[str, Any]) -> list[str]:
+  """Says the parts of the verdict, each in one sentence or two.
+
+  Args:
+    results: Content of `results.json`.
+
+  Returns:
+    The parts in order.
+
+  Raises:
+    UserError: Something else than such content.
+  """
+  results_format.check(results)
+  columns = tables.columns(results["rows"])
+  model = tables.trained(results["rows"])
+  groups = comparable.attacks(columns, model)
+  if not groups:
+    return [
       "No attack was evaluated with BatchNorm's running statistics, so these "
       "results do not say how robust the classifier is."
-    )
-  sentences = [
+    ]
+  parts = [
     _robust_accuracy(groups[0], model, alone=len(groups) == 1),
     _worst_case(groups[0], model),
     _clean_accuracy(columns, model, groups[0].question),
@@ -50,7 +103,7 @@ def verdict(results: dict[str, Any]) -> str:
     "An attack only bounds robustness from above: a stronger one may fool the "
     "network on more images.",
   ]
-  return " ".join(filter(None, sentences))
+  return [part for part in parts if part]
 
 
 def _robust_accuracy(

@@ -19,6 +19,7 @@ _FREE = (
   "data.prefetch",
   "data.shard_size",
   "profile_steps",
+  "model_axis",
   "train.steps_per_dispatch",
   "teacher.steps_per_dispatch",
   "train.nonfinite",
@@ -66,6 +67,7 @@ _LATER: dict[str, tuple[str, dict[str, Any]]] = {
       "smallest_crop": 0.08,
     },
   ),
+  "model": ("batch_norm_epsilon", {"batch_norm_group_size": 0}),
   "objective": (
     "num_steps",
     {

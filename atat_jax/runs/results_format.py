@@ -166,6 +166,28 @@ _NEEDED = (
   "accuracy",
 )
 
+_CORRUPTED = {
+  "model": _TEXT,
+  "benchmark": _TEXT,
+  "dataset": _TEXT,
+  "split": _TEXT,
+  "corruption": _TEXT,
+  "severity": _Kind(
+    "an integer from 1 to 5",
+    lambda value: type(value) is int and 1 <= value <= 5,
+  ),
+  "num_examples": _integer(1),
+  "batch_norm": _ROW["batch_norm"],
+  "accuracy": _SHARE,
+  "images": _or_none(_TEXT),
+  "batch_size": _or_none(_integer(1)),
+  "seed": _or_none(_integer(0)),
+  "checkpoint_step": _or_none(_integer(0)),
+  "nonfinite": _or_none(_integer(0)),
+  "seconds": _or_none(_number(0)),
+}
+_CORRUPTED_NEEDED = tuple(_CORRUPTED)[:9]
+
 _SECTION = _Kind("an object", lambda value: isinstance(value, dict))
 _CONFIGURATION = {
   "method": _TEXT,
@@ -257,6 +279,12 @@ def fault(results: Mapping[str, Any], needed: Iterable[str] = ()) -> str:
       return f"row {number}: {found}"
     if found := _correct_fault(row):
       return f"row {number}: correct: {found}"
+  corrupted = results.get("corruptions", [])
+  if not isinstance(corrupted, list):
+    return "corruptions; allowed: a list"
+  for number, row in enumerate(corrupted, 1):
+    if found := _fault(row, _CORRUPTED, _CORRUPTED_NEEDED):
+      return f"corruptions, row {number}: {found}"
   if found := _fault(results.get("run", {}), _RUN, ()):
     return f"run: {found}"
   if found := _certificate_fault(results):

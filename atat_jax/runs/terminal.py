@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from atat_jax.runs import comparable, results_format, tables
+from atat_jax.runs import comparable, corrupted, results_format, tables
 
 
 def results_table(results: dict[str, Any]) -> str:
@@ -13,7 +13,8 @@ def results_table(results: dict[str, Any]) -> str:
 
   Returns:
     Table with a line for each model and BatchNorm mode, a column for each
-    attack, accuracies in percent; under it the protocol of each column.
+    attack, accuracies in percent; under it the protocol of each column, and a
+    table of the means on corrupted images, where there are any.
 
   Raises:
     UserError: Something else than such content.
@@ -33,6 +34,8 @@ def results_table(results: dict[str, Any]) -> str:
   text += map(tables.escaped, notes)
   if any(batch_norm == "batch" for _, batch_norm in tables.series(rows)):
     text.append(f"batch statistics: {tables.BATCH_WARNING}")
+  if results.get("corruptions"):
+    text += ["", corrupted.markdown(rows, results["corruptions"])]
   return "\n".join(text)
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 
 from atat_jax import checkpoints
-from atat_jax.data import Split, batches
+from atat_jax.data import Split
 from atat_jax.data.prefetch import Prefetcher
 from atat_jax.state import TrainState
 from atat_jax.training.incidents import Incidents
@@ -150,7 +150,7 @@ def _look(
     current = programs.reset_metrics(current)
   if outline.validates(step):
     current = programs.estimate_statistics(current)
-    with batches.watch(journal.bar.show_validation):
+    with journal.bar.validating():
       found = programs.validate(current)
     journal.check_logits(found.nonfinite, found.num_images, step)
     programs.before_saving()

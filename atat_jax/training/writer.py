@@ -10,7 +10,7 @@ import math
 import pathlib
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ from tensorboardX.proto import event_pb2
 from tqdm import tqdm
 
 from atat_jax import checkpoints, metrics
+from atat_jax.data import batches
 from atat_jax.runs import files, locations, overfitting
 from atat_jax.state import TrainState
 from atat_jax.training.incidents import Incidents
@@ -194,9 +195,17 @@ class StepBar(contextlib.AbstractContextManager[Any]):
     self._steps += count
     self._bar.update(count)
 
-  def show_validation(self, done: int, count: int) -> None:
+  @contextlib.contextmanager
+  def validating(self) -> Iterator[None]:
     """Shows behind the bar how far a pass over the validation images is."""
-    self._bar.set_postfix_str(f"validation, {done}/{count} images")
+
+    def show(done: int, count: int) -> None:
+      self._bar.set_postfix_str(f"validation, {done}/{count} images")
+
+    before = self._bar.postfix
+    with batches.watch(show):
+      yield
+    self._bar.set_postfix_str(before or "", refresh=False)
 
   def images_per_second(self) -> float:
     """Speed since the clock was restarted."""
@@ -361,4 +370,5 @@ class Journal(contextlib.AbstractContextManager[Any]):
       f"{self._outline.name}: stopped at step {step} of {self._outline.total}, saved in"
       f" {self._place}; the same command resumes there",
       signum,
+      agreed=True,
     )

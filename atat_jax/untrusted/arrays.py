@@ -1,12 +1,13 @@
 """NumPy's files: headers that are compared with what is there, no objects."""
 
 import math
+import pathlib
 from collections.abc import Collection
 from typing import IO, NamedTuple
 
 import numpy as np
 
-from atat_jax.untrusted import zips
+from atat_jax.untrusted import regular, zips
 
 _CHUNK = 1 << 20
 _MOST_AXES = 32
@@ -120,6 +121,50 @@ def read_array(file: IO[bytes], size: int) -> np.ndarray:
   array = array.astype(header.dtype.newbyteorder("="), copy=False)
   _check_values(array)
   return array
+
+
+def map_elements(
+  path: pathlib.Path, file: IO[bytes], header: Header
+) -> np.ndarray:
+  """Maps the elements of an array into memory, read-only.
+
+  Args:
+    path: The file.
+    file: The same file, open at the first element.
+    header: Header of the array.
+
+  Returns:
+    The array, whose elements stay on the disk until they are asked for.
+  """
+  if not header.nbytes:
+    return np.empty(header.shape, header.dtype)
+  return np.memmap(  # type: ignore[call-overload]
+    path,
+    header.dtype,
+    mode="r",
+    offset=file.tell(),
+    shape=header.shape,
+    order=header.order,
+  )
+
+
+def map_array(path: pathlib.Path) -> np.ndarray:
+  """Maps the array of an `.npy` into memory, read-only.
+
+  Args:
+    path: The file.
+
+  Returns:
+    The array, whose elements stay on the disk until they are asked for.
+
+  Raises:
+    UserError: A pipe, socket or device.
+    ValueError: See `read_header`.
+    OSError: The file cannot be opened.
+  """
+  with regular.open_regular(path) as file:
+    header = read_header(file, regular.size(file))
+    return map_elements(path, file, header)
 
 
 def read_members(

@@ -14,7 +14,7 @@ import tiny
 from flax import linen as nn
 from quick import jit
 
-from atat_jax import attention, batch_norm, checkpoints, models
+from atat_jax import attention, batch_norm, checkpoints, models, objectives
 
 # Smaller values of whatever fields a network has: tracing takes the time.
 SMALL = {
@@ -89,10 +89,38 @@ def test_attention_finds_a_tensor_to_tap(name):
   model = _create(name)
   layers = attention.layer_names(model, _shapes(model), IMAGES)
   assert layers
-  if name in ("vit", "xcit"):  # tokens follow, so that it must be named
-    assert "features" in layers
+  if name in ("vit", "xcit"):  # tokens follow
+    chosen = attention.chosen_layers(model, _shapes(model), IMAGES, None)
+    assert chosen == ("features",)
   elif isinstance(model, models.base.Network):
     assert layers[-1] == "features"  # one name in all networks, the default
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["atat", "tla"])
+@pytest.mark.parametrize("name", ["vit", "xcit"])
+def test_objectives_of_maps_train_transformers_without_a_named_layer(
+  name, method
+):
+  model = _create(name)
+  objective = objectives.create(method, num_steps=1)
+
+  def gradient(variables, images, labels):
+    batch = objectives.make_batch(images, labels, 7)
+    prepared = objective.prepare(
+      jax.random.key(0), model, variables, variables, batch
+    )
+
+    def loss(params):
+      changed = {**variables, "params": params}
+      return objective.loss(model, changed, prepared, batch).total.sum()
+
+    return jax.grad(loss)(variables["params"])
+
+  shapes = _shapes(model)
+  labels = jax.ShapeDtypeStruct((2,), jnp.int32)
+  found = jax.eval_shape(gradient, shapes, IMAGES, labels)
+  assert jax.tree.structure(found) == jax.tree.structure(shapes["params"])
 
 
 @every_network

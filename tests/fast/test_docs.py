@@ -21,6 +21,7 @@ import pytest
 
 from atat_jax import analyses, attacks, cli, data, models, objectives
 from atat_jax.attacks.autoattack import versions
+from atat_jax.data import corruptions
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "atat_jax"
@@ -34,7 +35,7 @@ MODULES = {
   for path in PACKAGE.iterdir()
   if path.suffix in ("", ".py") and path.name[0] not in "._"
 }
-FOLDERS = ("atat_jax", "benchmarks", "configs", "docs", "tests")
+FOLDERS = ("atat_jax", "benchmarks", "configs", "docs", "launch", "tests")
 SUFFIXES = ("html", "json", "jsonl", "md", "npz", "pdf", "png", "py")
 
 
@@ -88,9 +89,8 @@ def test_every_page_is_in_the_site():
   pages = re.findall(r"([\w/]+\.md)$", nav, re.M)
   assert len(set(pages)) == len(pages)
   flat = {page for page in pages if "/" not in page}
-  assert flat - {"start.md", "contributing.md", "benchmarks.md"} == {
-    path.name for path in ROOT.glob("docs/*.md")
-  }
+  others = {"start.md", "contributing.md", "benchmarks.md", "changelog.md"}
+  assert flat - others == {path.name for path in ROOT.glob("docs/*.md")}
 
 
 def test_every_page_is_in_the_index():
@@ -108,6 +108,7 @@ LISTS: dict[str, Mapping[str, Any]] = {
   "versions": versions.VERSIONS,
   "models": models.MODELS,
   "datasets": data.DATASETS,
+  "corruptions": corruptions.CORRUPTIONS,
   "analyses": analyses.ANALYSES,
 }
 
@@ -358,6 +359,7 @@ def test_every_flag_is_one_of_its_command():
     for line in "\n".join(_blocks(text, "bash")).splitlines():
       line = line.split("  #")[0]
       for command in line.split(" && "):
+        command = command.split(" -- ")[0]  # what follows goes to main.py
         source = _source(command)
         if not source or "$" in command:
           continue
@@ -413,3 +415,32 @@ def test_no_import_points_up_in_the_picture_of_the_layers():
         if own in tops and tops.get(other, 0) < tops[own]
       ]
   assert not wrong, "\n".join(sorted(set(wrong)))
+
+
+# --- Measured numbers ---------------------------------------------------------
+
+
+def test_numbers_over_seeds_are_those_of_their_file():
+  marked = r"<!-- numbers: (\S+) -->\n(.*?)<!-- end -->"
+  ((path, text),) = re.findall(marked, DOCUMENTS["docs/results.md"], re.S)
+  rows = json.loads((ROOT / path).read_text(encoding="utf-8"))["rows"]
+  models, count = {"teacher": "standard", "student": "atat"}, 0
+  for line in text.splitlines():
+    if not line.startswith("| ") or line.startswith("| ---"):
+      continue
+    first, *cells = [cell.strip() for cell in line.strip("|").split("|")]
+    if first not in models:
+      mode, attacks_ = first.split()[0], cells
+      continue
+    for attack, cell in zip(attacks_, cells, strict=True):
+      wanted = (models[first], attack, mode, 360)
+      keys = ("model", "attack", "batch_norm", "num_examples")
+      (row,) = [r for r in rows if tuple(r[k] for k in keys) == wanted]
+      found = [100 * share for share in row["accuracies"].values()]
+      assert len(found) == 5
+      mean = sum(found) / 5
+      assert cell == f"{mean:.1f} ({min(found):.1f} to {max(found):.1f})", (
+        wanted
+      )
+      count += 1
+  assert count == 18

@@ -36,7 +36,7 @@ LAYERS = (
   "train",  # modes
   "evaluate",
   "trial",
-  "pipeline explain attack",
+  "pipeline explain attack export",
   "cli",  # commands
 )
 RANKS = {name: rank for rank, row in enumerate(LAYERS) for name in row.split()}
@@ -57,7 +57,7 @@ PLACES = {
   "shelve": (),
   "absl": ("cli", "data", "runtime"),
   "grain": ("data",),
-  "tensorflow": (),
+  "tensorflow": ("interop",),
   "torch": (),
   "equinox": (),
   "clu": (),

@@ -6,6 +6,7 @@ import foreign
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import linen as nn
 from flax import nnx
 
 from atat_jax import attention, models
@@ -44,6 +45,74 @@ LAST = {
   "scan": (foreign.Scan(named=True), "features"),
   "auxiliary": (foreign.Auxiliary(), "first"),
 }
+
+
+SMALL = {"num_classes": 3, "channels": 8, "num_heads": 2, "hidden": 8}
+TRANSFORMERS = {
+  "vit": models.create(
+    "vit", image_size=8, patch_size=2, num_blocks=2, **SMALL
+  ),
+  "vit of one block": models.create(
+    "vit", image_size=8, patch_size=4, num_blocks=1, **SMALL
+  ),
+  "vit with a convstem": models.create(
+    "vit", image_size=8, patch_size=4, num_blocks=2, conv_stem=(4, 6), **SMALL
+  ),
+  "xcit": models.create("xcit", patch_size=4, num_blocks=2, **SMALL),
+}
+
+
+class Beside(nn.Module):
+  """A transformer, and another path from the images to the logits."""
+
+  other_path: str
+
+  @nn.compact
+  def __call__(self, images, *, train=False):
+    logits = TRANSFORMERS["vit"].copy(name="vit")(images)
+    match self.other_path:
+      case "flat":
+        other = images.reshape(len(images), -1)
+      case "convolution":
+        other = nn.Conv(4, (3, 3), name="conv")(images).mean((1, 2))
+      case "transformer":
+        other = TRANSFORMERS["vit of one block"].copy(name="other")(images)
+      case _:
+        return logits
+    return logits + nn.Dense(3)(other)
+
+
+class Continued(nn.Module):
+  """A grid that is stated to be the last, and then a convolution."""
+
+  @nn.compact
+  def __call__(self, images, *, train=False):
+    x = nn.Conv(4, (3, 3), name="first")(images)
+    x = models.base.Features(tapped_by_default=True, name="grid")(x)
+    return nn.Dense(3)(nn.Conv(4, (3, 3), name="last")(x).mean((1, 2)))
+
+
+@pytest.mark.parametrize("case", TRANSFORMERS)
+def test_transformers_state_their_grid_without_the_class_token(case):
+  model = TRANSFORMERS[case]
+  assert _chosen(model) == ("features",)
+  (shape,) = {attention.layers(model, _variables(model), IMAGES)["features"]}
+  side = 8 // model.patch_size
+  assert shape == (2, side, side, 8)
+  adapted = models.adapt(
+    model, _variables(model), call=lambda network, x: network(x)
+  )
+  assert attention.chosen_layers(*adapted, IMAGES, None) == (
+    "network/features",
+  )
+
+
+def test_a_stated_grid_is_not_taken_where_other_paths_or_layers_count():
+  assert _chosen(Beside("")) == ("vit/features",)
+  assert _chosen(Continued()) == ("last",)
+  for path in ("flat", "convolution", "transformer"):
+    with pytest.raises(UserError, match=r"^model: the last .*; allowed: "):
+      _chosen(Beside(path))
 
 
 @pytest.mark.parametrize("case", LAST)

@@ -3,6 +3,7 @@
 import importlib
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -73,12 +74,69 @@ def test_a_citation_has_what_citation_files_need():
   assert len(tree["references"][0]["authors"]) == 6
 
 
+WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yml"))
+
+
+def steps(path):
+  """Steps of all jobs of a workflow."""
+  yaml = pytest.importorskip("yaml", reason="PyYAML reads the file")
+  jobs = yaml.safe_load(path.read_text(encoding="utf-8"))["jobs"]
+  assert all("timeout-minutes" in job for job in jobs.values())
+  return jobs, [step for job in jobs.values() for step in job["steps"]]
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_a_workflow_uses_known_actions_and_scripts_that_exist(path):
+  _, found = steps(path)
+  known = {
+    "actions/checkout",
+    "actions/setup-python",
+    "actions/upload-artifact",
+  }
+  used = {step["uses"].partition("@")[0] for step in found if "uses" in step}
+  assert "actions/checkout" in used and used <= known
+  commands = "\n".join(step.get("run", "") for step in found)
+  assert "://" not in commands  # registries are the client's own
+  for script in re.findall(r"python (\S+\.py)", commands):
+    assert (ROOT / script).exists(), script
+
+
+def test_the_tests_run_on_every_python_and_on_the_oldest_dependencies():
+  jobs, found = steps(ROOT / ".github/workflows/ci.yml")
+  assert {"lint", "types", "tests", "docs", "wheel"} <= set(jobs)
+  matrix = jobs["tests"]["strategy"]["matrix"]
+  named = [
+    line.rpartition(" ")[2]
+    for line in PROJECT["project"]["classifiers"]
+    if re.fullmatch(r"Programming Language :: Python :: 3\.\d+", line)
+  ]
+  assert matrix["python"] == named
+  oldest = PROJECT["project"]["requires-python"].removeprefix(">=")
+  assert matrix["include"] == [{"python": oldest, "dependencies": "oldest"}]
+  for words in ("ruff check .", "ruff format --check .", "actionlint", "mypy"):
+    assert any(step.get("run") == words for step in found), words
+
+
+def test_actionlint_finds_nothing():
+  command = shutil.which("actionlint")
+  if command is None:
+    pytest.skip("needs actionlint")
+  done = subprocess.run([command, *map(str, WORKFLOWS)], capture_output=True)
+  assert done.returncode == 0, done.stdout.decode()
+
+
 @pytest.mark.slow
 def test_a_wheel_has_everything_and_works_elsewhere(tmp_path):
+  source = tmp_path / "source"  # setuptools leaves its work where it builds
+  for name in ("atat_jax", "configs"):
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / name, source / name, ignore=ignored)
+  for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+    shutil.copy(ROOT / name, source)
   subprocess.run(
     [
       *(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps"),
-      *("--no-build-isolation", f"--wheel-dir={tmp_path}", str(ROOT)),
+      *("--no-build-isolation", f"--wheel-dir={tmp_path}", str(source)),
     ],
     check=True,
   )

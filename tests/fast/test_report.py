@@ -11,6 +11,8 @@ from scipy import stats
 from atat_jax import figures, report
 from atat_jax.errors import UserError
 from atat_jax.report import results as results_lib
+from atat_jax.report import summary
+from atat_jax.runs import worst_case
 
 ACCURACIES = run_files.ACCURACIES
 
@@ -74,7 +76,7 @@ def test_page_shows_the_numbers_given(tmp_path):
       )
       if batch_norm == "batch":
         gap = 100 * (accuracy - ACCURACIES[model, "running"][attack])
-        assert f"{gap:+.1f}" in text
+        assert f"{gap:+.1f}".replace("-", "−") in text
   assert found == {}
   assert page.text.index("fixed classifier") < page.text.index(
     "paper's released protocol, no fixed classifier, its attack can fail"
@@ -346,3 +348,49 @@ def test_terminal_table():
   assert "its attack can fail" in protocol
   running = {k: v for k, v in accuracies.items() if k[1] == "running"}
   assert "overstate" not in report.results_table(run_files.results(running))
+
+
+def test_the_page_begins_with_the_result_and_what_to_doubt(tmp_path):
+  found = run_files.results()
+  found["run"]["config"] |= {
+    "seed": 3,
+    "train": {"num_epochs": 24, "batch_size": 64},
+    "objective": {"epsilon": 8 / 255, "step_size": 2 / 255, "num_steps": 7},
+  }
+  # The same finding of an attack and of the rows beside it is one.
+  found["diagnostics"]["student_again"] = {
+    **found["diagnostics"]["student_zero_gradients"],
+    "title": "zero gradients",
+  }
+  run_files.save(tmp_path, found)
+  text = " ".join(Page(report.write_report(tmp_path)).text.split())
+  parts = [
+    "The student withstands pgd20 on 71.4% of 297 digits test images (linf,"
+    " epsilon 8/255); without attack it is right on 97.0%.",
+    "Before you trust these numbers student: Batch statistics give a higher"
+    " accuracy. These are two classifiers.",
+    "Results",
+    "▲ flagged, student: Batch statistics give a higher accuracy.",
+    "✓ passed, student: more steps.",
+    "24 epochs in batches of 64; attacked by pgd: linf, epsilon 8/255,"
+    " 7 steps of 2/255; seed 3",
+  ]
+  places = [text.find(part) for part in parts]
+  assert -1 not in places and places == sorted(places), places
+  assert text.count("zero gradients.") == 1
+
+
+def test_the_headline_is_the_worst_case_where_it_is_known():
+  rows = [
+    run_files.result_row("at", "nominal", "running", 1.0, correct="/w=="),
+    run_files.result_row("at", "fgsm", "running", 0.5, correct="8A=="),
+    run_files.result_row("at", "pgd20", "running", 0.5, correct="PA=="),
+  ]
+  for row in rows:
+    row["num_examples"] = 8
+  content = {"format": 1, "rows": worst_case.complete(rows)}
+  assert summary.headline(content).startswith(
+    "The at withstands each of 2 attacks on 25.0% of 8 digits test images"
+  )
+  only_batch = [row | {"batch_norm": "batch"} for row in rows]
+  assert summary.headline({"format": 1, "rows": only_batch}) == ""

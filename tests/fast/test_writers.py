@@ -4,10 +4,13 @@ import json
 import struct
 
 import jax
+import numpy as np
 import pytest
 import tensorboardX.proto.event_pb2 as events
 
-from atat_jax.training.writer import MetricsWriter
+from atat_jax import sharding
+from atat_jax.data import batches
+from atat_jax.training.writer import MetricsWriter, StepBar
 
 
 def write_lines(directory, steps, **more):
@@ -101,3 +104,20 @@ def test_other_processes_write_nothing(tmp_path, monkeypatch):
   with MetricsWriter(tmp_path / "run", 0) as writer:
     writer.write("train", 1, {"loss": 1.0})
   assert list(tmp_path.iterdir()) == []
+
+
+def test_the_bar_of_a_training_moves_with_the_batches_of_a_validation():
+  mesh, shown = sharding.make_mesh(jax.devices()[:1]), []
+
+  def measure(number, x):
+    shown.append(bar._bar.postfix)
+    return x
+
+  with StepBar("at", 10, start=0, batch_size=4) as bar:
+    bar.show_metrics({"images_per_second": 3.0, "loss": 2.0})
+    with bar.validating():
+      batches.map_batches(measure, np.arange(10.0), batch_size=4, mesh=mesh)
+    shown.append(bar._bar.postfix)
+  metrics = "img/s=3, loss=2.000"
+  done = [f"validation, {number}/10 images" for number in (4, 8)]
+  assert shown == [metrics, *done, metrics]

@@ -5,7 +5,7 @@ import linear_networks
 import numpy as np
 import pytest
 
-from atat_jax import analyses, models
+from atat_jax import analyses, models, sharding
 from atat_jax.errors import UserError
 
 # Compiling is most of the time that these tests take.
@@ -137,3 +137,21 @@ def test_bad_arguments_are_named(changes, message):
   } | changes
   with pytest.raises(UserError, match=message):
     analyses.loss_landscape(KEY, **arguments)
+
+
+@pytest.mark.parametrize("batch_size", [7, 64])
+def test_several_devices_make_the_same_surface(eight_devices, batch_size):
+  pair, *_ = linear_networks.linear()
+  arguments = {"radius": 0.3, "num_points": 5, "batch_size": batch_size}
+  one, eight = (
+    analyses.loss_landscape(
+      KEY, {"net": pair}, IMAGES, LABELS, **arguments, mesh=mesh
+    )
+    for mesh in (None, sharding.make_mesh(eight_devices))
+  )
+  assert one.keys() == eight.keys()
+  for name, array in one.items():
+    if array.dtype.kind == "f":
+      np.testing.assert_allclose(eight[name], array, 1e-5, 1e-6)
+    else:
+      np.testing.assert_array_equal(eight[name], array)

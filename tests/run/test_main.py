@@ -19,6 +19,7 @@ from atat_jax import (
   report,
   steps,
 )
+from atat_jax.data import corruptions
 from atat_jax.errors import UserError
 from atat_jax.evaluation import accuracies, measuring
 from atat_jax.training.interrupts import Interrupted
@@ -29,6 +30,7 @@ pytest_plugins = ("tiny",)
 RUN_FILES = {
   "config.json",
   "metrics.jsonl",
+  "results.csv",
   "results.json",
   "report.html",
   "attention.npz",
@@ -493,6 +495,49 @@ def test_an_interrupted_evaluation_goes_on(finished, tmp_path, monkeypatch):
 
   assert timeless(found) == timeless(expected)
   assert list(found) == list(expected)
+
+
+def test_corrupted_images_are_evaluated_beside_the_attacks(
+  finished, tmp_path, monkeypatch
+):
+  workdir = finished.copy(tmp_path / "run")
+  before = read_rows(workdir)
+  kinds = {"contrast": corruptions.CORRUPTIONS["contrast"]}
+  monkeypatch.setattr(corruptions, "CORRUPTIONS", kinds)
+  made = tiny.config(evaluation__corruptions="generated")
+  tiny.run(workdir, "evaluate", made)
+  found = json.loads((workdir / "results.json").read_text())
+  assert read_rows(workdir) == before
+  rows = {
+    (row["model"], row["batch_norm"], row["severity"]): row
+    for row in found["corruptions"]
+  }
+  assert len(rows) == 20
+  assert found["run"]["config"]["evaluation"]["corruptions"] == "generated"
+  for (model, mode, _), row in rows.items():
+    one = before[model, mode, "nominal"]
+    for field in ("num_examples", "dataset", "checkpoint_step", "batch_size"):
+      assert row[field] == one[field]
+    assert row["corruption"] == "contrast" and 0 <= row["accuracy"] <= 1
+  assert len({row["accuracy"] for row in rows.values()}) > 2
+  # Evaluated without them, they stay.
+  tiny.run(workdir, "evaluate", tiny.config(evaluation__seed=1))
+  again = json.loads((workdir / "results.json").read_text())
+  assert again["corruptions"] == found["corruptions"]
+
+
+@pytest.mark.parametrize("mode", ["run", "evaluate"])
+def test_corruptions_that_are_not_there_end_a_run_at_once(
+  finished, tmp_path, monkeypatch, mode
+):
+  workdir = finished.copy(tmp_path / "run")
+  forbid(monkeypatch, data, "load")
+  made = tiny.config(evaluation__corruptions="/nowhere")
+  with pytest.raises(
+    UserError, match=r"^evaluation\.corruptions: /nowhere does not exist"
+  ):
+    tiny.run(workdir, mode, made)
+  tiny.run(workdir, "figures", made)
 
 
 def test_results_of_an_earlier_version_are_kept_and_completed(

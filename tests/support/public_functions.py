@@ -31,7 +31,15 @@ from atat_jax import (
 )
 from atat_jax.attacks import classifiers
 from atat_jax.attacks.autoattack import versions
-from atat_jax.data import augment, batches, cifar, digits, mixing, photographs
+from atat_jax.data import (
+  augment,
+  batches,
+  cifar,
+  corruptions,
+  digits,
+  mixing,
+  photographs,
+)
 from atat_jax.evaluation import iterates
 from atat_jax.models import base as base_networks
 from atat_jax.runs import configuration, files
@@ -445,6 +453,7 @@ ENTRIES = [
       "dataset": "text",
       "name": "text",
       "out": "path?",
+      "corruptions": "path",
       "certify": "boolean",
       "mesh": "mesh?",
     },
@@ -503,6 +512,7 @@ def _kind(name: str, value: Any) -> str:
     "negative_slope": "real",
     "batch_norm_momentum": "fraction",
     "batch_norm_epsilon": "positive",
+    "batch_norm_group_size": "number of an axis",
   }
   if name in named:
     return named[name]
@@ -713,6 +723,34 @@ ENTRIES += [
     {"mesh": "mesh", "batch_size": "count", "axis": "number of an axis"},
   ),
   Entry(
+    sharding.check_divides,
+    lambda w: {"mesh": w.mesh, "batch_size": 8 * w.mesh.size},
+    {"mesh": "mesh", "batch_size": "count", "parts": "count"},
+  ),
+  Entry(
+    sharding.split_mesh,
+    lambda w: {"mesh": w.mesh, "model_axis": 1},
+    {"mesh": "mesh", "model_axis": "count"},
+  ),
+  Entry(sharding.splits_state, lambda w: {"mesh": w.mesh}, {"mesh": "mesh"}),
+  *(
+    Entry(
+      function,
+      lambda w: {"mesh": w.mesh, "tree": {"a": np.zeros(2)}},
+      {"mesh": "mesh"},
+    )
+    for function in (
+      sharding.state_shardings,
+      sharding.split_state,
+      sharding.put_state,
+    )
+  ),
+  Entry(
+    sharding.gather,
+    lambda w: {"mesh": w.mesh, "tree": {"a": np.zeros(2)}},
+    {"mesh": "mesh"},
+  ),
+  Entry(
     sharding.put_batch,
     lambda w: {"mesh": w.mesh, "array": np.zeros((2, 3))},
     {"mesh": "mesh", "array": "host arrays", "axis": "axis"},
@@ -913,6 +951,23 @@ ENTRIES += [
     {"offsets": "images", "flips": "images", "images": "offsets"},
   ),
   Entry(
+    corruptions.corrupt,
+    lambda w: {
+      "key": w.key,
+      "images": w.images,
+      "kind": "contrast",
+      "severity": 3,
+    },
+    {
+      "key": "key",
+      "images": "images",
+      "kind": "name",
+      "severity": "count",
+      "numbers": "classes?",
+    },
+    {"numbers": "images", "images": "numbers"},
+  ),
+  Entry(
     mixing.check,
     lambda _: {"name": "mixup", "alpha": 1.0},
     {"name": "name", "alpha": "positive"},
@@ -1027,6 +1082,15 @@ ENTRIES += [
       "entry": "text?",
     },
     {"path": "weights|missing|world.*"},
+  ),
+  Entry(
+    interop.save,
+    lambda w: {
+      "path": w.folder / "saved.safetensors",
+      "model": w.loaded.model,
+      "variables": w.loaded.variables,
+    },
+    {"path": "file", "model": "model", "variables": "variables"},
   ),
   Entry(
     interop.sanity,
@@ -1279,6 +1343,13 @@ PARTS = (
   "training",
   "trial",
   "untrusted",
+  "bounds.affine_rules",
+  "bounds.curves",
+  "bounds.network",
+  "bounds.nodes",
+  "bounds.products",
+  "bounds.propagation",
+  "bounds.windows",
   "attacks.autoattack.progress",
   "attacks.autoattack.screening",
   "attacks.autoattack.slots",
@@ -1293,10 +1364,19 @@ PARTS = (
   "attacks.targeting",
   "data.archives",
   "data.base",
+  "data.corruptions.apply",
+  "data.corruptions.blur",
+  "data.corruptions.digital",
+  "data.corruptions.geometry",
+  "data.corruptions.noise",
+  "data.corruptions.published",
+  "data.corruptions.weather",
   "data.batches.watch",
   "data.prepare",
   "data.record_files",
   "data.streamed",
+  "evaluation.certifying",
+  "evaluation.corrupted",
   "evaluation.map_distances",
   "evaluation.networks",
   "evaluation.parts",
@@ -1305,6 +1385,7 @@ PARTS = (
   "figures.comparison",
   "figures.curves",
   "figures.robustness",
+  "interop.description",
   "interop.entry_names",
   "interop.layouts",
   "interop.loaded",
@@ -1312,14 +1393,22 @@ PARTS = (
   "interop.safetensors_file",
   "interop.sanity_check.decide",
   "interop.sanity_check.examples",
+  "interop.tensorflow_checkpoint",
   "interop.torch_file",
+  "interop.torch_module",
   "interop.torch_names",
+  "interop.saving.Saved",
+  "interop.torch_weights.example_side",
   "interop.torch_weights.fit",
   "interop.torch_weights.read",
+  "interop.torch_weights.tensor_name",
+  "interop.torch_weights.to_torch",
   "interop.wrappers",
   "models.blocks",
+  "models.normalization",
   "models.convolution",
   "models.winograd",
+  "report.corruptions",
   "report.groups",
   "report.layout",
   "report.merge",
@@ -1327,6 +1416,7 @@ PARTS = (
   "report.published",
   "runs.attention_file",
   "runs.comparable",
+  "runs.corrupted",
   "runs.intervals",
   "runs.inventory",
   "runs.locations",
@@ -1419,6 +1509,7 @@ PARTS = (
   "evaluation.rules.storable",
   "attack",
   "explain.main",
+  "export",
   "models.batch_norm_of",
   "models.base.check_size",
   "models.base.check_sizes",
@@ -1435,6 +1526,8 @@ PARTS = (
   "report.results.models",
   "report.results.titled",
   "report.results.total_time",
+  "report.summary.headline",
+  "report.summary.sentences",
   "runs.better_attacks.find",
   "runs.better_attacks.is_published",
   "runs.configuration.check",
@@ -1460,6 +1553,8 @@ PARTS = (
   "runs.files.write_bytes",
   "runs.files.write_json",
   "runs.files.write_text",
+  "runs.spreadsheet.as_csv",
+  "runs.spreadsheet.write_results",
   "runs.terminal.percent",
 )
 """Modules and names that only the package itself calls, after its checks."""

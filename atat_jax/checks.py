@@ -178,8 +178,8 @@ def choice(name: str, value: object, allowed: Iterable[str]) -> None:
   allowed = sorted(allowed)
   if not isinstance(value, str) or value not in allowed:
     raise UserError(
-      f"{name}: {shown(value)}{near(value, allowed)}; allowed:"
-      f" {', '.join(allowed)}"
+      f"{name}: {shown(value)}; allowed: {', '.join(allowed)}"
+      f"{near(value, allowed)}"
     )
 
 

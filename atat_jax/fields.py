@@ -152,7 +152,7 @@ def check_names(
   for name in given:
     if name not in known:
       raise UserError(
-        f"{name}: no such field{near(name, known)}; allowed: {', '.join(known)}"
+        f"{name}: no such field; allowed: {', '.join(known)}{near(name, known)}"
       )
   for name in required:
     if name not in given:

@@ -109,13 +109,30 @@ def read(paths: Sequence[pathlib.Path]) -> list[Source]:
   return sources
 
 
+_NEEDED = {
+  "runs": ("label", "workdir", "network", "commit", "date", "devices"),
+  "rows": ("model", "method", "batch_norm", "num_runs", "accuracies"),
+  "costs": ("label", "seconds_per_step"),
+  "shifts": ("label", "dataset", "mean", "standard_error", "num_examples"),
+}
+"""Fields that the table takes from each entry of a comparison."""
+
+
 def _checked(path: pathlib.Path) -> dict[str, Any]:
+  """Reads a comparison.
+
+  Raises:
+    UserError: An entry lacks a field.
+  """
   found = pictures.read(path)
-  lists = ("rows", "runs", "costs", "shifts")
-  if any(
-    not isinstance(row, dict) for name in lists for row in found.get(name, [])
-  ):
-    raise DamagedFileError(f"{path} is not a comparison of format 1")
+  for part, fields in _NEEDED.items():
+    entries = found.setdefault(part, [])  # older files have no shifts
+    if not isinstance(entries, list) or not all(
+      isinstance(entry, dict) and entry.keys() >= {*fields} for entry in entries
+    ):
+      raise DamagedFileError(
+        f"{path}: {part}; allowed: entries with {', '.join(fields)}"
+      )
   return found
 
 

@@ -181,13 +181,13 @@ def parse(choice: str, recipes: tuple[str, ...] = RECIPES) -> tuple[str, str]:
   known = (*OBJECTIVES, *SETTINGS)
   if method not in known:
     raise ValueError(
-      f"method: {method!r}{near(method, known)}; allowed: {', '.join(known)}"
+      f"method: {method!r}; allowed: {', '.join(known)}{near(method, known)}"
     )
   recipe = ",".join(rest) if rest else recipes[0]
   if recipe not in recipes:
     raise ValueError(
-      f"recipe: {recipe!r}{near(recipe, recipes)}; allowed:"
-      f" {', '.join(recipes)}"
+      f"recipe: {recipe!r}; allowed: {', '.join(recipes)}"
+      f"{near(recipe, recipes)}"
     )
   return method, recipe
 

@@ -47,7 +47,7 @@ def check_layers(layers: Iterable[str], names: Iterable[str]) -> None:
   for layer in checks.names("layers", layers):
     if layer not in names:
       raise UserError(
-        f"layers: {layer!r}{near(layer, names)}; allowed: {', '.join(names)}"
+        f"layers: {layer!r}; allowed: {', '.join(names)}{near(layer, names)}"
       )
 
 

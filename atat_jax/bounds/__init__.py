@@ -97,7 +97,7 @@ def crown(
 def _bound(
   classifier: Classifier, images: Any, labels: Any, epsilon: Any, method: str
 ) -> Bounds:
-  checks.number("epsilon", epsilon, 0, 1)
+  checks.epsilon(epsilon, "linf")
   if isinstance(classifier, Randomized):
     raise UserError(
       "classifier: draws random numbers; allowed: a deterministic classifier"

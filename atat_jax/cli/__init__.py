@@ -96,7 +96,7 @@ def _run(name: str, words: Sequence[str]) -> None:
   """Runs a command by its name."""
   if name not in COMMANDS:
     raise UserError(
-      f"command: {name!r}{near(name, COMMANDS)}; allowed: {', '.join(COMMANDS)}"
+      f"command: {name!r}; allowed: {', '.join(COMMANDS)}{near(name, COMMANDS)}"
     )
   module = importlib.import_module(COMMANDS[name].module)
   options = {"mode": name} if name in MODES else {}

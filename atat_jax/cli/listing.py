@@ -155,8 +155,8 @@ def _chosen(names: Sequence[str], text: str) -> list[str]:
   chosen = chosen or [name for name in names if text in name]
   if not chosen:
     raise UserError(
-      f"field: {text!r}{near(text, names)}; allowed: the name or a part of the"
-      " name of a field"
+      f"field: {text!r}; allowed: the name or a part of the name of a field"
+      f"{near(text, names)}"
     )
   return chosen
 

@@ -193,8 +193,8 @@ def _plain(text: str) -> str:
   if match := re.fullmatch(r"flag --mode=(.*): value should be .*", text, re.S):
     modes = pipeline.MODES
     return (
-      f"--mode: {match[1]!r}{near(match[1], modes)}; allowed:"
-      f" {', '.join(modes)}"
+      f"--mode: {match[1]!r}; allowed: {', '.join(modes)}"
+      f"{near(match[1], modes)}"
     )
   return re.sub(r"^[\w.]*Error: (?=.*; allowed: )", "", text)
 
@@ -230,7 +230,7 @@ def _unknown_field(words: Sequence[str]) -> str | None:
       meant = near(match[1], known) or near(match[1], inside)
       listed = ", ".join(x.rpartition(".")[2] for x in inside)
       return (
-        f"config.{match[1]}: no such field{meant}; allowed: {listed};"
+        f"config.{match[1]}: no such field; allowed: {listed}{meant};"
         " atat-jax fields describes them"
       )
   return None

@@ -48,8 +48,8 @@ def locate(text: str) -> str:
   if name in names() and given in (name, f"{name}.py", f"configs/{name}.py"):
     return f"{folder() / name}.py{colon}{choice}"
   raise UserError(
-    f"--config: {given!r}{near(name, names())}; allowed: a file, or one of"
-    f" {', '.join(names())}"
+    f"--config: {given!r}; allowed: a file, or one of {', '.join(names())}"
+    f"{near(name, names())}"
   )
 
 

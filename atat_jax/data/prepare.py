@@ -199,7 +199,7 @@ def _checked(
   """Checks the arguments; returns the data set and its directory."""
   if not isinstance(name, str) or name not in _SPECS:
     raise UserError(
-      f"name: {shown(name)}{near(name, _SPECS)}; allowed: {', '.join(_SPECS)}"
+      f"name: {shown(name)}; allowed: {', '.join(_SPECS)}{near(name, _SPECS)}"
     )
   spec = _SPECS[name]
   root = locations.expand("data_dir", data_dir) if data_dir else None

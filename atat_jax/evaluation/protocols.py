@@ -128,7 +128,7 @@ def allowed_names() -> str:
 
 def _not_allowed(name: str) -> UserError:
   return UserError(
-    f"attack: {name!r}{_meant(name)}; allowed: {allowed_names()}"
+    f"attack: {name!r}; allowed: {allowed_names()}{_meant(name)}"
   )
 
 
@@ -437,8 +437,8 @@ def _check(attack: str, given: dict[str, Any]) -> None:
     if not isinstance(value, str) or value not in choices:
       only = f" for {attack}" if set(choices) < set(balls.BALLS) else ""
       raise UserError(
-        f"{parameter}: {shown(value)}{near(value, choices)}; allowed:"
-        f" {', '.join(sorted(choices))}{only}"
+        f"{parameter}: {shown(value)}; allowed:"
+        f" {', '.join(sorted(choices))}{only}{near(value, choices)}"
       )
   checks.epsilon(given["epsilon"], given["norm"])
   if "momentum" in given:

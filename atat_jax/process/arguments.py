@@ -71,8 +71,8 @@ class Parser(argparse.ArgumentParser):
     if wrong:
       known = [name.strip("' ") for name in wrong[3].split(",")]
       return (
-        f"{wrong[1]}: {wrong[2]!r}{near(wrong[2], known)}; allowed:"
-        f" {', '.join(known)}"
+        f"{wrong[1]}: {wrong[2]!r}; allowed: {', '.join(known)}"
+        f"{near(wrong[2], known)}"
       )
     return message
 

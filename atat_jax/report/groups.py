@@ -88,7 +88,7 @@ def read(workdir: pathlib.Path) -> Run:
   if results is None:
     raise UserError(
       f"workdir: {workdir} has no results.json; allowed: finished runs, made by"
-      f" `atat-jax run --config=... --workdir={workdir}`"
+      f" `atat-jax run --config=... --workdir={workdir}`, or main.py"
     )
   record = results.get("run", {})
   config = configuration.parse(

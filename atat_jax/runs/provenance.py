@@ -10,7 +10,14 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
+_PACKAGES = (
+  "atat_jax",
+  "jax",
+  "jaxlib",
+  "flax",
+  "optax",
+  "orbax-checkpoint",
+)
 
 _CONSOLE = "atat-jax"  # the command that an installation has
 

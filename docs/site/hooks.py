@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.nav import Navigation
 from mkdocs.structure.pages import Page
@@ -31,6 +32,7 @@ PAGES = {
 MODULES = {
   "attacks": "FGSM, PGD, APGD, FAB, Square and AutoAttack on any classifier",
   "evaluation": "tables of accuracies under named protocols, audit",
+  "bounds": "certificates: accuracies from below",
   "models": "networks, classifiers, networks of other libraries",
   "interop": "weights from PyTorch",
   "checkpoints": "networks of runs, restored",
@@ -102,7 +104,7 @@ def on_nav(
   made = {file.src_uri for file in files.documentation_pages()}
   missing = {name for name in made - shown if name.startswith("notebooks/")}
   if missing:
-    raise ValueError(f"nav of mkdocs.yml lacks {', '.join(sorted(missing))}")
+    raise PluginError(f"nav of mkdocs.yml lacks {', '.join(sorted(missing))}")
   return nav
 
 
@@ -112,7 +114,22 @@ def on_page_markdown(
   """Turns links out of docs/ into links to the pages made of these files."""
   if page.file.generated_by is not None:
     return markdown
-  return relinked(markdown, "docs", page.file.src_uri)
+  return with_captions(relinked(markdown, "docs", page.file.src_uri))
+
+
+def with_captions(text: str) -> str:
+  """Returns a text whose pictures on a line of their own have a caption.
+
+  The caption is the text for those who do not see the picture.
+
+  Args:
+    text: Markdown.
+  """
+  figure = (
+    r'\n<figure markdown="span">\n![\1](\2)\n'
+    r"<figcaption>\1</figcaption>\n</figure>\n"
+  )
+  return re.sub(r"^!\[([^\]]+)\]\(([^)\s]+)\)$", figure, text, flags=re.M)
 
 
 # --- Links -------------------------------------------------------------------

@@ -24,6 +24,7 @@ from atat_jax import (
   config,
   data,
   errors,
+  interop,
   models,
   objectives,
   optim,
@@ -34,6 +35,11 @@ from atat_jax.errors import UserError
 from atat_jax.process import flag_values
 
 WORKDIR = "--workdir=runs/none"
+
+
+def pattern(message):
+  """A regular expression of a message in which ".*" stands for anything."""
+  return re.escape(message).replace(re.escape(".*"), ".*")
 
 
 def parsed(*words, config="digits"):
@@ -141,23 +147,23 @@ def test_what_is_like_no_name_suggests_none(value):
 @pytest.mark.parametrize(
   ("words", "message"),
   [
-    (["trian"], "command: 'trian' (did you mean 'train'?); allowed: run, "),
-    (["nothing"], "command: 'nothing'; allowed: run, train, "),
-    (["fields", "lerning_rate"], "field: 'lerning_rate' (did you mean '"),
+    (["trian"], "command: 'trian'; allowed: .* (did you mean 'train'?)"),
+    (["nothing"], "command: 'nothing'; allowed: run, train, .*"),
+    (["fields", "lerning_rate"], "field: 'lerning_rate'; .* (did you mean '.*"),
     (
       ["fields", "--config=digit"],
-      "--config: 'digit' (did you mean 'digits'?)",
+      "--config: 'digit'; allowed: .* (did you mean 'digits'?)",
     ),
     (
       ["fields", "--config=digits:atta"],
-      "method: 'atta' (did you mean 'atat'?)",
+      "method: 'atta'; allowed: .* (did you mean 'atat'?)",
     ),
   ],
 )
 def test_a_command_that_is_wrong_is_refused(words, message):
   with pytest.raises(UserError) as error:
     cli.main(words)
-  assert str(error.value).startswith(message)
+  assert re.fullmatch(pattern(message), str(error.value), re.S)
 
 
 @pytest.mark.parametrize(
@@ -169,7 +175,7 @@ def test_a_command_that_is_wrong_is_refused(words, message):
     ),
     (
       ["data", "cifar01"],
-      "NAME: 'cifar01' (did you mean 'cifar10'?); allowed: ",
+      "NAME: 'cifar01'; allowed: .* (did you mean 'cifar10'?); see ",
     ),
     (["attack", "x", "--out=y", "--seed=a"], "--seed: invalid int value: 'a'"),
     (["report"], "the following arguments are required: RUN"),
@@ -181,7 +187,8 @@ def test_a_wrong_argument_is_one_line(words, message, capsys):
   assert end.value.code == 2
   shown = capsys.readouterr()
   assert shown.out == "" and shown.err.count("\n") == 1
-  assert shown.err.startswith("error: ") and message in shown.err
+  assert shown.err.startswith("error: ")
+  assert re.search(pattern(message), shown.err)
   assert shown.err.endswith(f"; see atat-jax {words[0]} --help\n")
 
 
@@ -190,11 +197,11 @@ def test_a_wrong_argument_is_one_line(words, message, capsys):
   [
     (
       ["--config.trian.num_epochs=1"],
-      "config.trian.num_epochs: no such field (did",
+      "config.trian.num_epochs: no such field; allowed: .* (did",
     ),
     (
       ["--config.train.num_epoch=1"],
-      "(did you mean 'train.num_epochs'?); allowed",
+      "; allowed: .* (did you mean 'train.num_epochs'?)",
     ),
     (["--config.learning_rate=1"], "(did you mean 'train.learning_rate'?)"),
     (
@@ -221,14 +228,17 @@ def test_a_wrong_argument_is_one_line(words, message, capsys):
       "config.figures.rounds: '(1,'; allowed: val",
     ),
     (["--epochs=3"], "epochs"),
-    (["--mode=evalute"], "--mode: 'evalute' (did you mean 'evaluate'?); allow"),
+    (
+      ["--mode=evalute"],
+      "--mode: 'evalute'; allowed: .* (did you mean 'evaluate'?)",
+    ),
     (["train"], "unknown argument 'train'"),
   ],
 )
 def test_a_wrong_flag_is_named(words, message):
   with pytest.raises(UserError) as error:
     parsed(*words)
-  assert message in str(error.value)
+  assert re.search(pattern(message), str(error.value), re.S)
   assert "Error" not in str(error.value)
 
 
@@ -379,9 +389,12 @@ def test_a_file_of_ones_own_comes_first(tmp_path, monkeypatch):
   [
     (
       "cifar01",
-      "'cifar01' (did you mean 'cifar10'?); allowed: a file, or one of",
+      "'cifar01'; allowed: a file, or one of .* (did you mean 'cifar10'?)",
     ),
-    ("configs/cifar01.py", "'configs/cifar01.py' (did you mean 'cifar10'?)"),
+    (
+      "configs/cifar01.py",
+      "'configs/cifar01.py'; .* (did you mean 'cifar10'?)",
+    ),
     (
       "nothing.py:at",
       "'nothing.py'; allowed: a file, or one of cifar10, cifar100",
@@ -394,7 +407,7 @@ def test_a_file_of_ones_own_comes_first(tmp_path, monkeypatch):
 def test_no_such_configuration(text, named):
   with pytest.raises(UserError) as error:
     shipped.locate(text)
-  assert named in str(error.value)
+  assert re.search(pattern(named), str(error.value), re.S)
 
 
 # --- The fields --------------------------------------------------------------
@@ -512,3 +525,9 @@ def test_imported_weights_are_a_checkpoint(tmp_path, capsys):
     np.testing.assert_array_equal(found, wanted)
   with pytest.raises(UserError, match="holds checkpoints already"):
     importing.write(world.loaded, out)
+  # ... and back.
+  written = tmp_path / "exported"
+  cli.main(["export", str(out), f"--out={written}", "--name=net"])
+  assert capsys.readouterr().out.splitlines()[-1].startswith("next: ")
+  again = interop.load(written / "net.safetensors").variables
+  jax.tree.map(np.testing.assert_array_equal, again, dict(expected))

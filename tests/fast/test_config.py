@@ -306,7 +306,7 @@ def test_fast_fits_in_five_minutes_at_a_quarter_of_the_peak(method):
   [
     ("cifar10", "at,new", "recipe: 'new'; allowed: paper, modern, fast"),
     ("cifar100", "at,", "recipe: ''; allowed: paper, modern"),
-    ("cifar10", "at,modern,paper", "recipe: 'modern,paper' (did you mean"),
+    ("cifar10", "at,modern,paper", "recipe: 'modern,paper'; allowed: "),
     ("digits", "at,paper", "recipe: 'paper'; allowed: modern"),
     ("cifar10", "paper", "method: 'paper'; allowed: standard, at, alp"),
   ],

@@ -415,3 +415,32 @@ def test_no_import_points_up_in_the_picture_of_the_layers():
         if own in tops and tops.get(other, 0) < tops[own]
       ]
   assert not wrong, "\n".join(sorted(set(wrong)))
+
+
+# --- Measured numbers ---------------------------------------------------------
+
+
+def test_numbers_over_seeds_are_those_of_their_file():
+  marked = r"<!-- numbers: (\S+) -->\n(.*?)<!-- end -->"
+  ((path, text),) = re.findall(marked, DOCUMENTS["docs/results.md"], re.S)
+  rows = json.loads((ROOT / path).read_text(encoding="utf-8"))["rows"]
+  models, count = {"teacher": "standard", "student": "atat"}, 0
+  for line in text.splitlines():
+    if not line.startswith("| ") or line.startswith("| ---"):
+      continue
+    first, *cells = [cell.strip() for cell in line.strip("|").split("|")]
+    if first not in models:
+      mode, attacks_ = first.split()[0], cells
+      continue
+    for attack, cell in zip(attacks_, cells, strict=True):
+      wanted = (models[first], attack, mode, 360)
+      keys = ("model", "attack", "batch_norm", "num_examples")
+      (row,) = [r for r in rows if tuple(r[k] for k in keys) == wanted]
+      found = [100 * share for share in row["accuracies"].values()]
+      assert len(found) == 5
+      mean = sum(found) / 5
+      assert cell == f"{mean:.1f} ({min(found):.1f} to {max(found):.1f})", (
+        wanted
+      )
+      count += 1
+  assert count == 18

@@ -178,6 +178,11 @@ def test_other_files_are_refused(honest, tmp_path):
   ):
     with pytest.raises(UserError, match=message):
       honest.read(paths)
+  found = json.loads(good.read_text())
+  del found["runs"][0]["network"]
+  other.write_text(json.dumps(found))
+  with pytest.raises(DamagedFileError, match=r"other\.json: runs; allowed"):
+    honest.read([other])
   with pytest.raises(UserError, match="files: fmnist; allowed: one of cifar10"):
     honest.publish([], [honest.Source(good, {"rows": [{"dataset": "fmnist"}]})])
 

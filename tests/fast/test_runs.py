@@ -9,6 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -325,6 +326,13 @@ def test_newcombes_end_solves_his_equation():
 
 
 # --- Provenance --------------------------------------------------------------
+
+
+def test_the_console_command_is_shown_by_its_name(monkeypatch):
+  words = ["/a b/bin/atat-jax", "attack", "runs/a b"]
+  monkeypatch.setattr(sys, "argv", words)
+  monkeypatch.setitem(sys.modules, "__main__", types.ModuleType("__main__"))
+  assert shlex.split(provenance.command()) == ["atat-jax", "attack", "runs/a b"]
 
 
 def test_the_record_of_a_result(monkeypatch):

@@ -30,6 +30,7 @@ pytest_plugins = ("tiny",)
 RUN_FILES = {
   "config.json",
   "metrics.jsonl",
+  "results.csv",
   "results.json",
   "report.html",
   "attention.npz",

@@ -26,7 +26,7 @@ from flax import linen as nn
 from atat_jax import batch_norm as bn
 from atat_jax import checks, compilation
 from atat_jax.attention import taps
-from atat_jax.errors import UserError, near
+from atat_jax.errors import UserError
 from atat_jax.typing import Array, BatchNormMode, PyTree, Variables
 
 MAPS = ("grad_cam", "channel_sum")
@@ -46,9 +46,7 @@ def check_layers(layers: Iterable[str], names: Iterable[str]) -> None:
   names = tuple(names)
   for layer in checks.names("layers", layers):
     if layer not in names:
-      raise UserError(
-        f"layers: {layer!r}; allowed: {', '.join(names)}{near(layer, names)}"
-      )
+      raise UserError(f"layers: {layer!r}; allowed: {', '.join(names)}")
 
 
 def layers(

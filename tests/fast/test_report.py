@@ -370,7 +370,8 @@ def test_the_page_begins_with_the_result_and_what_to_doubt(tmp_path):
     "Before you trust these numbers student: Batch statistics give a higher"
     " accuracy. These are two classifiers.",
     "Results",
-    "▲ flagged, student: Batch statistics give a higher accuracy.",
+    "▲ flagged, student: Batch statistics give a higher accuracy. These are two"
+    " classifiers. Rule: batch minus running <= 0.02; measured 0.064.",
     "✓ passed, student: more steps.",
     "24 epochs in batches of 64; attacked by pgd: linf, epsilon 8/255,"
     " 7 steps of 2/255; seed 3",

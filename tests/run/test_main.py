@@ -318,7 +318,8 @@ def test_more_attacks_add_rows_and_keep_the_old(
   tiny.run(workdir, "evaluate", made)
   after = read_rows(workdir)
   batch = ["ifgsm2", "ifgsm2:statistics=fixed", "ifgsm2-margin"]
-  assert calls == 2 * ["ifgsm2", *batch]  # teacher and student
+  # Teacher and student; running statistics come first.
+  assert calls == [*2 * ["ifgsm2"], *2 * batch]
   assert set(after) - set(before) == {
     (model, mode, attack)
     for model in ("teacher", "student")

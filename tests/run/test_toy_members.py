@@ -17,6 +17,11 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
+FOLDERS = (
+  *("atat_jax", "benchmarks", "configs", "docs", "launch", "notebooks"),
+  "tests",
+)
+
 ATTACK = '''"""Toy attack: a few steps of l2 PGD."""
 
 from typing import Literal
@@ -223,11 +228,12 @@ def copy(tmp_path_factory):
   """The project with a toy member of each kind."""
   root = tmp_path_factory.mktemp("toys") / "project"
   root.mkdir()
-  for name in ("atat_jax", "benchmarks", "configs", "tests", "docs"):
+  for folder in FOLDERS:
     ignored = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(ROOT / name, root / name, ignore=ignored)
-  for name in ("main.py", "pyproject.toml", "README.md", "CONTRIBUTING.md"):
-    shutil.copy(ROOT / name, root)
+    shutil.copytree(ROOT / folder, root / folder, ignore=ignored)
+  for path in ROOT.iterdir():
+    if path.is_file():
+      shutil.copy(path, root)
   for package, (text, registry, line, needed) in MEMBERS.items():
     folder = root / "atat_jax" / package
     (folder / "toy.py").write_text(text, encoding="utf-8")

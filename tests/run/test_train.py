@@ -203,16 +203,17 @@ def test_nothing_compiles_after_the_first_validation(finished):
     assert last == warm, directory
   evaluations = finished.compilations.evaluations
   assert evaluations[-1][3] > evaluations[0][2]  # it does count
-  # The teacher's turn compiles one attack with running statistics and three with
-  # batch statistics (as published, statistics fixed, margin), whatever their
-  # steps; the student's weights are arguments of the same programs.
-  rows = evaluations[-20:]
-  teacher, student = rows[:10], rows[10:]
-  assert [row[:2] for row in teacher] == [row[:2] for row in student]
-  assert all(after == before for _, _, before, after in student)
-  for name, size, before, after in teacher:
-    if name.startswith("pgd2"):  # all but the random start is fgsm's program
-      assert after <= before + 1, (name, size)
+  # The turn of the first network compiles one attack with running statistics and
+  # three with batch statistics (as published, statistics fixed, margin), whatever
+  # their steps; the other's weights are arguments of the same programs.
+  running, batch = evaluations[-20:-14], evaluations[-14:]
+  for rows in (running, batch):
+    first, second = rows[: len(rows) // 2], rows[len(rows) // 2 :]
+    assert [row[:2] for row in first] == [row[:2] for row in second]
+    assert all(after == before for _, _, before, after in second)
+    for name, size, before, after in first:
+      if name.startswith("pgd2"):  # all but the random start is fgsm's program
+        assert after <= before + 1, (name, size)
 
 
 def test_no_function_compiles_twice(finished):

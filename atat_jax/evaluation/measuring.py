@@ -316,10 +316,13 @@ class _Shards:
   """
 
   def __init__(self, test: Split | Pictures, mesh: Mesh):
-    self._test, self._mesh = test, mesh
+    self._mesh = mesh
     self._resident: Split | None = None
+    self._pictures: Pictures | None = None
     if isinstance(test, Split):
       self._resident = sharding.put_replicated(mesh, test)
+    else:
+      self._pictures = test
 
   def measure(
     self,
@@ -348,15 +351,15 @@ class _Shards:
     state = functools.partial(_state_path, results, row)
     if self._resident is not None:
       return measure(self._resident, key=key, state_path=state())
-    assert isinstance(self._test, Pictures)  # noqa: S101 - narrows the type
-    size = self._test.options.shard_size
+    assert self._pictures is not None  # noqa: S101 - narrows the type
+    size = self._pictures.options.shard_size
     kept = parts.Parts(
       _path(results, "shards", row, "json"), identity(row), size
     )
     on_batch(kept.num_images)
-    for first in range(kept.num_images, len(self._test), size):
+    for first in range(kept.num_images, len(self._pictures), size):
       began = time.perf_counter()
-      shard = self._test.select(slice(first, first + size)).decode()
+      shard = self._pictures.select(slice(first, first + size)).decode()
       number = first // size
       found = measure(
         sharding.put_replicated(self._mesh, shard),

@@ -372,6 +372,11 @@ class Appender:
         # Without a buffer: what a full disk refuses is not tried again.
         self._file = path.open("ab", buffering=0)
 
+  @property
+  def name(self) -> str:
+    """Path of the file, as a file of Python's has it."""
+    return str(self._path)
+
   def write(self, line: bytes, *, sync: bool) -> None:
     """Appends a line.
 

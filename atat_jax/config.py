@@ -256,8 +256,8 @@ def _model_fields() -> set[str]:
 
 def _teacher_directory(fields: Fields) -> pathlib.Path:
   if fields["teacher_workdir"]:
-    path = locations.expand("teacher_workdir", fields["teacher_workdir"])
-    return path.absolute()
+    path = locations.find("teacher_workdir", fields["teacher_workdir"])
+    return path if locations.is_remote(path) else path.absolute()
   return pathlib.Path(roles.TEACHER)
 
 

@@ -35,7 +35,7 @@ from atat_jax import (
   runtime,
 )
 from atat_jax.data import npz
-from atat_jax.data.base import Split
+from atat_jax.data.base import Split, in_memory
 from atat_jax.errors import UserError
 from atat_jax.evaluation import corrupted
 from atat_jax.process import arguments, flag_values
@@ -94,7 +94,7 @@ def load_images(
     if data_dir is None and path.is_dir():
       name, data_dir = "folder", name
     loaded = data.load(name, data_dir=data_dir, validation_size=1, size=size)
-    found, test = loaded.spec.name, loaded.test
+    found, test = loaded.spec.name, in_memory(loaded.test)
   count = num_examples or len(test.labels)
   if count > len(test.labels):
     raise UserError(

@@ -112,8 +112,10 @@ def _items(state: TrainState) -> dict[str, Any]:
 
 
 def _directory(workdir: pathlib.Path | str) -> pathlib.Path:
-  directory = locations.expand("workdir", workdir)
-  return directory.absolute() / files.CHECKPOINTS
+  directory = locations.find("workdir", workdir, locations.FOR_RUNS)
+  if not locations.is_remote(directory):
+    directory = directory.absolute()
+  return directory / files.CHECKPOINTS
 
 
 class _CheckedPath(ocp.path.atomicity.AtomicRenameTemporaryPath):
@@ -127,7 +129,23 @@ class _CheckedPath(ocp.path.atomicity.AtomicRenameTemporaryPath):
     await super().finalize(*args, **kwargs)
 
 
+class _CheckedObjects(ocp.path.atomicity.CommitFileTemporaryPath):
+  """Save on an object store, where an object of its own marks what is complete.
+
+  The inventory is written before it.
+  """
+
+  async def finalize(self, *args: Any, **kwargs: Any) -> None:
+    """Commits an item or, after all items, the checkpoint."""
+    name = self.get_final().name
+    if _is_step(name):
+      inventory.write(self.get(), {"step": int(name)})
+    await super().finalize(*args, **kwargs)
+
+
 def _manager(directory: pathlib.Path) -> ocp.CheckpointManager:
+  remote = locations.is_remote(directory)
+
   def metric(metrics: dict[str, float]) -> float:
     return metrics[METRIC]
 
@@ -149,8 +167,10 @@ def _manager(directory: pathlib.Path) -> ocp.CheckpointManager:
       best_mode="max",
       create=True,
       cleanup_tmp_directories=True,
-      todelete_subdir=_DELETED,
-      temporary_path_class=_CheckedPath,
+      # Nothing can be renamed on an object store. What a kill leaves of a
+      # deletion lacks files of its inventory, so that it is never used.
+      todelete_subdir=None if remote else _DELETED,
+      temporary_path_class=_CheckedObjects if remote else _CheckedPath,
     ),
   )
 
@@ -184,7 +204,7 @@ class Checkpointer(contextlib.AbstractContextManager[Any]):
 
   def _clear(self) -> None:
     """Deletes what is no longer kept."""
-    if jax.process_index() == 0:
+    if jax.process_index() == 0 and not locations.is_remote(self.directory):
       # The folder stays: a save that is going on moves another one there.
       for path in (self.directory / _DELETED).glob("*"):
         shutil.rmtree(path, ignore_errors=True)
@@ -355,10 +375,16 @@ def _steps(directory: pathlib.Path) -> list[int]:
       (
         int(path.name)
         for path in directory.iterdir()
-        if _is_step(path.name) and path.is_dir()
+        if _is_step(path.name) and path.is_dir() and _is_complete(path)
       ),
       reverse=True,
     )
+
+
+def _is_complete(folder: pathlib.Path) -> bool:
+  """Whether a save has ended; on a disk, none has its name before."""
+  mark = ocp.path.atomicity.COMMIT_SUCCESS_FILE
+  return not locations.is_remote(folder) or (folder / mark).exists()
 
 
 @contextlib.contextmanager

@@ -78,7 +78,8 @@ MEANINGS = {
   "method": "Training method, chosen behind the colon of --config.",
   "recipe": "Note of the recipe that was chosen behind the colon of --config.",
   "profile_steps": "First and last step of a profile; (): no profile.",
-  "model_axis": "Number of devices that share the large arrays of a training.",
+  "model_axis": "Number of devices that share the large arrays of a training"
+  " state, for memory; 1: each has all.",
   "teacher_workdir": "Finished run to take the teacher from; None: train one.",
   "model.name": "Network, a name in `models.MODELS`.",
   "evaluation.validation_attack": "Attack that chooses checkpoints.",
@@ -255,8 +256,8 @@ def _model_fields() -> set[str]:
 
 def _teacher_directory(fields: Fields) -> pathlib.Path:
   if fields["teacher_workdir"]:
-    path = locations.expand("teacher_workdir", fields["teacher_workdir"])
-    return path.absolute()
+    path = locations.find("teacher_workdir", fields["teacher_workdir"])
+    return path if locations.is_remote(path) else path.absolute()
   return pathlib.Path(roles.TEACHER)
 
 

@@ -11,11 +11,13 @@ from jax.sharding import Mesh
 from atat_jax import (
   analyses,
   checkpoints,
+  evaluation,
   models,
   sharding,
 )
-from atat_jax.data import Dataset, Split
-from atat_jax.errors import in_section
+from atat_jax.data import Dataset, Pictures, Split
+from atat_jax.data.base import count, first_images
+from atat_jax.errors import UserError, in_section
 from atat_jax.evaluation import corrupted, measuring
 from atat_jax.plan import Plan
 from atat_jax.runs import files, provenance, wording
@@ -45,7 +47,9 @@ def find_checkpoints(
   }
 
 
-def open_corrupted(plan: Plan, test: Split) -> corrupted.Corrupted | None:
+def open_corrupted(
+  plan: Plan, test: Split | Pictures
+) -> corrupted.Corrupted | None:
   """Opens the corrupted images of a plan and compares them with the clean ones.
 
   Args:
@@ -61,19 +65,27 @@ def open_corrupted(plan: Plan, test: Split) -> corrupted.Corrupted | None:
   settings = plan.evaluation
   if not settings.corruptions:
     return None
+  if not isinstance(test, Split):
+    raise UserError(
+      f"evaluation.corruptions: {settings.corruptions!r} with data.stream=True;"
+      " allowed: none, as they are made of images in memory"
+    )
   source = plan.open_corruptions()
   name = plan.data.spec.name
   if source is not None:
     with in_section("evaluation"):
       source.check_labels(test.labels, name)
-  first = _evaluated(plan, test)
+  number = settings.num_examples or len(test.labels)
+  first = Split(*(array[:number] for array in test))
   return corrupted.Corrupted(first, name, settings.seed, source)
 
 
-def _evaluated(plan: Plan, test: Split) -> Split:
+def _evaluated(plan: Plan, test: Split | Pictures) -> Split | Pictures:
   """Returns the images of a test split that are evaluated."""
-  count = plan.evaluation.num_examples or len(test.labels)
-  return Split(*(array[:count] for array in test))
+  number = plan.evaluation.num_examples or count(test)
+  if isinstance(test, Split):
+    return Split(*(array[:number] for array in test))
+  return test.select(slice(number))
 
 
 def evaluate(
@@ -99,7 +111,7 @@ def evaluate(
   found = find_checkpoints(plan, workdir)
   corrupted_images = open_corrupted(plan, dataset.test)
   with in_section("figures"):
-    figures = analyses.for_images(plan.figures, len(dataset.test.labels))
+    figures = analyses.for_images(plan.figures, dataset.num_test)
   networks = {}
   for role in plan.evaluated:
     directory, chosen = found[role]
@@ -123,16 +135,25 @@ def evaluate(
     corrupted.complete(
       table, classifiers, corrupted_images, batch_sizes=sizes, mesh=mesh
     )
+  needed = analyses.num_images(figures, dataset.num_test)
   analyses.write(
     workdir,
     networks,
-    dataset.test.images,
-    dataset.test.labels,
+    *first_images(dataset.test, needed),
     settings=figures,
     class_names=plan.data.spec.class_names,
     mesh=mesh,
   )
   return table.content
+
+
+def _sharding(
+  test: Split | Pictures, protocol: evaluation.Protocol
+) -> dict[str, int]:
+  """Field of a row whose random numbers depend on the shards."""
+  if isinstance(test, Split) or protocol.attack != "autoattack":
+    return {}
+  return {"shard_size": test.options.shard_size}
 
 
 def _record(
@@ -169,7 +190,7 @@ def _complete(
   table: measuring.ResultsTable,
   plan: Plan,
   classifiers: Mapping[tuple[str, BatchNormMode], Classifier],
-  test: Split,
+  test: Split | Pictures,
   mesh: Mesh,
 ) -> None:
   """Measures the rows that a table lacks."""
@@ -182,11 +203,12 @@ def _complete(
         model=role,
         dataset=plan.data.spec.name,
         split="test",
-        num_examples=len(test.labels),
+        num_examples=count(test),
         batch_norm=mode,
         batch_size=settings.size_of_batch(mode),
         seed=settings.seed,
         checkpoint_step=table.steps[role],
+        **_sharding(test, protocol),
       ),
       protocol,
       classifier,

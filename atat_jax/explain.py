@@ -40,6 +40,7 @@ from atat_jax import (
   runtime,
   sharding,
 )
+from atat_jax.data.base import first_images, in_memory
 from atat_jax.data.photographs import read_photograph
 from atat_jax.errors import UserError
 from atat_jax.evaluation.networks import Networks
@@ -105,7 +106,8 @@ def run_names(workdirs: Sequence[pathlib.Path]) -> list[str]:
     UserError: A directory is given twice.
   """
   checks.sequence("runs", workdirs, "directories")
-  paths = [locations.expand("runs", path).resolve() for path in workdirs]
+  paths = [locations.find("runs", path) for path in workdirs]
+  paths = [locations.resolved(path) for path in paths]
   if len(set(paths)) < len(paths):
     raise UserError(
       f"runs: {' '.join(map(str, workdirs))}; allowed: each directory once"
@@ -199,10 +201,14 @@ def load_runs(
   names = run_names(workdirs)
   for path in workdirs:
     checkpoints.checkpoint_step(path)  # before data are loaded
-  arguments = configuration.read(workdirs[0]).data
+  run = configuration.read(workdirs[0])
+  arguments = run.data
   if data_dir is not None:
     arguments["data_dir"] = data_dir
-  dataset = data.load(**arguments)
+  # A data set that stays on the disk shows its first images.
+  streaming = data.Streaming() if run.streams else None
+  dataset = data.load(**arguments, streaming=streaming)
+  test = first_images(dataset.test, data.Streaming.shard_size)
   rows = []
   for name, path in zip(names, workdirs, strict=True):
     own = (files.read_results(path) or {"rows": []})["rows"]
@@ -215,8 +221,8 @@ def load_runs(
       name: checkpoints.restore_model(path)
       for name, path in zip(names, workdirs, strict=True)
     },
-    images=dataset.test.images,
-    labels=dataset.test.labels,
+    images=test.images,
+    labels=test.labels,
     class_names=dataset.spec.class_names,
     rows=rows,
   )
@@ -320,7 +326,7 @@ def load_weights(
   if entry is not None:
     checks.instance("entry", entry, str, "the name of an entry of the files")
   found = data.load(dataset, data_dir=data_dir, validation_size=1)
-  images, labels = found.test.images, found.test.labels
+  images, labels = in_memory(found.test)
   known["num_classes"] = found.spec.num_classes
   loaded = {
     name: _recognized(
@@ -522,7 +528,7 @@ def _parse(argv: Sequence[str] | None, program: str) -> argparse.Namespace:
   args = flags.parse_args(argv)
   if bool(args.runs) == bool(args.model or args.weights):
     flags.error("name runs, or networks by --weights")
-  args.runs = [locations.expand("runs", path) for path in args.runs]
+  args.runs = [locations.find("runs", path) for path in args.runs]
   args.out = locations.expand("out", args.out)
   return args
 

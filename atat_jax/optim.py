@@ -1,4 +1,4 @@
-"""Learning-rate schedules, weight decay on kernels only, SGD with momentum."""
+"""Learning-rate schedules, weight decay on kernels only, SGD and AdamW."""
 
 from collections.abc import Callable, Sequence
 
@@ -11,6 +11,7 @@ from atat_jax.errors import UserError, shown
 from atat_jax.typing import PyTree
 
 SCHEDULES = ("constant", "piecewise", "cosine", "one_cycle", "triangular")
+OPTIMIZERS = ("sgd", "adamw")
 
 
 def _check_schedule(
@@ -126,19 +127,25 @@ def make_optimizer(
   nesterov: bool = False,
   weight_decay: float = 2e-4,
   clip_norm: float = 0.0,
+  name: str = "sgd",
+  second_momentum: float = 0.999,
 ) -> optax.GradientTransformation:
-  """Makes SGD with momentum and an L2 penalty on kernels.
+  """Makes SGD with momentum and an L2 penalty on kernels, or AdamW.
 
   The penalty is weight_decay / 2 * ||w||^2, as the released code's
-  `weight_decay * l2_loss`: its gradient is added before the momentum.
+  `weight_decay * l2_loss`: its gradient is added before the momentum. AdamW
+  (Loshchilov and Hutter, 2019) takes the decay out of the moments: it shrinks
+  the kernels by learning rate times weight_decay, as in PyTorch.
 
   Args:
     schedule: Step to learning rate.
-    momentum: Momentum, in [0, 1).
-    nesterov: Whether the momentum is Nesterov's.
-    weight_decay: Weight of the L2 penalty, >= 0.
+    momentum: Momentum, in [0, 1); of AdamW, the decay of the first moment.
+    nesterov: Whether the momentum of SGD is Nesterov's.
+    weight_decay: Weight of the L2 penalty or of the decay, >= 0.
     clip_norm: Largest global norm of the loss's gradient, which is scaled down
       to it before the penalty's gradient is added; 0: no limit.
+    name: One of `OPTIMIZERS`.
+    second_momentum: Decay of AdamW's second moment, in [0, 1).
 
   Returns:
     An optax transformation.
@@ -154,8 +161,17 @@ def make_optimizer(
   checks.boolean("nesterov", nesterov)
   checks.not_negative("weight_decay", weight_decay)
   checks.not_negative("clip_norm", clip_norm)
+  checks.choice("optimizer", name, OPTIMIZERS)
+  checks.fraction("second_momentum", second_momentum)
+  clip = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
+  if name == "adamw":
+    if nesterov:
+      raise UserError("nesterov: True with adamw; allowed: False")
+    decay = {"weight_decay": weight_decay, "mask": decay_mask}
+    adamw = optax.adamw(schedule, b1=momentum, b2=second_momentum, **decay)
+    return optax.chain(*clip, adamw)
   return optax.chain(
-    *([optax.clip_by_global_norm(clip_norm)] if clip_norm else []),
+    *clip,
     optax.add_decayed_weights(weight_decay, mask=decay_mask),
     optax.sgd(schedule, momentum=momentum or None, nesterov=nesterov),
   )

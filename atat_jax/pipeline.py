@@ -17,7 +17,7 @@ from atat_jax.data import Dataset
 from atat_jax.errors import UserError
 from atat_jax.plan import Plan
 from atat_jax.process import stops
-from atat_jax.runs import configuration, files, lock
+from atat_jax.runs import configuration, files, locations, lock
 from atat_jax.trial import rehearsal, replay
 
 MODES = ("run", "train", "evaluate", "figures", "replay")
@@ -50,6 +50,11 @@ def run(
   if (mode == "replay") != (step is not None):
     raise UserError(
       f"step: {step}; allowed: a step with mode replay, only there"
+    )
+  if plan.profile_steps and locations.is_remote(workdir):
+    raise UserError(
+      f"profile_steps: {plan.profile_steps}; allowed: () with a working"
+      " directory on an object store"
     )
   if mode == "figures":
     _figures(workdir, redraw=True)
@@ -133,12 +138,11 @@ def _train(
     train.train(plan, workdir, dataset, mesh, extra, step_programs)
 
 
-def _shown(workdir: pathlib.Path) -> dict[pathlib.Path, tuple[int, int]]:
+def _shown(workdir: pathlib.Path) -> dict[pathlib.Path, tuple[float, int]]:
   """Returns the files that the page shows, with their time and size."""
   names = (files.RESULTS, files.METRICS, f"*/{files.METRICS}", "*.npz")
   found = [path for name in names for path in workdir.glob(name)]
-  stats = {path: path.stat() for path in found}
-  return {path: (s.st_mtime_ns, s.st_size) for path, s in stats.items()}
+  return {path: files.stamp(path) for path in found}
 
 
 def _replay(plan: Plan, workdir: pathlib.Path, step: int) -> None:

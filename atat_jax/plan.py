@@ -70,6 +70,13 @@ class DataPlan:
     mix_alpha: Parameter of the Beta distribution of the mixing ratio.
     extra: File or directory of extra training images, or None.
     extra_fraction: Share of extra images in a batch, where there are any.
+    stream: Whether pictures stay on the disk and are read as they are needed;
+      the next four fields are about them.
+    workers: Processes that read ahead; 0: threads.
+    prefetch: Number of batches that are read ahead.
+    smallest_crop: Smallest share of a picture that a random crop has; 1: no
+      random crop.
+    shard_size: Number of test images in memory at a time.
   """
 
   name: str
@@ -84,11 +91,19 @@ class DataPlan:
   mix_alpha: float
   extra: str | None
   extra_fraction: float
+  stream: bool = False
+  workers: int = 0
+  prefetch: int = 2
+  smallest_crop: float = 0.08
+  shard_size: int = 1000
 
   def __post_init__(self) -> None:
     """Checks every field that can be checked without reading data."""
     fields.check_values(type(self), vars(self), bits=False)
     data.check_name(self.name)
+    data.Streaming(**self._reading())
+    if self.stream and self.extra:
+      raise UserError(f"extra: {self.extra!r} with stream=True; allowed: None")
     checks.positive("validation_size", self.validation_size, integer=True)
     checks.integer("size", self.size, 0, data.LARGEST_SIDE)
     largest = min(self.spec.image_shape[:2])
@@ -102,12 +117,32 @@ class DataPlan:
         f"extra_fraction: {self.extra_fraction}; allowed: between 0 and 1"
       )
 
+  def _reading(self) -> dict[str, Any]:
+    """Arguments of `data.Streaming`."""
+    return {
+      "workers": self.workers,
+      "prefetch": self.prefetch,
+      "smallest_crop": self.smallest_crop,
+      "shard_size": self.shard_size,
+    }
+
+  @property
+  def streaming(self) -> data.Streaming | None:
+    """Options of reading pictures on the disk; None: all are read at once."""
+    return data.Streaming(**self._reading()) if self.stream else None
+
   @functools.cached_property
   def spec(self) -> data.DatasetSpec:
     """Description of the data set, which some are read for, once."""
     where = {"data_dir": self.dir, "cache_dir": self.cache_dir}
     try:
-      return data.spec(self.name, **where, source=self.source, size=self.size)
+      return data.spec(
+        self.name,
+        **where,
+        source=self.source,
+        size=self.size,
+        streaming=self.streaming,
+      )
     except UserError as error:
       # The field has a shorter name than the argument.
       raise UserError(str(error).removeprefix("data_")) from None
@@ -125,6 +160,7 @@ class DataPlan:
       validation_size=self.validation_size,
       source=self.source,
       size=self.size,
+      streaming=self.streaming,
     )
 
   def open_extra(self) -> data.Extra | None:
@@ -180,9 +216,11 @@ class StagePlan:
     factor: Schedule "piecewise": factor of each fall.
     warmup_fraction: Schedules "cosine", "one_cycle" and "triangular": share of
       the run in which the rate rises.
-    momentum: Momentum of SGD.
+    momentum: Momentum of SGD, or decay of AdamW's first moment.
     nesterov: Whether the momentum is Nesterov's.
     weight_decay: Weight decay of the kernels.
+    optimizer: Name in `optim.OPTIMIZERS`.
+    second_momentum: Decay of AdamW's second moment.
     clip_norm: Largest norm of the gradient; 0: no clipping.
     accumulate_steps: Number of parts of a batch that are computed in turn.
     remat: Whether cheap results are recomputed rather than kept.
@@ -236,6 +274,8 @@ class StagePlan:
   log_every_steps: int
   steps_per_dispatch: int
   validate_every_epochs: float
+  optimizer: str = "sgd"
+  second_momentum: float = 0.999
   nonfinite: str = "stop"
   term_gradients: bool = True
   overfitting_alarm: bool = True
@@ -304,6 +344,8 @@ class StagePlan:
       nesterov=self.nesterov,
       weight_decay=self.weight_decay,
       clip_norm=self.clip_norm,
+      name=self.optimizer,
+      second_momentum=self.second_momentum,
     )
 
   def make_options(self, total_steps: int) -> Options:
@@ -492,6 +534,7 @@ class Plan:
         " allowed: of several steps where objective.attack_method has one, as"
         " it chooses the checkpoint (pgd10)"
       )
+    self._check_shards()
     _check_network(self.model, self.data.spec)
     layers = getattr(self.objective, "layers", ())
     layer = getattr(self.objective, "layer", "")
@@ -505,6 +548,18 @@ class Plan:
         field = "layers" if layers else "layer"
         rest = str(error).removeprefix("layers")
         raise UserError(f"objective.{field}{rest}") from None
+
+  def _check_shards(self) -> None:
+    """Checks that streamed test images divide into whole batches."""
+    if not self.data.stream:
+      return
+    for mode in self.evaluation.batch_norm:
+      size = self.evaluation.size_of_batch(mode)
+      if self.data.shard_size % size:
+        raise UserError(
+          f"data.shard_size: {self.data.shard_size}; allowed: multiples of"
+          f" {size}, the images in a batch of the evaluation"
+        )
 
   @property
   def objective(self) -> Objective:

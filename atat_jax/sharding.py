@@ -256,6 +256,54 @@ def put_batch(mesh: Mesh, array: np.ndarray, *, axis: int = 0) -> jax.Array:
   )
 
 
+def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+  """Returns the places in a batch that the devices of this process hold.
+
+  Args:
+    mesh: Devices over which the batch is split.
+    batch_size: Number of examples in the batch, B.
+
+  Returns:
+    int64 [M], rising; all of them where the batch does not divide.
+  """
+  found = batch_sharding(mesh, batch_size).addressable_devices_indices_map(
+    (batch_size,)
+  )
+  rows = np.arange(batch_size)
+  return np.unique(np.concatenate([rows[index] for index in found.values()]))
+
+
+def put_rows(
+  mesh: Mesh, array: np.ndarray, batch_size: int, *, axis: int = 0
+) -> jax.Array:
+  """Puts a batch on the devices, of which each process has its rows alone.
+
+  Args:
+    mesh: Devices over which the batch is split.
+    array: The rows of `local_rows`, [M, ...], or [S, M, ...] with axis=1.
+    batch_size: Number of examples in the batch, B.
+    axis: Axis of the examples.
+
+  Returns:
+    The global array, [B, ...] or [S, B, ...], as `put_batch` returns it.
+  """
+  place = np.empty(batch_size, np.int64)
+  rows = local_rows(mesh, batch_size)
+  place[rows] = np.arange(len(rows))
+  shape = (*array.shape[:axis], batch_size, *array.shape[axis + 1 :])
+
+  def part(index: tuple[slice, ...] | None) -> np.ndarray:
+    assert index is not None  # noqa: S101 - narrows the type
+    wanted = place[index[axis]]
+    first = int(wanted[0])
+    contiguous = slice(first, first + len(wanted))
+    return array[(*index[:axis], contiguous, *index[axis + 1 :])]
+
+  return jax.make_array_from_callback(
+    shape, batch_sharding(mesh, batch_size, axis=axis), part
+  )
+
+
 def to_host(mesh: Mesh, tree: PyTree) -> PyTree:
   """Returns global arrays as whole numpy arrays in every process."""
   check_mesh(mesh)

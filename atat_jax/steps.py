@@ -98,7 +98,7 @@ def make_train_step(
 def dispatch(
   state: TrainState,
   teacher: Variables | None,
-  data: Split,
+  data: Split | None,
   indices: Array,
   extra: Split | None = None,
   count: Array | int | None = None,
@@ -135,7 +135,7 @@ def dispatch(
 def train_step(
   state: TrainState,
   teacher: Variables | None,
-  data: Split,
+  data: Split | None,
   indices: Array,
   extra: Split | None = None,
   *,

@@ -25,7 +25,9 @@ from atat_jax import (
   steps,
 )
 from atat_jax.compilation.ahead import Ahead, placed
-from atat_jax.data import Dataset, Extra, Split
+from atat_jax.data import Dataset, Extra, Pictures, Split
+from atat_jax.data.base import in_memory
+from atat_jax.data.streamed import TrainingBatches
 from atat_jax.errors import UserError, in_section
 from atat_jax.objectives import Batch, Outcome
 from atat_jax.plan import Plan, StagePlan
@@ -68,12 +70,12 @@ def check_sizes(
         sharding.check_divides(
           mesh, stage.batch_size, parts=stage.accumulate_steps
         )
-    if stage.batch_size > len(dataset.train.labels):
+    if stage.batch_size > dataset.num_train:
       raise UserError(
         f"{stage.section}.batch_size: {stage.batch_size}; allowed: at most the"
-        f" {len(dataset.train.labels)} training images"
+        f" {dataset.num_train} training images"
       )
-    per_epoch = len(dataset.train.labels) // stage.batch_size
+    per_epoch = dataset.num_train // stage.batch_size
     if stage.num_epochs * per_epoch >= 2**31:
       raise UserError(
         f"{stage.section}.num_epochs: {stage.num_epochs}; allowed: at most"
@@ -140,9 +142,7 @@ class StepPrograms:
       dataset: The data; used for their shapes.
     """
     for stage in self._plan.stages:
-      outline = make_outline(
-        self._plan, stage, workdir, len(dataset.train.labels)
-      )
+      outline = make_outline(self._plan, stage, workdir, dataset.num_train)
       last = outline.directory / files.CHECKPOINTS / str(outline.total)
       if not last.is_dir():
         lower = functools.partial(self._lower, stage, outline, dataset)
@@ -184,7 +184,7 @@ class StepPrograms:
     )
     teacher, images = jax.tree.map(
       lambda x: placed(x, sharding.replicated(self._mesh)),
-      (teacher, dataset.train),
+      (teacher, resident(dataset)),
     )
     size, axis = outline.per_dispatch, int(outline.per_dispatch > 1)
     lead = (size,) if axis else ()
@@ -196,8 +196,8 @@ class StepPrograms:
 
     indices = rows(np.zeros(1, np.int32), stage.batch_size - stage.num_extra)
     extra = None
-    if stage.num_extra:
-      extra = jax.tree.map(lambda x: rows(x, stage.num_extra), dataset.train)
+    if number := num_drawn(stage, dataset):
+      extra = jax.tree.map(lambda x: rows(x, number), example(self._plan))
     count = np.int32(size) if axis else None
     return made.step.ahead(  # type: ignore[attr-defined]
       current, teacher, images, indices, extra, count
@@ -244,7 +244,7 @@ def _train_stage(
 ) -> None:
   """Trains one network from its last checkpoint to its last step."""
   teacher = restore_teacher(plan, stage, workdir)
-  outline = make_outline(plan, stage, workdir, len(dataset.train.labels))
+  outline = make_outline(plan, stage, workdir, dataset.num_train)
   name, total = outline.name, outline.total
   prepared: Prepared | None = None
   left_out: list[int] = []
@@ -281,6 +281,8 @@ def _train_stage(
         return
       except RolledBack:
         left_out = incidents.left_out
+      finally:
+        prepared.draws.close()
 
 
 def make_outline(
@@ -366,9 +368,9 @@ def prepare(
   initial = teacher if stage.objective.starts_from_teacher else None
   statistics_pass = averaging.make_statistics_pass(**bound)
   teacher, images, validation_images = sharding.put_replicated(
-    mesh, (teacher, dataset.train, dataset.validation)
+    mesh, (teacher, resident(dataset), in_memory(dataset.validation))
   )
-  draws = _make_draws(stage, len(images.labels), extra, mesh)
+  draws = _make_draws(stage, dataset, extra, mesh, outline.total)
   take = functools.partial(
     _take_steps,
     functools.partial(made.wait, stage),
@@ -378,10 +380,10 @@ def prepare(
     draws,
     outline.per_dispatch,
   )
-  draw_extra = functools.partial(draws.images, size=outline.per_dispatch)
+  draw_extra = functools.partial(draws.follow, size=outline.per_dispatch)
   compare = _make_comparison(stage, bound, teacher, images, draws)
   programs = loop.Programs(
-    draw_extra=draw_extra if extra is not None else None,
+    draw_extra=draw_extra if num_drawn(stage, dataset) else None,
     take_steps=take,
     learning_rate=compilation.jit(schedule, once=True),
     reset_metrics=functools.partial(_reset_metrics, mesh),
@@ -403,7 +405,7 @@ def prepare(
 def _make_differentiation(
   bound: dict[str, Any],
   teacher: Variables | None,
-  images: Split,
+  images: Split | None,
   draws: BatchDraws,
 ) -> Callable[..., tuple[Batch, PyTree, Outcome]]:
   """Makes what differentiates the loss of one step, for its replay."""
@@ -413,16 +415,47 @@ def _make_differentiation(
   return functools.partial(_differentiate, gradient_fn, teacher, images, draws)
 
 
+def resident(dataset: Dataset) -> Split | None:
+  """Returns the training split that the devices hold; None: it is streamed."""
+  return dataset.train if isinstance(dataset.train, Split) else None
+
+
+def num_drawn(stage: StagePlan, dataset: Dataset) -> int:
+  """Returns how many images of a batch the host sends: extra, or streamed."""
+  streams = resident(dataset) is None
+  return stage.batch_size if streams else stage.num_extra
+
+
+def example(plan: Plan) -> Split:
+  """Returns a split of one image, for the shapes."""
+  image = np.zeros((1, *plan.data.spec.image_shape), np.uint8)
+  return Split(image, np.zeros(1, np.int32))
+
+
 def _make_draws(
-  stage: StagePlan, num_examples: int, extra: Extra | None, mesh: Mesh
+  stage: StagePlan,
+  dataset: Dataset,
+  extra: Extra | None,
+  mesh: Mesh,
+  num_steps: int,
 ) -> BatchDraws:
+  streamed = None
+  if isinstance(dataset.train, Pictures):
+    streamed = TrainingBatches(
+      dataset.train,
+      seed=stage.seed,
+      batch_size=stage.batch_size,
+      rows=sharding.local_rows(mesh, stage.batch_size),
+      num_steps=num_steps,
+    )
   return BatchDraws(
     stage.seed,
-    num_examples=num_examples,
+    num_examples=dataset.num_train,
     batch_size=stage.batch_size,
     num_extra=stage.num_extra,
     extra=extra,
     mesh=mesh,
+    streamed=streamed,
   )
 
 
@@ -481,7 +514,7 @@ def _start(
 def _differentiate(
   gradient_fn: Callable[..., tuple[Batch, PyTree, Outcome]],
   teacher: Variables | None,
-  images: Split,
+  images: Split | None,
   draws: BatchDraws,
   current: TrainState,
   numbers: range,
@@ -517,7 +550,7 @@ def _take_steps(
   wait: Callable[[], None],
   train_step: steps.TrainStep,
   teacher: Variables | None,
-  images: Split,
+  images: Split | None,
   draws: BatchDraws,
   size: int,
   current: TrainState,
@@ -539,7 +572,7 @@ def _reset_metrics(mesh: Mesh, current: TrainState) -> TrainState:
 def _estimate_statistics(
   statistics_pass: averaging.StatisticsPass,
   teacher: Variables | None,
-  images: Split,
+  images: Split | None,
   draws: BatchDraws,
   options: Options,
   current: TrainState,
@@ -559,7 +592,7 @@ def _make_comparison(
   stage: StagePlan,
   bound: dict[str, Any],
   teacher: Variables | None,
-  images: Split,
+  images: Split | None,
   draws: BatchDraws,
 ) -> Callable[[TrainState], dict[str, float]]:
   """Makes what compares the terms' gradients in the step after a state."""

@@ -56,6 +56,8 @@ def training() -> dict[str, Any]:
     "momentum": 0.9,
     "nesterov": False,
     "weight_decay": 2e-4,  # on kernels only
+    "optimizer": "sgd",  # adamw: momentum is its first decay
+    "second_momentum": 0.999,  # adamw: its second
     # Options for every method (docs/training.md); 0, or 1 part: off.
     "clip_norm": 0.0,  # longest gradient
     "accumulate_steps": 1,  # parts of a batch, one after another, for memory
@@ -98,6 +100,12 @@ def _data() -> dict[str, Any]:
     "mix_alpha": 1.0,  # share of an image: Beta(alpha, alpha)
     "extra": placeholder(str),  # .npz or directory of further images
     "extra_fraction": 0.7,  # share of every batch, where there are any
+    # Leaves the pictures of folder and tfds on the disk (docs/training.md).
+    "stream": False,
+    "workers": 0,  # stream: processes that read ahead; 0: threads
+    "prefetch": 2,  # stream: batches that are read ahead
+    "smallest_crop": 0.08,  # stream: share of a picture; 1: no random crop
+    "shard_size": 1000,  # stream: test images in memory at a time
   }
 
 

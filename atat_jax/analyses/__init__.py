@@ -116,6 +116,20 @@ def check_images(settings: FigureSettings, count: int) -> None:
       )
 
 
+def num_images(settings: FigureSettings, count: int) -> int:
+  """Returns how many images the analyses need, from the first on.
+
+  Args:
+    settings: Which analyses, of which images.
+    count: Number of images of the test set.
+  """
+  checks.instance("settings", settings, FigureSettings, "FigureSettings")
+  checks.count("count", count)
+  _check_names(settings.analyses)
+  needed = [max(ANALYSES[x].images(settings, count)) for x in settings.analyses]
+  return 1 + max(needed, default=0)
+
+
 def for_images(settings: FigureSettings, count: int) -> FigureSettings:
   """Returns settings for a test set that may lack the paper's images.
 
@@ -189,7 +203,7 @@ def write(
   """
   _check_inputs(networks, images, labels, class_names)
   sharding.check_mesh(mesh)
-  directory = locations.expand("directory", directory)
+  directory = locations.find("directory", directory)
   check_images(settings, len(labels))
   weights = {
     name: base.digest(sharding.to_host(mesh, variables))
@@ -238,8 +252,8 @@ def sections(
   Raises:
     UserError: A file cannot be read.
   """
-  directory = locations.expand("directory", directory)
-  figures_directory = locations.expand("figures_directory", figures_directory)
+  directory = locations.find("directory", directory)
+  figures_directory = locations.find("figures_directory", figures_directory)
   names = ANALYSES if only is None else checks.names("only", only, empty=True)
   wanted = set(names)
   found = (

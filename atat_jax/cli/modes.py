@@ -170,7 +170,9 @@ def parse(argv: Sequence[str], *, mode: str = "run") -> Request:
     for name in ("config", "workdir"):
       if found[name] is None:
         raise flags.Error(f"--{name} is missing")
-    workdir = locations.expand("--workdir", str(found["workdir"]))
+    workdir = locations.find(
+      "--workdir", str(found["workdir"]), locations.FOR_RUNS
+    )
     found["config"].items()  # a file that could not be read fails only here
   except UserError:
     raise

@@ -8,6 +8,8 @@ the official training and test splits (see `base.Source`). Data that need no cod
 first two take a name for the results (`npz:flowers`), by default the file's.
 """
 
+import functools
+
 from atat_jax.process import commands
 
 if commands.is_running("atat_jax.data.prepare"):
@@ -21,10 +23,12 @@ from atat_jax.data import (
   extra,
   folder,
   npz,
+  streamed,
   tfds_sets,
 )
 from atat_jax.data.base import Dataset, DatasetSpec, Split
 from atat_jax.data.extra import Extra
+from atat_jax.data.streamed import Pictures, Streaming
 from atat_jax.errors import UserError
 from atat_jax.runs import locations
 
@@ -33,7 +37,9 @@ __all__ = [
   "Dataset",
   "DatasetSpec",
   "Extra",
+  "Pictures",
   "Split",
+  "Streaming",
   "check_name",
   "extra",
   "load",
@@ -48,8 +54,8 @@ DATASETS: dict[str, base.Source] = {
   "cifar10": base.Source(cifar.CIFAR10, cifar.read_cifar10),
   "cifar100": base.Source(cifar.CIFAR100, cifar.read_cifar100),
   "npz": base.Source(None, npz.read),
-  "folder": base.Source(None, folder.read),
-  "tfds": base.Source(None, tfds_sets.read_any),
+  "folder": base.Source(None, folder.read, folder.stream),
+  "tfds": base.Source(None, tfds_sets.read_any, tfds_sets.stream),
 }
 
 
@@ -80,10 +86,12 @@ def spec(
   cache_dir: str | None = None,
   source: str = "auto",
   size: int = 0,
+  streaming: Streaming | None = None,
 ) -> DatasetSpec:
   """Returns the description of a data set.
 
-  That of a known data set needs no data. Others are read for it.
+  That of a known data set needs no data. Others are read for it, but for those
+  that stay on the disk: they get the mean and deviation of ImageNet.
 
   Args:
     name: See `load`.
@@ -91,17 +99,41 @@ def spec(
     cache_dir: See `load`.
     source: See `load`.
     size: See `load`.
+    streaming: See `load`.
 
   Raises:
     UserError: No data set has this name; or it describes itself and cannot be
       read.
   """
   member, rest = _source(name)
-  _check_place(name, data_dir, cache_dir, source, size)
+  _check_place(name, data_dir, cache_dir, source, size, streaming)
+  if streaming is not None:
+    return _find(name, data_dir, source, size).describe(size)
   if member.spec is not None:
     return member.spec
   where = {"data_dir": data_dir, "cache_dir": cache_dir, "source": source}
   found: DatasetSpec = member.read(rest, **where, size=size)[0]
+  return found
+
+
+@functools.lru_cache(maxsize=2)  # a million files are listed once
+def _find(
+  name: str, data_dir: str | None, source: str, size: int
+) -> streamed.Found:
+  """Finds the pictures of a data set that stays on the disk."""
+  member, rest = _source(name)
+  if member.stream is None:
+    allowed = [key for key, one in DATASETS.items() if one.stream is not None]
+    raise UserError(
+      f"name: {name!r} with stream=True; allowed: {', '.join(allowed)}, the"
+      " others fit into memory"
+    )
+  if not size:
+    raise UserError(
+      "size: 0 with stream=True; allowed: the side of the images in pixels, such"
+      " as 224"
+    )
+  found: streamed.Found = member.stream(rest, data_dir=data_dir, source=source)
   return found
 
 
@@ -111,12 +143,16 @@ def _check_place(
   cache_dir: str | None,
   source: str,
   size: int,
+  streaming: Streaming | None,
 ) -> None:
   """Checks where and how data are to be read."""
   checks.integer("size", size, 0, LARGEST_SIDE)
+  if streaming is not None:
+    checks.instance("streaming", streaming, Streaming, "a data.Streaming")
   for field, place in (("data_dir", data_dir), ("cache_dir", cache_dir)):
     if place is not None:
-      locations.expand(field, place)
+      reads = locations.find if field == "data_dir" else locations.expand
+      reads(field, place)
   checks.instance("source", source, str, "'auto', or a kind of source")
   if size and _source(name)[0].spec is not None:
     raise UserError(f"size: {size}; allowed: 0, {name} has images of one size")
@@ -130,8 +166,9 @@ def load(
   validation_size: int = 1024,
   source: str = "auto",
   size: int = 0,
+  streaming: Streaming | None = None,
 ) -> Dataset:
-  """Loads a data set into memory.
+  """Loads a data set into memory, or finds one that stays on the disk.
 
   The validation split is taken from the official training split by a fixed
   permutation that depends on nothing but the labels: not on a run's seed, so
@@ -152,9 +189,11 @@ def load(
     source: "auto", or one kind of source, for CIFAR "tfds", "binary", "python".
     size: Side in pixels to which pictures in folders or in a tfds set are
       resized and cropped; 0: they have one size and keep it.
+    streaming: Reading of pictures that stay on the disk, for `folder` and
+      `tfds`; None: all are read at once.
 
   Returns:
-    Disjoint splits; images uint8 `[N, H, W, C]`, labels int32 `[N]`.
+    Disjoint splits; uint8 `[N, H, W, C]` and int32 `[N]`, or `Pictures`.
 
   Raises:
     UserError: Unknown name or source, no such data (the message says how to get
@@ -163,7 +202,14 @@ def load(
   """
   member, rest = _source(name)
   checks.count("validation_size", validation_size)
-  _check_place(name, data_dir, cache_dir, source, size)
+  _check_place(name, data_dir, cache_dir, source, size, streaming)
+  if streaming is not None:
+    there = _find(name, data_dir, source, size)
+    streamed.check_installed()
+    all_, on_disk = there.pictures(size, streaming)
+    return Dataset(
+      there.describe(size), *all_.hold_out(validation_size), on_disk
+    )
   where = {"data_dir": data_dir, "cache_dir": cache_dir, "source": source}
   if member.spec is None:
     found, official_train, test = member.read(rest, **where, size=size)

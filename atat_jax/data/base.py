@@ -12,12 +12,15 @@ import json
 import logging
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from atat_jax.errors import DamagedFileError, UserError
 from atat_jax.runs import files, locations
+
+if TYPE_CHECKING:
+  from atat_jax.data.streamed import Pictures
 
 _CACHE_FORMAT = 1
 # An arbitrary constant; changing it would change every validation split.
@@ -56,12 +59,36 @@ class Split(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-  """Three disjoint splits of one data set."""
+  """Three disjoint splits of one data set: in memory, or all on the disk."""
 
   spec: DatasetSpec
-  train: Split
-  validation: Split
-  test: Split
+  train: "Split | Pictures"
+  validation: "Split | Pictures"
+  test: "Split | Pictures"
+
+  @property
+  def num_train(self) -> int:
+    """Number of training images."""
+    return count(self.train)
+
+  @property
+  def num_test(self) -> int:
+    """Number of test images."""
+    return count(self.test)
+
+
+def count(split: "Split | Pictures") -> int:
+  """Returns the number of images of a split."""
+  return len(split.labels) if isinstance(split, Split) else len(split)
+
+
+def in_memory(split: "Split | Pictures") -> Split:
+  """Returns a split with its images, read from the disk where they are there.
+
+  Raises:
+    UserError: A picture cannot be read; the message names it.
+  """
+  return split if isinstance(split, Split) else split.decode()
 
 
 class Source(NamedTuple):
@@ -76,10 +103,28 @@ class Source(NamedTuple):
       ignores the directories. Where `spec` is None: function
       `read(name, *, data_dir, cache_dir, source, size)` of the name after the
       colon that returns the description and the two splits (`own.Described`).
+    stream: Function `stream(name, *, data_dir, source)` that finds data which
+      stay on the disk (`streamed.Found`); None: there is none.
   """
 
   spec: DatasetSpec | None
   read: Callable[..., tuple[Any, ...]]
+  stream: Callable[..., Any] | None = None
+
+
+def first_images(split: "Split | Pictures", number: int) -> Split:
+  """Returns a split in memory; of pictures on the disk, the first ones.
+
+  Args:
+    split: The split.
+    number: Number of pictures that are read.
+
+  Raises:
+    UserError: A picture cannot be read; the message names it.
+  """
+  if isinstance(split, Split):
+    return split
+  return split.select(slice(number)).decode()
 
 
 def first_line(error: Exception) -> str:

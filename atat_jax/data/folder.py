@@ -7,16 +7,18 @@ Classes are numbered in the order of their names, as torchvision's ImageFolder
 does.
 """
 
+import os
 import pathlib
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import tqdm
 
 from atat_jax import checks
-from atat_jax.data import base, own
+from atat_jax.data import base, own, streamed
 from atat_jax.errors import UserError
-from atat_jax.runs import locations
-from atat_jax.untrusted import regular
+from atat_jax.runs import files, locations
 
 _SUFFIXES = {
   f".{name}"
@@ -54,17 +56,7 @@ def read(
     UserError: No such folder, no pictures, a picture that cannot be read, or
       pictures of several sizes while `size` is 0.
   """
-  checks.choice("source", source, ("auto",))
-  if not data_dir:
-    raise UserError(
-      "data_dir: missing; allowed: a folder with train/<class>/* and"
-      " test/<class>/*"
-    )
-  root = locations.expand("data_dir", data_dir)
-  try:
-    classes, found = _list(root)
-  except OSError as error:
-    raise UserError(f"data_dir={root}: {error.strerror or error}") from None
+  root, classes, found = _open(data_dir, source)
 
   def decode() -> own.Contents:
     paths = [path for part in found for path, _ in part]
@@ -78,12 +70,88 @@ def read(
     )
 
   return own.cached(
-    f"folder:{name or root.resolve().name}",
+    f"folder:{name or locations.resolved(root).name}",
     root,
     [path for part in found for path, _ in part],
     decode,
     cache_dir=cache_dir,
     size=size,
+  )
+
+
+def _open(
+  data_dir: str | None, source: str
+) -> tuple[pathlib.Path, list[str], list[list[tuple[pathlib.Path, int]]]]:
+  """Finds a data set: its folder, and what `_list` finds there."""
+  checks.choice("source", source, ("auto",))
+  if not data_dir:
+    raise UserError(
+      "data_dir: missing; allowed: a folder with train/<class>/* and"
+      " test/<class>/*"
+    )
+  root = locations.find("data_dir", data_dir)
+  try:
+    return root, *_list(root)
+  except OSError as error:
+    raise UserError(f"data_dir={root}: {error.strerror or error}") from None
+
+
+class PictureFiles:
+  """Pictures in folders, for `streamed.Pictures`.
+
+  Args:
+    found: Path and label of each.
+  """
+
+  def __init__(self, found: list[tuple[pathlib.Path, int]]):
+    self._paths = [str(path) for path, _ in found]
+    self._labels = np.array([label for _, label in found], np.int32)
+
+  def __len__(self) -> int:
+    """Returns the number of pictures."""
+    return len(self._paths)
+
+  def name(self, number: int) -> str:
+    """Returns the path of a picture."""
+    return self._paths[number]
+
+  def read(self, number: int) -> streamed.Record:
+    """Reads a picture; raises what the operating system does."""
+    content = _read(locations.of(self._paths[number]))
+    return streamed.Record(content, int(self._labels[number]))
+
+  @property
+  def labels(self) -> np.ndarray:
+    """Labels, int32 [N]."""
+    return self._labels
+
+
+def stream(
+  name: str,
+  *,
+  data_dir: str | None = None,
+  source: str = "auto",
+) -> streamed.Found:
+  """Finds pictures in folders; reads none of them.
+
+  Args:
+    name: Name of the data set in results; "": the folder's.
+    data_dir: Folder with `train` and `test` in it.
+    source: "auto", the only one.
+
+  Returns:
+    The pictures of both splits, in the order of their paths.
+
+  Raises:
+    UserError: No such folder, no pictures.
+  """
+  root, classes, found = _open(data_dir, source)
+  train, test = (PictureFiles(part) for part in found)
+  return streamed.Found(
+    f"folder:{name or locations.resolved(root).name}",
+    tuple(classes),
+    train,
+    test,
   )
 
 
@@ -132,8 +200,7 @@ def _pictures(
   found = [
     (path, label)
     for label, name in enumerate(classes)
-    for path in sorted((split / name).rglob("*"))
-    if path.suffix.lower() in _SUFFIXES and not path.name.startswith(".")
+    for path in sorted(_walk(split / name))
   ]
   if not found:
     raise UserError(
@@ -141,6 +208,33 @@ def _pictures(
       f" {', '.join(sorted(_SUFFIXES))}"
     )
   return found
+
+
+def _walk(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+  """Yields the pictures of a class, also those in folders of the folder."""
+  if not folder.is_dir():  # a split may lack a class
+    return
+  found: Iterable[tuple[Any, list[str]]]
+  if locations.is_remote(folder):
+    found = locations.walk(folder)
+  else:
+    found = ((x, names) for x, _, names in os.walk(folder, onerror=_fail))
+  for place, names in found:
+    for name in names:
+      suffix = os.path.splitext(name)[1].lower()
+      if suffix in _SUFFIXES and not name.startswith("."):
+        yield locations.of(f"{place}/{name}")
+
+
+def _read(path: pathlib.Path) -> bytes:
+  content = files.read_bytes(path, _LARGEST_FILE)
+  if content is None:
+    raise UserError(f"{path}: no such file")
+  return content
+
+
+def _fail(error: OSError) -> None:
+  raise error
 
 
 def _decode(paths: list[pathlib.Path], size: int) -> np.ndarray:
@@ -151,7 +245,7 @@ def _decode(paths: list[pathlib.Path], size: int) -> np.ndarray:
     paths, desc="decoding pictures, once", unit=" images", disable=None
   ):
     try:
-      decoded.append(decode(regular.read_bytes(path, _LARGEST_FILE)))
+      decoded.append(decode(_read(path)))
     except UserError:
       raise
     except Exception as error:  # a damaged file can raise anything in a decoder

@@ -15,7 +15,7 @@ import numpy as np
 from atat_jax import checks
 from atat_jax.data import base, own
 from atat_jax.errors import UserError
-from atat_jax.runs import locations
+from atat_jax.runs import files, locations
 from atat_jax.untrusted import arrays, zips
 
 KEYS = ("train_images", "train_labels", "test_images", "test_labels")
@@ -56,7 +56,7 @@ def read(
       "data_dir: missing; allowed: the .npz file, as in"
       " --config.data.dir=mine.npz"
     )
-  path = locations.expand("data_dir", data_dir)
+  path = locations.find("data_dir", data_dir)
   found = _load(path)
   names = found.get(_OPTIONAL)
   if names is not None and (names.dtype.kind not in "US" or names.ndim != 1):
@@ -86,7 +86,7 @@ def read_test(path: pathlib.Path | str) -> base.Split:
   Raises:
     UserError: No such file, arrays missing or of another kind, or damage.
   """
-  path = locations.expand("path", path)
+  path = locations.find("path", path)
   found = _load(path, KEYS[2:])
   return own.checked_test(
     base.Split(found[KEYS[2]], _flat(found[KEYS[3]])), path
@@ -107,7 +107,7 @@ def _load(
 ) -> dict[str, np.ndarray]:
   """Reads the arrays of the file that are known."""
   try:
-    with zips.open_zip(path) as archive:
+    with files.local(path) as here, zips.open_zip(here) as archive:
       there = [name.removesuffix(".npy") for name in archive.members]
       missing = [key for key in needed if key not in there]
       if missing:

@@ -16,6 +16,7 @@ import numpy as np
 
 from atat_jax.data import base, pictures
 from atat_jax.errors import DamagedFileError, UserError
+from atat_jax.runs import files, locations
 from atat_jax.untrusted import arrays as array_files
 from atat_jax.untrusted import zips
 
@@ -261,12 +262,12 @@ def _origin(
   """Returns what changes whenever the data do, without reading them."""
   digest = hashlib.sha256()
   for path in read_from:
-    stat = path.stat()
-    entry = [str(path.relative_to(place)), stat.st_size, stat.st_mtime_ns]
+    changed, length = files.stamp(path)
+    entry = [str(path.relative_to(place)), length, changed]
     digest.update(json.dumps(entry).encode())
   return {
     "kind": "own",
-    "path": str(place.resolve()),
+    "path": str(locations.resolved(place)),
     "files": digest.hexdigest(),
     "size": size,
   }

@@ -16,7 +16,7 @@ import numpy as np
 import tqdm
 
 from atat_jax import checks
-from atat_jax.data import base, own, record_files
+from atat_jax.data import base, own, record_files, streamed
 from atat_jax.errors import UserError
 from atat_jax.runs import files, locations
 from atat_jax.untrusted import regular
@@ -228,6 +228,14 @@ def _describe(directory: pathlib.Path, name: str) -> _Described:
   return _Described({"train": "train", "test": test}, known["label"].names)
 
 
+def _described(directory: pathlib.Path, name: str) -> _Described:
+  """Reads the description; what is wrong with it becomes one line."""
+  try:
+    return _describe(directory, name)
+  except Exception as error:  # whatever tfds finds wrong
+    raise UserError(f"{directory}: {base.first_line(error)}") from error
+
+
 def _newest(root: pathlib.Path, name: str) -> pathlib.Path:
   """Finds the newest version that holds array_record files."""
   for directory in versions(root, name):
@@ -243,10 +251,7 @@ def _newest(root: pathlib.Path, name: str) -> pathlib.Path:
 
 def _decode_any(directory: pathlib.Path, name: str, size: int) -> own.Contents:
   """Decodes a prepared version of any set."""
-  try:
-    described = _describe(directory, name)
-  except Exception as error:  # whatever tfds finds wrong
-    raise UserError(f"{directory}: {base.first_line(error)}") from error
+  described = _described(directory, name)
   found = read(
     directory,
     name,
@@ -284,15 +289,7 @@ def read_any(
   Raises:
     UserError: Nothing found, or what was found is not such a data set.
   """
-  checks.choice("source", source, ("auto", "tfds"))
-  if not re.fullmatch(r"\w+(/\w[\w.-]*)?", name):
-    raise UserError(
-      f"name: {'tfds:' + name!r}; allowed: tfds:<data set>, as in"
-      " tfds:svhn_cropped"
-    )
-  root = locations.expand("data_dir", data_dir) if data_dir else None
-  directory = _newest(root or default_data_dir(), name)
-
+  directory = _place(name, data_dir, source)
   return own.cached(
     f"tfds:{name}",
     directory,
@@ -300,4 +297,101 @@ def read_any(
     lambda: _decode_any(directory, name, size),
     cache_dir=cache_dir,
     size=size,
+  )
+
+
+def _place(name: str, data_dir: str | None, source: str) -> pathlib.Path:
+  """Finds the prepared version that a name stands for."""
+  checks.choice("source", source, ("auto", "tfds"))
+  if not re.fullmatch(r"\w+(/\w[\w.-]*)?", name):
+    raise UserError(
+      f"name: {'tfds:' + name!r}; allowed: tfds:<data set>, as in"
+      " tfds:svhn_cropped"
+    )
+  root = locations.expand("data_dir", data_dir) if data_dir else None
+  return _newest(root or default_data_dir(), name)
+
+
+# --- Records that stay on the disk --------------------------------------------
+
+
+class PreparedRecords:
+  """Records of a prepared version, for `streamed.Pictures`.
+
+  Each process opens the files itself: open ones cannot be handed on.
+
+  Args:
+    directory: `<data_dir>/<name>/<version>`.
+    split: Name of the split there.
+  """
+
+  labels = None  # only reading all records would show them
+
+  def __init__(self, directory: pathlib.Path, split: str):
+    self._directory, self._split = directory, split
+    self._opened: Any = None
+
+  def __getstate__(self) -> dict[str, Any]:
+    """Leaves the open files behind."""
+    return {**self.__dict__, "_opened": None}
+
+  @property
+  def _source(self) -> Any:
+    if self._opened is None:
+      import tensorflow_datasets as tfds
+
+      builder = tfds.builder_from_directory(str(self._directory))
+      self._opened = builder.as_data_source(
+        split=self._split, decoders={"image": tfds.decode.SkipDecoding()}
+      )
+    return self._opened
+
+  def __len__(self) -> int:
+    """Returns the number of records."""
+    return len(self._source)
+
+  def name(self, number: int) -> str:
+    """Returns a name of a record for messages."""
+    return f"{self._directory} ({self._split}): record {number}"
+
+  def read(self, number: int) -> streamed.Record:
+    """Reads a record; raises whatever tfds and its reader do."""
+    found = self._source[number]
+    return streamed.Record(bytes(found["image"]), int(found["label"]))
+
+
+def stream(
+  name: str,
+  *,
+  data_dir: str | None = None,
+  source: str = "auto",
+) -> streamed.Found:
+  """Finds a prepared tfds set of images with labels; reads no record.
+
+  Args:
+    name: Name of the data set, as in `imagenet2012`.
+    data_dir: Root of the tfds data directory; default `default_data_dir()`.
+    source: "auto" or "tfds".
+
+  Returns:
+    Its records; where there is no test split, "validation" is it.
+
+  Raises:
+    UserError: Nothing found, or what was found is not such a data set.
+  """
+  directory = _place(name, data_dir, source)
+  described = _described(directory, name)
+  train, test = (
+    PreparedRecords(directory, described.splits[split])
+    for split in ("train", "test")
+  )
+  try:
+    empty = not (len(train) and len(test))
+  # The C++ code that reads record files raises exceptions of its own.
+  except Exception as error:
+    raise UserError(f"{directory}: {base.first_line(error)}") from error
+  if empty:
+    raise UserError(f"{directory}: holds no images")
+  return streamed.Found(
+    f"tfds:{name}", tuple(described.class_names), train, test
   )

@@ -115,6 +115,7 @@ def judge(
   batch_size: int,
   mesh: Mesh,
   on_batch: Callable[[int], object] = lambda count: None,
+  first_batch: int = 0,
 ) -> Judged:
   """Attacks the images of a split and classifies them.
 
@@ -131,6 +132,7 @@ def judge(
     batch_size: Images at a time; with batch statistics part of the protocol.
     mesh: The devices.
     on_batch: Called with the number of images done after every batch.
+    first_batch: Number of the first batch, where the split is part of another.
 
   Returns:
     Correct images, and those whose logits are finite.
@@ -142,15 +144,17 @@ def judge(
   classifier, data = _check(classifier, data, protocol, batch_size)
   sharding.check_mesh(mesh)
   checks.instance("on_batch", on_batch, Callable, "a function of a number")  # type: ignore[arg-type]
+  checks.integer("first_batch", first_batch)
   num_examples = data.labels.shape[0]
 
-  def judge_batch(number: int, indices: Array) -> tuple[Array, Array]:
+  def judge_batch(place: int, indices: Array) -> tuple[Array, Array]:
     images, labels = _jitted_take(data, indices)
+    number = first_batch + place
     images = protocol.run(
       rng.stream(key, "evaluation", number), classifier, images, labels
     )
     found = score(classifier, images, labels)
-    on_batch(min(batch_size, num_examples - number * batch_size))
+    on_batch(min(batch_size, num_examples - place * batch_size))
     stops.check()
     return found
 
@@ -190,6 +194,26 @@ def count_classes(
     np.bincount(labels[correct], minlength=num_classes),
     np.bincount(labels, minlength=num_classes),
   )
+
+
+def by_class(
+  correct: np.ndarray, labels: np.ndarray, num_classes: int
+) -> list[float | None]:
+  """Computes the accuracy of each class.
+
+  Args:
+    correct: Whether each image is classified correctly, bool [N].
+    labels: True classes, int32 [N].
+    num_classes: Number of classes, K.
+
+  Returns:
+    K accuracies in [0, 1]; None where a class has no image.
+  """
+  counts = count_classes(correct, labels, num_classes)
+  return [
+    float(right / all_) if all_ else None
+    for right, all_ in zip(*counts, strict=True)
+  ]
 
 
 def class_counts(

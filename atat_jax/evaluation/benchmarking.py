@@ -164,7 +164,7 @@ def _measure(
     source.check_labels(test.labels, fields["dataset"])
   mesh = sharding.mesh_or_all(mesh)
   classifier = sharding.put_replicated(mesh, classifier)
-  path = None if out is None else locations.expand("out", out) / files.RESULTS
+  path = None if out is None else locations.find("out", out) / files.RESULTS
   if path is not None:
     _check_same(path.parent, classifier, test)
   devices = [device.device_kind for device in jax.devices()]

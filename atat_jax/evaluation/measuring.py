@@ -5,6 +5,7 @@ already is not measured again, so that an interrupted evaluation goes on.
 """
 
 import dataclasses
+import functools
 import json
 import logging
 import pathlib
@@ -22,8 +23,9 @@ from tqdm import tqdm
 from atat_jax import attacks, rng, sharding
 from atat_jax.attacks import diagnostics, nonfinite
 from atat_jax.attacks.diagnostics import Diagnostic
-from atat_jax.data.base import Split, as_floats
-from atat_jax.evaluation import accuracies, certifying, rules
+from atat_jax.data.base import Split, as_floats, count
+from atat_jax.data.streamed import Pictures
+from atat_jax.evaluation import accuracies, certifying, parts, rules
 from atat_jax.evaluation.protocols import Protocol
 from atat_jax.process import stops
 from atat_jax.runs import files, spreadsheet, tables, worst_case
@@ -258,7 +260,7 @@ class Pending:
 def complete(
   table: ResultsTable,
   pending: Sequence[Pending],
-  test: Split,
+  test: Split | Pictures,
   *,
   num_classes: int,
   mesh: Mesh,
@@ -268,11 +270,13 @@ def complete(
   Args:
     table: The table.
     pending: All rows that it is to have.
-    test: Images, uint8 or float32 in [0, 1], and labels, on the host.
+    test: Images, uint8 or float32 in [0, 1], and labels, on the host; or
+      pictures on the disk, which are measured shard by shard.
     num_classes: Number of classes, K.
     mesh: The devices.
   """
-  data, images = sharding.put_replicated(mesh, test), len(test.labels)
+  images = count(test)
+  shards = _Shards(test, mesh)
   blindness = _LossChecks(test)
   if all(one.row in table for one in pending):
     _log.info("evaluate: %s has all %d rows", table.path, len(pending))
@@ -284,38 +288,99 @@ def complete(
     disable=jax.process_index() != 0,
   ) as bar:
     for one in pending:
-      row, protocol = one.row, one.protocol
+      row = one.row
       stops.check()
       if row in table:
         bar.update(images)
         continue
       bar.set_postfix_str(f"{row['model']} {row['batch_norm']} {row['attack']}")
       began = time.perf_counter()
-      measured = _measure(
-        one.classifier,
-        data,
-        protocol=protocol,
-        seed=row["seed"],
-        batch_size=row["batch_size"],
+      measured = shards.measure(
+        one,
+        table.path,
         num_classes=num_classes,
-        state_path=_state_path(table.path, row),
-        mesh=mesh,
         on_batch=bar.update,
       )
-      seconds = round(time.perf_counter() - began, 3)
+      spent = measured.pop("seconds", 0.0)  # by an evaluation that was stopped
+      seconds = round(time.perf_counter() - began + spent, 3)
       checked = blindness.check(one)
       table.add({**row, **measured, **checked, "seconds": seconds})
+
+
+class _Shards:
+  """Test images, all on the devices, or one shard of them after the other.
+
+  Args:
+    test: Images on the host, or pictures on the disk.
+    mesh: The devices.
+  """
+
+  def __init__(self, test: Split | Pictures, mesh: Mesh):
+    self._test, self._mesh = test, mesh
+    self._resident: Split | None = None
+    if isinstance(test, Split):
+      self._resident = sharding.put_replicated(mesh, test)
+
+  def measure(
+    self,
+    one: Pending,
+    results: pathlib.Path | None,
+    *,
+    num_classes: int,
+    on_batch: Callable[[int], object],
+  ) -> Row:
+    """Measures a row: what `_measure` returns, for all images.
+
+    Of pictures on the disk, each shard is kept when it is done, in a file that
+    a later evaluation goes on from; "seconds" are those spent by earlier ones.
+    """
+    row = one.row
+    measure = functools.partial(
+      _measure,
+      one.classifier,
+      protocol=one.protocol,
+      batch_size=row["batch_size"],
+      num_classes=num_classes,
+      mesh=self._mesh,
+      on_batch=on_batch,
+    )
+    key = jax.random.key(row["seed"])
+    state = functools.partial(_state_path, results, row)
+    if self._resident is not None:
+      return measure(self._resident, key=key, state_path=state())
+    assert isinstance(self._test, Pictures)  # noqa: S101 - narrows the type
+    size = self._test.options.shard_size
+    kept = parts.Parts(
+      _path(results, "shards", row, "json"), identity(row), size
+    )
+    on_batch(kept.num_images)
+    for first in range(kept.num_images, len(self._test), size):
+      began = time.perf_counter()
+      shard = self._test.select(slice(first, first + size)).decode()
+      number = first // size
+      found = measure(
+        sharding.put_replicated(self._mesh, shard),
+        # The batches of other attacks are numbered through.
+        key=rng.stream(key, "shard", number)
+        if one.protocol.attack == "autoattack" and number
+        else key,
+        first_batch=first // row["batch_size"],
+        state_path=state(number),
+      )
+      kept.add(found, shard.labels, time.perf_counter() - began)
+    return kept.finish(num_classes)
 
 
 class _LossChecks:
   """Checks whether the losses that attacks increase are blind, each once.
 
   Args:
-    test: Images, on the host.
+    test: Images, on the host or on the disk.
   """
 
-  def __init__(self, test: Split):
+  def __init__(self, test: Split | Pictures):
     self._test = test
+    self._read: Split | None = None
     self._found: dict[tuple[Any, ...], Diagnostic] = {}
 
   def check(self, one: Pending) -> Row:
@@ -333,21 +398,33 @@ class _LossChecks:
       radius = protocol.epsilon
     key = model, loss, radius
     if key not in self._found:
-      part = slice(row["batch_size"])
+      images, labels = self._first(row["batch_size"])
       found = diagnostics.blind_loss(
         rng.stream(jax.random.key(row["seed"]), "blind"),
         one.classifier,
-        as_floats(self._test.images[part]),
-        self._test.labels[part],
+        as_floats(images),
+        labels,
         loss=loss,
         radius=radius,
       )
       self._found[key] = rules.storable(found)
     return {"diagnostics": {"blind_loss": self._found[key]}}
 
+  def _first(self, number: int) -> Split:
+    """Returns the first test images."""
+    if isinstance(self._test, Split):
+      return Split(*(array[:number] for array in self._test))
+    if self._read is None or len(self._read.labels) != min(
+      number, len(self._test)
+    ):
+      self._read = self._test.select(slice(number)).decode()
+    return self._read
 
-def _state_path(results: pathlib.Path | None, row: Row) -> pathlib.Path | None:
-  """File of a row's AutoAttack, which goes on there after a kill.
+
+def _path(
+  results: pathlib.Path | None, folder: str, row: Row, suffix: str
+) -> pathlib.Path | None:
+  """File of a row's progress, which goes on there after a kill.
 
   Another checkpoint, seed or epsilon makes another row, so another file.
   """
@@ -356,7 +433,15 @@ def _state_path(results: pathlib.Path | None, row: Row) -> pathlib.Path | None:
   mark = zlib.crc32(identity(row).encode())
   name = f"{row['model']}-{row['batch_norm']}-{row['attack']}"
   name = re.sub(r"[^\w=.-]", "_", name)[:150]
-  return results.parent / "autoattack" / f"{name}-{mark:08x}.npz"
+  return results.parent / folder / f"{name}-{mark:08x}.{suffix}"
+
+
+def _state_path(
+  results: pathlib.Path | None, row: Row, shard: int | None = None
+) -> pathlib.Path | None:
+  """File of a row's AutoAttack, or of one shard of it."""
+  suffix = "npz" if shard is None else f"{shard}.npz"
+  return _path(results, "autoattack", row, suffix)
 
 
 def _measure(
@@ -364,15 +449,15 @@ def _measure(
   data: Split,
   *,
   protocol: Protocol,
-  seed: int,
+  key: Array,
   batch_size: int,
   num_classes: int,
   state_path: pathlib.Path | None,
   mesh: Mesh,
   on_batch: Callable[[int], object],
+  first_batch: int = 0,
 ) -> Row:
   """Measures the accuracy of a row, as a whole and class by class."""
-  key = jax.random.key(seed)
   labels = sharding.to_host(mesh, data.labels)
   if protocol.attack == "autoattack":
     clean = accuracies.judge(
@@ -404,10 +489,11 @@ def _measure(
     batch_size=batch_size,
     mesh=mesh,
     on_batch=on_batch,
+    first_batch=first_batch,
   )
   return {
     "accuracy": judged.accuracy,
-    "class_accuracy": _by_class(judged.correct, labels, num_classes),
+    "class_accuracy": accuracies.by_class(judged.correct, labels, num_classes),
     "correct": worst_case.pack(judged.correct),
     "nonfinite": judged.nonfinite,
     "nonfinite_points": judged.points,
@@ -436,7 +522,7 @@ def _autoattack(
   robust = np.asarray(result.robust)
   return {
     "accuracy": result.accuracy,
-    "class_accuracy": _by_class(robust, labels, num_classes),
+    "class_accuracy": accuracies.by_class(robust, labels, num_classes),
     "correct": worst_case.pack(robust),
     "nonfinite": clean.nonfinite,
     # The ensemble counts clean images, too.
@@ -463,15 +549,4 @@ def _ensemble(result: attacks.AutoAttackResult) -> list[dict[str, Any]]:
       "seconds": result.seconds.get(attack, 0.0),
     }
     for attack in dict.fromkeys([*result.robust_accuracy, *numbers])
-  ]
-
-
-def _by_class(
-  correct: np.ndarray, labels: np.ndarray, num_classes: int
-) -> list[float | None]:
-  """Accuracy of each class; None where a class has no image."""
-  counts = accuracies.count_classes(correct, labels, num_classes)
-  return [
-    float(right / all_) if all_ else None
-    for right, all_ in zip(*counts, strict=True)
   ]

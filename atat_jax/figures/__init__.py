@@ -27,7 +27,7 @@ def draw_all(workdir: str | os.PathLike[str]) -> list[pathlib.Path]:
   """
   from atat_jax import analyses  # it imports JAX, which takes long
 
-  workdir = locations.expand("workdir", workdir)
+  workdir = locations.find("workdir", workdir)
   return [
     *draw_results(workdir),
     *draw_curves(workdir),
@@ -41,7 +41,7 @@ def draw_results(workdir: pathlib.Path) -> list[pathlib.Path]:
   style.import_matplotlib()
   from atat_jax.figures import robustness
 
-  return robustness.draw(locations.expand("workdir", workdir))
+  return robustness.draw(locations.find("workdir", workdir))
 
 
 def draw_curves(workdir: pathlib.Path) -> list[pathlib.Path]:
@@ -49,7 +49,7 @@ def draw_curves(workdir: pathlib.Path) -> list[pathlib.Path]:
   style.import_matplotlib()
   from atat_jax.figures import curves
 
-  return curves.draw(locations.expand("workdir", workdir))
+  return curves.draw(locations.find("workdir", workdir))
 
 
 def draw_comparison(path: pathlib.Path) -> list[pathlib.Path]:
@@ -67,4 +67,4 @@ def draw_comparison(path: pathlib.Path) -> list[pathlib.Path]:
   style.import_matplotlib()
   from atat_jax.figures import comparison
 
-  return comparison.draw(locations.expand("path", path))
+  return comparison.draw(locations.find("path", path))

@@ -38,8 +38,8 @@ def main(argv: Sequence[str] | None = None, *, program: str = PROGRAM) -> None:
     help="path of the files, without a suffix (%(default)s)",
   )
   args = flags.parse_args(argv)
-  workdirs = [locations.expand("workdirs", path) for path in args.workdirs]
-  paths = write_comparison(workdirs, locations.expand("out", args.out))
+  workdirs = [locations.find("workdirs", path) for path in args.workdirs]
+  paths = write_comparison(workdirs, locations.find("out", args.out))
   for path in paths:
     sys.stdout.write(f"comparison: {path}\n")
   commands.say_next(f"open {paths[0]}")

@@ -32,7 +32,7 @@ def write_comparison(
   Raises:
     UserError: A directory has no results, or a run is given twice.
   """
-  out = locations.expand("out", out)
+  out = locations.find("out", out)
   found = merge.compare(workdirs)
   html, text, json = (
     out.with_name(out.name + suffix) for suffix in (".html", ".md", ".json")

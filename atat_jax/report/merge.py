@@ -61,7 +61,7 @@ def compare(workdirs: Sequence[str | os.PathLike[str]]) -> dict[str, Any]:
       f"workdirs: {shown(workdirs)}; allowed: directories of finished runs"
     )
   groups = by_training(
-    [read(locations.expand("workdirs", workdir)) for workdir in workdirs]
+    [read(locations.find("workdirs", workdir)) for workdir in workdirs]
   )
   rows = [row for group in groups for row in _merge(group)]
   _add_differences(rows)

@@ -41,7 +41,7 @@ def write_report(workdir: str | os.PathLike[str]) -> pathlib.Path:
   """
   from atat_jax import analyses  # it imports JAX, which takes long
 
-  workdir = locations.expand("workdir", workdir)
+  workdir = locations.find("workdir", workdir)
   found = files.read_results(workdir, tables.SHOWN)
   if found is None:
     raise UserError(
@@ -79,7 +79,7 @@ def write_report(workdir: str | os.PathLike[str]) -> pathlib.Path:
 
 def is_old(workdir: pathlib.Path) -> bool:
   """Checks whether a page is missing, or older than something that it shows."""
-  workdir = locations.expand("workdir", workdir)
+  workdir = locations.find("workdir", workdir)
   report = workdir / files.REPORT
   shown = [
     workdir / files.RESULTS,
@@ -88,7 +88,7 @@ def is_old(workdir: pathlib.Path) -> bool:
     *workdir.glob("*.npz"),
   ]
   return not report.exists() or any(
-    path.stat().st_mtime > report.stat().st_mtime
+    files.stamp(path)[0] > files.stamp(report)[0]
     for path in shown
     if path.exists()
   )

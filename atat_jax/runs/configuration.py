@@ -15,6 +15,9 @@ _FREE = (
   "data.dir",
   "data.cache_dir",
   "data.source",
+  "data.workers",
+  "data.prefetch",
+  "data.shard_size",
   "profile_steps",
   "model_axis",
   "train.steps_per_dispatch",
@@ -48,6 +51,8 @@ _TRAINING = {
   "ema_decay": 0.0,
   "swa_start": 0.0,
   "statistics_batches": 0,
+  "optimizer": "sgd",
+  "second_momentum": 0.999,
 }
 _LATER: dict[str, tuple[str, dict[str, Any]]] = {
   "data": (
@@ -58,6 +63,8 @@ _LATER: dict[str, tuple[str, dict[str, Any]]] = {
       "mix_alpha": 1.0,
       "extra": None,
       "extra_fraction": 0.7,
+      "stream": False,
+      "smallest_crop": 0.08,
     },
   ),
   "model": ("batch_norm_epsilon", {"batch_norm_group_size": 0}),
@@ -90,6 +97,7 @@ class Configuration:
       value.
     data: Arguments of `atat_jax.data.load`, its `name` included.
     attack: epsilon, step_size and norm of the run's evaluation.
+    streams: Whether its pictures stay on the disk.
   """
 
   method: str
@@ -98,6 +106,7 @@ class Configuration:
   training: dict[str, Any]
   data: dict[str, Any]
   attack: dict[str, Any]
+  streams: bool = False
 
 
 def parse(tree: Mapping[str, Any], where: pathlib.Path) -> Configuration:
@@ -138,6 +147,7 @@ def parse(tree: Mapping[str, Any], where: pathlib.Path) -> Configuration:
       for field in ("epsilon", "step_size", "norm")
       if field in evaluation
     },
+    streams=data.get("stream", False) is True,
   )
 
 
@@ -150,7 +160,7 @@ def read(workdir: pathlib.Path) -> Configuration:
   Raises:
     UserError: There is no such file, or it is damaged.
   """
-  workdir = locations.expand("workdir", workdir)
+  workdir = locations.find("workdir", workdir)
   for directory in (workdir, workdir.parent):
     tree = files.read_json(directory / files.CONFIG)
     if tree is not None:

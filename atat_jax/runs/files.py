@@ -9,6 +9,7 @@ whole rule.
 """
 
 import contextlib
+import errno
 import hashlib
 import itertools
 import json
@@ -17,6 +18,8 @@ import os
 import pathlib
 import re
 import shutil
+import tempfile
+import time
 import uuid
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -51,6 +54,8 @@ MAX_JSON = 64 * 2**20
 """Largest JSON file that is read, bytes."""
 MAX_CONTAINERS = 2**21
 """Most lists and objects in a JSON file that is read."""
+SEND_EVERY = 60.0
+"""Seconds after which a file that grows is sent to an object store again."""
 MAX_LINE = 2**20
 """Longest line of a `metrics.jsonl` that is read, bytes."""
 
@@ -77,7 +82,14 @@ def plain_errors(path: pathlib.Path) -> Iterator[None]:
   """
   try:
     yield
-  except OSError as error:
+  except UserError:
+    raise
+  except Exception as error:
+    if locations.is_remote(path):  # each store's library has errors of its own
+      reason = " ".join(str(error).split())[:200] or type(error).__name__
+      raise UserError(f"{path}: {reason}") from error
+    if not isinstance(error, OSError):
+      raise
     if error.errno is None or isinstance(error, ConnectionError | TimeoutError):
       raise  # the network failed, not the file
     raise UserError(f"{path}: {error.strerror or error}") from error
@@ -87,7 +99,8 @@ def plain_errors(path: pathlib.Path) -> Iterator[None]:
 def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
   """Replaces a file atomically: a reader sees the old or the new one, whole.
 
-  The new file is on the disk before it gets its name. It is locked while it is
+  On an object store it is written in a local folder and sent in one piece, which
+  the store shows when it is there, whole. On a disk, the new file is on the disk before it gets its name. It is locked while it is
   written, so that `remove_temporaries` knows it from one that a killed process
   left.
 
@@ -101,6 +114,13 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
   Raises:
     UserError: The operating system refuses.
   """
+  if locations.is_remote(path):
+    with tempfile.TemporaryDirectory() as folder:
+      temporary = pathlib.Path(folder, path.name)
+      yield temporary
+      with plain_errors(path):
+        path.write_bytes(temporary.read_bytes())
+    return
   # A process id would not do: containers that share a disk share those, too.
   unique = uuid.uuid4().hex
   stem = path.stem.encode()[:100].decode(errors="ignore")
@@ -140,14 +160,57 @@ def _sync_folder(folder: pathlib.Path) -> None:
       os.close(descriptor)
 
 
+@contextlib.contextmanager
+def local(path: pathlib.Path) -> Iterator[pathlib.Path]:
+  """Makes a file readable by what knows only local paths.
+
+  Args:
+    path: The file.
+
+  Yields:
+    The path itself, or that of a copy of what is on an object store, which is
+    removed when the block ends.
+
+  Raises:
+    FileNotFoundError: There is no such file.
+    UserError: The store refuses.
+  """
+  if not locations.is_remote(path):
+    yield path
+    return
+  with tempfile.TemporaryDirectory() as folder:
+    copy = pathlib.Path(folder, path.name)
+    try:
+      content = path.read_bytes()
+    except FileNotFoundError:
+      raise
+    except Exception as error:
+      with plain_errors(path):
+        raise error
+    copy.write_bytes(content)
+    yield copy
+
+
+def stamp(path: pathlib.Path) -> tuple[float, int]:
+  """Returns time and size of a file, which change when it is written."""
+  found: Any = path.stat()
+  if locations.is_remote(path):
+    return found.mtime or 0, found.length
+  return found.st_mtime_ns, found.st_size
+
+
 def remove_temporaries(directory: pathlib.Path, *, below: bool = True) -> None:
   """Removes what killed processes left half written.
+
+  Object stores hold nothing half written.
 
   Args:
     directory: Folder. A file that a live process holds stays, and all stay
       where the file system has no locks.
     below: Whether the folders below are searched, too.
   """
+  if locations.is_remote(directory):
+    return
   for folder, folders, names in os.walk(directory):
     if not below:
       folders.clear()
@@ -259,12 +322,89 @@ def set_aside(
     for number in itertools.count():
       target = workdir / DAMAGED / (f"{name}.{number}" if number else name)
       if not target.exists():
-        if copy:
+        if locations.is_remote(path):
+          _move_remote(path, target, copy)
+        elif copy:
           shutil.copyfile(path, target)
         else:
           os.rename(path, target)
         return target
   raise AssertionError
+
+
+def _move_remote(path: pathlib.Path, target: pathlib.Path, copy: bool) -> None:
+  """Copies a file or folder object by object, then deletes it unless `copy`."""
+  source: Any = path
+  if not path.is_dir():
+    source.copy(target)
+  else:
+    for place, names in locations.walk(path):
+      for name in names:
+        there = target / place.relative_to(source) / name
+        there.parent.mkdir(parents=True, exist_ok=True)
+        here: Any = place / name
+        here.copy(there)
+  if not copy:
+    source.rmtree() if path.is_dir() else source.unlink()
+
+
+class Appender:
+  """File that grows by lines, open for writing.
+
+  Nothing can be appended to an object on a store: there, all of it is sent
+  again when it is synced, closed, or a minute old.
+
+  Args:
+    path: The file.
+
+  Raises:
+    UserError: The operating system or the store refuses.
+  """
+
+  def __init__(self, path: pathlib.Path):
+    self._path = path
+    self._content: bytearray | None = None
+    self._sent = time.monotonic()
+    with plain_errors(path):
+      if locations.is_remote(path):
+        self._content = bytearray(path.read_bytes() if path.exists() else b"")
+      else:
+        # Without a buffer: what a full disk refuses is not tried again.
+        self._file = path.open("ab", buffering=0)
+
+  def write(self, line: bytes, *, sync: bool) -> None:
+    """Appends a line.
+
+    Args:
+      line: The line with its end.
+      sync: Whether it is safe from a loss of power when the call returns.
+
+    Raises:
+      UserError: The operating system or the store refuses.
+    """
+    with plain_errors(self._path):
+      if self._content is not None:
+        self._content += line
+        if sync or time.monotonic() - self._sent > SEND_EVERY:
+          self._send()
+        return
+      if self._file.write(line) < len(line):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+      if sync:
+        os.fsync(self._file.fileno())
+
+  def _send(self) -> None:
+    assert self._content is not None  # noqa: S101 - narrows the type
+    self._path.write_bytes(bytes(self._content))
+    self._sent = time.monotonic()
+
+  def close(self) -> None:
+    """Closes the file."""
+    if self._content is None:
+      self._file.close()
+      return
+    with plain_errors(self._path):
+      self._send()
 
 
 # --- JSON --------------------------------------------------------------------
@@ -282,9 +422,18 @@ def read_bytes(path: pathlib.Path, limit: int = MAX_JSON) -> bytes | None:
   """
   with plain_errors(path):
     try:
+      if locations.is_remote(path):
+        return _download(path, limit)
       return regular.read_bytes(path, limit)
     except FileNotFoundError:
       return None
+
+
+def _download(path: pathlib.Path, limit: int) -> bytes:
+  size = stamp(path)[1]
+  if size > limit:
+    raise UserError(f"{path}: {size} bytes; allowed: at most {limit}")
+  return path.read_bytes()
 
 
 def parse_json(content: bytes, where: object, *, nan: bool = False) -> Any:
@@ -350,7 +499,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any] | None:
     DamagedFileError: It does not hold a JSON object, or another one than was
       written.
   """
-  path = locations.expand("path", path)
+  path = locations.find("path", path)
   content = read_bytes(path)
   if content is None:
     return None
@@ -387,7 +536,7 @@ def read_results(
   Raises:
     UserError: The file is damaged or of another format.
   """
-  path = locations.expand("workdir", workdir) / RESULTS
+  path = locations.find("workdir", workdir) / RESULTS
   results = read_json(path)
   if results is None:
     return None
@@ -472,7 +621,7 @@ def read_lines(path: pathlib.Path) -> Lines:
   bad: list[int] = []
   number = 0
   with plain_errors(path), contextlib.suppress(FileNotFoundError):
-    with regular.open_regular(path) as file:
+    with local(path) as here, regular.open_regular(here) as file:
       while text := _read_line(file):
         number += 1
         try:
@@ -520,7 +669,7 @@ def read_metrics(path: pathlib.Path) -> dict[str, list[dict[str, Any]]]:
   Raises:
     UserError: The file cannot be read.
   """
-  path = locations.expand("path", path)
+  path = locations.find("path", path)
   splits: dict[str, dict[int, dict[str, Any]]] = {}
   for _, line in read_lines(path).found:
     splits.setdefault(line["split"], {})[line["step"]] = line
@@ -567,7 +716,7 @@ def load_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
     OSError: Not readable.
     Exception: Others that a damaged archive raises in the zip reader.
   """
-  with zips.open_zip(path) as archive:
+  with local(path) as here, zips.open_zip(here) as archive:
     found = arrays.read_members(archive)
     marks = found.pop(_MARKS.removesuffix(".npy"), None)
     infos = archive.members.values()
@@ -583,7 +732,7 @@ def read_arrays(path: pathlib.Path) -> Arrays | None:
     UserError: The file may not be read.
     DamagedFileError: It is not what was written.
   """
-  path = locations.expand("path", path)
+  path = locations.find("path", path)
   try:
     return Arrays(path, load_arrays(path))
   except FileNotFoundError:

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from atat_jax.errors import DamagedFileError, UserError
-from atat_jax.runs import files
+from atat_jax.runs import files, locations
 from atat_jax.untrusted import regular
 
 NAME = "checksums.json"
@@ -74,6 +74,12 @@ def check(
 
 def _names(folder: pathlib.Path, part: str) -> Iterator[str]:
   """Files of a part, without what file systems and desktops hide in it."""
+  if locations.is_remote(folder):
+    for place, names in locations.walk(folder / part):
+      for name in sorted(names):
+        if not name.startswith("."):
+          yield (place / name).relative_to(folder).as_posix()
+    return
   for path in sorted((folder / part).rglob("*")):
     if not path.is_dir() and not path.name.startswith("."):
       yield path.relative_to(folder).as_posix()
@@ -82,7 +88,7 @@ def _names(folder: pathlib.Path, part: str) -> Iterator[str]:
 def _measure(path: pathlib.Path) -> tuple[int, str]:
   """Returns size and digest of a file."""
   try:
-    with regular.open_regular(path) as file:
+    with files.local(path) as here, regular.open_regular(here) as file:
       digest = hashlib.file_digest(file, "sha256").hexdigest()
       return file.tell(), digest
   except (FileNotFoundError, NotADirectoryError, IsADirectoryError):

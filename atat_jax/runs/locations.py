@@ -1,14 +1,133 @@
-"""Paths as users write them, and the folders of this user."""
+"""Paths as users write them, and the folders of this user.
+
+An address on an object store, gs:// or s3://, is a path of etils.epath, which
+has the methods of pathlib's. What is atomic there is the writing of an object;
+folders, renames, locks and appending do not exist (docs/files.md).
+"""
 
 import functools
 import logging
 import os
 import pathlib
+import re
 import sys
+from collections.abc import Iterator
+from typing import Any, cast
+
+from etils import epath
 
 from atat_jax.errors import UserError, shown
 
 _log = logging.getLogger(__name__)
+
+# pathlib makes gs:/bucket of gs://bucket, which would be a folder named "gs:".
+_SCHEME = re.compile(r"\s*([A-Za-z][A-Za-z0-9+.-]+):/(/?)")
+_KNOWN_SCHEMES = frozenset(
+  "abfs abfss adl az azure b2 cns dbfs file ftp gcs gs hdfs hf http https"
+  " memory minio oci oss placer r2 s3 s3a s3n sftp ssh wasb wasbs webhdfs".split()
+)
+
+
+def scheme(path: str | os.PathLike[str]) -> str | None:
+  """Returns the scheme of an address, in small letters; None for a local path.
+
+  Args:
+    path: The path as it was given, or what pathlib made of it.
+  """
+  found = _SCHEME.match(str(path))
+  if found is None:
+    return None
+  name = found[1].lower()
+  return name if found[2] or name in _KNOWN_SCHEMES else None
+
+
+STORES = {"gs": "gcsfs", "s3": "s3fs"}
+"""Schemes of object stores to the Python package that reaches them."""
+FOR_RUNS = ("gs",)
+"""Those that hold working directories: Orbax writes checkpoints to no other."""
+
+
+def is_remote(path: os.PathLike[str]) -> bool:
+  """Returns whether a path of `find` is on an object store."""
+  return not isinstance(path, pathlib.Path)
+
+
+def of(text: str) -> pathlib.Path:
+  """Returns the path that a path of `find` was, from its text."""
+  if scheme(text):
+    return cast(pathlib.Path, epath.Path(text))
+  return pathlib.Path(text)
+
+
+def walk(
+  folder: pathlib.Path,
+) -> Iterator[tuple[pathlib.Path, list[str]]]:
+  """Yields the folders below a remote one, itself included, and their files."""
+  there: Any = folder
+  for place, _, names in there.walk():
+    text = str(place)
+    if scheme(text) is None:  # epath loses it
+      text = f"{scheme(folder)}://{text.lstrip('/')}"
+    yield of(text), names
+
+
+def resolved(path: pathlib.Path) -> pathlib.Path:
+  """Returns a path without links; on an object store there are none."""
+  return path if is_remote(path) else path.resolve()
+
+
+def find(
+  field: str, path: str | os.PathLike[str], stores: tuple[str, ...] = (*STORES,)
+) -> pathlib.Path:
+  """Returns a local path as `expand` does, or one on an object store.
+
+  Args:
+    field: Name of the argument, for the message.
+    path: The path, as it was given.
+    stores: Schemes that are allowed.
+
+  Returns:
+    The path; of an address a `epath.Path`, see `is_remote`.
+
+  Raises:
+    UserError: Refused by `expand`; another scheme, no bucket, a store whose
+      package is missing or that cannot be reached.
+  """
+  name = scheme(path) if isinstance(path, str | os.PathLike) else None
+  if name is None:
+    return expand(field, path)
+  text = str(path).strip()
+  bucket = text.removeprefix(f"{name}://").partition("/")[0]
+  if name not in stores or not text.startswith(f"{name}://") or not bucket:
+    places = " or ".join(f"{one}://<bucket>/<folder>" for one in stores)
+    raise UserError(
+      f"{field}: {text!r}; allowed: a path on this machine, or {places}"
+    )
+  try:
+    _reach(name, bucket)
+  except ImportError:
+    raise UserError(
+      f"{field}: {text!r} needs the Python package {STORES[name]}: pip install"
+      f" {STORES[name]}"
+    ) from None
+  # Each store's library has errors of its own.
+  except Exception as error:
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    raise UserError(
+      f"{field}: {text!r} cannot be reached ({reason}); allowed: a bucket that"
+      " exists and that these credentials may read and write"
+    ) from None
+  return cast(pathlib.Path, epath.Path(text.rstrip("/")))
+
+
+@functools.cache
+def _reach(name: str, bucket: str) -> None:
+  """Looks into a bucket, once; raises whatever the store's library does."""
+  import fsspec
+
+  fsspec.get_filesystem_class(name)
+  # `exists` would take any failure for a no.
+  next(iter(epath.Path(f"{name}://{bucket}").iterdir()), None)
 
 
 def expand(field: str, path: str | os.PathLike[str]) -> pathlib.Path:
@@ -19,8 +138,8 @@ def expand(field: str, path: str | os.PathLike[str]) -> pathlib.Path:
     path: The path, as it was given.
 
   Raises:
-    UserError: No path; "" or "None", as from an unset variable; a home folder
-      that is not known; a name that is too long; a null byte.
+    UserError: No path; "" or "None", as from an unset variable; an address; a
+      home folder that is not known; a name that is too long; a null byte.
   """
   if not isinstance(path, str | os.PathLike):
     raise UserError(f"{field}: {shown(path)}; allowed: a path")
@@ -29,6 +148,11 @@ def expand(field: str, path: str | os.PathLike[str]) -> pathlib.Path:
     raise UserError(f"{field}: {text!r}; allowed: a path")
   if "\0" in text:
     raise UserError(f"{field}: {text!r}; allowed: a path without a null byte")
+  if scheme(text):
+    raise UserError(
+      f"{field}: {text!r}; allowed: a path on this machine, without"
+      f" {scheme(text)}://"
+    )
   if not _is_text(text):  # checkpoints cannot be written there
     raise UserError(
       f"{field}: {text!r}; allowed: a path of letters in this locale's encoding,"

@@ -16,6 +16,7 @@ import stat
 from collections.abc import Iterator
 
 from atat_jax.errors import UserError
+from atat_jax.runs import locations
 
 try:
   import fcntl
@@ -36,7 +37,7 @@ class Lock:
     path: File that carries it.
   """
 
-  def __init__(self, path: pathlib.Path, descriptor: int):
+  def __init__(self, path: pathlib.Path, descriptor: int | None):
     self.path, self._descriptor = path, descriptor
 
   def check(self) -> None:
@@ -45,6 +46,8 @@ class Lock:
     Raises:
       UserError: It has been removed or replaced.
     """
+    if self._descriptor is None:
+      return
     if not _is_at(self._descriptor, self.path):
       raise UserError(
         f"{self.path.parent}: was removed or replaced during the run; what it"
@@ -67,6 +70,9 @@ def directory(field: str, path: pathlib.Path) -> Iterator[Lock]:
   Raises:
     UserError: Another process holds it, or it cannot be made.
   """
+  if locations.is_remote(path):
+    yield _unlocked(path)
+    return
   made = [folder for folder in (path, *path.parents) if not folder.exists()]
   try:
     path.mkdir(parents=True, exist_ok=True)
@@ -96,6 +102,9 @@ def file(field: str, path: pathlib.Path, what: pathlib.Path) -> Iterator[Lock]:
   Raises:
     UserError: Another process holds it, or the file cannot be made.
   """
+  if locations.is_remote(path):
+    yield _unlocked(path)
+    return
   try:
     descriptor = _take(field, path, what)
   except OSError as error:
@@ -107,6 +116,14 @@ def file(field: str, path: pathlib.Path, what: pathlib.Path) -> Iterator[Lock]:
     if _is_at(descriptor, path):
       path.unlink(missing_ok=True)
     os.close(descriptor)
+
+
+def _unlocked(path: pathlib.Path) -> Lock:
+  """Returns what stands for a lock where there are none, and says so."""
+  _log.warning(
+    "%s: object stores have no locks; start no second run there", path
+  )
+  return Lock(path, None)
 
 
 def _take(field: str, path: pathlib.Path, what: pathlib.Path) -> int:

@@ -114,7 +114,7 @@ def make_statistics_pass(
 def move_statistics(
   state: TrainState,
   teacher: Variables | None,
-  data: Split,
+  data: Split | None,
   indices: Array,
   extra: Split | None,
   statistics: PyTree,
@@ -190,7 +190,7 @@ def estimate_statistics(
   state: TrainState,
   statistics_pass: StatisticsPass,
   teacher: Variables | None,
-  data: Split,
+  data: Split | None,
   draw: Callable[[int], tuple[Array, Split | None]],
   options: Options,
 ) -> TrainState:
@@ -202,7 +202,7 @@ def estimate_statistics(
     state: State of the run.
     statistics_pass: Result of `make_statistics_pass`.
     teacher: The teacher's variables, or None.
-    data: Training split, on the device.
+    data: Training split, on the device; None: it is streamed.
     draw: Number of a batch to its indices and extra images, on the device.
     options: Options of the step.
 

@@ -13,19 +13,26 @@ from atat_jax.typing import Array
 
 
 def gather(
-  data: Split, indices: Array, extra: Split | None, mesh: jax.sharding.Mesh
+  data: Split | None,
+  indices: Array,
+  extra: Split | None,
+  mesh: jax.sharding.Mesh,
 ) -> tuple[Array, Array]:
   """Gathers a batch: images of the resident data, then the extra ones.
 
   Args:
-    data: Training split, on the device.
+    data: Training split, on the device; None: it is streamed, so that all
+      images of the batch are extra ones.
     indices: int32 [M].
     extra: E further images, or None.
     mesh: Devices.
 
   Returns:
-    uint8 [M + E, H, W, C] and int32 [M + E].
+    uint8 [M + E, H, W, C] and int32 [M + E]; [E] without resident data.
   """
+  if data is None:
+    assert extra is not None  # noqa: S101 - narrows the type
+    return jnp.asarray(extra.images), jnp.asarray(extra.labels)
   images, labels = (jnp.asarray(x)[indices] for x in data)
   if extra is None:
     return images, labels

@@ -1,5 +1,6 @@
 """Batches of a stage as functions of the step: indices and extra images."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ from jax.sharding import Mesh
 
 from atat_jax import sharding
 from atat_jax.data import Extra, Split, batches
+from atat_jax.data.streamed import TrainingBatches
 
 # Seeds of stages are below 2**32, so that no stage has this stream.
 _EXTRA_STREAM = 1 << 32
@@ -28,6 +30,9 @@ class BatchDraws:
     num_extra: Number of extra images in a batch.
     extra: Extra images, or None.
     mesh: The devices.
+    streamed: Batches that are read from the disk; None: the training split is
+      on the device. Their images are drawn as extra ones, and there are no
+      others.
   """
 
   def __init__(
@@ -39,7 +44,9 @@ class BatchDraws:
     num_extra: int,
     extra: Extra | None,
     mesh: Mesh,
+    streamed: TrainingBatches | None = None,
   ):
+    self._streamed = streamed
     self._seed, self._extra, self._mesh = seed, extra, mesh
     self._num_examples, self._num_extra = num_examples, num_extra
     self._batch_size = batch_size
@@ -62,7 +69,9 @@ class BatchDraws:
     )
 
   def _images(self, number: int) -> Split | None:
-    """Extra images of a batch."""
+    """Extra images of a batch, or all that are streamed."""
+    if self._streamed is not None:
+      return self._streamed.batch(number)
     if self._extra is None:
       return None
     return self._extra.take(self._rows(number, self._extra))
@@ -83,7 +92,11 @@ class BatchDraws:
     return found
 
   def _put(
-    self, draw: Callable[[int], Any], numbers: Sequence[int], size: int
+    self,
+    draw: Callable[[int], Any],
+    numbers: Sequence[int],
+    size: int,
+    put: Callable[..., Any] = sharding.put_batch,
   ) -> Any:
     """Puts what each batch draws on the devices: [B, ...], or [size, B, ...]."""
     found = [draw(number) for number in numbers]
@@ -92,9 +105,7 @@ class BatchDraws:
     else:  # the last batch fills the rest, which no step reads
       found += found[-1:] * (size - len(found))
       axis, rows = 1, jax.tree.map(lambda *arrays: np.stack(arrays), *found)
-    return jax.tree.map(
-      lambda array: sharding.put_batch(self._mesh, array, axis=axis), rows
-    )
+    return jax.tree.map(functools.partial(put, self._mesh, axis=axis), rows)
 
   def indices(self, numbers: Sequence[int], size: int = 1) -> jax.Array:
     """Indices into the training split.
@@ -119,4 +130,36 @@ class BatchDraws:
       Images uint8 [E, H, W, C] and labels [E] on the devices, with an axis
       [size, ...] in front where size > 1; None without extra images.
     """
-    return self._put(self._images, numbers, size)
+    return self._put(self._images, numbers, size, self._put_images)
+
+  def follow(self, numbers: Sequence[int], size: int = 1) -> Split | None:
+    """Extra or streamed images; those of the next batches are read ahead.
+
+    Args:
+      numbers: Numbers of the batches, from 0, one after the other; best those
+        after the numbers of the last call. At most `size`.
+      size: Number of batches in the arrays.
+
+    Returns:
+      The result of `images`.
+    """
+    draw = self._images if self._streamed is None else self._streamed.follow
+    return self._put(draw, numbers, size, self._put_images)
+
+  def close(self) -> None:
+    """Ends threads and processes that read ahead."""
+    if self._streamed is not None:
+      self._streamed.close()
+
+  @property
+  def _put_images(self) -> Callable[..., Any]:
+    """Function that puts images on the devices; streamed ones are in parts."""
+    if self._streamed is None:
+      return sharding.put_batch
+    return functools.partial(_put_rows, self._batch_size)
+
+
+def _put_rows(
+  batch_size: int, mesh: Mesh, array: np.ndarray, *, axis: int
+) -> jax.Array:
+  return sharding.put_rows(mesh, array, batch_size, axis=axis)

@@ -34,7 +34,7 @@ TermRatios = Callable[..., dict[str, Array]]
 def differentiate(
   state: TrainState,
   teacher: Variables | None,
-  data: Split,
+  data: Split | None,
   indices: Array,
   extra: Split | None = None,
   *,
@@ -87,7 +87,7 @@ def _in_parts(
   part: accumulation.Part,
   structure: PyTree,
   state: TrainState,
-  data: Split,
+  data: Split | None,
   indices: Array,
   extra: Split | None,
   *,
@@ -240,7 +240,7 @@ def make_term_ratios(
 def term_ratios(
   state: TrainState,
   teacher: Variables | None,
-  data: Split,
+  data: Split | None,
   indices: Array,
   extra: Split | None = None,
   *,

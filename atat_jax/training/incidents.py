@@ -236,7 +236,9 @@ def _read(path: pathlib.Path) -> list[dict[str, Any]]:
   if not path.exists():
     return []
   found = []
-  for text in regular.read_text(path).splitlines():
+  with files.local(path) as here:
+    lines = regular.read_text(here).splitlines()
+  for text in lines:
     try:
       line = json.loads(text)
       if isinstance(line["step"], int) and isinstance(line["action"], str):

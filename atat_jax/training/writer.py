@@ -4,12 +4,11 @@ Only process 0 writes metrics and progress.
 """
 
 import contextlib
-import errno
 import json
 import logging
 import math
-import os
 import pathlib
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -21,7 +20,7 @@ from tqdm import tqdm
 
 from atat_jax import checkpoints, metrics
 from atat_jax.data import batches
-from atat_jax.runs import files, overfitting
+from atat_jax.runs import files, locations, overfitting
 from atat_jax.state import TrainState
 from atat_jax.training.incidents import Incidents
 from atat_jax.training.interrupts import Interrupted
@@ -51,9 +50,7 @@ class MetricsWriter(contextlib.AbstractContextManager[Any]):
       _log.warning("%s: all of it was copied to %s", path, copy)
     kept = [text for text, line in lines.found if line["step"] <= step]
     files.write_bytes(path, b"".join(kept))
-    with files.plain_errors(path):
-      # Without a buffer: what a full disk refuses is not tried again.
-      self._file = path.open("ab", buffering=0)
+    self._file = files.Appender(path)
     self._board = _Board(directory / files.TENSORBOARD, step)
 
   def write(
@@ -72,11 +69,8 @@ class MetricsWriter(contextlib.AbstractContextManager[Any]):
     if not self._writes:
       return
     line = json.dumps({"split": split, "step": step, **values}) + "\n"
-    with files.plain_errors(pathlib.Path(self._file.name)):
-      if self._file.write(line.encode()) < len(line):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-      if split == "validation":  # a checkpoint follows, which counts on it
-        os.fsync(self._file.fileno())
+    # After a validation a checkpoint follows, which counts on it.
+    self._file.write(line.encode(), sync=split == "validation")
     self._board.write(
       {f"{split}/{k}": v for k, v in values.items() if isinstance(v, float)},
       step,
@@ -103,9 +97,16 @@ class _Board:
 
   def __init__(self, directory: pathlib.Path, step: int):
     self._directory = directory
+    # On an object store, copies of a local file are sent.
+    self._spool: tempfile.TemporaryDirectory[str] | None = None
+    self._sent = time.monotonic()
     with files.plain_errors(directory):
+      place = directory
+      if locations.is_remote(directory):
+        self._spool = tempfile.TemporaryDirectory()
+        place = pathlib.Path(self._spool.name)
       directory.mkdir(parents=True, exist_ok=True)
-      self._events = event_file_writer.EventsWriter(str(directory / "events"))
+      self._events = event_file_writer.EventsWriter(str(place / "events"))
     start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
     self._add(step + 1, session_log=start)
     self._flush()
@@ -129,11 +130,24 @@ class _Board:
   def _flush(self) -> None:
     with files.plain_errors(self._directory):
       self._events.flush()
+      if time.monotonic() - self._sent > files.SEND_EVERY:
+        self._send()
+
+  def _send(self) -> None:
+    """Sends the file to an object store, if it is for one."""
+    self._sent = time.monotonic()
+    if self._spool is not None:
+      for path in pathlib.Path(self._spool.name).iterdir():
+        (self._directory / path.name).write_bytes(path.read_bytes())
 
   def close(self) -> None:
     """Closes the file, which holds everything already."""
     with contextlib.suppress(OSError):  # it was said when it was written
       self._events.close()
+    with files.plain_errors(self._directory):
+      self._send()
+    if self._spool is not None:
+      self._spool.cleanup()
 
 
 # Metrics that the bar shows, under shorter names.

@@ -49,7 +49,7 @@ def rehearse(
     UserError: A program cannot be built; the message names the field.
   """
   outlines = [
-    train.make_outline(plan, stage, workdir, len(dataset.train.labels))
+    train.make_outline(plan, stage, workdir, dataset.num_train)
     for stage in plan.stages
   ]
   if all(
@@ -111,12 +111,15 @@ def _trace_stage(
   )
   bound = train.bind(plan, stage, options, mesh)
   teacher = variables if stage.objective.needs_teacher else None
-  data = jax.tree.map(_shape, dataset.train)
+  data = jax.tree.map(_shape, train.resident(dataset))
   count = stage.batch_size - stage.num_extra
   indices = jax.ShapeDtypeStruct((count,), jnp.int32)
   extra = None
-  if stage.num_extra:
-    extra = jax.tree.map(lambda x: _shape(x[: stage.num_extra]), dataset.train)
+  if number := train.num_drawn(stage, dataset):
+    extra = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct((number, *x.shape[1:]), x.dtype),
+      train.example(plan),
+    )
   batch = (teacher, data, indices, extra)
   after = jax.eval_shape(
     functools.partial(steps.train_step, optimizer=optimizer, **bound),
@@ -201,7 +204,7 @@ def _trace_protocol(
 
 def _trace_figures(plan: Plan, dataset: Dataset, variables: Variables) -> None:
   with in_section("figures"):
-    settings = analyses.for_images(plan.figures, len(dataset.test.labels))
+    settings = analyses.for_images(plan.figures, dataset.num_test)
   shape = plan.data.spec.image_shape
   with _named("figures.attack"):
     _trace_protocol(plan, settings.attack, "running", variables)

@@ -143,9 +143,7 @@ def _choose(
 ) -> tuple[StagePlan, Outline]:
   """Chooses the first training that is not finished, or the last one."""
   for stage in plan.stages:
-    outline = train.make_outline(
-      plan, stage, workdir, len(dataset.train.labels)
-    )
+    outline = train.make_outline(plan, stage, workdir, dataset.num_train)
     last = outline.directory / files.CHECKPOINTS / str(outline.total)
     if not last.is_dir():
       break

@@ -55,7 +55,8 @@ PLACES = {
   "pickle": (),  # it runs what a file says
   "marshal": (),
   "shelve": (),
-  "absl": ("cli", "runtime"),
+  "absl": ("cli", "data", "runtime"),
+  "grain": ("data",),
   "tensorflow": ("interop",),
   "torch": (),
   "equinox": (),

@@ -186,35 +186,41 @@ def test_update_equals_a_loop_by_hand(momentum, nesterov, problem):
         )
 
 
-def test_update_equals_pytorch(problem, twin):
+@pytest.mark.parametrize("name", optim.OPTIMIZERS)
+def test_update_equals_pytorch(name, problem, twin):
   torch = twin.torch
   params, gradients = problem
-  optimizer = optim.make_optimizer(lambda step: 0.1, weight_decay=2e-4)
+  optimizer = optim.make_optimizer(
+    lambda step: 0.1, weight_decay=0.05, name=name, second_momentum=0.95
+  )
   path = _trajectory(optimizer, params, gradients)
   weights = twin.tree(params, requires_grad=True)
   groups = [
     {
       "params": [w["kernel"] for w in weights.values() if "kernel" in w],
-      "weight_decay": 2e-4,
+      "weight_decay": 0.05,
     },
     {
       "params": [
         leaf
         for layer in weights.values()
-        for name, leaf in layer.items()
-        if name != "kernel"
+        for kind, leaf in layer.items()
+        if kind != "kernel"
       ],
       "weight_decay": 0.0,
     },
   ]
-  theirs = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
+  if name == "sgd":
+    theirs = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
+  else:
+    theirs = torch.optim.AdamW(groups, lr=0.1, betas=(0.9, 0.95))
   for gradient, actual in zip(gradients, path, strict=True):
     for layer in weights:
-      for name in weights[layer]:
-        weights[layer][name].grad = torch.tensor(gradient[layer][name])
+      for kind in weights[layer]:
+        weights[layer][kind].grad = torch.tensor(gradient[layer][kind])
     theirs.step()
     jax.tree.map(
-      lambda a, b: np.testing.assert_allclose(a, b.detach(), rtol=1e-6),
+      lambda a, b: np.testing.assert_allclose(a, b.detach(), rtol=5e-6),
       actual,
       weights,
     )
@@ -253,6 +259,14 @@ def test_bad_optimizers_are_named():
     UserError, match="weight_decay: -1; allowed: a number >= 0"
   ):
     optim.make_optimizer(lambda step: 0.1, weight_decay=-1)
+  for options, message in (
+    (dict(name="adam"), "optimizer: 'adam'; allowed: adamw, sgd"),
+    (dict(second_momentum=1.0), "second_momentum: 1.0; allowed: "),
+    (dict(name="adamw", nesterov=True), "nesterov: True with adamw"),
+  ):
+    with pytest.raises(UserError) as error:
+      optim.make_optimizer(lambda step: 0.1, **options)
+    assert str(error.value).startswith(message)
 
 
 @pytest.mark.parametrize("length", [0.5, 2.0, 40.0])

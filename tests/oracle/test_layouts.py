@@ -6,10 +6,12 @@ import re
 
 import numpy as np
 import pytest
+import tiny
 from PIL import Image
 from quick import jit
 
 from atat_jax import data, explain, interop, models
+from atat_jax.config import make_plan
 from atat_jax.errors import UserError
 
 torch = pytest.importorskip(
@@ -216,6 +218,50 @@ def test_logits_equal_pytorchs(name, path):
   compare(loaded, network, values, side)
   one_line(loaded.told)
   assert loaded.layout in loaded.told and loaded.normalization in loaded.told
+
+
+# The networks of configs/imagenet.py, as wide and deep as they are there.
+IMAGENETS = {
+  "resnet50": lambda: layouts.ResNet(
+    (3, 4, 6, 3),
+    64,
+    1000,
+    head="fc",
+    shortcut="downsample",
+    large=True,
+    inner=64,
+  ),
+  "convnext_t": lambda: layouts.ConvNeXt(
+    (3, 3, 9, 3), (96, 192, 384, 768), 1000, (48, 96)
+  ),
+  "vit_s": lambda: layouts.ViT(224, 16, 384, 12, 1000, (48, 96, 192, 384)),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", IMAGENETS)
+def test_networks_of_the_imagenet_configuration_are_the_published_ones(
+  name, path, monkeypatch
+):
+  spec = data.DatasetSpec("i", 1000, (224, 224, 3), ("",) * 1000, *IMAGENET)
+  monkeypatch.setattr(data, "spec", lambda *_, **__: spec)
+  config = tiny.load_config("imagenet", f"at,{name}")
+  config.model.dtype = "float32"
+  model = make_plan(config).model
+  network = torch_zoo.randomize(IMAGENETS[name]())
+  torch.save(network.state_dict(), path)
+  loaded = interop.load(path, normalization="dataset")
+  assert type(loaded.model) is type(model)
+  # The configuration's network takes the weights; the file shows no mean.
+  values = (model.mean, model.std)
+  assert values == IMAGENET
+  classifier = models.classifier(model, loaded.variables)
+  images = images_of(224)
+  with torch.no_grad():
+    expected = network(normalized(images, values)).numpy()
+  logits = jit(lambda c, x: c(x))(classifier, images)
+  scale = np.abs(expected).max()
+  np.testing.assert_allclose(logits, expected, atol=1e-4 * scale)
 
 
 @pytest.fixture(scope="module")

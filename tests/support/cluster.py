@@ -56,7 +56,7 @@ class Job:
       for line in re.findall(r"local_cluster: statuses (.+)", self.text)
     ]
 
-  def wait(self, seconds: float = 500) -> int:
+  def wait(self, seconds: float = 1800) -> int:
     """Waits for the end; returns the exit status."""
     try:
       return self.process.wait(seconds)

@@ -123,7 +123,7 @@ def _check_options(
   checks.key(key)
   checks.count("batch_size", batch_size)
   if state_path is not None:
-    locations.expand("state_path", state_path)
+    locations.find("state_path", state_path)
   checks.not_negative("save_every_s", save_every_s)
   checks.boolean("progress", progress)
 
@@ -186,7 +186,7 @@ def autoattack(
   evaluation = _Evaluation(key, data, ensemble, epsilon, norm, batch_size, mesh)
   evaluation.screen(screen, called)
   if state_path is not None:
-    evaluation.keep(locations.expand("state_path", state_path), save_every_s)
+    evaluation.keep(locations.find("state_path", state_path), save_every_s)
   return evaluation.run(progress=progress)
 
 

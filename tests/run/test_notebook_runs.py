@@ -27,7 +27,7 @@ EXECUTE = _executor()
 def _kinds(notebook):
   """Kinds of the outputs, cell by cell: a figure must not turn into a text."""
   return [
-    [tuple(o.get("data", {"text": 0})) for o in cell.outputs]
+    [sorted(o.get("data", {"text": 0})) for o in cell.outputs]
     for cell in notebook.cells
     if cell.cell_type == "code"
   ]

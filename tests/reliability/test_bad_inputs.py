@@ -302,6 +302,7 @@ VALID: dict[str, Callable[[Any], bool]] = {
   "positive": lambda x: _is_number(x) and _SMALLEST <= x <= _LARGEST,
   "epsilon": lambda x: _is_number(x) and _SMALLEST <= x <= 1,
   "count": lambda x: _is_integer(x) and 1 <= x < 2**31,
+  "odd count": lambda x: _is_integer(x) and 3 <= x < 2**31 and x % 2 == 1,
   "weight": lambda x: _is_number(x) and (x == 0 or 0 < x <= _LARGEST),
   "fraction": lambda x: _is_number(x) and 0 <= x < 1,
   "boolean": lambda x: isinstance(x, bool | np.bool_),

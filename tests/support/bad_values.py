@@ -376,6 +376,7 @@ BANKS: dict[str, Bank] = {
   "epsilon": POSITIVES | _values(8, 1.001, 255),
   "share": SHARES,
   "count": COUNTS,
+  "odd count": COUNTS | _values(1, 2, 8),
   "name": NAMES_OF,
   "boolean": BOOLEANS,
   "layers": LAYERS,

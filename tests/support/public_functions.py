@@ -324,7 +324,7 @@ ENTRIES = [
     {
       **_ANALYSIS,
       "radius": "positive",
-      "num_points": "count",
+      "num_points": "odd count",
       "batch_size": "count",
     },
   ),
@@ -368,7 +368,7 @@ ENTRIES = [
       "num_followed": "count",
       "num_examples": "count",
       "indices": "indices",
-      "num_points": "count",
+      "num_points": "odd count",
       "num_steps": "count",
       "epsilons": "radii",
       "batch_size": "count",

@@ -159,20 +159,14 @@ def _evaluate(program: Any, *args: Any) -> list[Any]:
   jaxpr, consts = program, ()
   if isinstance(program, core.ClosedJaxpr):
     jaxpr, consts = program.jaxpr, program.consts
-  values: dict[Any, Any] = {}
+  return programs.walk(jaxpr, consts, args, _named_equation)
 
-  def read(v: Any) -> Any:
-    return v.val if isinstance(v, core.Literal) else values[v]
 
-  values.update(zip(jaxpr.constvars, consts, strict=True))
-  values.update(zip(jaxpr.invars, args, strict=True))
-  for eqn in jaxpr.eqns:
-    # The names of modules, which profiles show.
-    name = str(eqn.source_info.name_stack)
-    with jax.named_scope(name) if name else contextlib.nullcontext():
-      out = _equation(eqn, list(map(read, eqn.invars)))
-    values.update(zip(eqn.outvars, out, strict=True))
-  return list(map(read, jaxpr.outvars))
+def _named_equation(eqn: Any, args: list[Any]) -> Sequence[Any]:
+  # The names of modules, which profiles show.
+  name = str(eqn.source_info.name_stack)
+  with jax.named_scope(name) if name else contextlib.nullcontext():
+    return _equation(eqn, args)
 
 
 def _equation(eqn: Any, args: list[Any]) -> Sequence[Any]:

@@ -86,17 +86,7 @@ class NodeList:
   def _run(
     self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]
   ) -> list[Any]:
-    values: dict[Any, Any] = {}
-
-    def read(v: Any) -> Any:
-      return v.val if isinstance(v, core.Literal) else values[v]
-
-    values.update(zip(jaxpr.constvars, consts, strict=True))
-    values.update(zip(jaxpr.invars, args, strict=True))
-    for eqn in jaxpr.eqns:
-      out = self._equation(eqn, list(map(read, eqn.invars)))
-      values.update(zip(eqn.outvars, out, strict=True))
-    return list(map(read, jaxpr.outvars))
+    return programs.walk(jaxpr, consts, args, self._equation)
 
   def _equation(self, eqn: Any, args: list[Any]) -> Sequence[Any]:
     depends = [isinstance(arg, _Ref | _Comparison) for arg in args]

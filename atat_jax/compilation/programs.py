@@ -206,6 +206,40 @@ def called(eqn: Any) -> Any | None:
   return next(eqn.params[key] for key in _INNER if key in eqn.params)
 
 
+def walk(
+  jaxpr: Any,
+  consts: Sequence[Any],
+  args: Sequence[Any],
+  equation: Callable[[Any, list[Any]], Sequence[Any]],
+  constant: Callable[[Any], Any] = lambda value: value,
+) -> list[Any]:
+  """Goes through a program, one equation after the other.
+
+  Args:
+    jaxpr: The program.
+    consts: Values of its constants.
+    args: Values of its arguments.
+    equation: Function of an equation and the values that go in; returns those
+      that come out.
+    constant: Function of a constant that stands in an equation; returns its
+      value.
+
+  Returns:
+    The values of the program's results.
+  """
+  values: dict[Any, Any] = {}
+
+  def read(v: Any) -> Any:
+    return constant(v.val) if isinstance(v, core.Literal) else values[v]
+
+  values.update(zip(jaxpr.constvars, consts, strict=True))
+  values.update(zip(jaxpr.invars, args, strict=True))
+  for eqn in jaxpr.eqns:
+    out = equation(eqn, list(map(read, eqn.invars)))
+    values.update(zip(eqn.outvars, out, strict=True))
+  return list(map(read, jaxpr.outvars))
+
+
 def _is_hoisted(value: Any) -> bool:
   """Whether a constant becomes an argument.
 
@@ -262,19 +296,7 @@ class _Substitution:
   def _jaxpr(
     self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]
   ) -> list[Any]:
-    values: dict[Any, Any] = {}
-
-    def read(v: Any) -> Any:
-      if isinstance(v, core.Literal):
-        return self._constant(v.val)
-      return values[v]
-
-    values.update(zip(jaxpr.constvars, consts, strict=True))
-    values.update(zip(jaxpr.invars, args, strict=True))
-    for eqn in jaxpr.eqns:
-      out = self._equation(eqn, list(map(read, eqn.invars)))
-      values.update(zip(eqn.outvars, out, strict=True))
-    return list(map(read, jaxpr.outvars))
+    return walk(jaxpr, consts, args, self._equation, self._constant)
 
   def _equation(self, eqn: Any, args: list[Any]) -> Sequence[Any]:
     if _is_clean(eqn):

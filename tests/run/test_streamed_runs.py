@@ -221,7 +221,7 @@ def test_twenty_classes_of_64_pixels_are_learnt_and_resumed_exactly(
       data__smallest_crop=0.25,
       data__validation_size=40,
       data__shard_size=20,
-      train__batch_size=20,
+      train__batch_size=16,
       train__num_epochs=1,
       train__validate_every_epochs=0.5,
       train__log_every_steps=8,

@@ -107,7 +107,7 @@ def test_a_link_to_nowhere_fails(tmp_path):
   pytest.importorskip("mkdocs", reason="needs pip install -e '.[docs]'")
   for name in ("docs", "notebooks", "benchmarks", "atat_jax"):
     shutil.copytree(ROOT / name, tmp_path / name)
-  for name in ("mkdocs.yml", "README.md", "CONTRIBUTING.md"):
+  for name in ("mkdocs.yml", *(path.name for path in ROOT.glob("*.md"))):
     shutil.copy(ROOT / name, tmp_path)
   page = tmp_path / "docs" / "faq.md"
   page.write_text(

@@ -216,15 +216,7 @@ def _parse(argv: Sequence[str] | None, program: str) -> argparse.Namespace:
     action="store_true",
     help="certify images by linear bounds, too (small networks, linf)",
   )
-  add("--entry", help="entry of the weights file to take")
-  add(
-    "--field",
-    action="append",
-    type=flag_values.assignment,
-    default=[],
-    metavar="NAME=VALUE",
-    help="field of the network that the file does not show",
-  )
+  flags.add_weights()
   return flags.parse_args(argv)
 
 

@@ -236,13 +236,7 @@ def _run(
   """
   statuses: list[int] = []
   for restart in range(options.max_restarts + 1):
-    made = workers(
-      arguments,
-      num_processes=options.num_processes,
-      devices=options.devices,
-      platform=options.platform,
-      port=options.port or free_port(),
-    )
+    made = _workers(options, arguments)
     current[:] = [Cluster(made)]
     if asked:  # while they were started
       current[0].signal(asked[0])
@@ -254,6 +248,19 @@ def _run(
     _say(f"restart {restart + 1} of {options.max_restarts}")
   failed = [status for status in statuses if status]
   return 0 if not failed else failed[0] if failed[0] > 0 else 128 - failed[0]
+
+
+def _workers(
+  options: argparse.Namespace, arguments: Sequence[str]
+) -> list[Worker]:
+  """Makes the processes that the options ask for."""
+  return workers(
+    arguments,
+    num_processes=options.num_processes,
+    devices=options.devices,
+    platform=options.platform,
+    port=options.port or free_port(),
+  )
 
 
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -297,13 +304,7 @@ def main(argv: Sequence[str]) -> int:
   """Runs the command; returns its exit status."""
   options, arguments = _parse(argv)
   if options.dry_run:
-    made = workers(
-      arguments,
-      num_processes=options.num_processes,
-      devices=options.devices,
-      platform=options.platform,
-      port=options.port or free_port(),
-    )
+    made = _workers(options, arguments)
     sys.stdout.writelines(f"{worker.describe()}\n" for worker in made)
     return 0
   return run(options, arguments)

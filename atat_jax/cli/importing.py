@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from atat_jax import attack, checkpoints, interop, metrics, state
 from atat_jax.errors import UserError
-from atat_jax.process import arguments, commands, flag_values
+from atat_jax.process import arguments, commands
 from atat_jax.runs import files, locations, lock
 
 PROGRAM = "python -m atat_jax.cli import"
@@ -100,14 +100,7 @@ def main(argv: Sequence[str] | None = None, *, program: str = PROGRAM) -> None:
   add("--data", help="data set, .npz or folder that accuracy is measured on")
   add("--data-dir", help="place of the data; default: the usual one")
   add("--size", type=int, default=0, help="side of pictures in a folder")
-  add("--entry", help="entry of the file to take, such as model_ema")
-  add(
-    "--field",
-    action="append",
-    type=flag_values.assignment,
-    default=[],
-    help="NAME=VALUE of the network that the file does not show",
-  )
+  flags.add_weights()
   args = flags.parse_args(argv)
   out = locations.expand("out", args.out) if args.out else None
   images = (

@@ -8,7 +8,7 @@ refuses others: nothing is written twice.
 import re
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
@@ -64,12 +64,28 @@ def fields(made: ConfigDict, only: Sequence[str] | None = None) -> list[Field]:
   ]
 
 
-def _leaves(tree: ConfigDict, path: str = "") -> Iterator[tuple[str, Any]]:
+def entries(
+  tree: Mapping[str, Any] | ConfigDict, path: str = ""
+) -> Iterator[tuple[str, Any]]:
+  """Yields the sections and fields of a configuration, by their dotted names.
+
+  Args:
+    tree: The configuration or a section of it.
+    path: Name of the section with a dot behind it; "": all of it.
+  """
   for name, value in tree.items():
-    if isinstance(value, ConfigDict):
-      yield from _leaves(value, f"{path}{name}.")
-    else:
-      yield path + name, value
+    yield path + name, value
+    if isinstance(value, ConfigDict | Mapping):
+      yield from entries(value, f"{path}{name}.")
+
+
+def _leaves(made: ConfigDict) -> list[tuple[str, Any]]:
+  """Fields of a configuration, without its sections."""
+  return [
+    (name, value)
+    for name, value in entries(made)
+    if not isinstance(value, ConfigDict | Mapping)
+  ]
 
 
 def _meanings(made: ConfigDict) -> dict[str, str]:

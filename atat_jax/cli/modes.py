@@ -9,7 +9,7 @@ import sys
 import textwrap
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -221,7 +221,7 @@ def _unknown_field(words: Sequence[str]) -> str | None:
   ]
   if not texts:  # in a --flagfile
     return None
-  known = dict(_leaves(shipped.load(texts[-1])))
+  known = dict(listing.entries(shipped.load(texts[-1])))
   sections = {"", *(name for name in known if "." not in name)}
   for word in words:
     match = re.match(r"--?(?:no)?config\.([^=]*)", word)
@@ -236,14 +236,6 @@ def _unknown_field(words: Sequence[str]) -> str | None:
         " atat-jax fields describes them"
       )
   return None
-
-
-def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-  """Fields of a configuration and its sections, by their dotted names."""
-  for name, value in tree.items():
-    yield path + name, value
-    if isinstance(value, ConfigDict | Mapping):
-      yield from _leaves(value, f"{path}{name}.")
 
 
 def _reason(error: Exception) -> str:

@@ -123,7 +123,7 @@ class Pictures:
     Raises:
       UserError: A picture cannot be read; the message names it.
     """
-    examples = _Examples(self.numbers, None)
+    examples = _Examples(self.numbers)
     decode = functools.partial(_decode, self.records, self.size, 1.0)
     with _ChunkReader(
       examples, decode, chunk=_CHUNK, threads=_THREADS, ahead=2 * _THREADS
@@ -311,21 +311,16 @@ class _Examples:
 
   Args:
     numbers: Numbers of the records, in order.
-    keys: A key of a crop for each, or None.
   """
 
-  def __init__(
-    self, numbers: np.ndarray, keys: list[tuple[int, int]] | None
-  ) -> None:
-    self._numbers, self._keys = numbers, keys
+  def __init__(self, numbers: np.ndarray) -> None:
+    self._numbers = numbers
 
   def __len__(self) -> int:
     return len(self._numbers)
 
   def __getitem__(self, place: Any) -> _Example:
-    place = int(place)
-    key = self._keys[place] if self._keys is not None else None
-    return _Example(int(self._numbers[place]), key)
+    return _Example(int(self._numbers[int(place)]), None)
 
 
 class _Plan:

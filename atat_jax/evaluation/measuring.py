@@ -23,7 +23,7 @@ from tqdm import tqdm
 from atat_jax import attacks, rng, sharding
 from atat_jax.attacks import diagnostics, nonfinite
 from atat_jax.attacks.diagnostics import Diagnostic
-from atat_jax.data.base import Split, as_floats, count
+from atat_jax.data.base import Split, as_floats, count, first_images
 from atat_jax.data.streamed import Pictures
 from atat_jax.evaluation import accuracies, certifying, parts, rules
 from atat_jax.evaluation.protocols import Protocol
@@ -383,7 +383,7 @@ class _LossChecks:
 
   def __init__(self, test: Split | Pictures):
     self._test = test
-    self._read: Split | None = None
+    self._read = test if isinstance(test, Split) else None
     self._found: dict[tuple[Any, ...], Diagnostic] = {}
 
   def check(self, one: Pending) -> Row:
@@ -415,13 +415,10 @@ class _LossChecks:
 
   def _first(self, number: int) -> Split:
     """Returns the first test images."""
-    if isinstance(self._test, Split):
-      return Split(*(array[:number] for array in self._test))
-    if self._read is None or len(self._read.labels) != min(
-      number, len(self._test)
-    ):
-      self._read = self._test.select(slice(number)).decode()
-    return self._read
+    enough = min(number, count(self._test))
+    if self._read is None or len(self._read.labels) < enough:
+      self._read = first_images(self._test, number)
+    return Split(*(array[:number] for array in self._read))
 
 
 def _path(

@@ -20,7 +20,7 @@ from flax import linen as nn
 from atat_jax import checkpoints, interop
 from atat_jax.errors import UserError
 from atat_jax.export import robustbench
-from atat_jax.process import arguments, commands, flag_values
+from atat_jax.process import arguments, commands
 from atat_jax.runs import files, locations
 from atat_jax.typing import Variables
 
@@ -53,14 +53,7 @@ def _parse(argv: Sequence[str] | None, program: str) -> argparse.Namespace:
   add("--step", type=int, help="step of a checkpoint that was kept")
   add("--results", help="directory of a results.json; default: the run's")
   add("--network", help="network in the results; default: the student")
-  add("--entry", help="entry of the weights file to take")
-  add(
-    "--field",
-    action="append",
-    type=flag_values.assignment,
-    default=[],
-    help="NAME=VALUE of the network that the weights do not show",
-  )
+  flags.add_weights()
   add(
     "--paper",
     action="append",
@@ -106,13 +99,13 @@ def _write_robustbench(
   name: str,
   results: Mapping[str, Any],
   source: _Source,
-  args: argparse.Namespace,
+  network: str,
+  paper: Mapping[str, str],
 ) -> None:
   """Writes RobustBench's files, and says what is not known."""
-  paper = _paper(args.paper)
   found = robustbench.entry(
     results,
-    network=robustbench.network_of(results["rows"], args.network),
+    network=network,
     model=source.model,
     step=source.step,
     paper=paper,
@@ -146,14 +139,16 @@ def main(argv: Sequence[str] | None = None, *, program: str = PROGRAM) -> None:
     name = path.resolve().name if path.is_dir() else path.stem
   if pathlib.PurePath(name).name != name or name[:1] in ("", "."):
     raise UserError(f"--name: {name!r}; allowed: a name without a folder")
-  _paper(args.paper)  # before anything is loaded
+  # All that can be refused is read before anything is loaded.
+  paper = _paper(args.paper)
   where = path if args.results is None else args.results
   where = locations.expand("results", where)
   results = files.read_results(where) if where.is_dir() else None
   if results is None and args.results is not None:
     raise UserError(f"--results: {where}; allowed: a folder with results.json")
+  network = ""
   if results is not None:
-    robustbench.network_of(results["rows"], args.network)
+    network = robustbench.network_of(results["rows"], args.network)
   source = _load(path, args)
   saved = interop.save(
     out / f"{name}.safetensors", source.model, source.variables
@@ -162,5 +157,5 @@ def main(argv: Sequence[str] | None = None, *, program: str = PROGRAM) -> None:
   if results is None:
     sys.stdout.write("no results.json, and so nothing for RobustBench\n")
   else:
-    _write_robustbench(out, name, results, source, args)
+    _write_robustbench(out, name, results, source, network, paper)
   commands.say_next(f"{saved.module} says how PyTorch loads the weights")

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any, NoReturn
 
 from atat_jax.errors import near, one_line
+from atat_jax.process import flag_values
 
 
 class _Format(argparse.RawDescriptionHelpFormatter):
@@ -47,6 +48,18 @@ class Parser(argparse.ArgumentParser):
       add_help=False,
     )
     self.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
+
+  def add_weights(self) -> None:
+    """Adds the flags that say how a file of weights is read."""
+    self.add_argument("--entry", help="entry of the weights file to take")
+    self.add_argument(
+      "--field",
+      action="append",
+      type=flag_values.assignment,
+      default=[],
+      metavar="NAME=VALUE",
+      help="NAME=VALUE of the network that the file does not show",
+    )
 
   def error(self, message: str) -> NoReturn:
     """Ends the process with one line and status 2.

@@ -29,12 +29,11 @@ from atat_jax import checks, compilation, rng
 from atat_jax.data import augment
 from atat_jax.data.corruptions import blur, digital, noise, weather
 from atat_jax.errors import UserError
+from atat_jax.runs.corrupted import SEVERITIES
 from atat_jax.typing import Array, Scalar
 
 GENERATED = "atat_jax-corruptions-v1"
 """Name of the images in results; another formula needs another number."""
-
-SEVERITIES = (1, 2, 3, 4, 5)
 
 MOST_CHANNELS = 4
 

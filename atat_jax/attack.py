@@ -101,7 +101,7 @@ def load_images(
       f"num_examples: {count}; allowed: at most {len(test.labels)}, the images"
       f" of {found}"
     )
-  return Images(found, Split(*(array[:count] for array in test)))
+  return Images(found, test.first(count))
 
 
 def load_classifier(

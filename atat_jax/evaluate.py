@@ -75,8 +75,7 @@ def open_corrupted(
   if source is not None:
     with in_section("evaluation"):
       source.check_labels(test.labels, name)
-  number = settings.num_examples or len(test.labels)
-  first = Split(*(array[:number] for array in test))
+  first = test.first(settings.num_examples or len(test.labels))
   return corrupted.Corrupted(first, name, settings.seed, source)
 
 
@@ -84,7 +83,7 @@ def _evaluated(plan: Plan, test: Split | Pictures) -> Split | Pictures:
   """Returns the images of a test split that are evaluated."""
   number = plan.evaluation.num_examples or count(test)
   if isinstance(test, Split):
-    return Split(*(array[:number] for array in test))
+    return test.first(number)
   return test.select(slice(number))
 
 

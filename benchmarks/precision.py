@@ -76,9 +76,7 @@ def load(args: argparse.Namespace) -> Subject:
     arguments["data_dir"] = args.data_dir
   test = data.load(**arguments).test
   mesh = sharding.make_mesh()
-  split = sharding.put_replicated(
-    mesh, data.Split(*(array[: args.num_examples] for array in test))
-  )
+  split = sharding.put_replicated(mesh, test.first(args.num_examples))
   return Subject(arguments["name"], model, variables, split, mesh)
 
 

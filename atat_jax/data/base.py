@@ -56,6 +56,14 @@ class Split(NamedTuple):
   images: np.ndarray
   labels: np.ndarray
 
+  def first(self, number: int) -> "Split":
+    """Returns the first images with their labels.
+
+    Args:
+      number: Number of images; where there are fewer, all of them.
+    """
+    return Split(self.images[:number], self.labels[:number])
+
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:

@@ -418,7 +418,7 @@ class _LossChecks:
     enough = min(number, count(self._test))
     if self._read is None or len(self._read.labels) < enough:
       self._read = first_images(self._test, number)
-    return Split(*(array[:number] for array in self._read))
+    return self._read.first(number)
 
 
 def _path(

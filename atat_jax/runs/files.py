@@ -99,17 +99,17 @@ def plain_errors(path: pathlib.Path) -> Iterator[None]:
 def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
   """Replaces a file atomically: a reader sees the old or the new one, whole.
 
-  On an object store it is written in a local folder and sent in one piece, which
-  the store shows when it is there, whole. On a disk, the new file is on the disk before it gets its name. It is locked while it is
-  written, so that `remove_temporaries` knows it from one that a killed process
-  left.
+  On a disk, the new file is there whole before it gets its name. It is locked
+  while it is written, so that `remove_temporaries` knows it from one that a
+  killed process left. For an object store it is written in a local folder and
+  sent in one piece, which the store shows when it has all of it.
 
   Args:
     path: File to be written; its folder is made.
 
   Yields:
-    Path of a temporary file beside it, with the same suffix. It takes the place
-    of `path` when the block ends, and is removed when the block fails.
+    Path of a temporary file with the same suffix, on a disk beside it. It takes
+    the place of `path` when the block ends, and is removed when the block fails.
 
   Raises:
     UserError: The operating system refuses.

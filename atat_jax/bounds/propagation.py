@@ -41,7 +41,7 @@ class Propagation:
     self.intervals = [image]
     self._lines = [Enclosure(_nothing, _nothing, None, None, None)]
     self._backward = backward
-    self._tight = {0}  # whose intervals are the best ones
+    self._tight = {0}  # nodes that have the best interval
     needed = {
       parent
       for node in self._nodes

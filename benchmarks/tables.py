@@ -123,11 +123,13 @@ PARTS: dict[str, Part] = {
 def provenance(found: Found) -> str:
   """Describes command, commit, machine and versions in one paragraph."""
   machine = found["machine"]
+  missing = found.get("missing", ())
+  stopped = f" Stopped before {', '.join(missing)}." if missing else ""
   return (
     f"`{found['command']}`, commit `{found['commit']}`, {found['date'][:10]},"
     f" {len(machine['cores_used'])} cores, {machine['cpu']}, device"
     f" {machine['device']}, Python {machine['python']}, jax {machine['jax']},"
-    f" torch {machine['torch']}."
+    f" torch {machine['torch']}.{stopped}"
   )
 
 

@@ -297,6 +297,55 @@ def test_pages_show_the_committed_results():
         assert text.count(f"<!-- generated: {name} -->") == 1, name
 
 
+def test_a_stopped_benchmark_says_what_is_missing_and_goes_on(
+  tmp_path, monkeypatch
+):
+  from benchmarks.support import machine
+
+  commit = ["abc"]
+  monkeypatch.setattr(machine, "start", lambda *_, **__: [0])
+  monkeypatch.setattr(machine.provenance, "commit", lambda: commit[0])
+  out = tmp_path / "out.json"
+  args = argparse.Namespace(out=out, threads=None)
+  made = []
+
+  def rows(names):
+    for name in names:
+      if len(made) == 2 or len(made) == 5:
+        raise KeyboardInterrupt
+      made.append(name)
+      yield {"name": name, "value": len(made)}
+
+  def call():
+    machine.run(
+      args,
+      rows,
+      lambda found: str(len(found)),
+      line=lambda row: row["name"],
+      names=["a", "b", "c"],
+    )
+    return json.loads(out.read_text())
+
+  with pytest.raises(KeyboardInterrupt):
+    call()
+  assert json.loads(out.read_text())["missing"] == ["c"]
+  made.append("stopped")
+  found = call()
+  assert made == ["a", "b", "stopped", "c"] and "missing" not in found
+  assert [row["value"] for row in found["rows"]] == [1, 2, 4]
+  commit[0] = "def"  # other code measures everything itself
+  made.append("other")
+  with pytest.raises(KeyboardInterrupt):
+    call()
+  assert not made[5:]
+  commit[0] = "abc-dirty"
+  for _ in range(2):  # and so does code that is not committed
+    made.clear()
+    with pytest.raises(KeyboardInterrupt):
+      call()
+    assert made == ["a", "b"]
+
+
 def test_results_of_uncommitted_code_are_not_shown(tmp_path):
   from benchmarks import tables
 

@@ -1,6 +1,6 @@
 """Downloads CIFAR and prepares it for tensorflow-datasets, without TensorFlow.
 
-    python -m atat_jax.data.prepare cifar10 --data_dir=DIR [--archive=PATH]
+  python -m atat_jax.data.prepare cifar10 --data_dir=data
 
 The builder of tensorflow-datasets unpacks the archive and encodes PNG through
 TensorFlow. Here `archives` reads the archive and Pillow encodes the images;

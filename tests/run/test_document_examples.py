@@ -32,8 +32,8 @@ PAGES = {
   if (blocks := documents.blocks(name, "python"))
 }
 
-# Pages with attacks of hundreds of steps.
-SLOW = {"docs/evaluating.md", "docs/explaining.md"}
+# Pages that compile many programs, or attack in hundreds of steps.
+SLOW = {"docs/evaluating.md", "docs/explaining.md", "docs/networks.md"}
 
 
 # --- Files that pages name ---------------------------------------------------

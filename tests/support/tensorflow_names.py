@@ -57,7 +57,7 @@ def stand_in(patch: pytest.MonkeyPatch, asked: list[str]) -> Contents:
     asked: List that gets each prefix that is read.
 
   Returns:
-    Where `store` puts arrays.
+    The arrays by prefix, which `store` fills.
   """
   contents: Contents = {}
 

@@ -293,12 +293,13 @@ def describe(name: str, *, data_dir: str | None = None, size: int = 0) -> str:
   """
   found = data.load(name, data_dir=data_dir, validation_size=1, size=size)
   spec, (height, width, channels) = found.spec, found.spec.image_shape
-  train = np.concatenate([found.train.labels, found.validation.labels])
+  splits = (found.train, found.validation, found.test)
+  train, held_out, test = (base.in_memory(split).labels for split in splits)
   facts = {
     "data set": spec.name,
     "images": f"{height} x {width} pixels, {wording.plural(channels, 'channel')}",
-    "training": _counts(train, spec.num_classes),
-    "test": _counts(base.in_memory(found.test).labels, spec.num_classes),
+    "training": _counts(np.concatenate([train, held_out]), spec.num_classes),
+    "test": _counts(test, spec.num_classes),
     "classes": f"{spec.num_classes}: {_listed(spec.class_names)}",
   }
   return "".join(f"{fact + ':':<11}{text}\n" for fact, text in facts.items())

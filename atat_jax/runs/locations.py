@@ -128,7 +128,7 @@ def _reach(name: str, bucket: str) -> None:
   import fsspec
 
   fsspec.get_filesystem_class(name)
-  # What another process has written, a listing shows at once.
+  # A listing shows at once what another process has written.
   fsspec.config.conf.setdefault(name, {})["use_listings_cache"] = False
   # `exists` would take any failure for a no.
   next(iter(epath.Path(f"{name}://{bucket}").iterdir()), None)

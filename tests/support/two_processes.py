@@ -101,12 +101,7 @@ def work(
     for leaf in jax.tree.leaves((current.params, current.opt_state))
   ]
   saved = sharding.to_host(mesh, state.variables(current))
-  spec = {"name": "net", "fields": {}, "image_shape": [6, 6, 1]}
-  place = saved_to or folder
-  with checkpoints.Checkpointer(place, spec) as checkpointer:
-    checkpointer.save(current, NUM_STEPS, 0.5)
-  with checkpoints.Checkpointer(place, spec) as checkpointer:
-    current = checkpointer.restore(current, checkpointer.latest_step())
+  current = _saved_and_restored(current, saved_to or folder)
   variables = sharding.to_host(mesh, state.variables(current))
   for one, other in zip(*map(jax.tree.leaves, (saved, variables)), strict=True):
     np.testing.assert_array_equal(one, other)
@@ -119,6 +114,14 @@ def work(
     "counted": np.array(counted),
     "split": np.array(sum(split)),
   }
+
+
+def _saved_and_restored(current: Any, place: pathlib.Path | str) -> Any:
+  spec = {"name": "net", "fields": {}, "image_shape": [6, 6, 1]}
+  with checkpoints.Checkpointer(place, spec) as checkpointer:
+    checkpointer.save(current, NUM_STEPS, 0.5)
+  with checkpoints.Checkpointer(place, spec) as checkpointer:
+    return checkpointer.restore(current, checkpointer.latest_step())
 
 
 def _judge(

@@ -100,6 +100,25 @@ def test_two_processes_make_the_run_of_one(tmp_path, monkeypatch):
   assert len(written) == 1
 
 
+@pytest.mark.slow
+def test_two_processes_copy_one_checkpoint_to_a_store(tmp_path):
+  """Of a state that is split over both; each restores it from its own copy."""
+  (tmp_path / "store" / "bucket").mkdir(parents=True)
+  program = tiny.ROOT / "tests" / "support" / "two_processes.py"
+  port, place = free_port(), "s3://bucket/run"
+  two = [start(n, 2, port, program, tmp_path / "two", place) for n in range(2)]
+  said = [process.communicate(timeout=300) for process in two]
+  assert [process.returncode for process in two] == [0, 0], said
+  found = np.load(tmp_path / "two" / "found.npz")
+  assert found["split"] == 4
+  kept = tmp_path / "store" / "bucket" / "run" / "checkpoints" / "3"
+  assert (kept / "commit_success.txt").is_file()
+  assert json.loads((kept / "model" / "metadata").read_text())["plain_key"]
+  alone = checkpoints._read_item(kept / "params", None)
+  for path, leaf in jax.tree_util.tree_leaves_with_path({"params": alone}):
+    np.testing.assert_array_equal(leaf, found[jax.tree_util.keystr(path)])
+
+
 @pytest.mark.parametrize(
   ("words", "said"),
   [

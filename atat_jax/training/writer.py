@@ -180,6 +180,7 @@ class StepBar(contextlib.AbstractContextManager[Any]):
       dynamic_ncols=True,
     )
     self._batch_size = batch_size
+    self._metrics: dict[str, str] = {}
     self.restart()
 
   def __exit__(self, *error: object) -> None:
@@ -202,10 +203,9 @@ class StepBar(contextlib.AbstractContextManager[Any]):
     def show(done: int, count: int) -> None:
       self._bar.set_postfix_str(f"validation, {done}/{count} images")
 
-    before = self._bar.postfix
     with batches.watch(show):
       yield
-    self._bar.set_postfix_str(before or "", refresh=False)
+    self._bar.set_postfix(self._metrics, refresh=False)
 
   def images_per_second(self) -> float:
     """Speed since the clock was restarted."""
@@ -224,7 +224,8 @@ class StepBar(contextlib.AbstractContextManager[Any]):
       if name in values
     }
     rate = values["images_per_second"]
-    self._bar.set_postfix({"img/s": f"{rate:.0f}", **shown})
+    self._metrics = {"img/s": f"{rate:.0f}", **shown}
+    self._bar.set_postfix(self._metrics)
 
   def print_scores(
     self, step: int, scores: dict[str, float], ratios: dict[str, float]

@@ -121,3 +121,12 @@ def test_the_bar_of_a_training_moves_with_the_batches_of_a_validation():
   metrics = "img/s=3, loss=2.000"
   done = [f"validation, {number}/10 images" for number in (4, 8)]
   assert shown == [metrics, *done, metrics]
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_bar_can_validate_before_there_are_metrics(number, monkeypatch):
+  """So it is after a resume; the second process of a job shows no bar."""
+  monkeypatch.setattr(jax, "process_index", lambda: number)
+  with StepBar("at", 10, start=8, batch_size=4) as bar, bar.validating():
+    bar.advance(1)
+  assert bar.images_per_second() > 0

@@ -1,9 +1,11 @@
 """Tables, flags and statistics of the benchmarks."""
 
 import argparse
+import contextlib
 import importlib
 import json
 import pathlib
+import time
 
 import numpy as np
 import pytest
@@ -484,3 +486,24 @@ def test_first_calls_take_turns_in_processes_of_their_own(monkeypatch):
   assert [row["first, CPU (s)"] for row in rows] == [3, 4]
   assert rows[0]["spread"] == (1, 5)
   assert "| fgsm/convnet |" in first_call.table(rows)
+
+
+@pytest.mark.parametrize(("step", "share"), [(0.01, 0.8), (0.25, 0.0)])
+def test_an_accelerator_waits_as_long_as_reading_takes_longer_than_it(
+  monkeypatch, step, share
+):
+  benchmark = importlib.import_module("benchmarks.input")
+
+  class Reading(contextlib.nullcontext):
+    def __enter__(self):
+      return self
+
+    def follow(self, number):
+      time.sleep(0.05)
+
+  monkeypatch.setattr(benchmark, "_stream", lambda *_, **__: Reading())
+  found = benchmark.waits(
+    ROOT, size=8, batch=2, batches=8, workers=0, seconds=step, left_out=4
+  )
+  assert found["waiting_share"] == pytest.approx(share, abs=0.15)
+  assert found["steps_that_waited"] == (1 if share else 0)

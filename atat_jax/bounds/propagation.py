@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from atat_jax.bounds.network import NodeList
-from atat_jax.bounds.nodes import OWN, Enclosure, Interval
+from atat_jax.bounds.nodes import OWN, Enclosure, Interval, settled
 from atat_jax.typing import Array
 
 _ENTRIES = 2**22
@@ -38,7 +38,7 @@ class Propagation:
 
   def __init__(self, network: NodeList, image: Interval, *, backward: bool):
     self._nodes = network.nodes
-    self.intervals = [image]
+    self.intervals = [settled(image)]
     self._lines = [Enclosure(_nothing, _nothing, None, None, None)]
     self._backward = backward
     self._tight = {0}  # nodes that have the best interval
@@ -60,7 +60,7 @@ class Propagation:
     """Interval of a node by those of its parents."""
     node = self._nodes[number]
     found = node.interval(*(self.intervals[parent] for parent in node.parents))
-    return found.widened(self._lines[number].spread)
+    return settled(found.widened(self._lines[number].spread))
 
   def _tighten(self, number: int) -> None:
     """Intersects a node's interval with the one that is found backwards."""
@@ -75,7 +75,7 @@ class Propagation:
       found = self._forward(number)
     else:
       found = self._rows(number)
-    self.intervals[number] = _meet(self.intervals[number], found)
+    self.intervals[number] = settled(_meet(self.intervals[number], found))
 
   def _rows(self, number: int) -> Interval:
     """Interval of a node, each entry bounded backwards on both sides."""

@@ -21,6 +21,7 @@ from atat_jax.errors import UserError
 from atat_jax.runs import files, locations
 from atat_jax.untrusted import regular
 
+_TESTS = ("test", "validation")  # splits for tests, the first first
 _CHUNK = 1000  # records decoded at a time
 _SMALLEST_RECORD = 60  # bytes of a PNG picture
 _LARGEST_NOTE = 1 << 20  # bytes of a file of a tfds version without records
@@ -204,6 +205,7 @@ class _Described:
   """Parts of a version's own description."""
 
   splits: dict[str, str]
+  spare: str | None  # another split for tests
   class_names: Sequence[str]
   num_bytes: int
 
@@ -225,11 +227,11 @@ def _describe(directory: pathlib.Path, name: str) -> _Described:
         " a 'label' that is a class"
       )
   there = list(info.splits)
-  test = next((x for x in ("test", "validation") if x in there), None)
+  test, spare, *_ = *(x for x in _TESTS if x in there), None, None
   if "train" not in there or test is None:
     raise ValueError(f"it has {', '.join(there)}; allowed: train and test")
   splits = {"train": "train", "test": test}
-  return _Described(splits, known["label"].names, num_bytes)
+  return _Described(splits, spare, known["label"].names, num_bytes)
 
 
 def _described(directory: pathlib.Path, name: str) -> _Described:
@@ -326,12 +328,14 @@ class PreparedRecords:
   Args:
     directory: `<data_dir>/<name>/<version>`.
     split: Name of the split there.
+    num_classes: Number of its classes, K.
   """
 
   labels = None  # only reading all records would show them
 
-  def __init__(self, directory: pathlib.Path, split: str):
+  def __init__(self, directory: pathlib.Path, split: str, num_classes: int):
     self._directory, self._split = directory, split
+    self._num_classes = num_classes
     self._opened: Any = None
 
   def __getstate__(self) -> dict[str, Any]:
@@ -358,9 +362,23 @@ class PreparedRecords:
     return f"{self._directory} ({self._split}): record {number}"
 
   def read(self, number: int) -> streamed.Record:
-    """Reads a record; raises whatever tfds and its reader do."""
+    """Reads a record; raises whatever tfds and its reader do.
+
+    Raises:
+      UserError: A label that is no class, as -1 of pictures without a label.
+    """
     found = self._source[number]
-    return streamed.Record(bytes(found["image"]), int(found["label"]))
+    label = int(found["label"])
+    if not 0 <= label < self._num_classes:
+      raise UserError(
+        f"{self.name(number)}: label {label}; allowed: 0 to"
+        f" {self._num_classes - 1}"
+      )
+    return streamed.Record(bytes(found["image"]), label)
+
+  def are_labelled(self) -> bool:
+    """Whether the first record has a label."""
+    return int(self._source[0]["label"]) >= 0
 
 
 def stream(
@@ -369,7 +387,7 @@ def stream(
   data_dir: str | None = None,
   source: str = "auto",
 ) -> streamed.Found:
-  """Finds a prepared tfds set of images with labels; reads no record.
+  """Finds a prepared tfds set of images with labels; reads one record.
 
   Args:
     name: Name of the data set, as in `imagenet2012`.
@@ -377,24 +395,27 @@ def stream(
     source: "auto" or "tfds".
 
   Returns:
-    Its records; where there is no test split, "validation" is it.
+    Its records; where there is no test split, or one without labels as that of
+    imagenet2012, "validation" is it.
 
   Raises:
     UserError: Nothing found, or what was found is not such a data set.
   """
   directory = _place(name, data_dir, source)
   described = _described(directory, name)
+  classes = tuple(described.class_names)
   train, test = (
-    PreparedRecords(directory, described.splits[split])
+    PreparedRecords(directory, described.splits[split], len(classes))
     for split in ("train", "test")
   )
   try:
     empty = not (len(train) and len(test))
+    if described.spare and not empty and not test.are_labelled():
+      test = PreparedRecords(directory, described.spare, len(classes))
+      empty = not len(test)
   # The C++ code that reads record files raises exceptions of its own.
   except Exception as error:
     raise UserError(f"{directory}: {base.first_line(error)}") from error
   if empty:
     raise UserError(f"{directory}: holds no images")
-  return streamed.Found(
-    f"tfds:{name}", tuple(described.class_names), train, test
-  )
+  return streamed.Found(f"tfds:{name}", classes, train, test)

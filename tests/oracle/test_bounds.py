@@ -199,7 +199,9 @@ class Affine(nn.Module):
     z = jnp.concatenate([*parts, jnp.ones((len(x), 1))], -1)
     z = jnp.where(jnp.arange(z.shape[1]) % 3 == 0, 0.5, -z) + z.mean()
     z = jnp.cumsum(z[:, jnp.array([0, 5, 3, 8, 21])], 1) - 0.5 * z[:, :5]
-    return nn.Dense(3)(z)
+    there = jnp.array([4, 99, 2, -7])  # two are not, and count as a constant
+    filled = z.at[:, there].get(mode="fill", fill_value=0.4)
+    return nn.Dense(3)(jnp.concatenate([z, filled], -1))
 
 
 @pytest.mark.slow
@@ -280,6 +282,33 @@ def test_no_image_of_the_ball_is_below_the_bounds(network, method):
     assert np.all(lower <= least)
     if epsilon == 1e-9:  # pixels are widened by what float32 rounds
       np.testing.assert_allclose(lower, least, atol=2e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("network", [nn.silu, jax.nn.mish, nn.softmax])
+def test_compiled_bounds_are_those_of_one_operation_after_another(network):
+  """XLA may round a number otherwise each time it uses it."""
+  generator = np.random.default_rng(0)
+  last = generator.normal(size=(4, 3)).astype(np.float32)
+  first = generator.normal(size=(4, 4)).astype(np.float32)
+  x = images(2, 2, 2, 1)
+  labels = np.array([0, 2])
+
+  def classifier(x):
+    return network(x.reshape(-1, 4) @ first) @ last
+
+  found = bounds.crown(classifier, x, labels, epsilon=0.03)
+  with jax.enable_x64(True), jax.disable_jit():
+    expected, _, _ = bounds._propagate(
+      classifier, jnp.asarray(x), labels, np.float64(0.03), method="crown"
+    )
+  np.testing.assert_allclose(found.lower, expected, atol=1e-6)
+  signs = generator.choice([-1, 1.0], size=(4000, *x.shape))
+  tried = np.clip(x + 0.03 * signs, 0, 1).astype(np.float32)
+  logits = np.asarray(classifier(tried.reshape(-1, 2, 2, 1)), np.float64)
+  logits = logits.reshape(4000, 2, 3)
+  own = np.take_along_axis(logits, labels[None, :, None], 2)
+  assert np.all(found.lower <= (own - logits).min(0))
 
 
 def test_attacks_in_float32_never_go_below_the_bound_of_a_linear_network():

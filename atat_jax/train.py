@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import logging
 import math
+import os
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -394,6 +395,7 @@ def prepare(
       _validate, plan, stage, validation_images, mesh, compare
     ),
     before_saving=lambda: None,
+    input_advice=_input_advice(dataset),
   )
   start = functools.partial(
     _start, plan, stage, optimizer, options, initial, mesh
@@ -424,6 +426,17 @@ def num_drawn(stage: StagePlan, dataset: Dataset) -> int:
   """Returns how many images of a batch the host sends: extra, or streamed."""
   streams = resident(dataset) is None
   return stage.batch_size if streams else stage.num_extra
+
+
+def _input_advice(dataset: Dataset) -> str | None:
+  """Says what makes streamed pictures come faster; None: nothing is streamed."""
+  if not isinstance(dataset.train, Pictures):
+    return None
+  workers, cores = dataset.train.options.workers, os.cpu_count() or 1
+  if workers < cores - 1 > 1:
+    now = workers or "0, threads of one process"
+    return f"data.workers={cores - 1} uses all {cores} cores (now {now})"
+  return f"all {cores} cores read; smaller pictures or more cores would help"
 
 
 def example(plan: Plan) -> Split:

@@ -151,6 +151,7 @@ def read(
   *,
   splits: Mapping[str, str],
   remedy: str,
+  num_bytes: int | None = None,
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
   """Reads a prepared version, in the order of its ids where it has ids.
 
@@ -160,6 +161,7 @@ def read(
     decode: Decoder of one picture.
     splits: "train" and "test" to the names that they have there.
     remedy: Advice for the error message.
+    num_bytes: Size of the record files, where they have been checked already.
 
   Returns:
     "train" and "test" to images uint8 `[N, H, W, C]` and labels `[N, 1]`.
@@ -170,7 +172,7 @@ def read(
   try:
     import tensorflow_datasets as tfds
 
-    size = _check(directory, name)
+    size = _check(directory, name) if num_bytes is None else num_bytes
     builder = tfds.builder_from_directory(str(directory))
     found = {}
     for split, there in splits.items():
@@ -203,13 +205,14 @@ class _Described:
 
   splits: dict[str, str]
   class_names: Sequence[str]
+  num_bytes: int
 
 
 def _describe(directory: pathlib.Path, name: str) -> _Described:
   """Reads which splits a version has, and its classes."""
   import tensorflow_datasets as tfds
 
-  _check(directory, name)
+  num_bytes = _check(directory, name)
   info = tfds.builder_from_directory(str(directory)).info
   known = dict(info.features)
   for key, kind in (
@@ -225,7 +228,8 @@ def _describe(directory: pathlib.Path, name: str) -> _Described:
   test = next((x for x in ("test", "validation") if x in there), None)
   if "train" not in there or test is None:
     raise ValueError(f"it has {', '.join(there)}; allowed: train and test")
-  return _Described({"train": "train", "test": test}, known["label"].names)
+  splits = {"train": "train", "test": test}
+  return _Described(splits, known["label"].names, num_bytes)
 
 
 def _described(directory: pathlib.Path, name: str) -> _Described:
@@ -258,6 +262,7 @@ def _decode_any(directory: pathlib.Path, name: str, size: int) -> own.Contents:
     own.decoder(size),
     splits=described.splits,
     remedy="allowed: pictures with labels",
+    num_bytes=described.num_bytes,
   )
   train, test = (
     base.Split(found[split][0], found[split][1][:, 0]) for split in found
@@ -265,38 +270,36 @@ def _decode_any(directory: pathlib.Path, name: str, size: int) -> own.Contents:
   return own.Contents(train, test, tuple(described.class_names))
 
 
-def read_any(
+def find_any(
   name: str,
   *,
   data_dir: str | None = None,
-  cache_dir: str | None = None,
   source: str = "auto",
   size: int = 0,
-) -> own.Described:
-  """Reads any prepared tfds set of images with labels.
+) -> own.Unread:
+  """Finds any prepared tfds set of images with labels.
 
   Args:
     name: Name of the data set, as in `svhn_cropped` or `eurosat/rgb`.
     data_dir: Root of the tfds data directory; default `default_data_dir()`.
-    cache_dir: Directory for decoded copies; default `base.cache_root(None)`.
     source: "auto" or "tfds".
     size: Side of the square images in pixels, see `own.decoder`; 0: pictures
       have one size and keep it.
 
   Returns:
-    Description and splits; where there is no test split, "validation" is it.
+    The data set, which reading may find to be another kind; where there is no
+    test split, "validation" is it.
 
   Raises:
-    UserError: Nothing found, or what was found is not such a data set.
+    UserError: Nothing found.
   """
   directory = _place(name, data_dir, source)
-  return own.cached(
+  return own.Unread(
     f"tfds:{name}",
     directory,
     [directory / "dataset_info.json", *records(directory, name)],
     lambda: _decode_any(directory, name, size),
-    cache_dir=cache_dir,
-    size=size,
+    size,
   )
 
 

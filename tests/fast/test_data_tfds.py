@@ -9,6 +9,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from atat_jax import data
+from atat_jax.data import tfds_sets
 from atat_jax.errors import UserError
 
 GENERATOR = np.random.default_rng(0)
@@ -71,9 +72,15 @@ def pairs(images, labels):
 
 
 @pytest.mark.parametrize("test", ["test", "validation"])
-def test_a_prepared_set_is_read_by_its_name(test, tmp_path):
+def test_a_prepared_set_is_read_by_its_name(test, tmp_path, monkeypatch):
   prepare(tmp_path, splits=("train", test))
+  checked = []
+  check = tfds_sets._check
+  monkeypatch.setattr(
+    tfds_sets, "_check", lambda *args: (checked.append(args), check(*args))[1]
+  )
   found = load(tmp_path)
+  assert len(checked) == 1
   assert found.spec.name == "tfds:shapes"
   assert found.spec.image_shape == (7, 6, 1)
   assert found.spec.class_names == ("disc", "square")

@@ -158,18 +158,20 @@ def test_a_job_that_lost_a_process_starts_again_and_says_so(
   assert (tmp_path / "starts0").read_text() == "xx"
 
 
-def test_a_process_that_waits_for_a_dead_one_is_stopped(
-  tmp_path, monkeypatch, capfd
+@pytest.mark.parametrize(("dead", "statuses"), [(0, "3, -15"), (1, "-15, 3")])
+def test_what_waits_for_a_failed_process_is_stopped_and_not_started_again(
+  dead, statuses, tmp_path, monkeypatch, capfd
 ):
   (tmp_path / "main.py").write_text(
     "import os, sys, time\n"
-    "if os.environ['JAX_PROCESS_ID'] == '0': sys.exit(3)\n"
-    "time.sleep(600)\n"
+    f"if os.environ['JAX_PROCESS_ID'] == '{dead}': sys.exit(3)\n"
+    "time.sleep(60)\n"
   )
   monkeypatch.setattr(local_cluster, "ROOT", tmp_path)
   monkeypatch.setattr(local_cluster, "_OTHERS_ASKED_SECONDS", 0.2)
-  assert local_cluster.main(["--", "a"]) == 3
-  assert "statuses 3, -15" in capfd.readouterr().err
+  assert local_cluster.main(["--max_restarts=1", "--", "a"]) != 0
+  said = capfd.readouterr().err
+  assert f"statuses {statuses}" in said and "restart 1" not in said
 
 
 # --- slurm.sbatch, tpu_vm.sh --------------------------------------------------

@@ -184,6 +184,7 @@ class StepBar(contextlib.AbstractContextManager[Any]):
       dynamic_ncols=True,
     )
     self._batch_size = batch_size
+    self._metrics: dict[str, str] = {}
     self.restart()
 
   def __exit__(self, *error: object) -> None:
@@ -216,10 +217,9 @@ class StepBar(contextlib.AbstractContextManager[Any]):
     def show(done: int, count: int) -> None:
       self._bar.set_postfix_str(f"validation, {done}/{count} images")
 
-    before = self._bar.postfix
     with batches.watch(show):
       yield
-    self._bar.set_postfix_str(before or "", refresh=False)
+    self._bar.set_postfix(self._metrics, refresh=False)
 
   def images_per_second(self) -> float:
     """Speed since the clock was restarted."""
@@ -237,10 +237,11 @@ class StepBar(contextlib.AbstractContextManager[Any]):
       for name, short in _SHOWN.items()
       if name in values
     }
-    speed = {"img/s": f"{values['images_per_second']:.0f}"}
+    self._metrics = {"img/s": f"{values['images_per_second']:.0f}"}
     if INPUT_WAIT in values:
-      speed["wait"] = f"{100 * values[INPUT_WAIT]:.0f} %"
-    self._bar.set_postfix({**speed, **shown})
+      self._metrics["wait"] = f"{100 * values[INPUT_WAIT]:.0f} %"
+    self._metrics |= shown
+    self._bar.set_postfix(self._metrics)
 
   def print_scores(
     self, step: int, scores: dict[str, float], ratios: dict[str, float]

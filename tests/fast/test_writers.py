@@ -125,6 +125,15 @@ def test_the_bar_of_a_training_moves_with_the_batches_of_a_validation():
   assert shown == [metrics, *done, metrics]
 
 
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_bar_can_validate_before_there_are_metrics(number, monkeypatch):
+  """So it is after a resume; the second process of a job shows no bar."""
+  monkeypatch.setattr(jax, "process_index", lambda: number)
+  with StepBar("at", 10, start=8, batch_size=4) as bar, bar.validating():
+    bar.advance(1)
+  assert bar.images_per_second() > 0
+
+
 def test_a_run_that_waits_for_its_pictures_is_told_once(monkeypatch, caplog):
   clock = [0.0]
   monkeypatch.setattr(writers.time, "perf_counter", lambda: clock[0])

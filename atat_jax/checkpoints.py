@@ -23,8 +23,9 @@ import pathlib
 import re
 import shutil
 import sys
+import tempfile
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -35,10 +36,10 @@ from flax import linen as nn
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
-from atat_jax import checks, models
+from atat_jax import checks, models, sharding
 from atat_jax.errors import DamagedFileError, UserError
 from atat_jax.process import commands, stops
-from atat_jax.runs import files, inventory, locations
+from atat_jax.runs import copies, files, inventory, locations
 from atat_jax.state import TrainState
 from atat_jax.typing import PyTree, Variables
 
@@ -59,8 +60,12 @@ _EVALUATED = ("model", "metrics", "params", "batch_stats", _AVERAGE)
 # Entry of a network's description by which a checkpoint without an inventory
 # is told from one of an earlier version.
 _CHECKED = "checksums"
+# Another one, where the run's key is stored as its numbers.
+_PLAIN_KEY = "plain_key"
 # Orbax moves what is no longer kept here, so that a kill leaves no half of it.
 _DELETED = ".deleted"
+# Orbax writes it last on an object store, and so do copies.
+_MARK = ocp.path.atomicity.COMMIT_SUCCESS_FILE
 
 _log = logging.getLogger(__name__)
 
@@ -112,7 +117,7 @@ def _items(state: TrainState) -> dict[str, Any]:
 
 
 def _directory(workdir: pathlib.Path | str) -> pathlib.Path:
-  directory = locations.find("workdir", workdir, locations.FOR_RUNS)
+  directory = locations.find("workdir", workdir)
   if not locations.is_remote(directory):
     directory = directory.absolute()
   return directory / files.CHECKPOINTS
@@ -143,13 +148,32 @@ class _CheckedObjects(ocp.path.atomicity.CommitFileTemporaryPath):
     await super().finalize(*args, **kwargs)
 
 
-def _manager(directory: pathlib.Path) -> ocp.CheckpointManager:
+class _Manager(ocp.CheckpointManager):
+  """Manager of Orbax that writes in this process alone."""
+
+  def reached_preemption(self, step: int) -> bool:
+    """Asks nobody: the processes count their questions."""
+    del step
+    return False
+
+
+def _manager(
+  directory: pathlib.Path, *, alone: bool = False
+) -> ocp.CheckpointManager:
+  """Makes a manager, of all processes or of the first alone."""
   remote = locations.is_remote(directory)
+  parts: dict[str, Any] = {}
+  if alone:
+    parts = {
+      "multiprocessing_options": ocp.options.MultiprocessingOptions(
+        primary_host=0, active_processes={0}, barrier_sync_key_prefix="alone"
+      )
+    }
 
   def metric(metrics: dict[str, float]) -> float:
     return metrics[METRIC]
 
-  return ocp.CheckpointManager(
+  return (_Manager if alone else ocp.CheckpointManager)(
     directory,
     options=ocp.CheckpointManagerOptions(
       # BestN alone would delete the last checkpoint, and a resumed run would
@@ -165,14 +189,90 @@ def _manager(directory: pathlib.Path) -> ocp.CheckpointManager:
       ),
       best_fn=metric,
       best_mode="max",
-      create=True,
+      create=not alone,
       cleanup_tmp_directories=True,
       # Nothing can be renamed on an object store. What a kill leaves of a
       # deletion lacks files of its inventory, so that it is never used.
       todelete_subdir=None if remote else _DELETED,
       temporary_path_class=_CheckedObjects if remote else _CheckedPath,
+      **parts,
     ),
   )
+
+
+class _Copies:
+  """Stands for Orbax's manager where checkpoints are copies of local ones.
+
+  Process 0 saves to a folder of its own, has the whole checkpoint sent, and
+  keeps as many as Orbax would. The others wait for it.
+
+  Args:
+    directory: Folder of the checkpoints, on an object store.
+  """
+
+  def __init__(self, directory: pathlib.Path) -> None:
+    self._directory = directory
+    self._accuracies: dict[int, float | None] = {}
+    if jax.process_index() == 0:
+      self._begin()
+    self._meet()
+
+  def _begin(self) -> None:
+    """Removes what a kill has left, and reads the accuracies."""
+    if not self._directory.is_dir():
+      return
+    for folder in self._directory.iterdir():
+      if _is_step(folder.name) and not _is_complete(folder):
+        copies.remove(folder, _MARK)
+    for step in _steps(self._directory):
+      self._accuracies[step] = _read_accuracy(self._directory / str(step))
+
+  def _meet(self) -> None:
+    if jax.process_count() > 1:
+      multihost_utils.sync_global_devices("atat_jax: checkpoints are copied")
+
+  def latest_step(self) -> int | None:
+    """Returns the step of the last checkpoint; None where there is none."""
+    found = _steps(self._directory) if self._directory.is_dir() else []
+    return found[0] if found else None
+
+  def reached_preemption(self, step: int) -> bool:
+    """Decides as Orbax's manager."""
+    return ocp.utils.reached_preemption(step)
+
+  def save(
+    self,
+    step: int,
+    args: ocp.args.Composite,
+    metrics: dict[str, float] | None,
+    force: bool,
+  ) -> None:
+    """Saves a checkpoint, and returns when it is on the store."""
+    if jax.process_index() == 0:
+      with tempfile.TemporaryDirectory() as name:
+        with _manager(pathlib.Path(name), alone=True) as manager:
+          manager.save(step, args=args, metrics=metrics, force=force)
+        folder = self._directory / str(step)
+        copies.send(pathlib.Path(name, str(step)), folder, _MARK)
+      self._accuracies[step] = None if metrics is None else metrics[METRIC]
+      for other in self._accuracies.keys() - _kept(self._accuracies):
+        copies.remove(self._directory / str(other), _MARK)
+        del self._accuracies[other]
+    self._meet()
+
+  def wait_until_finished(self) -> None:
+    """Returns at once: a save returns when it has finished."""
+
+  def close(self) -> None:
+    """Does nothing: nothing is open."""
+
+
+def _kept(accuracies: Mapping[int, float | None]) -> set[int]:
+  """Chooses as the policies of `_manager`: the last two steps and the best."""
+  best = [
+    (value, step) for step, value in accuracies.items() if value is not None
+  ]
+  return {*sorted(accuracies)[-2:], *(step for _, step in sorted(best)[-1:])}
 
 
 class Checkpointer(contextlib.AbstractContextManager[Any]):
@@ -193,7 +293,8 @@ class Checkpointer(contextlib.AbstractContextManager[Any]):
     if jax.process_count() > 1:
       multihost_utils.sync_global_devices("atat_jax: checkpoints are compared")
     with _plain(self.directory, "opened"):
-      self._manager = _manager(self.directory)
+      copied = locations.is_copied(self.directory)
+      self._manager = (_Copies if copied else _manager)(self.directory)
     self._clear()
 
   def __exit__(self, *error: object) -> None:
@@ -252,13 +353,18 @@ class Checkpointer(contextlib.AbstractContextManager[Any]):
     Raises:
       UserError: This checkpoint or the one before could not be written.
     """
+    spec = self._spec
+    if locations.is_copied(self.directory) and jax.process_count() > 1:
+      # The first process writes all, and Orbax lets none write arrays of JAX
+      # without the others.
+      state, spec = sharding.as_numpy(state), {**spec, _PLAIN_KEY: 1}
     items = {
       name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()
     }
     with _plain(self.directory, "written"):
       self._manager.save(
         step,
-        args=ocp.args.Composite(**items, model=ocp.args.JsonSave(self._spec)),
+        args=ocp.args.Composite(**items, model=ocp.args.JsonSave(spec)),
         metrics=None
         if accuracy is None
         else {METRIC: accuracy, **(details or {})},
@@ -299,8 +405,17 @@ class Checkpointer(contextlib.AbstractContextManager[Any]):
 
 def _read_state(folder: pathlib.Path, state: TrainState) -> TrainState:
   abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-  fields = _read_items(folder, _items(abstract))
-  return state.replace(**fields.pop("run"), **fields)
+  with _readable(folder) as here:
+    plain = _PLAIN_KEY in _read_spec(here)
+    if plain:
+      numbers = jax.eval_shape(jax.random.key_data, state.rng)
+      numbers = numbers.update(sharding=state.rng.sharding)
+      abstract = abstract.replace(rng=numbers)
+    fields = _read_items(here, _items(abstract))
+  run = fields.pop("run")
+  if plain:
+    run["rng"] = jax.random.wrap_key_data(run["rng"])
+  return state.replace(**run, **fields)
 
 
 def restore_before(
@@ -383,8 +498,30 @@ def _steps(directory: pathlib.Path) -> list[int]:
 
 def _is_complete(folder: pathlib.Path) -> bool:
   """Whether a save has ended; on a disk, none has its name before."""
-  mark = ocp.path.atomicity.COMMIT_SUCCESS_FILE
-  return not locations.is_remote(folder) or (folder / mark).exists()
+  return not locations.is_remote(folder) or (folder / _MARK).exists()
+
+
+@contextlib.contextmanager
+def _readable(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+  """Yields a checkpoint where Orbax can read it.
+
+  Args:
+    folder: Folder of the checkpoint.
+
+  Yields:
+    The folder, or a local copy that is removed when the block ends.
+  """
+  if not locations.is_copied(folder):
+    yield folder
+    return
+  with tempfile.TemporaryDirectory() as name:
+    here = pathlib.Path(name, folder.name)
+    copies.fetch(folder, here)
+    try:
+      yield here
+    except DamagedFileError as error:
+      text = str(error).replace(str(here), str(folder))
+      raise DamagedFileError(text) from error
 
 
 @contextlib.contextmanager
@@ -431,11 +568,12 @@ def _check(folder: pathlib.Path, items: Collection[str] | None = None) -> None:
     raise DamagedFileError(f"{folder / inventory.NAME}: missing")
   _say(f"{folder}: not verified, an earlier version wrote it without checksums")
   _read_accuracy(folder)
-  for path in sorted(folder.iterdir()):
-    if path.name in ("model", "metrics") or not path.is_dir():
-      continue
-    if items is None or path.name in items:
-      _read_item(path, None)  # it can be read, at least
+  with _readable(folder) as here:
+    for path in sorted(here.iterdir()):
+      if path.name in ("model", "metrics") or not path.is_dir():
+        continue
+      if items is None or path.name in items:
+        _read_item(path, None)  # it can be read, at least
 
 
 def _read_accuracy(folder: pathlib.Path) -> float | None:
@@ -763,8 +901,9 @@ def restore_model(
     items = {_AVERAGE: {"batch_stats": {}, **abstract}}
   else:
     items = abstract
-  for name, target in items.items():
-    _check_shapes(folder / name, target)
-  found = _read_items(folder, items)
+  with _readable(folder) as here:
+    for name, target in items.items():
+      _check_shapes(here / name, target)
+    found = _read_items(here, items)
   found = found.get(_AVERAGE, found)
   return model, {name: found[name] for name in abstract}

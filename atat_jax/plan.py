@@ -71,11 +71,12 @@ class DataPlan:
     extra: File or directory of extra training images, or None.
     extra_fraction: Share of extra images in a batch, where there are any.
     stream: Whether pictures stay on the disk and are read as they are needed;
-      the next four fields are about them.
+      the next five fields are about them.
     workers: Processes that read ahead; 0: threads.
     prefetch: Number of batches that are read ahead.
     smallest_crop: Smallest share of a picture that a random crop has; 1: no
       random crop.
+    rand_augment: Magnitude of RandAugment on training pictures; 0: none.
     shard_size: Number of test images in memory at a time.
   """
 
@@ -95,6 +96,7 @@ class DataPlan:
   workers: int = 0
   prefetch: int = 2
   smallest_crop: float = 0.08
+  rand_augment: float = 0.0
   shard_size: int = 1000
 
   def __post_init__(self) -> None:
@@ -123,6 +125,7 @@ class DataPlan:
       "workers": self.workers,
       "prefetch": self.prefetch,
       "smallest_crop": self.smallest_crop,
+      "rand_augment": self.rand_augment,
       "shard_size": self.shard_size,
     }
 

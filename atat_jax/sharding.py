@@ -310,3 +310,23 @@ def to_host(mesh: Mesh, tree: PyTree) -> PyTree:
   if jax.process_count() > 1:
     tree = jax.jit(lambda x: x, out_shardings=replicated(mesh))(tree)
   return jax.tree.map(np.asarray, tree)
+
+
+def as_numpy(tree: PyTree) -> PyTree:
+  """Returns global arrays as whole numpy arrays, keys as their numbers.
+
+  Args:
+    tree: Arrays, whole or split as `state_shardings` says; every process passes
+      them.
+  """
+
+  def whole(leaf: jax.Array) -> np.ndarray:
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+      leaf = jax.random.key_data(leaf)
+    split = leaf.sharding
+    if isinstance(split, NamedSharding) and not leaf.is_fully_replicated:
+      everywhere = NamedSharding(split.mesh, PartitionSpec())
+      leaf = jax.jit(lambda x: x, out_shardings=everywhere)(leaf)
+    return np.asarray(leaf)
+
+  return jax.tree.map(whole, tree)

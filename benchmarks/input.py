@@ -12,6 +12,7 @@ in bfloat16, as a WRN-28-10 had).
 """
 
 import argparse
+import contextlib
 import io
 import math
 import os
@@ -29,6 +30,7 @@ from benchmarks.support import machine
 from benchmarks.support.machine import number, whole
 
 PICTURE = (500, 375)
+LEFT_OUT = 24  # more batches than are read ahead
 PEAK_SHARE, PEAK = 0.37, 989e12
 
 
@@ -75,6 +77,30 @@ def _processor_seconds() -> float:
   return time.process_time() + children.ru_utime + children.ru_stime
 
 
+def _stream(
+  root: pathlib.Path, *, size: int, batch: int, batches: int, workers: int
+) -> Any:
+  """Makes the batches of a training of so many steps."""
+  from atat_jax import data
+  from atat_jax.data import streamed
+
+  found = data.load(
+    "folder",
+    data_dir=str(root),
+    validation_size=2,
+    size=size,
+    streaming=data.Streaming(workers=workers),
+  )
+  assert isinstance(found.train, data.Pictures)  # noqa: S101 - as asked for
+  return streamed.TrainingBatches(
+    found.train,
+    rows=np.arange(batch),
+    num_steps=batches,
+    batch_size=batch,
+    seed=0,
+  )
+
+
 def measure(
   root: pathlib.Path, *, size: int, batch: int, batches: int, workers: int
 ) -> dict[str, Any]:
@@ -90,27 +116,12 @@ def measure(
   Returns:
     Images a second, and a second of processor time.
   """
-  from atat_jax import data
-  from atat_jax.data import streamed
-
-  found = data.load(
-    "folder",
-    data_dir=str(root),
-    validation_size=2,
-    size=size,
-    streaming=data.Streaming(workers=workers),
-  )
-  assert isinstance(found.train, data.Pictures)  # noqa: S101 - as asked for
-  rows, sizes = np.arange(batch), {"batch_size": batch, "seed": 0}
-  with streamed.TrainingBatches(
-    found.train.select(slice(batch)), rows=rows, num_steps=1, **sizes
-  ) as stream:
+  fields = {"size": size, "batch": batch, "workers": workers}
+  with _stream(root, batches=1, **fields) as stream:
     stream.batch(0)  # imports
   before, began = _processor_seconds(), time.perf_counter()
   # From the first picture to the last: what is read ahead counts, too.
-  with streamed.TrainingBatches(
-    found.train, rows=rows, num_steps=batches, **sizes
-  ) as stream:
+  with _stream(root, batches=batches, **fields) as stream:
     for step in range(batches):
       stream.follow(step)
     seconds = time.perf_counter() - began
@@ -123,6 +134,56 @@ def measure(
   }
 
 
+def waits(
+  root: pathlib.Path,
+  *,
+  size: int,
+  batch: int,
+  batches: int,
+  workers: int,
+  seconds: float,
+  left_out: int = LEFT_OUT,
+) -> dict[str, float]:
+  """Measures how long a clock that stands for an accelerator waits.
+
+  Args:
+    root: Folder of pictures.
+    size: Side of the images.
+    batch: Number of images in a batch.
+    batches: Number of steps.
+    workers: Processes that read; 0: threads.
+    seconds: Length of a step.
+    left_out: Number of the first steps that do not count: what is read ahead is
+      not there yet, or has not been used up yet.
+
+  Returns:
+    The step's length, and the share of the time and of the steps that waited.
+  """
+  from atat_jax.data.prefetch import Prefetcher
+
+  found, free, began = [], 0.0, 0.0
+  with contextlib.ExitStack() as stack:
+    total = left_out + batches
+    stream = stack.enter_context(
+      _stream(root, size=size, batch=batch, batches=total, workers=workers)
+    )
+    ahead = stack.enter_context(Prefetcher(stream.follow, range(total)))
+    for number_ in range(total):
+      if number_ == left_out:
+        began = max(free, time.perf_counter())
+      spent: list[float] = []
+      # The loop of a training hands over steps without waiting for their end.
+      ahead.get(lambda: time.perf_counter() >= free, spent.append)  # noqa: B023
+      free = max(free, time.perf_counter()) + seconds
+      found.append(sum(spent))
+  found = found[left_out:]
+  return {
+    "step_seconds": seconds,
+    "waiting_share": sum(found) / (free - began),
+    "steps_that_waited": float(np.mean(np.array(found) > 0.002)),
+  }
+
+
 def parts(root: pathlib.Path, size: int) -> dict[str, float]:
   """Measures the parts of a picture's processor time, in seconds.
 
@@ -132,7 +193,7 @@ def parts(root: pathlib.Path, size: int) -> dict[str, float]:
   """
   from PIL import Image
 
-  from atat_jax.data import pictures, streamed
+  from atat_jax.data import pictures, rand_augment, streamed
 
   paths = sorted(root.glob("train/*/*.jpg"))[:64]
   times: dict[str, float] = {}
@@ -148,6 +209,10 @@ def parts(root: pathlib.Path, size: int) -> dict[str, float]:
     draws = streamed._uniform((0, id(image) & 0xFFFF), 40)
     return image.crop(streamed.random_box(width, height, draws, 0.08))
 
+  def augment(image: Image.Image) -> Image.Image:
+    draws = streamed._uniform((0, id(image) & 0xFFFF), rand_augment.NUM_DRAWS)
+    return rand_augment.augment(image, draws, 9.0)
+
   contents = timed("read the file", pathlib.Path.read_bytes, paths)
   images = timed(
     "decode",
@@ -155,13 +220,12 @@ def parts(root: pathlib.Path, size: int) -> dict[str, float]:
     contents,
   )
   crops = timed("choose a box and crop", crop, images)
-  timed(
+  resized = timed(
     "resize",
-    lambda image: np.asarray(
-      image.resize((size, size), Image.Resampling.BILINEAR)
-    ),
+    lambda image: image.resize((size, size), Image.Resampling.BILINEAR),
     crops,
   )
+  timed("RandAugment, where it is on", augment, resized)
   return times
 
 
@@ -213,7 +277,7 @@ def needs(per_core: float, operations_per_second: float) -> dict[str, Any]:
 
 
 def page(rows: Sequence[dict[str, Any]]) -> str:
-  """Returns the tables of rates, of parts, and of cores."""
+  """Returns the tables of rates, of parts, of waiting, and of cores."""
   rates = tables.markdown(
     [["read by", "images/s", "images/s of a core"]]
     + [
@@ -226,6 +290,20 @@ def page(rows: Sequence[dict[str, Any]]) -> str:
     ]
   )
   first = rows[0]
+  waiting = tables.markdown(
+    [["read by", "step / reading", "s a step", "time waited", "steps waited"]]
+    + [
+      [
+        row["name"],
+        f"{factor:g}",
+        f"{found['step_seconds']:.2f}",
+        f"{100 * found['waiting_share']:.1f} %",
+        f"{100 * found['steps_that_waited']:.0f} %",
+      ]
+      for row in rows
+      for factor, found in row["waits"]
+    ]
+  )
   spent = tables.markdown(
     [["part", "ms an image"]]
     + [[name, f"{1e3 * x:.2f}"] for name, x in first["parts"].items()]
@@ -243,7 +321,7 @@ def page(rows: Sequence[dict[str, Any]]) -> str:
       for name, found in first["needs"].items()
     ]
   )
-  return f"{rates}\n\n{spent}\n\n{cores}"
+  return f"{rates}\n\n{spent}\n\n{waiting}\n\n{cores}"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -253,13 +331,20 @@ def parser() -> argparse.ArgumentParser:
   add("--pictures", type=whole, default=256, help="training pictures")
   add("--size", type=whole, default=224, help="side of the images")
   add("--batch", type=whole, default=64)
-  add("--batches", type=whole, default=12, help="batches that are timed")
+  add("--batches", type=whole, default=24, help="batches that are timed")
   add(
     "--workers",
     type=int,
     nargs="+",
     default=[0],
     help="processes that read; 0: threads",
+  )
+  add(
+    "--factors",
+    type=number,
+    nargs="+",
+    default=[2.0, 1.25, 0.5],
+    help="lengths of a step, in units of the time that reads its batch",
   )
   add(
     "--operations",
@@ -280,13 +365,18 @@ def main(argv: Sequence[str] | None = None) -> None:
       root = pathlib.Path(name)
       size = write_pictures(root, args.pictures)
       for number_, workers in enumerate(args.workers):
-        row = measure(
-          root,
-          size=args.size,
-          batch=args.batch,
-          batches=args.batches,
-          workers=workers,
-        )
+        sizes = {
+          "size": args.size,
+          "batch": args.batch,
+          "batches": args.batches,
+          "workers": workers,
+        }
+        row = measure(root, **sizes)
+        reading = args.batch / row["images_per_second"]
+        row["waits"] = [
+          (factor, waits(root, seconds=factor * reading, **sizes))
+          for factor in args.factors
+        ]
         if not number_:
           row["bytes_a_file"] = size
           row["parts"] = parts(root, args.size)

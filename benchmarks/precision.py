@@ -59,7 +59,8 @@ class Subject(NamedTuple):
       models.classifier(model, self.variables),
       self.split,
       protocol=protocol,
-      batch_size=args.batch_size,
+      # A batch is filled up, and what fills it is attacked, too.
+      batch_size=min(args.batch_size, len(self.split.labels)),
       mesh=self.mesh,
     ).correct
 

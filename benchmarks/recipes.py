@@ -10,7 +10,8 @@ program, so that a variant compiles nothing. Every training keeps averages of it
 weights with several warm-ups; they and the last weights are attacked.
 
 Cost is counted in forward passes of one image, as `benchmarks.support.flops` does,
-and measured as processor time.
+and measured as processor time. A call that was stopped is continued by the same
+command from the same commit.
 """
 
 import argparse
@@ -433,17 +434,32 @@ def _evaluate(correct_fn: Any, variables: Any, split: Any) -> Row:
   }
 
 
-def _rows(args: argparse.Namespace) -> Iterator[Row]:
-  from atat_jax import compilation, data, models
-
+def _chosen(args: argparse.Namespace) -> dict[str, tuple[Variant, int]]:
+  """Returns the variant and the seed of each measurement, by its name."""
   known = {variant.name: variant for variant in VARIANTS}
   chosen = args.variants or list(known)
   if unknown := [name for name in chosen if name not in known]:
     raise UserError(f"variants: {unknown[0]!r}; allowed: {', '.join(known)}")
+  if REFERENCE not in chosen:
+    raise UserError(
+      f"variants: without {REFERENCE!r}; allowed: with it, which the others are"
+      " compared with"
+    )
   if args.num_examples % 250:
     raise UserError(
       f"num_examples: {args.num_examples}; allowed: a multiple of 250"
     )
+  return {
+    f"{name}/seed{seed}": (known[name], seed)
+    for seed in args.seeds
+    for name in chosen
+  }
+
+
+def _rows(args: argparse.Namespace, names: Sequence[str]) -> Iterator[Row]:
+  from atat_jax import compilation, data, models
+
+  chosen = _chosen(args)
   whole_set = data.load("cifar10", data_dir=args.data_dir, validation_size=1024)
   training = pooled(whole_set.train, args.num_training)
   test = pooled(whole_set.test, args.num_examples)
@@ -461,26 +477,25 @@ def _rows(args: argparse.Namespace) -> Iterator[Row]:
   )
   step_fn = compilation.jit(functools.partial(step, model=model))
   correct_fn = compilation.jit(functools.partial(correct, model=model))
-  for seed in args.seeds:
-    for name in chosen:
-      variant = known[name]
-      start = _start(model, training.images.shape[1:], seed)
-      current, seconds = train(step_fn, start, training, variant, seed)
-      last = {"params": current.params, "batch_stats": current.batch_stats}
-      yield {
-        "name": f"{name}/seed{seed}",
-        "variant": name,
-        "seed": seed,
-        "passes": variant.passes(),
-        "seconds": seconds,
-        "num_examples": args.num_examples,
-        "last": _evaluate(correct_fn, last, test),
-        "averaged": {
-          str(constant): _evaluate(correct_fn, average, test)
-          for constant, average in current.averages.items()
-          if constant == CONSTANTS[0] or name == REFERENCE
-        },
-      }
+  for name in names:
+    variant, seed = chosen[name]
+    start = _start(model, training.images.shape[1:], seed)
+    current, seconds = train(step_fn, start, training, variant, seed)
+    last = {"params": current.params, "batch_stats": current.batch_stats}
+    yield {
+      "name": name,
+      "variant": variant.name,
+      "seed": seed,
+      "passes": variant.passes(),
+      "seconds": seconds,
+      "num_examples": args.num_examples,
+      "last": _evaluate(correct_fn, last, test),
+      "averaged": {
+        str(constant): _evaluate(correct_fn, average, test)
+        for constant, average in current.averages.items()
+        if constant == CONSTANTS[0] or variant.name == REFERENCE
+      },
+    }
 
 
 def _averaged(row: Row) -> Row:
@@ -568,7 +583,11 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
   """Runs the command."""
   args = parser().parse_args(argv)
-  machine.run(args, _rows(args), table, line=_line)
+  with machine.plain_errors():
+    names = list(_chosen(args))
+  machine.run(
+    args, functools.partial(_rows, args), table, line=_line, names=names
+  )
 
 
 if __name__ == "__main__":

@@ -105,6 +105,7 @@ def _data() -> dict[str, Any]:
     "workers": 0,  # stream: processes that read ahead; 0: threads
     "prefetch": 2,  # stream: batches that are read ahead
     "smallest_crop": 0.08,  # stream: share of a picture; 1: no random crop
+    "rand_augment": 0.0,  # stream: magnitude of RandAugment, up to 10; 0: none
     "shard_size": 1000,  # stream: test images in memory at a time
   }
 

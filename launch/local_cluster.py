@@ -118,6 +118,8 @@ class Cluster:
 
   def __init__(self, made: Sequence[Worker]):
     self._processes = [self._start(n, one) for n, one in enumerate(made)]
+    self.unasked: list[int] = []
+    """Statuses of those that ended before the others were ended from here."""
 
   def _start(self, number: int, worker: Worker) -> subprocess.Popen[str]:
     stream: Any = None if number == 0 else subprocess.PIPE
@@ -156,19 +158,20 @@ class Cluster:
       (_OTHERS_ASKED_SECONDS, signal.SIGTERM),
       (_OTHERS_KILLED_SECONDS, signal.SIGKILL),
     ]
-    while any(process.poll() is None for process in self._processes):
-      ended = [
-        p.returncode for p in self._processes if p.returncode is not None
-      ]
+    while None in (statuses := [p.poll() for p in self._processes]):
+      ended = [status for status in statuses if status is not None]
       now = time.monotonic()
       if bad is None and any(ended):
         bad = now
       if bad is not None and due and now > bad + due[0][0]:
         _, signum = due.pop(0)
+        self.unasked = self.unasked or ended
         _say(f"{signum.name} to what has not ended {now - bad:.0f} s later")
         self.signal(signum)
       time.sleep(_POLL_SECONDS)
-    return [process.returncode for process in self._processes]
+    final = [process.returncode for process in self._processes]
+    self.unasked = self.unasked or final
+    return final
 
 
 def _copy(number: int, process: subprocess.Popen[str]) -> None:
@@ -242,7 +245,7 @@ def _run(
       current[0].signal(asked[0])
     statuses = current[0].wait()
     _say(f"statuses {', '.join(map(str, statuses))}")
-    again = _starts_again(statuses) and not asked
+    again = _starts_again(current[0].unasked) and not asked
     if not again or restart == options.max_restarts:
       break
     _say(f"restart {restart + 1} of {options.max_restarts}")

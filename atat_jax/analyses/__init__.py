@@ -5,8 +5,8 @@ for any networks. Adding one is a file beside this one, which says how its array
 are computed, drawn and put into a sentence, and a line in `ANALYSES`.
 """
 
+import contextlib
 import dataclasses
-import functools
 import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -211,25 +211,65 @@ def write(
   }
   inputs = base.Inputs(networks, weights, images, labels, class_names)
   paths = []
-  with tqdm(
-    settings.analyses,
-    desc="explain",
-    unit="analysis",
-    dynamic_ncols=True,
-    disable=jax.process_index() != 0,
-  ) as bar:
-    for name in bar:
-      stops.check()
-      bar.set_postfix_str(name)
-      paths.append(ANALYSES[name].path(directory))
-      with batches.watch(functools.partial(_show_batch, bar, name)):
-        base.write(ANALYSES[name], paths[-1], inputs, settings, mesh)
+  for number, name in enumerate(settings.analyses, 1):
+    stops.check()
+    paths.append(ANALYSES[name].path(directory))
+    with _Progress(
+      f"{name} ({number} of {len(settings.analyses)})",
+      _num_images(ANALYSES[name], inputs, settings),
+    ) as progress:
+      base.write(ANALYSES[name], paths[-1], inputs, settings, mesh)
+      progress.finish()
   return paths
 
 
-def _show_batch(bar: Any, name: str, done: int, count: int) -> None:
-  """Moves the bar by a batch of an analysis."""
-  bar.set_postfix_str(f"{name}, {done}/{count} images")
+def _num_images(
+  analysis: Analysis, inputs: base.Inputs, settings: FigureSettings
+) -> int:
+  """Counts the images that an analysis goes through, of all networks."""
+  rows = analysis.images(settings, len(inputs.labels))
+  arguments = analysis.arguments(settings, inputs.images.shape[1:])
+  return len(rows) * len(inputs.networks) * analysis.passes(arguments)
+
+
+class _Progress(contextlib.AbstractContextManager["_Progress"]):
+  """A bar that moves by the batches of one analysis.
+
+  Args:
+    name: Text in front of it.
+    total: Number of images in all passes.
+  """
+
+  def __init__(self, name: str, total: int):
+    self._bar = tqdm(
+      total=total,
+      desc=name,
+      unit="img",
+      dynamic_ncols=True,
+      disable=jax.process_index() != 0,
+    )
+    self._watching = batches.watch(self._show)
+    self._before = 0  # images done of the pass under way
+
+  def __enter__(self) -> "_Progress":
+    """Begins to watch."""
+    self._watching.__enter__()
+    return self
+
+  def __exit__(self, *error: Any) -> None:
+    """Closes the bar."""
+    self._watching.__exit__(*error)
+    self._bar.close()
+
+  def _show(self, done: int, count: int) -> None:
+    left = self._bar.total - self._bar.n
+    self._bar.update(min(max(done - self._before, 0), left))
+    self._before = done % count
+    stops.check()
+
+  def finish(self) -> None:
+    """Moves the bar to its end, where the arrays were there already."""
+    self._bar.update(self._bar.total - self._bar.n)
 
 
 def sections(

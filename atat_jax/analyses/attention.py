@@ -146,4 +146,5 @@ ANALYSIS = base.Analysis(
   images=base.first("num_images"),
   draw=draw_maps,
   find=_find,
+  passes=lambda arguments: 2,  # clean and attacked
 )

@@ -183,6 +183,8 @@ class Analysis:
     draw: (content of the file, directory) to the PNG files drawn there, in the
       order in which a reader wants them.
     find: Content of the file to its `Finding`. `data.path` is the file.
+    passes: Arguments to how many times `compute` goes through the images of a
+      network, as `data.batches` tells those who watch.
     wide: Whether its pictures need the whole width of a page.
     unknown: Ends of the names of the arrays that may hold NaN, which stands for
       a number that is not known; all others are finite.
@@ -194,6 +196,7 @@ class Analysis:
   images: Indices
   draw: Callable[[files.Arrays, pathlib.Path], list[pathlib.Path]]
   find: Callable[[files.Arrays], Finding]
+  passes: Callable[[Mapping[str, Any]], int] = lambda arguments: 1
   wide: bool = False
   unknown: tuple[str, ...] = ()
 

@@ -248,4 +248,5 @@ ANALYSIS = base.Analysis(
   images=base.first("num_examples"),
   draw=_draw,
   find=_find,
+  passes=lambda arguments: len(arguments["epsilons"]),
 )

@@ -18,6 +18,7 @@ network `<name>_loss` float32 [n, P, P] (image, a, b), in nats,
 """
 
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -28,6 +29,7 @@ from jax.sharding import Mesh
 
 from atat_jax import checks, compilation, losses, rng, sharding
 from atat_jax.analyses import base
+from atat_jax.data import batches
 from atat_jax.drawing import style, surfaces
 from atat_jax.errors import UserError
 from atat_jax.evaluation.networks import (
@@ -42,23 +44,33 @@ PAPER_INDICES = (1450, 7558)
 """Test images of CIFAR-10 that the paper shows."""
 
 
+def _direction(classifier: Classifier, images: Array, labels: Array) -> Array:
+  """Returns sign(grad of the loss) at images [n, H, W, C]."""
+
+  def total_loss(x: Array) -> Array:
+    return losses.cross_entropy(classifier(x), labels).sum()
+
+  return jnp.sign(jax.grad(total_loss)(images))
+
+
 def _surface(
   classifier: Classifier,
   images: Array,
   labels: Array,
   random_direction: Array,
   coefficients: Array,
+  gradient_direction: Array,
   points: Array,
-) -> tuple[Array, Array, Array]:
-  """Returns losses and margins of points [m, b] of the planes, and sign(grad)."""
+  number: Array,
+) -> Array:
+  """Returns losses and margins [2, m, b] of the first batches of points [m, b].
 
-  def total_loss(x: Array) -> Array:
-    return losses.cross_entropy(classifier(x), labels).sum()
-
-  gradient_direction = jnp.sign(jax.grad(total_loss)(images))
+  How many of them is a number on the device, so that the last part of a plane
+  needs no program of its own.
+  """
   side = len(coefficients)
 
-  def measure(point: Array) -> tuple[Array, Array]:
+  def measure(point: Array) -> Array:
     image, place = jnp.divmod(point, side * side)
     along, across = jnp.divmod(place, side)
 
@@ -68,12 +80,19 @@ def _surface(
     x = images[image] + scaled(along, gradient_direction)
     logits = classifier(x + scaled(across, random_direction))
     y = labels[image]
-    return losses.cross_entropy(logits, y), losses.margin(logits, y)
+    return jnp.stack(
+      [losses.cross_entropy(logits, y), losses.margin(logits, y)]
+    )
 
-  return *lax.map(measure, points), gradient_direction
+  def fill(batch: Array, found: Array) -> Array:
+    return found.at[:, batch].set(measure(points[batch]))
+
+  none = jnp.zeros((2, *points.shape), images.dtype)
+  return lax.fori_loop(0, number, fill, none)
 
 
-_jitted = compilation.jit(_surface)
+_jitted_direction = compilation.jit(_direction)
+_jitted_surface = compilation.jit(_surface)
 
 
 def loss_landscape(
@@ -89,8 +108,8 @@ def loss_landscape(
 ) -> dict[str, np.ndarray]:
   """Returns cross-entropy at x + a sign(grad of the loss) + b r for images x.
 
-  One compiled program a network goes through all points, with exactly one
-  forward pass a point, and one gradient an image.
+  One compiled program a network goes through the points, part by part, with
+  exactly one forward pass a point, and one gradient an image.
 
   Args:
     key: Random key of the Rademacher directions.
@@ -143,17 +162,44 @@ def _measure(
   _, images, *_, coefficients = given
   side = len(coefficients)
   count = len(images) * side**2
-  points: Array | np.ndarray = _points(count, batch_size, mesh)
+  points = _points(count, batch_size, mesh)
   if mesh is not None:
     given = sharding.put_replicated(mesh, given)
-    points = sharding.put_batch(mesh, np.asarray(points), axis=1)
-  measured = _jitted(*given, points)
-  if mesh is not None:
-    measured = sharding.to_host(mesh, measured)
-  loss, margin, direction = jax.device_get(measured)
-  shape = (len(images), side, side)
-  loss, margin = (x.ravel()[:count].reshape(shape) for x in (loss, margin))
-  return loss, margin, direction
+  direction = _jitted_direction(*given[:3])
+  parts, done = [], 0
+  for part, number in _parts(points):
+    here = part if mesh is None else sharding.put_batch(mesh, part, axis=1)
+    found = _jitted_surface(*given, direction, here, number)
+    parts.append(_fetched(found, mesh)[:, :number])
+    done += number * points.shape[1]
+    batches.tell(min(done, count), count)
+  shape = (2, len(images), side, side)
+  flat = np.concatenate(parts, 1).reshape(2, -1)[:, :count]
+  loss, margin = flat.reshape(shape)
+  return loss, margin, _fetched(direction, mesh)
+
+
+_PARTS = 20
+"""Parts in which a plane is measured, at most; a stop waits for one."""
+
+
+def _parts(points: np.ndarray) -> Iterator[tuple[np.ndarray, int]]:
+  """Cuts batches of points [m, b] into parts of one shape.
+
+  Yields:
+    A part, and the number of its batches that count: the last one may be filled
+    up with a batch that was there before.
+  """
+  rows = -(-len(points) // _PARTS)
+  for first in range(0, len(points), rows):
+    number = min(rows, len(points) - first)
+    places = np.minimum(np.arange(first, first + rows), len(points) - 1)
+    yield points[places], number
+
+
+def _fetched(array: Array, mesh: Mesh | None) -> np.ndarray:
+  """Copies an array to the host."""
+  return np.asarray(array if mesh is None else sharding.to_host(mesh, array))
 
 
 def _points(count: int, limit: int, mesh: Mesh | None) -> np.ndarray:
@@ -285,4 +331,5 @@ ANALYSIS = base.Analysis(
   images=lambda settings, _: settings.indices,
   draw=_draw,
   find=_find,
+  passes=lambda arguments: arguments["num_points"] ** 2,
 )

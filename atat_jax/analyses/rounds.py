@@ -111,4 +111,5 @@ ANALYSIS = base.Analysis(
   images=base.first("num_followed"),
   draw=draw_maps,
   find=_find,
+  passes=lambda arguments: 1 + len(arguments["rounds"]),
 )

@@ -233,4 +233,5 @@ ANALYSIS = base.Analysis(
   images=base.first("num_examples"),
   draw=_draw,
   find=_find,
+  passes=lambda arguments: 2,  # without attack, and under it
 )

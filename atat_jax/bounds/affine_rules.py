@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -127,8 +128,13 @@ def node(
     place: _wide(arg) for place, arg in enumerate(args) if place not in parents
   }
   params = _wide_params(eqn)
+  plain = _without_fill(params)
 
-  def bind(values: Sequence[Array], given: dict[int, Any]) -> Array:
+  def bind(
+    values: Sequence[Array],
+    given: dict[int, Any],
+    params: dict[str, Any] = plain,
+  ) -> Array:
     operands = [
       values[places.index(place)] if place in parents else given[place]
       for place in range(len(args))
@@ -144,7 +150,8 @@ def node(
     sizes = linear = zeros
     nothing = [jnp.zeros(eqn.invars[place].aval.shape) for place in places]
     summands = any(place not in parents for place in range(_summands(eqn)))
-    offset = bind(nothing, constants) if summands else None
+    filled = plain is not params
+    offset = bind(nothing, constants, params) if summands or filled else None
 
   def function(*values: Array) -> Array:
     return bind(values, linear)
@@ -195,6 +202,17 @@ def _wide_params(eqn: Any) -> dict[str, Any]:
   if params.get("preferred_element_type") is not None:
     params["preferred_element_type"] = np.dtype(np.float64)
   return params
+
+
+def _without_fill(params: dict[str, Any]) -> dict[str, Any]:
+  """Parameters by which entries that are not there count as 0.
+
+  A gather fills them with a constant, by default NaN, which is part of the
+  offset.
+  """
+  if params.get("mode") is not jax.lax.GatherScatterMode.FILL_OR_DROP:
+    return params
+  return {**params, "fill_value": 0.0}
 
 
 def _check_precision(eqn: Any) -> None:

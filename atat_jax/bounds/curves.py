@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
-from atat_jax.bounds.nodes import Interval, Slopes
+from atat_jax.bounds.nodes import Interval, Slopes, settled
 from atat_jax.typing import Array
 
 _NARROW = 1e-6  # relative width below which a chord has no reliable slope
@@ -217,7 +217,7 @@ def _sides(pieces: Pieces, x: Interval) -> tuple[Array, Array]:
 def _meets(pieces: Pieces) -> Array:
   (left, before), (right, after) = pieces.left, pieces.right
   # Finite points only: an infinite one (a clamp that is none) meets nothing.
-  return left * pieces.point + before == right * pieces.point + after
+  return settled(left * pieces.point + before == right * pieces.point + after)
 
 
 def pieces_slopes(pieces: Pieces, x: Interval) -> Slopes:
@@ -243,7 +243,7 @@ def pieces_slopes(pieces: Pieces, x: Interval) -> Slopes:
     right < left, jnp.where(right > 0, left / 2, (left + right) / 2), level
   )
   convex = right >= left
-  takes_right = (chord > level) == convex
+  takes_right = settled((chord > level) == convex)
   through = jnp.where(takes_right, right, left)
   at_through = jnp.where(takes_right, after, before)
   bent = Slopes(

@@ -7,11 +7,14 @@ IEEE float32 computes, in any order of summation.
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
+import jax
 import jax.numpy as jnp
 
 from atat_jax.typing import Array
+
+_T = TypeVar("_T")
 
 UNIT = 2.0**-24
 """Largest relative error of one operation in float32."""
@@ -43,6 +46,19 @@ class Interval(NamedTuple):
     if error is None:
       return self
     return Interval(self.lower - error, self.upper + error)
+
+
+def settled(decision: _T) -> _T:
+  """Has XLA compute a decision once, for all that depends on it.
+
+  It may compute a value again for each use, and round it otherwise: a line would
+  get the slope of one choice and the constant of another.
+
+  Args:
+    decision: What is decided, or the numbers that comparisons alone decide by.
+  """
+  found: _T = jax.lax.optimization_barrier(decision)
+  return found
 
 
 Map = Callable[..., Array]

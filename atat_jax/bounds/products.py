@@ -1,7 +1,9 @@
 """Products of two values that depend on the image, and choices by a third.
 
 Planes around a product are McCormick's (1976, Computability of Global Solutions
-to Factorable Nonconvex Programs).
+to Factorable Nonconvex Programs), as auto_LiRPA takes them: below it
+y_l x + x_l y - x_l y_l, above it y_u x + x_l y - x_l y_u. The other one on each
+side is as near to the product in the middle.
 """
 
 from typing import Any
@@ -31,13 +33,8 @@ def node(one: int, other: int, shape: tuple[int, ...]) -> Node:
     return Interval(corners.min(0), corners.max(0))
 
   def lines(x: Interval, y: Interval) -> Enclosure:
-    middle = (x.lower + x.upper) / 2, (y.lower + y.upper) / 2
-    below = _better(
-      (y.lower, x.lower), (y.upper, x.upper), middle, largest=True
-    )
-    above = _better(
-      (y.upper, x.lower), (y.lower, x.upper), middle, largest=False
-    )
+    below = y.lower, x.lower
+    above = y.upper, x.lower
     error = (UNIT + 4 * OWN) * x.largest * y.largest
     return Enclosure(
       lambda v, w: below[0] * v + below[1] * w,
@@ -49,26 +46,6 @@ def node(one: int, other: int, shape: tuple[int, ...]) -> Node:
     )
 
   return Node((one, other), shape, interval, lines)
-
-
-def _better(
-  first: tuple[Array, Array],
-  second: tuple[Array, Array],
-  middle: tuple[Array, Array],
-  *,
-  largest: bool,
-) -> tuple[Array, Array]:
-  """Factors of the better of two planes a x + b y - a b, in the middle."""
-
-  def at(plane: tuple[Array, Array]) -> Array:
-    a, b = plane
-    return a * middle[0] + b * middle[1] - a * b
-
-  takes = (at(first) >= at(second)) == largest
-  return (
-    jnp.where(takes, first[0], second[0]),
-    jnp.where(takes, first[1], second[1]),
-  )
 
 
 def choice(

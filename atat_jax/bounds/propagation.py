@@ -3,8 +3,9 @@
 Backwards, a linear function of a node is replaced by one of its parents that is
 nowhere above it, until it is one of the image (Zhang et al., 2018, CROWN,
 arXiv:1811.00866; Xu et al., 2020, arXiv:2002.12920). A node that is not affine
-needs intervals of its parents for that, which are found in the same way, first
-nodes first.
+needs intervals of its parents for that, first nodes first: each is the
+intersection of the one found backwards and the one found forwards from those of
+its own parents, neither of which is always the narrower.
 """
 
 import math
@@ -15,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from atat_jax.bounds.network import NodeList
-from atat_jax.bounds.nodes import OWN, Enclosure, Interval
+from atat_jax.bounds.nodes import OWN, Enclosure, Interval, settled
 from atat_jax.typing import Array
 
 _ENTRIES = 2**22
@@ -37,10 +38,10 @@ class Propagation:
 
   def __init__(self, network: NodeList, image: Interval, *, backward: bool):
     self._nodes = network.nodes
-    self.intervals = [image]
+    self.intervals = [settled(image)]
     self._lines = [Enclosure(_nothing, _nothing, None, None, None)]
     self._backward = backward
-    self._found: dict[int, Interval] = {0: image}
+    self._tight = {0}  # nodes that have the best interval
     needed = {
       parent
       for node in self._nodes
@@ -48,43 +49,33 @@ class Propagation:
       for parent in node.parents
     }
     for number in range(1, len(self._nodes)):
-      self._visit(number, number in needed)
+      node = self._nodes[number]
+      parents = [self.intervals[parent] for parent in node.parents]
+      self._lines.append(node.lines(*parents))
+      self.intervals.append(self._forward(number))
+      if backward and number in needed:
+        self._tighten(number)
 
-  def _visit(self, number: int, needed: bool) -> None:
-    """Adds the interval and the lines of a node."""
+  def _forward(self, number: int) -> Interval:
+    """Interval of a node by those of its parents."""
     node = self._nodes[number]
-    coarse = [self.intervals[parent] for parent in node.parents]
-    near = coarse
-    if self._backward and not node.affine:
-      near = [self._found[parent] for parent in node.parents]
-    lines = node.lines(*near)
-    self._lines.append(lines)
-    found = node.interval(*coarse).widened(lines.spread)
-    self.intervals.append(found)
-    if self._backward and needed:
-      self._found[number] = self._tight(number, found)
-      self.intervals[number] = _meet(found, self._found[number])
+    found = node.interval(*(self.intervals[parent] for parent in node.parents))
+    return settled(found.widened(self._lines[number].spread))
 
-  def _tight(self, number: int, coarse: Interval) -> Interval:
-    """Interval of a node that lines are made with."""
+  def _tighten(self, number: int) -> None:
+    """Intersects a node's interval with the one that is found backwards."""
+    if number in self._tight:
+      return
+    self._tight.add(number)
     node = self._nodes[number]
-    if number in self._found:
-      return self._found[number]
     if node.moved or not node.affine:
       # Its entries are known as well as those of its parents.
-      parents = [
-        self._tight(parent, self.intervals[parent]) for parent in node.parents
-      ]
-      found = node.interval(*parents)
-      return found.widened(self._lines[number].spread)
-    found = self._rows(number)
-    # Intervals that settle a sign are used, as auto_LiRPA does.
-    settled = (coarse.lower >= 0) | (coarse.upper <= 0)
-    self._found[number] = Interval(
-      jnp.where(settled, coarse.lower, found.lower),
-      jnp.where(settled, coarse.upper, found.upper),
-    )
-    return self._found[number]
+      for parent in node.parents:
+        self._tighten(parent)
+      found = self._forward(number)
+    else:
+      found = self._rows(number)
+    self.intervals[number] = settled(_meet(self.intervals[number], found))
 
   def _rows(self, number: int) -> Interval:
     """Interval of a node, each entry bounded backwards on both sides."""
@@ -94,7 +85,7 @@ class Propagation:
     def bound(row: Array) -> Array:
       place, sign = row % size, jnp.where(row < size, 1.0, -1.0)
       coefficients = jnp.zeros(size).at[place].set(sign).reshape(shape)
-      return self.least(number, coefficients)
+      return self._least(number, coefficients, by_lines=True)
 
     largest = max(math.prod(node.shape) for node in self._nodes)
     found = mapped(bound, jnp.arange(2 * size), _ENTRIES // largest)
@@ -109,8 +100,17 @@ class Propagation:
       coefficients: Factor of each of its entries.
 
     Returns:
-      The bound, a scalar; every rounding is taken off it.
+      The bound, a scalar; every rounding is taken off it. Backwards, it is the
+      better of that by lines and that by intervals, neither of which always is.
     """
+    found = self._least(number, coefficients, by_lines=False)
+    if not self._backward:
+      return found
+    return jnp.maximum(found, self._least(number, coefficients, by_lines=True))
+
+  def _least(
+    self, number: int, coefficients: Array, *, by_lines: bool
+  ) -> Array:
     waiting = {number: coefficients}
     total = jnp.zeros(())
     for current in range(number, -1, -1):
@@ -118,7 +118,7 @@ class Propagation:
       if a is None:
         continue
       node, lines = self._nodes[current], self._lines[current]
-      if current == 0 or not (node.affine or self._backward):
+      if current == 0 or not (node.affine or by_lines):
         total += _ends(a, self.intervals[current])
         continue
       if lines.error is not None:

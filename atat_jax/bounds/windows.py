@@ -50,8 +50,12 @@ def entries(eqn: Any) -> np.ndarray:
 def node(eqn: Any, parent: int) -> Node:
   """Makes the node of a maximum.
 
-  Below it is the entry whose lower bound is largest. Above it is the same entry
-  if it is above all others, otherwise the largest upper bound.
+  With x_i in [l_i, u_i] and m the first i of the largest l_i,
+
+    x_m <= max_i x_i <= x_m if l_m >= max_{i != m} u_i, else max_i u_i,
+
+  as in auto_LiRPA's BoundMaxPool (Xu et al., 2020, arXiv:2002.12920). Padding is
+  no entry.
 
   Args:
     eqn: Equation of the primitive reduce_window_max or reduce_max.

@@ -42,7 +42,7 @@ COMMANDS: dict[str, Entry] = {
   "attack": Entry("attack a network that is there", "atat_jax.attack", True),
   "explain": Entry("explain networks in pictures", "atat_jax.explain", True),
   "report": Entry("compare finished runs", "atat_jax.report.__main__"),
-  "data": Entry("download and prepare CIFAR", "atat_jax.data.prepare"),
+  "data": Entry("prepare CIFAR, describe other data", "atat_jax.data.prepare"),
   "import": Entry(
     "recognise PyTorch weights, make a checkpoint",
     "atat_jax.cli.importing",

@@ -170,9 +170,7 @@ def parse(argv: Sequence[str], *, mode: str = "run") -> Request:
     for name in ("config", "workdir"):
       if found[name] is None:
         raise flags.Error(f"--{name} is missing")
-    workdir = locations.find(
-      "--workdir", str(found["workdir"]), locations.FOR_RUNS
-    )
+    workdir = locations.find("--workdir", str(found["workdir"]))
     found["config"].items()  # a file that could not be read fails only here
   except UserError:
     raise

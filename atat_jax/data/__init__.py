@@ -53,9 +53,9 @@ DATASETS: dict[str, base.Source] = {
   "digits": base.Source(digits.SPEC, digits.read),
   "cifar10": base.Source(cifar.CIFAR10, cifar.read_cifar10),
   "cifar100": base.Source(cifar.CIFAR100, cifar.read_cifar100),
-  "npz": base.Source(None, npz.read),
-  "folder": base.Source(None, folder.read, folder.stream),
-  "tfds": base.Source(None, tfds_sets.read_any, tfds_sets.stream),
+  "npz": base.Source(None, npz.find),
+  "folder": base.Source(None, folder.find, folder.stream),
+  "tfds": base.Source(None, tfds_sets.find_any, tfds_sets.stream),
 }
 
 
@@ -90,8 +90,9 @@ def spec(
 ) -> DatasetSpec:
   """Returns the description of a data set.
 
-  That of a known data set needs no data. Others are read for it, but for those
-  that stay on the disk: they get the mean and deviation of ImageNet.
+  That of a known data set needs no data. Others are read for it where there is
+  no decoded copy, and `load` takes what was read; but for those that stay on the
+  disk: they get the mean and deviation of ImageNet.
 
   Args:
     name: See `load`.
@@ -111,8 +112,8 @@ def spec(
     return _find(name, data_dir, source, size).describe(size)
   if member.spec is not None:
     return member.spec
-  where = {"data_dir": data_dir, "cache_dir": cache_dir, "source": source}
-  found: DatasetSpec = member.read(rest, **where, size=size)[0]
+  where = {"data_dir": data_dir, "source": source}
+  found: DatasetSpec = member.read(rest, **where, size=size).describe(cache_dir)
   return found
 
 
@@ -210,11 +211,11 @@ def load(
     return Dataset(
       there.describe(size), *all_.hold_out(validation_size), on_disk
     )
-  where = {"data_dir": data_dir, "cache_dir": cache_dir, "source": source}
+  where = {"data_dir": data_dir, "source": source}
   if member.spec is None:
-    found, official_train, test = member.read(rest, **where, size=size)
+    unread = member.read(rest, **where, size=size)
+    found, train, test = unread.read(cache_dir)
   else:
     found = member.spec
-    official_train, test = member.read(**where)
-  train, validation = base.hold_out(official_train, validation_size)
-  return Dataset(found, train, validation, test)
+    train, test = member.read(**where, cache_dir=cache_dir)
+  return Dataset(found, *base.hold_out(train, validation_size), test)

@@ -109,14 +109,14 @@ class Source(NamedTuple):
       official training and test splits, checked by `checked_split`. `load`
       takes the validation split from the former. A data set without a file
       ignores the directories. Where `spec` is None: function
-      `read(name, *, data_dir, cache_dir, source, size)` of the name after the
-      colon that returns the description and the two splits (`own.Described`).
+      `find(name, *, data_dir, source, size)` of the name after the colon that
+      returns what can be described and read (`own.Unread`).
     stream: Function `stream(name, *, data_dir, source)` that finds data which
       stay on the disk (`streamed.Found`); None: there is none.
   """
 
   spec: DatasetSpec | None
-  read: Callable[..., tuple[Any, ...]]
+  read: Callable[..., Any]
   stream: Callable[..., Any] | None = None
 
 

@@ -99,13 +99,25 @@ def watch(listener: Callable[[int, int], object]) -> Iterator[None]:
   """Has somebody told of every batch that `map_batches` is done with.
 
   Args:
-    listener: Function of the number of examples done, and of all of them.
+    listener: Function of the number of examples done, and of all of them; work
+      that is no walk through batches calls `tell`.
   """
   _listeners.append(listener)
   try:
     yield
   finally:
     _listeners.remove(listener)
+
+
+def tell(done: int, count: int) -> None:
+  """Tells whoever watches that a part of some work is done.
+
+  Args:
+    done: Number of examples done.
+    count: Number of all of them; with these, a pass over them ends.
+  """
+  for listener in _listeners:
+    listener(done, count)
 
 
 def map_batches(
@@ -140,8 +152,7 @@ def map_batches(
   for number, rows in enumerate(indices):
     batch = [sharding.put_batch(mesh, array[rows]) for array in arrays]
     results.append(sharding.to_host(mesh, function(number, *batch)))
-    for listener in _listeners:
-      listener(min((number + 1) * batch_size, count), count)
+    tell(min((number + 1) * batch_size, count), count)
   return jax.tree.map(
     lambda *parts: np.concatenate(parts, axis).take(range(count), axis),
     *results,

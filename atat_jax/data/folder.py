@@ -28,15 +28,14 @@ _TESTS = ("test", "val", "validation")
 _LARGEST_FILE = 1 << 28  # bytes of a picture file
 
 
-def read(
+def find(
   name: str,
   *,
   data_dir: str | None = None,
-  cache_dir: str | None = None,
   source: str = "auto",
   size: int = 0,
-) -> own.Described:
-  """Reads pictures in folders, from their decoded copy where there is one.
+) -> own.Unread:
+  """Finds pictures in folders, in the order of their paths.
 
   Pictures of one data set get the same channels: colour where any picture has
   colour, alpha only where all have it.
@@ -44,17 +43,16 @@ def read(
   Args:
     name: Name of the data set in results; "": the folder's.
     data_dir: Folder with `train` and `test` in it.
-    cache_dir: Directory for decoded copies; default `base.cache_root(None)`.
     source: "auto", the only one.
     size: Side of the square images in pixels, see `own.decoder`; 0: pictures
       have one size and keep it.
 
   Returns:
-    Description and splits; pictures in the order of their paths.
+    The data set; reading it fails where a picture cannot be read, or pictures
+    have several sizes while `size` is 0.
 
   Raises:
-    UserError: No such folder, no pictures, a picture that cannot be read, or
-      pictures of several sizes while `size` is 0.
+    UserError: No such folder, no pictures.
   """
   root, classes, found = _open(data_dir, source)
 
@@ -69,13 +67,12 @@ def read(
       tuple(classes),
     )
 
-  return own.cached(
+  return own.Unread(
     f"folder:{name or locations.resolved(root).name}",
     root,
     [path for part in found for path, _ in part],
     decode,
-    cache_dir=cache_dir,
-    size=size,
+    size,
   )
 
 

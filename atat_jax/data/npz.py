@@ -24,30 +24,28 @@ KEYS = ("train_images", "train_labels", "test_images", "test_labels")
 _OPTIONAL = "class_names"
 
 
-def read(
+def find(
   name: str,
   *,
   data_dir: str | None = None,
-  cache_dir: str | None = None,
   source: str = "auto",
   size: int = 0,
-) -> own.Described:
-  """Reads a data set from a `.npz` file.
+) -> own.Unread:
+  """Finds a data set in a `.npz` file, which needs no decoded copy.
 
   Args:
     name: Name of the data set in results; "": the file's.
     data_dir: Path of the file.
-    cache_dir: Ignored: such a file needs no decoded copy.
     source: "auto", the only one.
     size: 0, the only one: the images are not resized.
 
   Returns:
-    Description and splits.
+    The data set; reading it fails where arrays are missing, of another kind or
+    damaged.
 
   Raises:
-    UserError: No such file, arrays missing or of another kind, or damage.
+    UserError: No file is named.
   """
-  del cache_dir
   checks.choice("source", source, ("auto",))
   if size:
     raise UserError(f"size: {size}; allowed: 0, a .npz has images of one size")
@@ -57,6 +55,17 @@ def read(
       " --config.data.dir=mine.npz"
     )
   path = locations.find("data_dir", data_dir)
+  return own.Unread(
+    f"npz:{name or path.stem}",
+    path,
+    [path],
+    lambda: _contents(path),
+    is_copied=False,
+  )
+
+
+def _contents(path: pathlib.Path) -> own.Contents:
+  """Reads all arrays of a file."""
   found = _load(path)
   names = found.get(_OPTIONAL)
   if names is not None and (names.dtype.kind not in "US" or names.ndim != 1):
@@ -69,9 +78,7 @@ def read(
     base.Split(found[f"{part}_images"], _flat(found[f"{part}_labels"]))
     for part in ("train", "test")
   )
-  return own.checked(
-    f"npz:{name or path.stem}", own.Contents(train, test, read_names), path
-  )
+  return own.Contents(train, test, read_names)
 
 
 def read_test(path: pathlib.Path | str) -> base.Split:

@@ -2,15 +2,18 @@
 
 Number of classes, size and channels of the images, mean and deviation of the
 pixels come from the data. Decoded pictures are kept in the cache directory, with
-the description, so that the next start reads neither pictures nor folders.
+the description, so that the next start reads no pictures, and for the
+description alone no arrays. What had to be read for a description is handed on to
+whoever asks for the arrays next.
 """
 
+import dataclasses
 import hashlib
 import json
 import logging
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 
@@ -26,6 +29,9 @@ MOST_CLASSES = 1000
 _MOST_CHANNELS = 4
 
 _log = logging.getLogger(__name__)
+
+_Origin = dict[str, object]
+_T = TypeVar("_T")
 
 
 class Contents(NamedTuple):
@@ -210,74 +216,139 @@ def _names(
   return tuple(map(str, range(number)))
 
 
-def cached(
-  name: str,
-  place: pathlib.Path,
-  read_from: Sequence[pathlib.Path],
-  decode: Callable[[], Contents],
-  *,
-  cache_dir: str | None,
-  size: int,
-) -> Described:
-  """Reads the decoded copy of a data set; decodes it where there is none.
+@dataclasses.dataclass(frozen=True)
+class Unread:
+  """Data set that has been found, and not been read.
 
-  Args:
+  Attributes:
     name: Name of the data set.
     place: File or folder that holds it.
-    read_from: Files that it is made from; a change in one makes it anew.
-    decode: Reader of all pictures.
-    cache_dir: Directory for decoded copies; default `base.cache_root(None)`.
+    files: Files that it is made from; a change in one makes it anew.
+    decode: Reader of everything.
     size: Side of the images, part of the copy's identity.
-
-  Returns:
-    The description with the splits.
-
-  Raises:
-    UserError: The data cannot be used.
+    is_copied: Whether a decoded copy is kept.
   """
-  origin = _origin(place, read_from, size)
-  root = base.cache_root(cache_dir)
-  digest = hashlib.sha256(
-    json.dumps([name, origin["path"], size]).encode()
-  ).hexdigest()[:12]
-  cache = root and root / f"own-{digest}.npz"
-  if cache and cache.is_file():
+
+  name: str
+  place: pathlib.Path
+  files: Sequence[pathlib.Path]
+  decode: Callable[[], Contents]
+  size: int = 0
+  is_copied: bool = True
+
+  def describe(self, cache_dir: str | None) -> base.DatasetSpec:
+    """Reads the description: that in the decoded copy, or of all pictures.
+
+    Args:
+      cache_dir: Directory for decoded copies; default `base.cache_root(None)`.
+
+    Raises:
+      UserError: The data cannot be used.
+    """
+    origin = self._origin()
+    spec = self._from_copy(cache_dir, lambda path: self._spec(path, origin))
+    if spec is not None:
+      return spec
+    kept = _kept.get(self.name)
+    if kept is None or kept[0] != origin:
+      _kept.clear()
+      kept = _kept[self.name] = origin, self._decode(cache_dir, origin)
+    return kept[1].spec
+
+  def read(self, cache_dir: str | None) -> Described:
+    """Reads everything: the decoded copy, or all pictures where there is none.
+
+    Args:
+      cache_dir: Directory for decoded copies; default `base.cache_root(None)`.
+
+    Returns:
+      The description with the splits.
+
+    Raises:
+      UserError: The data cannot be used.
+    """
+    origin = self._origin()
+    kept = _kept.pop(self.name, None)
+    if kept is not None and kept[0] == origin:
+      return kept[1]
+
+    def from_copy(path: pathlib.Path) -> Described:
+      spec = self._spec(path, origin)
+      return Described(spec, *base.read_cache(path, spec, origin=origin))
+
+    found = self._from_copy(cache_dir, from_copy)
+    return self._decode(cache_dir, origin) if found is None else found
+
+  def _spec(self, path: pathlib.Path, origin: _Origin) -> base.DatasetSpec:
+    """Reads the description in a decoded copy of these files."""
+    spec, made_from = read_header(path)
+    if spec.name != self.name or made_from != origin:
+      raise UserError(f"{path}: a decoded copy of other files")
+    return spec
+
+  def _from_copy(
+    self, cache_dir: str | None, read: Callable[[pathlib.Path], _T]
+  ) -> _T | None:
+    """Reads from the decoded copy; None where none can be used."""
+    path = self._copy(cache_dir)
+    if path is None or not path.is_file():
+      return None
     try:
-      spec = read_spec(cache)
-      if spec.name == name:
-        return Described(spec, *base.read_cache(cache, spec, origin=origin))
+      return read(path)
     except DamagedFileError as error:
       _log.warning("%s; decoding again", error)
     except UserError as error:
       _log.info("decoding again: %s", error)
-  found = checked(name, decode(), place)
-  if cache:
-    base.write_cache(cache, *found, origin=origin)
-  return found
+    return None
+
+  def _decode(self, cache_dir: str | None, origin: _Origin) -> Described:
+    """Decodes all pictures, and writes the copy."""
+    found = checked(self.name, self.decode(), self.place)
+    path = self._copy(cache_dir)
+    if path is not None:
+      base.write_cache(path, *found, origin=origin)
+    return found
+
+  def _copy(self, cache_dir: str | None) -> pathlib.Path | None:
+    """Path of the decoded copy; None where none is kept."""
+    root = base.cache_root(cache_dir) if self.is_copied else None
+    place = [self.name, str(locations.resolved(self.place)), self.size]
+    digest = hashlib.sha256(json.dumps(place).encode()).hexdigest()[:12]
+    return root and root / f"own-{digest}.npz"
+
+  def _origin(self) -> _Origin:
+    """Returns what changes whenever the data do, without reading them."""
+    digest = hashlib.sha256()
+    try:
+      for path in self.files:
+        changed, length = files.stamp(path)
+        entry = [str(path.relative_to(self.place)), length, changed]
+        digest.update(json.dumps(entry).encode())
+    except OSError as error:
+      raise UserError(
+        f"data_dir={self.place}: {error.strerror or error}"
+      ) from None
+    return {
+      "kind": "own",
+      "path": str(locations.resolved(self.place)),
+      "files": digest.hexdigest(),
+      "size": self.size,
+    }
 
 
-def _origin(
-  place: pathlib.Path, read_from: Sequence[pathlib.Path], size: int
-) -> dict[str, object]:
-  """Returns what changes whenever the data do, without reading them."""
-  digest = hashlib.sha256()
-  for path in read_from:
-    changed, length = files.stamp(path)
-    entry = [str(path.relative_to(place)), length, changed]
-    digest.update(json.dumps(entry).encode())
-  return {
-    "kind": "own",
-    "path": str(locations.resolved(place)),
-    "files": digest.hexdigest(),
-    "size": size,
-  }
+_kept: dict[str, tuple[_Origin, Described]] = {}
+"""Last data set that was read for its description, until its arrays are asked
+for, with the identity of its files."""
 
 
-def read_spec(path: pathlib.Path) -> base.DatasetSpec:
-  """Reads the description in a decoded copy.
+def read_header(path: pathlib.Path) -> tuple[base.DatasetSpec, _Origin]:
+  """Reads the description in a decoded copy, and what it was made from.
 
   Args:
     path: A `.npz` that `base.write_cache` wrote.
+
+  Returns:
+    The description, and the identity of the files.
 
   Raises:
     DamagedFileError: Not readable, or without a description.
@@ -291,7 +362,8 @@ def read_spec(path: pathlib.Path) -> base.DatasetSpec:
       key: tuple(value) if isinstance(value, list) else value
       for key, value in header["spec"].items()
     }
-    return base.DatasetSpec(**cast(dict[str, Any], fields))
+    spec = base.DatasetSpec(**cast(dict[str, Any], fields))
+    return spec, dict(header["origin"])
   # A damaged file can raise anything in the zip reader or the header parser.
   except Exception as error:
     raise DamagedFileError(

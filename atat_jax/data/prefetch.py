@@ -2,12 +2,16 @@
 
 import collections
 import contextlib
+import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, Generic, TypeVar
 
 A = TypeVar("A")
 T = TypeVar("T")
+
+_POLL = 0.001
+"""Seconds after which a consumer that waits is asked again whether it is idle."""
 
 
 class Prefetcher(contextlib.AbstractContextManager[Any], Generic[A, T]):
@@ -38,9 +42,25 @@ class Prefetcher(contextlib.AbstractContextManager[Any], Generic[A, T]):
       self._waiting.append(self._pool.submit(self._function, argument))
       return
 
-  def get(self) -> T:
-    """Returns the next result, or raises the exception of its call."""
-    result = self._waiting.popleft().result()
+  def get(
+    self,
+    idle: Callable[[], bool] | None = None,
+    on_idle: Callable[[float], None] = lambda seconds: None,
+  ) -> T:
+    """Returns the next result, or raises the exception of its call.
+
+    Args:
+      idle: Answers whether the consumer has nothing else to do, asked while the
+        result is not there; None: it always has.
+      on_idle: Called with the seconds for which it had not.
+    """
+    future = self._waiting.popleft()
+    while idle is not None and not future.done():
+      began, idles = time.perf_counter(), idle()
+      wait([future], _POLL)
+      if idles:
+        on_idle(time.perf_counter() - began)
+    result = future.result()
     self._submit()
     return result
 

@@ -1,6 +1,10 @@
 """Downloads CIFAR and prepares it for tensorflow-datasets, without TensorFlow.
 
-    python -m atat_jax.data.prepare cifar10 --data_dir=DIR [--archive=PATH]
+  python -m atat_jax.data.prepare cifar10 --data_dir=data
+  python -m atat_jax.data.prepare digits
+
+Data that need no preparation are read as a training would read them, which
+leaves the decoded copy in the cache, and described.
 
 The builder of tensorflow-datasets unpacks the archive and encodes PNG through
 TensorFlow. Here `archives` reads the archive and Pillow encodes the images;
@@ -12,6 +16,7 @@ import hashlib
 import http.client
 import io
 import pathlib
+import sys
 import urllib.request
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -19,10 +24,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import tqdm
 
+from atat_jax import data
 from atat_jax.data import archives, base, cifar, tfds_sets
-from atat_jax.errors import UserError, near, shown
+from atat_jax.errors import UserError, near, printable, shown
 from atat_jax.process import arguments, commands, stops
-from atat_jax.runs import files, locations, lock
+from atat_jax.runs import files, locations, lock, wording
 
 PROGRAM = "python -m atat_jax.data.prepare"
 
@@ -271,8 +277,71 @@ def _prepare(
   _builder(spec, root, splits).download_and_prepare()
 
 
+def describe(name: str, *, data_dir: str | None = None, size: int = 0) -> str:
+  """Reads a data set and says what is in it, a line for each fact.
+
+  Args:
+    name: Name in `data.DATASETS`, see `data.load`.
+    data_dir: Place of the data, see `data.load`.
+    size: Side of pictures in a folder, see `data.load`.
+
+  Returns:
+    Shape of the images, numbers of images and of those of a class, classes.
+
+  Raises:
+    UserError: No such data, or damaged ones.
+  """
+  found = data.load(name, data_dir=data_dir, validation_size=1, size=size)
+  spec, (height, width, channels) = found.spec, found.spec.image_shape
+  splits = (found.train, found.validation, found.test)
+  train, held_out, test = (base.in_memory(split).labels for split in splits)
+  facts = {
+    "data set": spec.name,
+    "images": f"{height} x {width} pixels, {wording.plural(channels, 'channel')}",
+    "training": _counts(np.concatenate([train, held_out]), spec.num_classes),
+    "test": _counts(test, spec.num_classes),
+    "classes": f"{spec.num_classes}: {_listed(spec.class_names)}",
+  }
+  return "".join(f"{fact + ':':<11}{text}\n" for fact, text in facts.items())
+
+
+def _counts(labels: np.ndarray, num_classes: int) -> str:
+  """Says how many images there are, in all and of a class."""
+  each = np.bincount(labels, minlength=num_classes)
+  return f"{len(labels):,} images, {each.min():,} to {each.max():,} of a class"
+
+
+def _listed(names: Sequence[str], most: int = 8) -> str:
+  """Lists names, and says how many more there are."""
+  more = f" and {len(names) - most:,} more" if len(names) > most else ""
+  return ", ".join(map(printable, names[:most])) + more
+
+
+def _located(name: str, data_dir: str | None) -> tuple[str, str | None]:
+  """Returns the name and the place of data that are named by their path."""
+  path = pathlib.Path(name)
+  if data_dir is None and name not in data.DATASETS:
+    if path.suffix == ".npz":
+      return "npz", name
+    if path.is_dir():
+      return "folder", name
+  return name, data_dir
+
+
+def _describe(name: str, data_dir: str | None, size: int) -> str:
+  """Describes a data set on stdout; returns the command to go on with."""
+  kind, place = _located(name, data_dir)
+  sys.stdout.write(describe(kind, data_dir=place, size=size))
+  if kind == "digits":
+    return "atat-jax run --config=digits --workdir=runs/digits"
+  flags = f"--config=own:at --workdir=runs/mine --config.data.name={kind}"
+  flags += f" --config.data.dir={place}" if place else ""
+  flags += f" --config.data.size={size}" if size else ""
+  return f"atat-jax run {flags}"
+
+
 def main(argv: Sequence[str] | None = None, *, program: str = PROGRAM) -> None:
-  """Prepares the data set that the command line names.
+  """Prepares or describes the data set that the command line names.
 
   Args:
     argv: Without the program; None: the command line.
@@ -283,29 +352,42 @@ def main(argv: Sequence[str] | None = None, *, program: str = PROGRAM) -> None:
   """
   parser = arguments.Parser(
     program,
-    "NAME [--data-dir=DIR] [--archive=PATH]",
-    description="Downloads CIFAR and prepares it for tensorflow-datasets,"
-    " without TensorFlow.",
-    example="cifar10 --data-dir=data",
+    "DATA [--data-dir=DIR] [--archive=PATH] [--size=N]",
+    description="Downloads CIFAR and prepares it, without TensorFlow; reads and"
+    " describes any\nother data, and leaves the decoded copy in the cache.",
+    example="digits",
   )
   parser.add_argument(
-    "name", choices=sorted(_SPECS), metavar="NAME", help=", ".join(_SPECS)
+    "name",
+    metavar="DATA",
+    help="cifar10 or cifar100, a download of 170 MB; digits, tfds:NAME, an .npz,"
+    " or a folder with train/<class>/* and test/<class>/*",
   )
   parser.add_argument(
     "--data-dir",
     "--data_dir",
     metavar="DIR",
     help="tfds data directory (default: $TFDS_DATA_DIR or"
-    " ~/tensorflow_datasets)",
+    " ~/tensorflow_datasets), or place of other data",
   )
   parser.add_argument(
     "--archive",
     metavar="PATH",
     help="official archive to use instead of downloading it",
   )
+  parser.add_argument(
+    "--size", type=int, default=0, help="side of pictures in a folder"
+  )
   args = parser.parse_args(argv)
   with commands.plain_exits():
     stops.started()
+    if args.name not in _SPECS:
+      if args.archive is not None:
+        raise UserError(
+          f"--archive: {shown(args.archive)}; allowed: with {', '.join(_SPECS)}"
+        )
+      commands.say_next(_describe(args.name, args.data_dir, args.size))
+      return
     found = prepare(args.name, data_dir=args.data_dir, archive=args.archive)
     commands.say_next(
       f"atat-jax run --config={args.name}:at,fast --workdir=runs/{args.name}"

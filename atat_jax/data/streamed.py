@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from atat_jax import checks
-from atat_jax.data import base, batches, pictures
+from atat_jax.data import base, batches, pictures, rand_augment
 from atat_jax.data.base import Split
 from atat_jax.errors import UserError
 
@@ -184,12 +184,15 @@ class Streaming:
     prefetch: Number of batches that are read ahead.
     smallest_crop: Smallest share of a training picture that its random crop
       has; 1: no random crop, but the centre, as in evaluation.
+    rand_augment: Magnitude of RandAugment on training pictures, up to 10
+      (`rand_augment`); 0: none.
     shard_size: Number of test images that are in memory at a time.
   """
 
   workers: int = 0
   prefetch: int = 2
   smallest_crop: float = 0.08
+  rand_augment: float = 0.0
   shard_size: int = 1000
 
   def __post_init__(self) -> None:
@@ -201,6 +204,12 @@ class Streaming:
     if not 0 < self.smallest_crop <= 1:
       raise UserError(
         f"smallest_crop: {self.smallest_crop}; allowed: above 0, at most 1"
+      )
+    checks.number("rand_augment", self.rand_augment)
+    if not 0 <= self.rand_augment <= rand_augment.LARGEST:
+      raise UserError(
+        f"rand_augment: {self.rand_augment}; allowed: 0 to"
+        f" {rand_augment.LARGEST:g}"
       )
 
 
@@ -266,7 +275,11 @@ class _Read(NamedTuple):
 
 
 def _decode(
-  records: Any, size: int, smallest: float, example: _Example
+  records: Any,
+  size: int,
+  smallest: float,
+  example: _Example,
+  magnitude: float = 0.0,
 ) -> _Read:
   """Reads a picture; what is wrong with it is told, not raised.
 
@@ -277,7 +290,7 @@ def _decode(
     record = records.read(number)
     image = pictures.decode_bytes(record.content).convert("RGB")
     return _Read(
-      np.asarray(_cropped(image, size, smallest, example.key)),
+      np.asarray(_augmented(image, size, smallest, example.key, magnitude)),
       int(record.label),
       "",
     )
@@ -289,6 +302,21 @@ def _decode(
       f" ({base.first_line(error)})"
     )
   return _Read(np.zeros((size, size, 3), np.uint8), 0, fault)
+
+
+def _augmented(
+  image: Any,
+  size: int,
+  smallest: float,
+  key: tuple[int, int] | None,
+  magnitude: float,
+) -> Any:
+  """Crops, and augments what has a key."""
+  image = _cropped(image, size, smallest, key)
+  if key is None or not magnitude:
+    return image
+  draws = _uniform(key, 4 * _TRIES + rand_augment.NUM_DRAWS)
+  return rand_augment.augment(image, draws[4 * _TRIES :], magnitude)
 
 
 def _cropped(
@@ -498,7 +526,11 @@ class TrainingBatches:
       num_steps=num_steps,
     )
     self._decode = functools.partial(
-      _decode, pictures_.records, pictures_.size, options.smallest_crop
+      _decode,
+      pictures_.records,
+      pictures_.size,
+      options.smallest_crop,
+      magnitude=options.rand_augment,
     )
     # A batch is whole chunks, so that each step begins with one.
     self._chunk = max(n for n in range(1, _CHUNK + 1) if len(rows) % n == 0)

@@ -21,6 +21,7 @@ from atat_jax.errors import UserError
 from atat_jax.runs import files, locations
 from atat_jax.untrusted import regular
 
+_TESTS = ("test", "validation")  # splits for tests, the first first
 _CHUNK = 1000  # records decoded at a time
 _SMALLEST_RECORD = 60  # bytes of a PNG picture
 _LARGEST_NOTE = 1 << 20  # bytes of a file of a tfds version without records
@@ -151,6 +152,7 @@ def read(
   *,
   splits: Mapping[str, str],
   remedy: str,
+  num_bytes: int | None = None,
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
   """Reads a prepared version, in the order of its ids where it has ids.
 
@@ -160,6 +162,7 @@ def read(
     decode: Decoder of one picture.
     splits: "train" and "test" to the names that they have there.
     remedy: Advice for the error message.
+    num_bytes: Size of the record files, where they have been checked already.
 
   Returns:
     "train" and "test" to images uint8 `[N, H, W, C]` and labels `[N, 1]`.
@@ -170,7 +173,7 @@ def read(
   try:
     import tensorflow_datasets as tfds
 
-    size = _check(directory, name)
+    size = _check(directory, name) if num_bytes is None else num_bytes
     builder = tfds.builder_from_directory(str(directory))
     found = {}
     for split, there in splits.items():
@@ -202,14 +205,16 @@ class _Described:
   """Parts of a version's own description."""
 
   splits: dict[str, str]
+  spare: str | None  # another split for tests
   class_names: Sequence[str]
+  num_bytes: int
 
 
 def _describe(directory: pathlib.Path, name: str) -> _Described:
   """Reads which splits a version has, and its classes."""
   import tensorflow_datasets as tfds
 
-  _check(directory, name)
+  num_bytes = _check(directory, name)
   info = tfds.builder_from_directory(str(directory)).info
   known = dict(info.features)
   for key, kind in (
@@ -222,10 +227,11 @@ def _describe(directory: pathlib.Path, name: str) -> _Described:
         " a 'label' that is a class"
       )
   there = list(info.splits)
-  test = next((x for x in ("test", "validation") if x in there), None)
+  test, spare, *_ = *(x for x in _TESTS if x in there), None, None
   if "train" not in there or test is None:
     raise ValueError(f"it has {', '.join(there)}; allowed: train and test")
-  return _Described({"train": "train", "test": test}, known["label"].names)
+  splits = {"train": "train", "test": test}
+  return _Described(splits, spare, known["label"].names, num_bytes)
 
 
 def _described(directory: pathlib.Path, name: str) -> _Described:
@@ -258,6 +264,7 @@ def _decode_any(directory: pathlib.Path, name: str, size: int) -> own.Contents:
     own.decoder(size),
     splits=described.splits,
     remedy="allowed: pictures with labels",
+    num_bytes=described.num_bytes,
   )
   train, test = (
     base.Split(found[split][0], found[split][1][:, 0]) for split in found
@@ -265,38 +272,36 @@ def _decode_any(directory: pathlib.Path, name: str, size: int) -> own.Contents:
   return own.Contents(train, test, tuple(described.class_names))
 
 
-def read_any(
+def find_any(
   name: str,
   *,
   data_dir: str | None = None,
-  cache_dir: str | None = None,
   source: str = "auto",
   size: int = 0,
-) -> own.Described:
-  """Reads any prepared tfds set of images with labels.
+) -> own.Unread:
+  """Finds any prepared tfds set of images with labels.
 
   Args:
     name: Name of the data set, as in `svhn_cropped` or `eurosat/rgb`.
     data_dir: Root of the tfds data directory; default `default_data_dir()`.
-    cache_dir: Directory for decoded copies; default `base.cache_root(None)`.
     source: "auto" or "tfds".
     size: Side of the square images in pixels, see `own.decoder`; 0: pictures
       have one size and keep it.
 
   Returns:
-    Description and splits; where there is no test split, "validation" is it.
+    The data set, which reading may find to be another kind; where there is no
+    test split, "validation" is it.
 
   Raises:
-    UserError: Nothing found, or what was found is not such a data set.
+    UserError: Nothing found.
   """
   directory = _place(name, data_dir, source)
-  return own.cached(
+  return own.Unread(
     f"tfds:{name}",
     directory,
     [directory / "dataset_info.json", *records(directory, name)],
     lambda: _decode_any(directory, name, size),
-    cache_dir=cache_dir,
-    size=size,
+    size,
   )
 
 
@@ -323,12 +328,14 @@ class PreparedRecords:
   Args:
     directory: `<data_dir>/<name>/<version>`.
     split: Name of the split there.
+    num_classes: Number of its classes, K.
   """
 
   labels = None  # only reading all records would show them
 
-  def __init__(self, directory: pathlib.Path, split: str):
+  def __init__(self, directory: pathlib.Path, split: str, num_classes: int):
     self._directory, self._split = directory, split
+    self._num_classes = num_classes
     self._opened: Any = None
 
   def __getstate__(self) -> dict[str, Any]:
@@ -355,9 +362,23 @@ class PreparedRecords:
     return f"{self._directory} ({self._split}): record {number}"
 
   def read(self, number: int) -> streamed.Record:
-    """Reads a record; raises whatever tfds and its reader do."""
+    """Reads a record; raises whatever tfds and its reader do.
+
+    Raises:
+      UserError: A label that is no class, as -1 of pictures without a label.
+    """
     found = self._source[number]
-    return streamed.Record(bytes(found["image"]), int(found["label"]))
+    label = int(found["label"])
+    if not 0 <= label < self._num_classes:
+      raise UserError(
+        f"{self.name(number)}: label {label}; allowed: 0 to"
+        f" {self._num_classes - 1}"
+      )
+    return streamed.Record(bytes(found["image"]), label)
+
+  def are_labelled(self) -> bool:
+    """Whether the first record has a label."""
+    return int(self._source[0]["label"]) >= 0
 
 
 def stream(
@@ -366,7 +387,7 @@ def stream(
   data_dir: str | None = None,
   source: str = "auto",
 ) -> streamed.Found:
-  """Finds a prepared tfds set of images with labels; reads no record.
+  """Finds a prepared tfds set of images with labels; reads one record.
 
   Args:
     name: Name of the data set, as in `imagenet2012`.
@@ -374,24 +395,27 @@ def stream(
     source: "auto" or "tfds".
 
   Returns:
-    Its records; where there is no test split, "validation" is it.
+    Its records; where there is no test split, or one without labels as that of
+    imagenet2012, "validation" is it.
 
   Raises:
     UserError: Nothing found, or what was found is not such a data set.
   """
   directory = _place(name, data_dir, source)
   described = _described(directory, name)
+  classes = tuple(described.class_names)
   train, test = (
-    PreparedRecords(directory, described.splits[split])
+    PreparedRecords(directory, described.splits[split], len(classes))
     for split in ("train", "test")
   )
   try:
     empty = not (len(train) and len(test))
+    if described.spare and not empty and not test.are_labelled():
+      test = PreparedRecords(directory, described.spare, len(classes))
+      empty = not len(test)
   # The C++ code that reads record files raises exceptions of its own.
   except Exception as error:
     raise UserError(f"{directory}: {base.first_line(error)}") from error
   if empty:
     raise UserError(f"{directory}: holds no images")
-  return streamed.Found(
-    f"tfds:{name}", tuple(described.class_names), train, test
-  )
+  return streamed.Found(f"tfds:{name}", classes, train, test)

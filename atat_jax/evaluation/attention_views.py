@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from atat_jax import attention, checks, compilation, sharding
 from atat_jax.attacks import nonfinite
+from atat_jax.data import batches
 from atat_jax.evaluation.networks import (
   Networks,
   classifiers,
@@ -128,7 +129,9 @@ def attention_views(
     model = compilation.hashable(networks[name][0])
     (variables,) = placed[name].args
     views = _jitted_view(variables, seen, y, model=model, layer=layers[name])
-    return _named(name, kind, *sharding.to_host(mesh, views))
+    named = _named(name, kind, *sharding.to_host(mesh, views))
+    batches.tell(len(images), len(images))
+    return named
 
   for name in named:  # before any attack: they may be refused
     found |= view(name, "clean", x)

@@ -4,21 +4,21 @@ An image that is certified is classified correctly everywhere in the ball, so
 that an attack which fools it contradicts the bound: one of them is wrong.
 """
 
-import logging
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from tqdm import tqdm
 
 from atat_jax import bounds
 from atat_jax.attacks.diagnostics import Diagnostic, diagnostic
 from atat_jax.data.base import Split, as_floats
+from atat_jax.process import stops
 from atat_jax.runs import wording, worst_case
 from atat_jax.typing import Classifier
-
-_log = logging.getLogger(__name__)
 
 Certificate = dict[str, Any]
 """Entry of "certificates" in `results.json`."""
@@ -76,17 +76,24 @@ def measure(
   began, count = time.perf_counter(), len(test.labels)
   size = min(batch_size, count)
   found = []
-  for start in range(0, count, size):
-    places = np.minimum(np.arange(start, start + size), count - 1)
-    made = bounds.crown(
-      classifier,
-      jnp.asarray(as_floats(test.images[places])),
-      jnp.asarray(test.labels[places]),
-      epsilon=certificate["epsilon"],
-    )
-    found.append(np.asarray(made.certified))
-    done = min(start + size, count)
-    _log.info("certify: %s of %s", done, wording.plural(count, "image"))
+  with tqdm(
+    total=count,
+    unit="img",
+    desc=f"certify {certificate['model']}",
+    dynamic_ncols=True,
+    disable=jax.process_index() != 0,
+  ) as bar:
+    for start in range(0, count, size):
+      stops.check()
+      places = np.minimum(np.arange(start, start + size), count - 1)
+      made = bounds.crown(
+        classifier,
+        jnp.asarray(as_floats(test.images[places])),
+        jnp.asarray(test.labels[places]),
+        epsilon=certificate["epsilon"],
+      )
+      found.append(np.asarray(made.certified))
+      bar.update(min(size, count - start))
   certified = np.concatenate(found)[:count]
   return {
     **certificate,

@@ -168,6 +168,8 @@ def complete(
   count = len(images.test.labels)
   with tqdm(
     total=len(pending) * count,
+    # Rows that are there say nothing of the speed.
+    initial=sum(row in table for row, _ in pending) * count,
     unit="img",
     desc=images.benchmark,
     dynamic_ncols=True,
@@ -176,7 +178,6 @@ def complete(
     for row, classifier in pending:
       stops.check()
       if row in table:
-        bar.update(count)
         continue
       bar.set_postfix_str(
         f"{row['model']} {row['batch_norm']} {row['corruption']}"

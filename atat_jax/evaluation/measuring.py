@@ -282,6 +282,8 @@ def complete(
     _log.info("evaluate: %s has all %d rows", table.path, len(pending))
   with tqdm(
     total=len(pending) * images,
+    # Rows that are there say nothing of the speed.
+    initial=sum(one.row in table for one in pending) * images,
     unit="img",
     desc="evaluate",
     dynamic_ncols=True,
@@ -291,7 +293,6 @@ def complete(
       row = one.row
       stops.check()
       if row in table:
-        bar.update(images)
         continue
       bar.set_postfix_str(f"{row['model']} {row['batch_norm']} {row['attack']}")
       began = time.perf_counter()

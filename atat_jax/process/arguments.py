@@ -77,16 +77,6 @@ class Parser(argparse.ArgumentParser):
     if wrong:
       flags = self._option_string_actions
       return f"{message}{near(wrong[1], _long(flags))}"
-    wrong = re.match(
-      r"argument ([^:]+): invalid choice: '([^']*)' \(choose from (.*)\)",
-      message,
-    )
-    if wrong:
-      known = [name.strip("' ") for name in wrong[3].split(",")]
-      return (
-        f"{wrong[1]}: {wrong[2]!r}; allowed: {', '.join(known)}"
-        f"{near(wrong[2], known)}"
-      )
     return message
 
 

@@ -65,6 +65,7 @@ _LATER: dict[str, tuple[str, dict[str, Any]]] = {
       "extra_fraction": 0.7,
       "stream": False,
       "smallest_crop": 0.08,
+      "rand_augment": 0.0,
     },
   ),
   "model": ("batch_norm_epsilon", {"batch_norm_group_size": 0}),

@@ -234,8 +234,11 @@ def write_bytes(path: pathlib.Path, content: bytes) -> pathlib.Path:
 
 
 def write_text(path: pathlib.Path, text: str) -> pathlib.Path:
-  """Writes a whole UTF-8 file or none; returns its path."""
-  return write_bytes(path, text.encode())
+  """Writes a whole UTF-8 file or none; returns its path.
+
+  What UTF-8 does not have, as in names of other encodings, is escaped.
+  """
+  return write_bytes(path, text.encode(errors="backslashreplace"))
 
 
 def write_json(

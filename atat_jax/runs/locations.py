@@ -12,7 +12,7 @@ import pathlib
 import re
 import sys
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import cast
 
 from etils import epath
 
@@ -43,13 +43,18 @@ def scheme(path: str | os.PathLike[str]) -> str | None:
 
 STORES = {"gs": "gcsfs", "s3": "s3fs"}
 """Schemes of object stores to the Python package that reaches them."""
-FOR_RUNS = ("gs",)
-"""Those that hold working directories: Orbax writes checkpoints to no other."""
+COPIED = ("s3",)
+"""Those to which Orbax does not write: whole checkpoints are copied there."""
 
 
 def is_remote(path: os.PathLike[str]) -> bool:
   """Returns whether a path of `find` is on an object store."""
   return not isinstance(path, pathlib.Path)
+
+
+def is_copied(path: os.PathLike[str]) -> bool:
+  """Returns whether checkpoints at a path of `find` are copies of local ones."""
+  return is_remote(path) and scheme(path) in COPIED
 
 
 def of(text: str) -> pathlib.Path:
@@ -63,12 +68,12 @@ def walk(
   folder: pathlib.Path,
 ) -> Iterator[tuple[pathlib.Path, list[str]]]:
   """Yields the folders below a remote one, itself included, and their files."""
-  there: Any = folder
-  for place, _, names in there.walk():
-    text = str(place)
-    if scheme(text) is None:  # epath loses it
-      text = f"{scheme(folder)}://{text.lstrip('/')}"
-    yield of(text), names
+  import fsspec
+
+  # epath's own walk passes options that s3fs and gcsfs do not have.
+  store, top = fsspec.url_to_fs(str(folder))
+  for place, _, names in store.walk(top):
+    yield of(f"{scheme(folder)}://{place.strip('/')}"), [*names]
 
 
 def resolved(path: pathlib.Path) -> pathlib.Path:
@@ -76,15 +81,12 @@ def resolved(path: pathlib.Path) -> pathlib.Path:
   return path if is_remote(path) else path.resolve()
 
 
-def find(
-  field: str, path: str | os.PathLike[str], stores: tuple[str, ...] = (*STORES,)
-) -> pathlib.Path:
+def find(field: str, path: str | os.PathLike[str]) -> pathlib.Path:
   """Returns a local path as `expand` does, or one on an object store.
 
   Args:
     field: Name of the argument, for the message.
     path: The path, as it was given.
-    stores: Schemes that are allowed.
 
   Returns:
     The path; of an address a `epath.Path`, see `is_remote`.
@@ -98,8 +100,8 @@ def find(
     return expand(field, path)
   text = str(path).strip()
   bucket = text.removeprefix(f"{name}://").partition("/")[0]
-  if name not in stores or not text.startswith(f"{name}://") or not bucket:
-    places = " or ".join(f"{one}://<bucket>/<folder>" for one in stores)
+  if name not in STORES or not text.startswith(f"{name}://") or not bucket:
+    places = " or ".join(f"{one}://<bucket>/<folder>" for one in STORES)
     raise UserError(
       f"{field}: {text!r}; allowed: a path on this machine, or {places}"
     )
@@ -126,6 +128,8 @@ def _reach(name: str, bucket: str) -> None:
   import fsspec
 
   fsspec.get_filesystem_class(name)
+  # A listing shows at once what another process has written.
+  fsspec.config.conf.setdefault(name, {})["use_listings_cache"] = False
   # `exists` would take any failure for a no.
   next(iter(epath.Path(f"{name}://{bucket}").iterdir()), None)
 

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -50,6 +50,8 @@ class Programs:
       belong to its averaged weights, if there are any.
     validate: State to its validation.
     before_saving: Called before a checkpoint is written.
+    input_advice: Advice for a run whose devices wait for their images; None:
+      they are on the devices, or nothing can be done.
   """
 
   draw_extra: Callable[[range], Split | None] | None
@@ -59,6 +61,7 @@ class Programs:
   estimate_statistics: Callable[[TrainState], TrainState]
   validate: Callable[[TrainState], Validation]
   before_saving: Callable[[], None]
+  input_advice: str | None = None
 
 
 def run(
@@ -101,9 +104,11 @@ def run(
       for numbers in groups:
         step = numbers.stop
         trace.before(numbers.start + 1, current)
-        current = programs.take_steps(
-          current, numbers, extra.get() if extra else None
-        )
+        images = None
+        if extra:
+          done: Any = current.step
+          images = extra.get(done.is_ready, journal.bar.wait)
+        current = programs.take_steps(current, numbers, images)
         trace.after(step, current)
         journal.bar.advance(len(numbers))
         if numbers.start == start:
@@ -146,7 +151,7 @@ def _look(
   current = journal.check_finite(current)
   if outline.logs(step):
     rate = programs.learning_rate(journal.updates(step) - 1)
-    journal.log(current, step, float(rate))
+    journal.log(current, step, float(rate), programs.input_advice)
     current = programs.reset_metrics(current)
   if outline.validates(step):
     current = programs.estimate_statistics(current)

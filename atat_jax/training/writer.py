@@ -150,6 +150,10 @@ class _Board:
       self._spool.cleanup()
 
 
+INPUT_WAIT = "input_wait"
+"""Share of the time since the last log line that devices waited for pictures."""
+_MUCH_WAITING = 0.05
+
 # Metrics that the bar shows, under shorter names.
 _SHOWN = {
   "loss": "loss",
@@ -180,6 +184,7 @@ class StepBar(contextlib.AbstractContextManager[Any]):
       dynamic_ncols=True,
     )
     self._batch_size = batch_size
+    self._metrics: dict[str, str] = {}
     self.restart()
 
   def __exit__(self, *error: object) -> None:
@@ -189,11 +194,21 @@ class StepBar(contextlib.AbstractContextManager[Any]):
   def restart(self) -> None:
     """Restarts the clock, which leaves out compiling, validating and saving."""
     self._since, self._steps = time.perf_counter(), 0
+    self._waited = 0.0
 
   def advance(self, count: int) -> None:
     """Counts steps that were made."""
     self._steps += count
     self._bar.update(count)
+
+  def wait(self, seconds: float) -> None:
+    """Counts time in which the devices waited for images."""
+    self._waited += seconds
+
+  def waiting_share(self) -> float:
+    """Share of the time since the clock was restarted that they waited."""
+    seconds = time.perf_counter() - self._since
+    return min(1.0, self._waited / max(seconds, 1e-9))
 
   @contextlib.contextmanager
   def validating(self) -> Iterator[None]:
@@ -202,10 +217,9 @@ class StepBar(contextlib.AbstractContextManager[Any]):
     def show(done: int, count: int) -> None:
       self._bar.set_postfix_str(f"validation, {done}/{count} images")
 
-    before = self._bar.postfix
     with batches.watch(show):
       yield
-    self._bar.set_postfix_str(before or "", refresh=False)
+    self._bar.set_postfix(self._metrics, refresh=False)
 
   def images_per_second(self) -> float:
     """Speed since the clock was restarted."""
@@ -223,8 +237,11 @@ class StepBar(contextlib.AbstractContextManager[Any]):
       for name, short in _SHOWN.items()
       if name in values
     }
-    rate = values["images_per_second"]
-    self._bar.set_postfix({"img/s": f"{rate:.0f}", **shown})
+    self._metrics = {"img/s": f"{values['images_per_second']:.0f}"}
+    if INPUT_WAIT in values:
+      self._metrics["wait"] = f"{100 * values[INPUT_WAIT]:.0f} %"
+    self._metrics |= shown
+    self._bar.set_postfix(self._metrics)
 
   def print_scores(
     self, step: int, scores: dict[str, float], ratios: dict[str, float]
@@ -260,6 +277,7 @@ class Journal(contextlib.AbstractContextManager[Any]):
     self._outline, self._checkpointer = outline, checkpointer
     self._incidents = incidents
     self._saved, start = saved, saved or 0
+    self._advised = False
     self._place = outline.directory / files.CHECKPOINTS
     metrics_writer = MetricsWriter(outline.directory, start)
     bar = StepBar(
@@ -304,8 +322,22 @@ class Journal(contextlib.AbstractContextManager[Any]):
     """
     self._incidents.check_logits(wrong, images, step, self._kept())
 
-  def log(self, current: TrainState, step: int, learning_rate: float) -> None:
-    """Writes the metrics since the last log line."""
+  def log(
+    self,
+    current: TrainState,
+    step: int,
+    learning_rate: float,
+    input_advice: str | None = None,
+  ) -> None:
+    """Writes the metrics since the last log line.
+
+    Args:
+      current: State with the metrics.
+      step: Number of steps made.
+      learning_rate: Learning rate of the last of them.
+      input_advice: Advice for a run that waits for its pictures; None: they do
+        not come while it goes on.
+    """
     means = metrics.compute(current.sums)
     values = {
       "epoch": step / self._outline.per_epoch,
@@ -314,9 +346,27 @@ class Journal(contextlib.AbstractContextManager[Any]):
       **self._left_out(step),
       "learning_rate": learning_rate,
       "images_per_second": self.bar.images_per_second(),
+      **self._waiting(step, input_advice),
     }
     self._metrics.write("train", step, values)
     self.bar.show_metrics(values)
+
+  def _waiting(self, step: int, advice: str | None) -> dict[str, float]:
+    """Share of waiting for pictures; where it is large, that is said once."""
+    if advice is None:
+      return {}
+    share = self.bar.waiting_share()
+    if share > _MUCH_WAITING and not self._advised:
+      self._advised = True
+      if jax.process_index() == 0:
+        _log.warning(
+          "%s, step %d: the devices waited %.0f %% of the time for pictures; %s",
+          self._outline.name,
+          step,
+          100 * share,
+          advice,
+        )
+    return {INPUT_WAIT: share}
 
   def updates(self, step: int) -> int:
     """Returns the number of updates until a step, at least 1."""

@@ -34,16 +34,19 @@ class Collective(NamedTuple):
   Attributes:
     kind: One of `KINDS`.
     loops: Number of loops around it.
-    arrays: Number of arrays in it.
-    size: Bytes of them.
+    sizes: Bytes of each array in it.
     origin: Names of the operations it was made of (metadata).
   """
 
   kind: str
   loops: int
-  arrays: int
-  size: int
+  sizes: tuple[int, ...]
   origin: str
+
+  @property
+  def size(self) -> int:
+    """Bytes of all arrays."""
+    return sum(self.sizes)
 
 
 def find(program: str) -> list[Collective]:
@@ -81,8 +84,7 @@ def _walk(
       yield Collective(
         kind[1],
         loops,
-        len(shapes),
-        sum(_BYTES.get(d, 4) * math.prod(_sides(s)) for d, s in shapes),
+        tuple(_BYTES.get(d, 4) * math.prod(_sides(s)) for d, s in shapes),
         origin[1] if origin else "",
       )
       continue

@@ -10,12 +10,14 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from atat_jax.errors import UserError
 from atat_jax.runs import files, provenance
 from benchmarks.support import timing
+
+Row = dict[str, Any]
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PUBLISHED = (ROOT / "benchmarks" / "results", ROOT / "docs" / "results")
@@ -230,37 +232,81 @@ def _version(name: str) -> str | None:
 
 def run(
   args: argparse.Namespace,
-  rows: Iterable[dict[str, Any]],
-  table: Callable[[Sequence[dict[str, Any]]], str],
+  rows: Iterable[Row] | Callable[[Sequence[str]], Iterable[Row]],
+  table: Callable[[Sequence[Row]], str],
   *,
   torch: bool = False,
-  line: Callable[[dict[str, Any]], str] = timing.line,
+  line: Callable[[Row], str] = timing.line,
+  names: Sequence[str] = (),
 ) -> None:
   """Makes measurements; prints and writes each one as soon as it is there.
 
   Args:
     args: Flags of `measurement_parser`.
-    rows: Measurements, made lazily: nothing runs before the cores are set.
+    rows: Measurements, made lazily: nothing runs before the cores are set. With
+      `names`, a function from those that are not there yet to measurements.
     table: Function from all measurements to a Markdown table.
     torch: Whether PyTorch takes part.
     line: Function from one measurement to a line.
+    names: Names of all measurements, where a call that was stopped is continued
+      by the same command; the file lists what is missing.
   """
   with plain_errors():
     check_out(args.out)
     about = describe(start(args.threads, cache=False, torch=torch))
-    found: list[dict[str, Any]] = []
-    for row in rows:
+    found = earlier(args.out, about) if names else []
+    for row in rows(_missing(names, found)) if callable(rows) else rows:
       found.append(row)
       say(line(row))
       if args.out is not None:
-        write(args.out, about, found)
+        write(args.out, about, found, _missing(names, found))
     print(f"\n{table(found)}")
     if args.out is not None:
       print(f"\nresults: {args.out}")
 
 
+def earlier(out: pathlib.Path | None, about: Mapping[str, Any]) -> list[Row]:
+  """Reads what a call of the same command has measured before it was stopped.
+
+  Args:
+    out: Result file, or None.
+    about: Result of `describe`.
+
+  Returns:
+    Its measurements; none where command, commit, versions or machine differ, or
+    code is not committed.
+  """
+  content = files.read_json(out) if out is not None else None
+  if content is None or not is_committed(about["commit"]):
+    return []
+
+  def identity(told: Mapping[str, Any]) -> list[Any]:
+    place = {
+      **told["machine"],
+      "cores_used": len(told["machine"]["cores_used"]),
+    }
+    return [told["command"], told["commit"], told["versions"], place]
+
+  try:
+    same = identity(content) == identity(about)
+    rows: list[Row] = content["rows"] if same else []
+  except (LookupError, TypeError):
+    return []
+  if rows:
+    say(f"{len(rows)} measurements are in {out} already")
+  return rows
+
+
+def _missing(names: Sequence[str], found: Sequence[Row]) -> list[str]:
+  there = {row["name"] for row in found}
+  return [name for name in names if name not in there]
+
+
 def write(
-  path: pathlib.Path, about: dict[str, Any], rows: Sequence[dict[str, Any]]
+  path: pathlib.Path,
+  about: dict[str, Any],
+  rows: Sequence[Row],
+  missing: Sequence[str] = (),
 ) -> None:
   """Writes results, and beside them the ratios that `compare.py` reads.
 
@@ -269,6 +315,10 @@ def write(
     about: Result of `describe`.
     rows: Measurements, each with a "name" and, where a peer ran, a "ratio":
       peer / ours.
+    missing: Names of measurements that are still to be made.
   """
   ratios = {row["name"]: row["ratio"] for row in rows if row.get("ratio")}
-  files.write_json(path, {**about, "ratios": ratios, "rows": list(rows)})
+  content = {**about, "ratios": ratios, "rows": list(rows)}
+  files.write_json(
+    path, content | ({"missing": list(missing)} if missing else {})
+  )

@@ -75,6 +75,27 @@ def computed(tmp_path_factory, write):
   return path_of
 
 
+@pytest.fixture
+def shown(monkeypatch):
+  """Bars that `analyses.write` opens."""
+  bars = []
+
+  class Bar:
+    def __init__(self, *, total, **_):
+      self.total, self.n, self.moves = total, 0, []
+      bars.append(self)
+
+    def update(self, number):
+      self.n += number
+      self.moves.append(number)
+
+    def close(self):
+      pass
+
+  monkeypatch.setattr(analyses, "tqdm", Bar)
+  return bars
+
+
 @every_analysis
 def test_its_arrays_are_plain_and_of_each_network(computed, name):
   path = computed(name)
@@ -89,10 +110,19 @@ def test_its_arrays_are_plain_and_of_each_network(computed, name):
 
 
 @every_analysis
-def test_the_same_inputs_give_the_same_arrays(computed, write, tmp_path, name):
+def test_again_its_arrays_are_the_same_and_its_bar_moves_by_batches(
+  computed, write, tmp_path, name, shown
+):
   first, again = (
     files.read_arrays(path) for path in (computed(name), write(name, tmp_path))
   )
+  bar, analysis = shown[-1], analyses.ANALYSES[name]
+  # The last move is that of the end, which finds nothing left.
+  *moves, last = bar.moves
+  assert last == 0 and len(moves) >= 2 and min(moves) > 0
+  passes = analysis.passes(analysis.arguments(SETTINGS, (6, 6, 2)))
+  total = 2 * len(analysis.images(SETTINGS, 8)) * passes
+  assert bar.n == bar.total == total
   assert list(first) == list(again)
   for key, array in first.items():
     np.testing.assert_array_equal(array, again[key], err_msg=key)

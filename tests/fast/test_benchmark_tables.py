@@ -1,9 +1,11 @@
 """Tables, flags and statistics of the benchmarks."""
 
 import argparse
+import contextlib
 import importlib
 import json
 import pathlib
+import time
 
 import numpy as np
 import pytest
@@ -268,24 +270,82 @@ def test_tables_are_written_from_files(tmp_path):
     )
   )
   page = "before\n<!-- generated: attacks -->\nold\n<!-- end -->\nafter\n"
-  made = tables.generate(page, tmp_path)
+
+  def generate(text):
+    return tables.generate(text, "performance.md", tmp_path)
+
+  made = generate(page)
   assert "old" not in made
   assert made.startswith("before\n") and made.endswith("<!-- end -->\nafter\n")
   assert "| fgsm/wrn-8-1/b4 |" in made and " 2.00 |" in made
   assert "commit `abc`, 2026-01-02, 2 cores, a CPU" in made
-  assert tables.generate(made, tmp_path) == made
+  assert generate(made) == made
   page = page.replace("attacks", "step")
-  assert "Not measured with committed code" in tables.generate(page, tmp_path)
-  with pytest.raises(UserError, match="generated: 'other'; allowed: attacks"):
-    tables.generate(page.replace("step", "other"), tmp_path)
+  assert "Not measured with committed code" in generate(page)
+  for other in ("other", "versions"):  # unknown, and of another page
+    with pytest.raises(UserError, match=f"generated: '{other}'; allowed: att"):
+      generate(page.replace("step", other))
 
 
-def test_the_page_shows_the_committed_results():
-  """What it quotes comes from the files, and those from committed code."""
+def test_pages_show_the_committed_results():
+  """What they quote comes from the files, and those from committed code."""
   from benchmarks import tables
 
-  text = tables.PAGE.read_text(encoding="utf-8")
-  assert tables.generate(text, tables.RESULTS) == text
+  for page in tables.PAGES:
+    text = (tables.DOCS / page).read_text(encoding="utf-8")
+    assert tables.generate(text, page, tables.RESULTS) == text
+    for name in tables.parts(page):
+      if (tables.RESULTS / tables.PARTS[name].file).exists():
+        assert text.count(f"<!-- generated: {name} -->") == 1, name
+
+
+def test_a_stopped_benchmark_says_what_is_missing_and_goes_on(
+  tmp_path, monkeypatch
+):
+  from benchmarks.support import machine
+
+  commit = ["abc"]
+  monkeypatch.setattr(machine, "start", lambda *_, **__: [0])
+  monkeypatch.setattr(machine.provenance, "commit", lambda: commit[0])
+  out = tmp_path / "out.json"
+  args = argparse.Namespace(out=out, threads=None)
+  made = []
+
+  def rows(names):
+    for name in names:
+      if len(made) == 2 or len(made) == 5:
+        raise KeyboardInterrupt
+      made.append(name)
+      yield {"name": name, "value": len(made)}
+
+  def call():
+    machine.run(
+      args,
+      rows,
+      lambda found: str(len(found)),
+      line=lambda row: row["name"],
+      names=["a", "b", "c"],
+    )
+    return json.loads(out.read_text())
+
+  with pytest.raises(KeyboardInterrupt):
+    call()
+  assert json.loads(out.read_text())["missing"] == ["c"]
+  made.append("stopped")
+  found = call()
+  assert made == ["a", "b", "stopped", "c"] and "missing" not in found
+  assert [row["value"] for row in found["rows"]] == [1, 2, 4]
+  commit[0] = "def"  # other code measures everything itself
+  made.append("other")
+  with pytest.raises(KeyboardInterrupt):
+    call()
+  assert not made[5:]
+  commit[0] = "abc-dirty"
+  for _ in range(2):  # and so does code that is not committed
+    made.clear()
+    with pytest.raises(KeyboardInterrupt):
+      call()
+    assert made == ["a", "b"]
 
 
 def test_results_of_uncommitted_code_are_not_shown(tmp_path):
@@ -455,3 +515,24 @@ def test_first_calls_take_turns_in_processes_of_their_own(monkeypatch):
   assert [row["first, CPU (s)"] for row in rows] == [3, 4]
   assert rows[0]["spread"] == (1, 5)
   assert "| fgsm/convnet |" in first_call.table(rows)
+
+
+@pytest.mark.parametrize(("step", "share"), [(0.01, 0.8), (0.25, 0.0)])
+def test_an_accelerator_waits_as_long_as_reading_takes_longer_than_it(
+  monkeypatch, step, share
+):
+  benchmark = importlib.import_module("benchmarks.input")
+
+  class Reading(contextlib.nullcontext):
+    def __enter__(self):
+      return self
+
+    def follow(self, number):
+      time.sleep(0.05)
+
+  monkeypatch.setattr(benchmark, "_stream", lambda *_, **__: Reading())
+  found = benchmark.waits(
+    ROOT, size=8, batch=2, batches=8, workers=0, seconds=step, left_out=4
+  )
+  assert found["waiting_share"] == pytest.approx(share, abs=0.15)
+  assert found["steps_that_waited"] == (1 if share else 0)

@@ -173,10 +173,6 @@ def test_a_command_that_is_wrong_is_refused(words, message):
       ["attack", "x", "--out=y", "--epsilonn=1"],
       "--epsilonn=1 (did you mean '--",
     ),
-    (
-      ["data", "cifar01"],
-      "NAME: 'cifar01'; allowed: .* (did you mean 'cifar10'?); see ",
-    ),
     (["attack", "x", "--out=y", "--seed=a"], "--seed: invalid int value: 'a'"),
     (["report"], "the following arguments are required: RUN"),
   ],

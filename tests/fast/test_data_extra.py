@@ -1,6 +1,7 @@
 """Extra images: what is read, what is refused, and that disks stay disks."""
 
 import threading
+import time
 import zipfile
 
 import numpy as np
@@ -154,3 +155,28 @@ def test_an_exception_comes_where_the_result_would():
     assert ahead.get() == 0.5
     with pytest.raises(ZeroDivisionError):
       ahead.get()
+
+
+def test_only_the_time_of_an_idle_consumer_counts_as_waiting():
+  go, asked, counted = threading.Event(), [], []
+
+  def slow(x):
+    assert go.wait(60)
+    return x
+
+  def idle():
+    """Says that the devices are at work for the first hundred questions."""
+    asked.append(len(asked))
+    if len(asked) == 200:
+      go.set()
+    return len(asked) > 100
+
+  with Prefetcher(slow, [1, 2]) as ahead:
+    began = time.perf_counter()
+    assert ahead.get(idle, counted.append) == 1
+    seconds = time.perf_counter() - began
+    assert len(counted) == len(asked) - 100 >= 100
+    assert 0.09 <= sum(counted) < seconds - 0.09
+    counted.clear()
+    time.sleep(0.05)
+    assert ahead.get(idle, counted.append) == 2 and not counted

@@ -198,3 +198,73 @@ def test_a_folder_that_cannot_be_used_is_refused(tmp_path):
     load_folder(root, tmp_path)
   with pytest.raises(UserError, match=r"train/<class>/\* and test, val"):
     load_folder(root / "train", tmp_path)
+
+
+@pytest.fixture
+def reads(monkeypatch):
+  """Names of the files that are read whole, decoded copies included."""
+  from atat_jax.data import base, folder, npz
+
+  found = []
+  for module, name in ((npz, "_load"), (folder, "_read"), (base, "read_cache")):
+    original = getattr(module, name)
+
+    def spy(path, *args, original=original, **fields):
+      found.append(path.name)
+      return original(path, *args, **fields)
+
+    monkeypatch.setattr(module, name, spy)
+  return found
+
+
+def test_a_start_reads_an_npz_once_and_notices_another(tmp_path, reads):
+  path = write_npz(tmp_path)
+  for _ in range(2):  # a plan asks for the description, a run for the arrays
+    spec = data.spec("npz", data_dir=str(path))
+    assert data.spec("npz", data_dir=str(path)) == spec
+    assert load_npz(path).spec == spec
+    assert reads == ["mine.npz"]
+    reads.clear()
+  data.spec("npz", data_dir=str(path))
+  changed = random_arrays()
+  write_npz(tmp_path, **changed)
+  found = load_npz(path)
+  np.testing.assert_array_equal(found.test.images, changed["test_images"])
+  assert found.spec == data.spec("npz", data_dir=str(path)) != spec
+
+
+@pytest.mark.parametrize("writable", [True, False])
+def test_a_start_reads_each_picture_once(tmp_path, reads, writable):
+  root = write_folder(tmp_path / "mine", [colours(1), colours(2)])
+  cache = tmp_path / "cache"
+  if not writable:
+    cache.write_text("no folder")
+
+  def start():
+    reads.clear()
+    where = {"data_dir": str(root), "cache_dir": str(cache)}
+    assert data.spec("folder", **where) == load_folder(root, cache).spec
+    return len(reads)
+
+  assert start() == 6  # pictures
+  assert start() == (1 if writable else 6)  # of a copy the header, then all
+  colours(3).save(root / "train" / "a" / "0.png")
+  before = data.spec("folder", data_dir=str(root), cache_dir=str(cache))
+  colours(4).save(root / "test" / "a" / "0.png")
+  found = load_folder(root, cache)
+  assert found.spec == before  # of training pictures
+  np.testing.assert_array_equal(found.test.images[0], np.asarray(colours(4)))
+
+
+def test_a_copy_that_is_damaged_behind_its_header_is_made_again(tmp_path):
+  root = write_folder(tmp_path / "mine", [colours(1), colours(2)])
+  found = load_folder(root, tmp_path / "cache")
+  (copy,) = (tmp_path / "cache").iterdir()
+  content = copy.read_bytes()
+  pixels = found.test.images.tobytes()
+  assert pixels in content
+  copy.write_bytes(content.replace(pixels, pixels[::-1]))
+  where = {"data_dir": str(root), "cache_dir": str(tmp_path / "cache")}
+  assert data.spec("folder", **where) == found.spec
+  again = load_folder(root, tmp_path / "cache")
+  np.testing.assert_array_equal(again.test.images, found.test.images)

@@ -12,6 +12,7 @@ import threading
 
 import cifar_archives as archives
 import numpy as np
+import picture_folders
 import pytest
 import tensorflow_datasets as tfds
 
@@ -220,10 +221,55 @@ def test_errors_of_the_command_are_one_line(tmp_path, capsys):
     prepare.main(["cifar10", f"--data_dir={file}/x", "--archive=gone.tar.gz"])
   assert str(end.value.code).startswith(f"error: data_dir={file}/x: ")
   with pytest.raises(SystemExit) as end:
-    prepare.main(["mnist"])
-  assert end.value.code == 2
+    prepare.main(["cifar01"])
+  text = str(end.value.code)
+  assert text.startswith("error: name: 'cifar01'; allowed: cifar10, cifar100, ")
+  assert text.endswith(" (did you mean 'cifar10'?)")
+  with pytest.raises(SystemExit) as end:
+    prepare.main(["digits", "--archive=a.tar.gz"])
+  assert (
+    end.value.code
+    == "error: --archive: 'a.tar.gz'; allowed: with cifar10, cifar100"
+  )
   with pytest.raises(UserError, match="name: 'mnist'"):
     prepare.prepare("mnist")
+
+
+# --- Data that need no preparation -------------------------------------------
+
+
+def test_digits_are_described(capsys):
+  prepare.main(["digits"])
+  lines = capsys.readouterr().out.splitlines()
+  assert lines[1] == "images:    8 x 8 pixels, 1 channel"
+  assert lines[2] == "training:  1,437 images, 139 to 146 of a class"
+  assert lines[3] == "test:      360 images, 35 to 37 of a class"
+  assert lines[-1].startswith("next: atat-jax run --config=digits ")
+
+
+@pytest.mark.parametrize("kind", ["npz", "folder"])
+def test_own_data_are_described_by_their_path(kind, tmp_path, capsys):
+  if kind == "folder":
+    place = picture_folders.write(
+      tmp_path / "mine", classes=3, train=4, test=2, size=(9, 9)
+    )
+  else:
+    place = tmp_path / "mine.npz"
+    train, test = np.arange(12) % 3, np.arange(6) % 3
+    np.savez(
+      place,
+      train_images=np.zeros((12, 9, 9, 3), np.uint8),
+      train_labels=train,
+      test_images=np.zeros((6, 9, 9, 3), np.uint8),
+      test_labels=test,
+    )
+  prepare.main([str(place)])
+  text = capsys.readouterr().out
+  assert "images:    9 x 9 pixels, 3 channels\n" in text
+  assert "training:  12 images, 4 to 4 of a class\n" in text
+  assert "test:      6 images, 2 to 2 of a class\n" in text
+  assert "classes:   3: " in text
+  assert f"--config.data.name={kind} --config.data.dir={place}\n" in text
 
 
 # --- Download ----------------------------------------------------------------

@@ -101,6 +101,18 @@ def test_a_batch_depends_on_seed_and_step_alone(root):
       assert np.array_equal(found.labels, forward[3].labels[rows])
 
 
+def test_augmented_pictures_have_the_crops_of_the_others(root):
+  plain = make(load(root).train).batch(2)
+  made = make(load(root, rand_augment=9.0).train)
+  found = made.batch(2)
+  assert equal(found, made.batch(2))
+  assert np.array_equal(found.labels, plain.labels)
+  same = (found.images == plain.images).all((1, 2, 3))
+  assert 0 < same.sum() < 8  # neither operation is done in a quarter
+  again = load(root, rand_augment=9.0)
+  assert equal(again.test.decode(), load(root).test.decode())
+
+
 def test_without_a_random_crop_a_step_has_the_evaluated_pixels(root):
   pictures = load(root, smallest_crop=1.0).train
   with make(pictures) as one:
@@ -234,6 +246,8 @@ def test_what_cannot_be_streamed_is_refused_by_name(root, monkeypatch):
     ("prefetch", 0),
     ("smallest_crop", 0.0),
     ("smallest_crop", 1.5),
+    ("rand_augment", 10.5),
+    ("rand_augment", -1.0),
     ("shard_size", 0),
   ):
     with pytest.raises(UserError, match=f"{field}: "):

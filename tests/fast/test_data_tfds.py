@@ -9,6 +9,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from atat_jax import data
+from atat_jax.data import tfds_sets
 from atat_jax.errors import UserError
 
 GENERATOR = np.random.default_rng(0)
@@ -24,7 +25,7 @@ def _png(image):
   return file.getvalue()
 
 
-def prepare(root, *, label="label", splits=("train", "test")):
+def prepare(root, *, label="label", splits=("train", "test"), unlabelled=()):
   """Prepares a set of grey images without ids; returns its version."""
 
   class Shapes(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -50,7 +51,8 @@ def prepare(root, *, label="label", splits=("train", "test")):
     def _generate_examples(self, name):
       images = SPLITS["train" if name == "train" else "test"]
       for i, image in enumerate(images):
-        yield i, {"image": _png(image), label: i % 2}
+        number = -1 if name in unlabelled else i % 2
+        yield i, {"image": _png(image), label: number}
 
   builder = Shapes(data_dir=str(root), file_format="array_record")
   builder.download_and_prepare()
@@ -71,9 +73,15 @@ def pairs(images, labels):
 
 
 @pytest.mark.parametrize("test", ["test", "validation"])
-def test_a_prepared_set_is_read_by_its_name(test, tmp_path):
+def test_a_prepared_set_is_read_by_its_name(test, tmp_path, monkeypatch):
   prepare(tmp_path, splits=("train", test))
+  checked = []
+  check = tfds_sets._check
+  monkeypatch.setattr(
+    tfds_sets, "_check", lambda *args: (checked.append(args), check(*args))[1]
+  )
   found = load(tmp_path)
+  assert len(checked) == 1
   assert found.spec.name == "tfds:shapes"
   assert found.spec.image_shape == (7, 6, 1)
   assert found.spec.class_names == ("disc", "square")
@@ -82,6 +90,22 @@ def test_a_prepared_set_is_read_by_its_name(test, tmp_path):
   again = load(tmp_path)  # from the decoded copy
   assert again.spec == found.spec
   np.testing.assert_array_equal(again.test.images, found.test.images)
+
+
+def test_pictures_without_labels_are_not_tested_on(tmp_path):
+  """As those of imagenet2012's test split, whose labels are -1."""
+  prepare(
+    tmp_path, splits=("train", "test", "validation"), unlabelled=("test",)
+  )
+  found = tfds_sets.stream("shapes", data_dir=str(tmp_path))
+  labels = [found.test.read(number).label for number in range(4)]
+  assert sorted(labels) == [0, 0, 1, 1]
+  with pytest.raises(UserError, match="label -1 is out of range"):
+    load(tmp_path)
+  prepare(tmp_path / "other", unlabelled=("test",))
+  found = tfds_sets.stream("shapes", data_dir=str(tmp_path / "other"))
+  with pytest.raises(UserError, match=r"record 0: label -1; allowed: 0 to 1"):
+    found.test.read(0)
 
 
 def test_other_sets_are_refused(tmp_path):

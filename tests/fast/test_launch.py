@@ -158,18 +158,20 @@ def test_a_job_that_lost_a_process_starts_again_and_says_so(
   assert (tmp_path / "starts0").read_text() == "xx"
 
 
-def test_a_process_that_waits_for_a_dead_one_is_stopped(
-  tmp_path, monkeypatch, capfd
+@pytest.mark.parametrize(("dead", "statuses"), [(0, "3, -15"), (1, "-15, 3")])
+def test_what_waits_for_a_failed_process_is_stopped_and_not_started_again(
+  dead, statuses, tmp_path, monkeypatch, capfd
 ):
   (tmp_path / "main.py").write_text(
     "import os, sys, time\n"
-    "if os.environ['JAX_PROCESS_ID'] == '0': sys.exit(3)\n"
-    "time.sleep(600)\n"
+    f"if os.environ['JAX_PROCESS_ID'] == '{dead}': sys.exit(3)\n"
+    "time.sleep(60)\n"
   )
   monkeypatch.setattr(local_cluster, "ROOT", tmp_path)
   monkeypatch.setattr(local_cluster, "_OTHERS_ASKED_SECONDS", 0.2)
-  assert local_cluster.main(["--", "a"]) == 3
-  assert "statuses 3, -15" in capfd.readouterr().err
+  assert local_cluster.main(["--max_restarts=1", "--", "a"]) != 0
+  said = capfd.readouterr().err
+  assert f"statuses {statuses}" in said and "restart 1" not in said
 
 
 # --- slurm.sbatch, tpu_vm.sh --------------------------------------------------
@@ -288,6 +290,27 @@ def test_tpu_vm_prints_its_commands_in_dry_run():
   assert "JAX_COMPILATION_CACHE_DIR=" in command
   assert shlex.split(command)[-2:] == ["--workdir=gs://b/r", "a b"]
   assert lines[-1][4] == "delete"
+
+
+@pytest.mark.parametrize(
+  ("words", "extras", "fetched_by"),
+  [
+    (["--workdir=gs://b/r"], "tpu,gcs", "storage cp"),
+    (["--workdir=s3://b/r"], "tpu,s3", "storage cp"),
+    (
+      ["--workdir=/disk", "--config.data.dir=gs://b/d"],
+      "tpu,gcs",
+      "tpu-vm scp",
+    ),
+    (["--workdir=/disk"], "tpu", "tpu-vm scp"),
+  ],
+)
+def test_workers_install_what_reaches_the_bucket(words, extras, fetched_by):
+  found = bash("tpu_vm.sh", *TPU, "--dry_run", "--", *words)
+  assert found.returncode == 0, found.stderr
+  said = " ".join(shlex.split(found.stdout))
+  assert f"'./atat_jax[{extras}]'" in said
+  assert fetched_by in found.stdout.splitlines()[-2]
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,7 @@
 """The comparison of recipes: its data, its variants and its tables."""
 
 import importlib
-import json
 import pathlib
-import re
 
 import numpy as np
 import pytest
@@ -75,14 +73,3 @@ def test_a_variant_is_an_attack_of_the_package_at_its_cost(recipes):
   assert named["n_fgsm"].noise == noise
   # Not projected there: a ball that no iterate leaves.
   assert named["n_fgsm"].radius == noise + SINGLE_STEPS["n_fgsm"]
-
-
-@pytest.mark.parametrize("name", ["table", "averages_table"])
-def test_the_tables_of_the_page_are_those_of_the_results(recipes, name):
-  path = ROOT / "docs" / "results" / "recipes.json"
-  found = json.loads(path.read_text(encoding="utf-8"))
-  page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
-  marked = rf"<!-- generated: recipes_{name} -->\n(.*?)<!-- end -->"
-  (shown,) = re.findall(marked, page, re.S)
-  assert shown.strip() == getattr(recipes, name)(found["rows"]).strip()
-  assert found["commit"] in page and found["machine"]["jax"] in page

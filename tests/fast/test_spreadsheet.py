@@ -80,3 +80,13 @@ def test_the_writer_of_results_keeps_both_files_alike(tmp_path):
       assert scalars <= {*line}
       assert all(_same(line[field], found.get(field)) for field in line)
   assert "worst_case" in {line["attack"] for line in lines}
+
+
+def test_names_that_utf8_does_not_have_are_escaped(tmp_path):
+  """As Python reads them from folders of other encodings."""
+  rows = [{"model": "a\udce9", "accuracy": 0.5}]
+  path = tmp_path / "results.json"
+  spreadsheet.write_results(path, {"rows": rows})
+  assert files.read_json(path)["rows"] == rows
+  text = path.with_name(spreadsheet.NAME).read_text(encoding="utf-8")
+  assert text == "model,accuracy\na\\udce9,0.5\n"

@@ -1,5 +1,6 @@
 """Metrics on disk: lines, TensorBoard, and the cut where a run resumes."""
 
+import argparse
 import json
 import struct
 
@@ -10,6 +11,7 @@ import tensorboardX.proto.event_pb2 as events
 
 from atat_jax import sharding
 from atat_jax.data import batches
+from atat_jax.training import writer as writers
 from atat_jax.training.writer import MetricsWriter, StepBar
 
 
@@ -121,3 +123,34 @@ def test_the_bar_of_a_training_moves_with_the_batches_of_a_validation():
   metrics = "img/s=3, loss=2.000"
   done = [f"validation, {number}/10 images" for number in (4, 8)]
   assert shown == [metrics, *done, metrics]
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_bar_can_validate_before_there_are_metrics(number, monkeypatch):
+  """So it is after a resume; the second process of a job shows no bar."""
+  monkeypatch.setattr(jax, "process_index", lambda: number)
+  with StepBar("at", 10, start=8, batch_size=4) as bar, bar.validating():
+    bar.advance(1)
+  assert bar.images_per_second() > 0
+
+
+def test_a_run_that_waits_for_its_pictures_is_told_once(monkeypatch, caplog):
+  clock = [0.0]
+  monkeypatch.setattr(writers.time, "perf_counter", lambda: clock[0])
+  journal = writers.Journal.__new__(writers.Journal)
+  journal._advised, journal._outline = False, argparse.Namespace(name="at")
+  with StepBar("at", 10, start=0, batch_size=4) as journal.bar:
+    for waited, share in ((0.4, 0.04), (1.2, 0.12), (9.0, 0.9)):
+      journal.bar.restart()
+      clock[0] += 10.0
+      journal.bar.wait(waited / 2)
+      journal.bar.wait(waited / 2)
+      found = journal._waiting(7, "data.workers=15 would help")
+      assert found == {"input_wait": pytest.approx(share)}
+      journal.bar.show_metrics({"images_per_second": 3.0, **found})
+      assert journal.bar._bar.postfix.endswith(f"wait={100 * share:.0f} %")
+    assert journal._waiting(8, None) == {}
+  assert [record.getMessage() for record in caplog.records] == [
+    "at, step 7: the devices waited 12 % of the time for pictures;"
+    " data.workers=15 would help"
+  ]

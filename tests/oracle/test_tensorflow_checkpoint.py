@@ -4,13 +4,13 @@ TensorFlow itself writes and reads one where it is installed; elsewhere a module
 that has its two functions stands in.
 """
 
-import importlib.machinery
 import sys
-import types
 
 import numpy as np
 import pytest
+import tensorflow_names
 from quick import jit
+from tensorflow_names import CLASSES, UNITS, WIDTH, variables
 
 from atat_jax import interop
 from atat_jax.errors import UserError
@@ -20,46 +20,10 @@ torch = pytest.importorskip(
 )
 from torch.nn import functional  # noqa: E402
 
-UNITS, WIDTH, STEM, CLASSES = 2, 2, 4, 5
-
-
-def variables(scope=""):
-  """Variables as the paper's code makes them, with random numbers."""
-  rng = np.random.default_rng(0)
-  found = {}
-
-  def put(name, *shape, positive=False):
-    x = rng.uniform(0.5, 1.5, shape) if positive else rng.normal(size=shape) / 3
-    found[f"{scope}{name}"] = x.astype(np.float32)
-
-  def norm(name, channels):
-    for part in ("gamma", "moving_variance"):
-      put(f"{name}/BatchNorm/{part}", channels, positive=True)
-    for part in ("beta", "moving_mean"):
-      put(f"{name}/BatchNorm/{part}", channels)
-
-  put("input/init_conv/DW", 3, 3, 3, STEM)
-  inputs = STEM
-  for group in (1, 2, 3):
-    outputs = STEM * WIDTH * 2 ** (group - 1)
-    for unit in range(UNITS):
-      name = f"unit_{group}_{unit}"
-      first = "shared" if (group, unit) == (1, 0) else "residual_only"
-      norm(f"{name}/{first}_activation", inputs)
-      put(f"{name}/sub1/conv1/DW", 3, 3, inputs, outputs)
-      norm(f"{name}/sub2", outputs)
-      put(f"{name}/sub2/conv2/DW", 3, 3, outputs, outputs)
-      inputs = outputs
-  norm("unit_last", inputs)
-  put("logit/DW", inputs, CLASSES)
-  put("logit/biases", CLASSES)
-  return found
-
-
 SLOTS = {
   "global_step": np.int64(7),
   "beta1_power": np.float32(0.9),
-  "logit/DW/Momentum": np.zeros((WIDTH * STEM * 4, CLASSES), np.float32),
+  "logit/DW/Momentum": np.zeros((32, CLASSES), np.float32),
   "unit_last/BatchNorm/gamma/Adam_1": np.zeros(3, np.float32),
 }
 
@@ -115,30 +79,11 @@ def formula(arrays, images):
 @pytest.fixture
 def stored(monkeypatch, tmp_path):
   """Puts arrays where a checkpoint's are read; returns the prefix."""
-  arrays = {}
-
-  class Reader:
-    def get_variable_to_shape_map(self):
-      return {name: list(np.shape(x)) for name, x in arrays.items()}
-
-    def get_tensor(self, name):
-      return arrays[name]
-
   asked = []
-  train = types.SimpleNamespace(
-    load_checkpoint=lambda prefix: asked.append(prefix) or Reader()
-  )
-  module = types.ModuleType("tensorflow")
-  module.__spec__ = importlib.machinery.ModuleSpec("tensorflow", None)
-  module.train = train
-  monkeypatch.setitem(sys.modules, "tensorflow", module)
+  contents = tensorflow_names.stand_in(monkeypatch, asked)
 
   def store(content, name="checkpoint-70000"):
-    arrays.clear()
-    arrays.update(content)
-    for suffix in (".index", ".data-00000-of-00001", ".meta"):
-      (tmp_path / f"{name}{suffix}").write_bytes(b"")
-    return tmp_path / name
+    return tensorflow_names.store(contents, tmp_path / name, content)
 
   store.asked = asked
   return store

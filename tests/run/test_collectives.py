@@ -71,7 +71,7 @@ ENTRY %main (a: f32[8]) -> f32[8] {
 
 def test_a_planted_collective_is_found_with_its_loop():
   assert collectives.find(PROGRAM) == [
-    collectives.Collective("all-reduce", 1, 1, 32, "loop/bn"),
-    collectives.Collective("all-reduce", 0, 2, 48, ""),
-    collectives.Collective("all-gather", 0, 1, 64, ""),
+    collectives.Collective("all-reduce", 1, (32,), "loop/bn"),
+    collectives.Collective("all-reduce", 0, (32, 16), ""),
+    collectives.Collective("all-gather", 0, (64,), ""),
   ]

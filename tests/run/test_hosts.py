@@ -17,7 +17,9 @@ import sys
 import cluster
 import jax
 import numpy as np
+import picture_folders
 import pytest
+import streamed_process
 import tiny
 import two_processes
 
@@ -31,6 +33,8 @@ LAYOUTS = ((1, 1), (1, 8), (2, 4), (4, 2))
 
 METHODS = ("at", "atat")
 STEPS = 20
+NUM_STREAMED = 9
+"""Steps of a streamed run, 3 an epoch."""
 FLAGS = (
   "--config.data.validation_size=128",
   "--config.model.activation=silu",
@@ -98,6 +102,25 @@ def test_two_processes_make_the_run_of_one(tmp_path, monkeypatch):
   assert found["correct"].size == found["counted"].sum() == two_processes.IMAGES
   written = (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()
   assert len(written) == 1
+
+
+@pytest.mark.slow
+def test_two_processes_copy_one_checkpoint_to_a_store(tmp_path):
+  """Of a state that is split over both; each restores it from its own copy."""
+  (tmp_path / "store" / "bucket").mkdir(parents=True)
+  program = tiny.ROOT / "tests" / "support" / "two_processes.py"
+  port, place = free_port(), "s3://bucket/run"
+  two = [start(n, 2, port, program, tmp_path / "two", place) for n in range(2)]
+  said = [process.communicate(timeout=300) for process in two]
+  assert [process.returncode for process in two] == [0, 0], said
+  found = np.load(tmp_path / "two" / "found.npz")
+  assert found["split"] == 4
+  kept = tmp_path / "store" / "bucket" / "run" / "checkpoints" / "3"
+  assert (kept / "commit_success.txt").is_file()
+  assert json.loads((kept / "model" / "metadata").read_text())["plain_key"]
+  alone = checkpoints._read_item(kept / "params", None)
+  for path, leaf in jax.tree_util.tree_leaves_with_path({"params": alone}):
+    np.testing.assert_array_equal(leaf, found[jax.tree_util.keystr(path)])
 
 
 @pytest.mark.parametrize(
@@ -274,3 +297,72 @@ def test_a_run_saved_on_8_devices_goes_on_on_2_and_is_evaluated_on_1(
   found = Compared(alone("at"), workdir).describe()
   assert found["parameters"] < 1e-5 and found["statistics"] < 1e-5
   assert sum(found["rows"].values()) <= 1
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  pytest.importorskip("grain", reason="grain reads the pictures")
+  return picture_folders.write(
+    tmp_path_factory.mktemp("set"), classes=3, train=14, test=5
+  )
+
+
+@pytest.mark.slow
+def test_processes_read_disjoint_parts_that_make_the_batch_of_one(
+  folder, tmp_path
+):
+  port = free_port()
+  program = tiny.ROOT / "tests" / "support" / "streamed_process.py"
+  two = [
+    start(n, 2, port, program, folder, tmp_path, JAX_NUM_CPU_DEVICES="2")
+    for n in range(2)
+  ]
+  said = [process.communicate(timeout=300) for process in two]
+  assert [process.returncode for process in two] == [0, 0], said
+  parts = [np.load(tmp_path / f"{number}.npz") for number in range(2)]
+  assert [part["rows"].tolist() for part in parts] == [
+    [0, 1, 2, 3],
+    [4, 5, 6, 7],
+  ]
+  whole = streamed_process.read(
+    streamed_process.load(folder), np.arange(streamed_process.BATCH)
+  )
+  for name in ("images", "labels"):
+    joined = np.concatenate([part[name] for part in parts], axis=1)
+    np.testing.assert_array_equal(joined, whole[name])
+
+
+@pytest.mark.slow
+def test_a_streamed_run_of_two_processes_is_that_of_one(folder, tmp_path):
+  """Training, validation and the evaluation in shards."""
+  streamed = (
+    "--config.data.name=folder",
+    f"--config.data.dir={folder}",
+    "--config.data.stream=True",
+    "--config.data.size=16",
+    "--config.data.padding=0",
+    "--config.data.validation_size=6",
+    "--config.data.shard_size=8",
+    "--config.model.shortcut=conv",
+    "--config.train.batch_size=12",
+    f"--config.train.num_epochs={NUM_STREAMED // 3}",
+    "--config.train.validate_every_epochs=1.0",
+    "--config.evaluation.batch_size=4",
+    "--config.evaluation.num_examples=0",
+    "--config.evaluation.attacks=nominal,pgd2",
+    "--config.figures.analyses=",
+  )
+  runs = [tmp_path / name for name in ("one", "two")]
+  for run, layout in zip(runs, ((1, 1), (2, 1)), strict=True):
+    made = job(run, layout, "at", *streamed)
+    assert made.wait() == 0, made.text
+  one, two = (
+    checkpoints.restore_model(run, step=NUM_STREAMED)[1] for run in runs
+  )
+  assert distance(one, two) < 1e-5
+  assert Compared(*runs).metrics() < 1e-5
+  rows = [files.read_results(run)["rows"] for run in runs]
+  assert [row.get("correct") for row in rows[0]] == [
+    row.get("correct") for row in rows[1]
+  ]
+  assert {row["num_examples"] for row in rows[1]} == {15}

@@ -1,16 +1,16 @@
 """Runs and data on an object store."""
 
-import json
-
 import fsspec
 import jax
+import jax.numpy as jnp
 import numpy as np
 import object_store
 import picture_folders
 import pytest
 import tiny
+from fsspec.implementations.dirfs import DirFileSystem
 
-from atat_jax import checkpoints, data, pipeline
+from atat_jax import checkpoints, data, pipeline, state
 from atat_jax.errors import DamagedFileError, UserError
 from atat_jax.runs import files, inventory, locations, lock
 
@@ -127,15 +127,17 @@ def test_what_cannot_be_reached_is_one_line_with_a_remedy(bucket, monkeypatch):
   find = locations.find
   for address, message in (
     ("gs://other/run", "'gs://other/run' cannot be reached"),
-    ("gs://", "allowed: a path on this machine, or gs://<bucket>/<folder>"),
+    (
+      "gs://",
+      "allowed: a path on this machine, or gs://<bucket>/<folder> or"
+      " s3://<bucket>/<folder>",
+    ),
     ("gs:/bucket/run", "allowed: a path on this machine"),
     ("ftp://bucket/run", "allowed: a path on this machine"),
   ):
     with pytest.raises(UserError) as error:
       find("workdir", address)
     assert message in str(error.value) and "\n" not in str(error.value)
-  with pytest.raises(UserError, match=r"or gs://<bucket>/<folder>$"):
-    checkpoints.find("s3://bucket/run")
 
   def missing(name):
     raise ImportError(name)
@@ -154,11 +156,133 @@ def _weights(workdir):
   )
 
 
-@pytest.mark.slow
-def test_a_run_on_a_bucket_is_the_run_on_a_disk(bucket, tmp_path, monkeypatch):
+def _state(step):
+  return state.TrainState(
+    step=jnp.int32(step),
+    params={"w": jnp.full((4, 3), step, jnp.float32)},
+    batch_stats={},
+    opt_state=(jnp.float32(step),),
+    rng=jax.random.key(step),
+    ema=None,
+    sums={"loss": (jnp.float32(0), jnp.float32(0))},
+    nonfinite={"loss": jnp.int32(-1)},
+  )
+
+
+def _numbers(found):
+  leaves = jax.tree.leaves(found.replace(rng=jax.random.key_data(found.rng)))
+  return [np.asarray(leaf).tolist() for leaf in leaves]
+
+
+SPEC = {"name": "net", "fields": {}, "image_shape": [4, 4, 1]}
+
+
+def test_copied_checkpoints_are_those_that_a_disk_keeps(bucket, tmp_path):
   folder, written = bucket
+  for place in ("s3://bucket/run", tmp_path / "disk"):
+    with checkpoints.Checkpointer(place, SPEC) as checkpointer:
+      for step, accuracy in ((2, 0.5), (4, 0.75), (6, None), (8, 0.5)):
+        checkpointer.save(_state(step), step, accuracy, {"nominal": 1.0})
+    with checkpoints.Checkpointer(place, SPEC) as checkpointer:
+      checkpointer.save(_state(10), 10, 0.75)
+      checkpointer.save(_state(12), 12, 0.0)
+      assert checkpointer.latest_step() == 12
+      found = checkpointer.restore(_state(0), 12)
+    assert _numbers(found) == _numbers(_state(12))
+    assert checkpoints.find(place) == (10, "best")
+  there, here = (
+    sorted(
+      path.name for path in (place / "checkpoints").iterdir() if path.is_dir()
+    )
+    for place in (folder / "run", tmp_path / "disk")
+  )
+  assert [name for name in here if name.isdigit()] == there == ["10", "12"]
+  assert written[-1] == "bucket/run/checkpoints/12/commit_success.txt"
+
+
+@pytest.mark.parametrize("last", ["first", "checksums.json", "success.txt"])
+def test_a_checkpoint_that_was_sent_in_part_never_counts(
+  bucket, monkeypatch, last
+):
+  folder, _ = bucket
+  place = "s3://bucket/run"
+  opened = DirFileSystem.open
+
+  def killing(self, path, mode="rb", **fields):
+    if mode == "wb" and (last == "first" or path.endswith(last)):
+      raise KeyboardInterrupt
+    return opened(self, path, mode=mode, **fields)
+
+  with checkpoints.Checkpointer(place, SPEC) as checkpointer:
+    checkpointer.save(_state(1), 1, 0.5)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+      patch.setattr(DirFileSystem, "open", killing)
+      checkpointer.save(_state(2), 2, 0.9)
+  half = folder / "run" / "checkpoints" / "2"
+  assert half.exists() == (last != "first")
+  assert checkpoints.find(place) == (1, "best")
+  with checkpoints.Checkpointer(place, SPEC) as checkpointer:
+    assert checkpointer.latest_step() == 1 and not half.exists()
+    checkpointer.save(_state(2), 2, 0.9)
+  assert checkpoints.find(place) == (2, "best")
+
+
+def test_a_checkpoint_that_was_removed_in_part_never_counts(
+  bucket, monkeypatch
+):
+  folder, _ = bucket
+  place = "s3://bucket/run"
+
+  def killed(self, *args, **fields):
+    raise KeyboardInterrupt
+
+  with checkpoints.Checkpointer(place, SPEC) as checkpointer:
+    for step in (1, 2):
+      checkpointer.save(_state(step), step, 0.1 * step)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+      patch.setattr(type(checkpointer.directory), "rmtree", killed)
+      patch.setattr(checkpoints.copies, "send", lambda *_: None)
+      checkpointer.save(_state(3), 3, 0.9)
+  assert (folder / "run" / "checkpoints" / "1" / "params").is_dir()
+  with pytest.raises(UserError, match="allowed: 2"):
+    checkpoints.find(place, step=1)
+
+
+@pytest.fixture
+def server(monkeypatch):
+  """Bucket of a server that speaks S3's protocol, reached by s3fs."""
+  pytest.importorskip("s3fs", reason="pip install s3fs 'moto[server]'")
+  servers = pytest.importorskip(
+    "moto.server", reason="pip install moto[server]"
+  )
+  running = servers.ThreadedMotoServer(port=0, verbose=False)
+  running.start()
+  host, port = running.get_host_and_port()
+  for name, value in (
+    ("ENDPOINT_URL", f"http://{host}:{port}"),
+    ("ACCESS_KEY_ID", "x"),
+    ("SECRET_ACCESS_KEY", "x"),
+    ("DEFAULT_REGION", "us-east-1"),
+  ):
+    monkeypatch.setenv(f"AWS_{name}", value)
+  object_store.remove()
+  fsspec.filesystem("s3", skip_instance_cache=True).mkdir("bucket")
+  yield
+  object_store.remove()
+  running.stop()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("store", "scheme"), [("bucket", "gs"), ("bucket", "s3"), ("server", "s3")]
+)
+def test_a_run_on_a_bucket_is_the_run_on_a_disk(
+  store, scheme, request, tmp_path, monkeypatch
+):
+  request.getfixturevalue(store)
   config = tiny.config("at", evaluation__batch_norm=("running",))
-  run = locations.find("workdir", "gs://bucket/run")
+  run = locations.find("workdir", f"{scheme}://bucket/run")
+  disk = tmp_path / "disk"
   monkeypatch.chdir(tmp_path)
   save = checkpoints.Checkpointer.save
   steps = []
@@ -174,34 +298,43 @@ def test_a_run_on_a_bucket_is_the_run_on_a_disk(bucket, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
       pipeline.run("train", config, run)
   # A save that a kill has cut off has no mark.
-  (folder / "run" / "checkpoints" / "17" / "params").mkdir(parents=True)
-  (folder / "run" / "checkpoints" / "17" / "params" / "x").write_text("x")
+  (run / "checkpoints" / "17" / "params").mkdir(parents=True)
+  (run / "checkpoints" / "17" / "params" / "x").write_text("x")
   assert checkpoints.find(run).step in (5, 10)
   pipeline.run("run", config, run)
-  pipeline.run("run", config, tmp_path / "disk")
-  for one, other in zip(
-    _weights(run), _weights(tmp_path / "disk"), strict=True
-  ):
+  assert not (run / "checkpoints" / "17").exists()
+  pipeline.run("run", config, disk)
+  for one, other in zip(_weights(run), _weights(disk), strict=True):
     np.testing.assert_array_equal(one, other)
   there, here = (
-    json.loads((place / "results.json").read_text())["rows"]
-    for place in (folder / "run", tmp_path / "disk")
-  )
-  assert [row["correct"] for row in there if "correct" in row] == [
-    row["correct"] for row in here if "correct" in row
-  ]
-  for name in ("config.json", "metrics.jsonl", "report.html"):
-    assert (folder / "run" / name).stat().st_size
-  lines, others = (
     [
-      json.loads(x)
-      for x in (place / "metrics.jsonl").read_text().split("\n")[:-1]
+      row["correct"]
+      for row in files.read_results(place)["rows"]
+      if "correct" in row
     ]
-    for place in (folder / "run", tmp_path / "disk")
+    for place in (run, disk)
   )
-  assert [line["step"] for line in lines] == [line["step"] for line in others]
-  assert list((folder / "run" / "tensorboard").iterdir())
-  assert not (tmp_path / "gs:").exists()
-  before = len(written)
+  assert there == here
+  for name in ("config.json", "metrics.jsonl", "report.html"):
+    assert files.stamp(run / name)[1]
+  lines, others = (
+    files.read_metrics(place / "metrics.jsonl") for place in (run, disk)
+  )
+  for split in ("train", "validation"):
+    assert [x["step"] for x in lines[split]] == [
+      x["step"] for x in others[split]
+    ]
+  assert list((run / "tensorboard").iterdir())
+  assert not (tmp_path / f"{scheme}:").exists()
+  before = _stamps(run)
   pipeline.run("run", config, run)
-  assert not [x for x in written[before:] if "checkpoints" in x]
+  assert _stamps(run) == before
+
+
+def _stamps(run):
+  """Time and size of everything in the folder of checkpoints."""
+  return {
+    str(place / name): files.stamp(place / name)
+    for place, names in locations.walk(run / "checkpoints")
+    for name in names
+  }

@@ -239,6 +239,9 @@ def test_twenty_classes_of_64_pixels_are_learnt_and_resumed_exactly(
   ]
   losses = [line["loss"] for line in lines if line["split"] == "train"]
   assert losses[-1] < losses[0] - 0.2, losses
+  assert all(
+    0 <= line["input_wait"] <= 1 for line in lines if line["split"] == "train"
+  )
 
   seen = []
   follow = data.streamed.TrainingBatches.follow

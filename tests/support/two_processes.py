@@ -1,9 +1,13 @@
 """A small training and evaluation, alone or as one process of a job.
 
 As a program it joins its job as the environment says, and writes what it found
-to the folder that it is given: process 0 all numbers, the others nothing.
+to the folder that it is given: process 0 all numbers, the others nothing. With
+the address of a folder on an object store, its checkpoints go there and its
+state is split; the store is a local folder, or a server that the environment
+names.
 """
 
+import os
 import pathlib
 import sys
 from typing import Any
@@ -11,7 +15,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import object_store
 import optax
+import pytest
 import quick
 from flax import linen as nn
 
@@ -49,8 +55,16 @@ def data() -> Split:
   return Split(images, generator.integers(0, 3, IMAGES).astype(np.int32))
 
 
-def work(mesh: jax.sharding.Mesh, folder: pathlib.Path) -> dict[str, Any]:
-  """Trains, saves, restores and evaluates; returns all numbers."""
+def work(
+  mesh: jax.sharding.Mesh, folder: pathlib.Path, saved_to: str | None = None
+) -> dict[str, Any]:
+  """Trains, saves, restores and evaluates; returns all numbers.
+
+  Args:
+    mesh: The devices.
+    folder: Folder for its files.
+    saved_to: Working directory of its checkpoints; None: `folder`.
+  """
   options = compilation.compiler_options() | quick.OPTIONS
   compilation.compiler_options = lambda **_: options
   model, held = Net(), data()
@@ -87,11 +101,7 @@ def work(mesh: jax.sharding.Mesh, folder: pathlib.Path) -> dict[str, Any]:
     for leaf in jax.tree.leaves((current.params, current.opt_state))
   ]
   saved = sharding.to_host(mesh, state.variables(current))
-  spec = {"name": "net", "fields": {}, "image_shape": [6, 6, 1]}
-  with checkpoints.Checkpointer(folder, spec) as checkpointer:
-    checkpointer.save(current, NUM_STEPS, 0.5)
-  with checkpoints.Checkpointer(folder, spec) as checkpointer:
-    current = checkpointer.restore(current, checkpointer.latest_step())
+  current = _saved_and_restored(current, saved_to or folder)
   variables = sharding.to_host(mesh, state.variables(current))
   for one, other in zip(*map(jax.tree.leaves, (saved, variables)), strict=True):
     np.testing.assert_array_equal(one, other)
@@ -104,6 +114,14 @@ def work(mesh: jax.sharding.Mesh, folder: pathlib.Path) -> dict[str, Any]:
     "counted": np.array(counted),
     "split": np.array(sum(split)),
   }
+
+
+def _saved_and_restored(current: Any, place: pathlib.Path | str) -> Any:
+  spec = {"name": "net", "fields": {}, "image_shape": [6, 6, 1]}
+  with checkpoints.Checkpointer(place, spec) as checkpointer:
+    checkpointer.save(current, NUM_STEPS, 0.5)
+  with checkpoints.Checkpointer(place, spec) as checkpointer:
+    return checkpointer.restore(current, checkpointer.latest_step())
 
 
 def _judge(
@@ -122,10 +140,16 @@ def _judge(
   return judged, counted
 
 
-def main(folder: pathlib.Path) -> None:
+def main(folder: pathlib.Path, saved_to: str | None = None) -> None:
+  if saved_to and "AWS_ENDPOINT_URL" not in os.environ:
+    object_store.install(pytest.MonkeyPatch(), folder.parent / "store")
   with runtime.plain_exits(folder):
     runtime.set_up(distributed=True, wait_seconds=300)
-    found = work(sharding.make_mesh(), folder)
+    mesh = sharding.make_mesh()
+    if saved_to:
+      sharding._SMALLEST = 12
+      mesh = sharding.split_mesh(mesh, mesh.size)
+    found = work(mesh, folder, saved_to)
     if jax.process_index() == 0:
       np.savez(folder / "found.npz", **found)
 
@@ -134,4 +158,4 @@ if __name__ == "__main__":
   from atat_jax.process import commands
 
   commands.begin("stopped")
-  main(pathlib.Path(sys.argv[1]))
+  main(pathlib.Path(sys.argv[1]), *sys.argv[2:])

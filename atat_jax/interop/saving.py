@@ -10,7 +10,7 @@ import safetensors.numpy
 from flax import linen as nn
 
 from atat_jax import checks
-from atat_jax.errors import UserError
+from atat_jax.errors import UserError, printable
 from atat_jax.interop import (
   description,
   layouts,
@@ -75,6 +75,13 @@ def _paths(path: pathlib.Path | str) -> Saved:
       f"path: {module} would be overwritten, and is no file of atat_jax;"
       " allowed: another name"
     )
+  for other in sorted(path.parent.glob(f"*{_SUFFIX}")):
+    taken = torch_module.module_name(other.stem) == module.stem
+    if taken and other.name != path.name:
+      raise UserError(
+        f"path: {module} is the module of {printable(other.name)}, too; allowed:"
+        " a name that differs in letters and digits"
+      )
   return Saved(path, module)
 
 

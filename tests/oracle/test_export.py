@@ -342,8 +342,11 @@ def test_what_cannot_be_written_is_refused_before_anything_is(tmp_path):
     """A network that computes something else, possibly."""
 
   half = jax.tree.map(lambda x: x.astype("bfloat16"), variables)
+  taken = tmp_path / "taken-x.safetensors"
+  taken.touch()
   for path, network, arrays, said in (
     ("train.safetensors", model, variables, "train.py would be overwritten"),
+    ("taken_x.safetensors", model, variables, "module of taken-x.safetensors"),
     ("net.pth", model, variables, r"a name that ends in .safetensors"),
     ("net.safetensors", Own(), variables, "model: Own; allowed: wide_resnet"),
     ("net.safetensors", model, half, "has dtype bfloat16; allowed: float32"),
@@ -352,5 +355,6 @@ def test_what_cannot_be_written_is_refused_before_anything_is(tmp_path):
   ):
     with pytest.raises(UserError, match=said):
       interop.save(tmp_path / path, network, arrays)
+  taken.unlink()
   assert [x.name for x in tmp_path.iterdir()] == ["train.py"]
   assert code.read_text(encoding="utf-8") == "print('mine')\n"

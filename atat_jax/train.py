@@ -367,8 +367,8 @@ def prepare(
   functions = made.make(stage, outline.total)
   options, schedule, optimizer, bound, train_step = functions
   initial = teacher if stage.objective.starts_from_teacher else None
-  statistics_pass = averaging.make_statistics_pass(**bound)
-  teacher, images, validation_images = sharding.put_replicated(
+  passes = averaging.make_statistics_pass(**bound)
+  teacher, images, held_out = sharding.put_replicated(
     mesh, (teacher, resident(dataset), in_memory(dataset.validation))
   )
   draws = _make_draws(stage, dataset, extra, mesh, outline.total)
@@ -381,27 +381,25 @@ def prepare(
     draws,
     outline.per_dispatch,
   )
-  draw_extra = functools.partial(draws.follow, size=outline.per_dispatch)
+  follow = functools.partial(draws.follow, size=outline.per_dispatch)
   compare = _make_comparison(stage, bound, teacher, images, draws)
   programs = loop.Programs(
-    draw_extra=draw_extra if num_drawn(stage, dataset) else None,
+    draw_extra=follow if num_drawn(stage, dataset) else None,
     take_steps=take,
     learning_rate=compilation.jit(schedule, once=True),
     reset_metrics=functools.partial(_reset_metrics, mesh),
     estimate_statistics=functools.partial(
-      _estimate_statistics, statistics_pass, teacher, images, draws, options
+      _estimate_statistics, passes, teacher, images, draws, options
     ),
-    validate=functools.partial(
-      _validate, plan, stage, validation_images, mesh, compare
-    ),
+    validate=functools.partial(_validate, plan, stage, held_out, mesh, compare),
     before_saving=lambda: None,
     input_advice=_input_advice(dataset),
   )
   start = functools.partial(
     _start, plan, stage, optimizer, options, initial, mesh
   )
-  differentiate = _make_differentiation(bound, teacher, images, draws)
-  return Prepared(start, programs, draws, differentiate)
+  gradient = _make_differentiation(bound, teacher, images, draws)
+  return Prepared(start, programs, draws, gradient)
 
 
 def _make_differentiation(

@@ -56,9 +56,12 @@ done
 [[ $max_restarts =~ ^[0-9]+$ ]] ||
   die "max_restarts: $max_restarts; allowed: 0, 1, 2, ..."
 (($#)) || die 'arguments of main.py are missing; they come after --'
-workdir=''
+workdir='' extras=tpu
 for argument in "$@"; do
   [[ $argument == --workdir=* ]] && workdir=${argument#*=}
+  # What reaches a bucket: of the run, its teacher or its data.
+  [[ $argument == *=gs://* && $extras != *gcs* ]] && extras+=,gcs
+  [[ $argument == *=s3://* && $extras != *s3* ]] && extras+=,s3
 done
 [[ $workdir ]] || die 'workdir: missing; allowed: --workdir=gs://... after --'
 fetch=${fetch:-runs/$name}
@@ -97,7 +100,7 @@ install() {
   run "${tpu[@]}" scp "$root/$archive" "$name:$archive" --zone="$zone" \
     --worker=all
   on_workers "mkdir -p atat_jax && tar -xzf $archive -C atat_jax &&
- python3 -m venv venv && venv/bin/pip install -q './atat_jax[tpu]'"
+ python3 -m venv venv && venv/bin/pip install -q './atat_jax[$extras]'"
 }
 
 # Compiled programs stay on each worker's disk. The all-reduce of the gradient
@@ -119,7 +122,7 @@ state() {
 
 collect() {
   run mkdir -p "$fetch"
-  if [[ $workdir == gs://* ]]; then
+  if [[ $workdir == *://* ]]; then
     run gcloud storage cp --recursive "${workdir%/}/*" "$fetch"
   else
     run "${tpu[@]}" scp --recurse "$name:$workdir/*" "$fetch" --zone="$zone" \

@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None, *, program: str = PROGRAM) -> None:
     "FILE [--out=DIR] [flags]",
     description="Recognises PyTorch weights by names and shapes; runs no code"
     " of the file.",
-    example="weights.pth --data=cifar10 --out=runs/imported",
+    example="exported/digits.safetensors --data=digits --out=runs/imported",
   )
   add = flags.add_argument
   add("file", metavar="FILE", help="of torch.save, or .safetensors")

@@ -142,8 +142,8 @@ def published_attack(evidence: Evidence) -> Diagnostic | None:
     )
   return diagnostic(
     not gap <= error + 1e-9,  # one image against one is a tie
-    flagged=("The published protocol's attack fails", message),
-    passed=("The published protocol's attack holds up", message),
+    flagged=("The published attack overstates robustness", message),
+    passed=("The published attack holds up", message),
     rule="accuracy with batch statistics under an attack as published minus"
     " under the better of the same with the statistics held fixed and with the"
     f" margin loss; flag above {error:.3f}, one standard error of the"
@@ -215,19 +215,19 @@ def steps_converged(evidence: Evidence) -> Diagnostic | None:
   (few, before), (most, after) = evidence.pgd[-2:]
   fall = before - after
   change = (
-    f"from {few} to {most} steps the accuracy falls by {100 * fall:.1f} points"
+    f"From {few} to {most} steps the accuracy falls by {100 * fall:.1f} points."
     if fall >= 0
-    else f"from {few} to {most} steps the accuracy does not fall"
+    else f"From {few} to {most} steps the accuracy does not fall."
   )
   return diagnostic(
     not fall <= CONVERGED,
     flagged=(
       f"PGD had not converged after {wording.plural(few, 'step')}",
-      f"PGD had not converged after {wording.plural(few, 'step')}: {change}.",
+      change,
     ),
     passed=(
       f"PGD had converged after {wording.plural(few, 'step')}",
-      f"PGD had converged after {wording.plural(few, 'step')}: {change}.",
+      change,
     ),
     rule=f"accuracy under PGD({few}) minus under PGD({most}); flag above 0.02",
     value=fall,
@@ -243,8 +243,8 @@ def margin_loss(evidence: Evidence) -> Diagnostic | None:
   if margin is None:
     return None
   message = (
-    f"PGD with the margin loss leaves {wording.percent(margin)}, with"
-    f" cross-entropy {wording.percent(accuracy)}."
+    f"PGD with {wording.plural(most, 'step')} leaves {wording.percent(margin)}"
+    f" with the margin loss, {wording.percent(accuracy)} with cross-entropy."
   )
   return diagnostic(
     not accuracy - margin <= 0.02,

@@ -43,7 +43,7 @@ def _parse(argv: Sequence[str] | None, program: str) -> argparse.Namespace:
     program,
     "SOURCE --out=DIR [flags]",
     description="Writes a network for PyTorch, and its numbers for RobustBench.",
-    example="runs/atat --out=exported --name=Me2026Title",
+    example="runs/digits --out=exported",
   )
   add = flags.add_argument
   add("source", metavar="SOURCE", help="directory of a run, or weights")

@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None, *, program: str = PROGRAM) -> None:
     program,
     "RUN [RUN ...] [--out=PATH]",
     description="Compares finished runs: one page, one Markdown table.",
-    example="runs/at runs/atat --out=comparison",
+    example="runs/digits --out=comparison",
   )
   flags.add_argument(
     "workdirs", metavar="RUN", nargs="+", help="directories of finished runs"

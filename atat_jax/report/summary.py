@@ -100,10 +100,23 @@ def sentences(results: dict[str, Any]) -> list[str]:
     _batch_statistics(columns, model, groups[0].question),
     _nonfinite(results["rows"]),
     _flags(results.get("diagnostics", {})),
-    "An attack only bounds robustness from above: a stronger one may fool the "
-    "network on more images.",
+    _limit(groups[0]),
   ]
   return [part for part in parts if part]
+
+
+def _limit(found: comparable.Attacks) -> str:
+  """Says what no list of attacks shows, and whether AutoAttack is in this one."""
+  text = (
+    "An attack only bounds robustness from above: a stronger one may fool the"
+    " network on more images."
+  )
+  if any(column.label.startswith("autoattack") for column in found.columns):
+    return text
+  return (
+    f"{text} AutoAttack was not run on these images; it usually leaves less"
+    " than PGD."
+  )
 
 
 def _robust_accuracy(

@@ -211,7 +211,7 @@ def test_rules_compare_one_question_and_keep_the_flags_of_every_attack():
   ]
   found = evaluation.diagnose(rows, "student")
   assert not found["steps_converged"]["flag"]
-  assert "from 10 to 20 steps" in found["steps_converged"]["message"]
+  assert "From 10 to 20 steps" in found["steps_converged"]["message"]
   assert found["autoattack_masking"]["flag"]
 
 

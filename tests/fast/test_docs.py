@@ -86,6 +86,28 @@ def test_every_page_is_in_the_index():
   assert sorted(linked) == sorted(pages)
 
 
+# --- Placeholders ------------------------------------------------------------
+
+
+def test_one_command_fills_in_every_placeholder():
+  command = r'^sed -i "s/(\w+)/your-name/" (\S+)$'
+  ((word, pattern),) = re.findall(command, DOCUMENTS["CONTRIBUTING.md"], re.M)
+  listed = {path.relative_to(ROOT) for path in ROOT.glob(pattern)}
+  assert len(listed) == 5
+  left = re.compile(
+    rf"\b{word}\b|\bTODO\b|\bFIXME\b|\bTBD\b|your-name|<(your|owner)\b|/USER/"
+  )
+  holding, own = set(), ("CONTRIBUTING.md", "tests/")
+  suffixes = {".md", ".py", ".ipynb", ".toml", ".yml", ".yaml", ".cff", ".sh"}
+  for folder in ("", *(f"{x}/**/" for x in (*FOLDERS, "notebooks", ".github"))):
+    for path in ROOT.glob(f"{folder}*"):
+      name = path.relative_to(ROOT)
+      if path.suffix in suffixes and not str(name).startswith(own):
+        if left.search(path.read_text(encoding="utf-8")):
+          holding.add(name)
+  assert holding in (listed, set())  # before and after the owner's command
+
+
 # --- Members -----------------------------------------------------------------
 
 # List in a document to the registry that it repeats.

@@ -293,6 +293,27 @@ def test_tpu_vm_prints_its_commands_in_dry_run():
 
 
 @pytest.mark.parametrize(
+  ("words", "extras", "fetched_by"),
+  [
+    (["--workdir=gs://b/r"], "tpu,gcs", "storage cp"),
+    (["--workdir=s3://b/r"], "tpu,s3", "storage cp"),
+    (
+      ["--workdir=/disk", "--config.data.dir=gs://b/d"],
+      "tpu,gcs",
+      "tpu-vm scp",
+    ),
+    (["--workdir=/disk"], "tpu", "tpu-vm scp"),
+  ],
+)
+def test_workers_install_what_reaches_the_bucket(words, extras, fetched_by):
+  found = bash("tpu_vm.sh", *TPU, "--dry_run", "--", *words)
+  assert found.returncode == 0, found.stderr
+  said = " ".join(shlex.split(found.stdout))
+  assert f"'./atat_jax[{extras}]'" in said
+  assert fetched_by in found.stdout.splitlines()[-2]
+
+
+@pytest.mark.parametrize(
   ("script", "words"),
   [
     ("slurm.sbatch", []),

@@ -260,6 +260,17 @@ def test_verdict():
   assert "1 of the 3 diagnostics below raises a flag" in text
 
 
+def test_the_verdict_says_whether_autoattack_was_run():
+  content = run_files.results()
+  assert "AutoAttack was not run on these images" in summary.verdict(content)
+  row = run_files.result_row("student", "autoattack", "running", 0.6, seed=17)
+  content["rows"].append(row)
+  assert "not run" not in summary.verdict(content)
+  # On other images it says nothing of these.
+  content["rows"][-1] |= {"num_examples": 20}
+  assert "AutoAttack was not run on these images" in summary.verdict(content)
+
+
 def test_verdict_when_batch_statistics_claim_less():
   accuracies = {
     ("student", "running"): {"pgd7": 0.5, "apgd": 0.4},

@@ -211,7 +211,14 @@ def _numbers(leaf: Any) -> Any:
   return jax.random.key_data(leaf) if is_key else leaf
 
 
-_FREE = ("seconds", "images_per_second", "date", "command", "checksum")
+_FREE = (
+  "seconds",
+  "images_per_second",
+  "input_wait",
+  "date",
+  "command",
+  "checksum",
+)
 
 
 def _plain(tree: Any) -> Any:

@@ -90,4 +90,5 @@ def metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
   lines = [json.loads(line) for line in path.read_text().splitlines()]
   for line in lines:
     line.pop("images_per_second", None)
+    line.pop("input_wait", None)
   return lines

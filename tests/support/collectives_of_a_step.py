@@ -83,13 +83,12 @@ def find(devices: Any, attack_batch_norm: str) -> dict[str, Any]:
   )
   program = quick.jit(step, donate_argnums=0, out_shardings=everywhere)
   compiled = program.lower(current, None, Split(pixels, labels), indices)
-  return {
-    "collectives": collectives.find(compiled.compile().as_text()),
-    "layers": {
-      layer: [4 * leaf.size for leaf in jax.tree.leaves(leaves)]
-      for layer, leaves in made.params.items()
-    },
+  layers = {
+    layer: [4 * leaf.size for leaf in jax.tree.leaves(leaves)]
+    for layer, leaves in made.params.items()
   }
+  found = collectives.find(compiled.compile().as_text())
+  return {"collectives": found, "layers": layers}
 
 
 def check(found: dict[str, Any], attack_batch_norm: str) -> str:

@@ -34,7 +34,7 @@ DOCUMENTS = {
 # Programs of others, whose flags are their own affair.
 FOREIGN = {
   *("[", "export", "for", "done", "scontrol"),
-  *("git", "kubectl", "mkdocs", "mypy", "pip", "ruff"),
+  *("git", "kubectl", "mkdocs", "mypy", "pip", "ruff", "sed"),
 }
 
 

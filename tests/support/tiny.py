@@ -362,6 +362,7 @@ def metrics(path: pathlib.Path) -> list[dict[str, Any]]:
   lines = [json.loads(line) for line in path.read_text().splitlines()]
   for line in lines:
     line.pop("images_per_second", None)
+    line.pop("input_wait", None)
   return lines
 
 

@@ -16,6 +16,7 @@ eager mode, as it asks for a compiler.
 """
 
 import pathlib
+import re
 import shlex
 
 import cifar_archives
@@ -114,3 +115,16 @@ def _small_methods(arguments: list[str]) -> list[str]:
     "--running_examples=4",
     *(f"--set={name}={value}" for name, value in fields.items()),
   ]
+
+
+def work(module: str, arguments: list[str]) -> tuple[str, ...]:
+  """Names what a line of `small` runs, whatever its seeds, numbers and folder.
+
+  Args:
+    module: Module of the line.
+    arguments: Its arguments.
+  """
+  if module != "benchmarks.methods":
+    return module, *arguments
+  kept = (x for x in arguments if not re.match("--(seeds|workdir)=", x))
+  return module, *(re.sub(r"(--set=.*)=[-.\de]+$", r"\1", x) for x in kept)

@@ -48,6 +48,11 @@ def _tensors(
       raise UserError(
         f"variables: {layer}/{kind} has dtype {array.dtype}; allowed: float32"
       )
+    if not np.isfinite(array).all():
+      raise UserError(
+        f"variables: {layer}/{kind} has values that are not finite; allowed:"
+        " finite ones"
+      )
     name = torch_weights.tensor_name(names[layer], kind)
     found[name] = np.ascontiguousarray(torch_weights.to_torch(array, kind))
   return found
@@ -116,8 +121,8 @@ def save(
 
   Raises:
     UserError: A network of another class, variables of another network or
-      dtype, a path of another suffix, a Python file of somebody else's in the
-      module's place.
+      dtype, or not finite, a path of another suffix, a Python file of somebody
+      else's in the module's place, or other weights with a module of this name.
   """
   checks.module(model)
   described = description.describe(model)

@@ -120,10 +120,7 @@ def attention_views(
   found |= _facts(list(named), layers, description)
   mesh = devices(mesh)
   x, y = (sharding.put_replicated(mesh, part) for part in (images, labels))
-  placed = {
-    name: sharding.put_replicated(mesh, classifier)
-    for name, classifier in named.items()
-  }
+  placed = {k: sharding.put_replicated(mesh, c) for k, c in named.items()}
 
   def view(name: str, kind: str, seen: Array) -> dict[str, np.ndarray]:
     model = compilation.hashable(networks[name][0])

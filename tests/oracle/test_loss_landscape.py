@@ -43,7 +43,8 @@ def test_points_lie_where_they_should():
   assert (IMAGES + 0.3 > 1).any()
 
 
-@pytest.mark.parametrize("batch_size", [7, 1000])
+# 50 batches are cut into parts of 3, the last of which has 2 new ones.
+@pytest.mark.parametrize("batch_size", [1, 7, 1000])
 def test_one_forward_pass_a_point(batch_size):
   rows = []
   pair, *_ = linear_networks.linear(seen=rows.append)

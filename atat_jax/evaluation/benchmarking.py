@@ -131,10 +131,11 @@ def benchmark(
 
 
 def _folder(out: pathlib.Path | str) -> pathlib.Path:
-  """Returns the directory of results, which may be there already."""
+  """Returns the directory of results, which need not be there yet."""
   found = locations.find("out", out)
-  if found.exists() and not found.is_dir():
-    raise UserError(f"out: {found} is a file; allowed: a directory")
+  for place in () if locations.is_remote(found) else (found, *found.parents):
+    if place.exists() and not place.is_dir():
+      raise UserError(f"out: {place} is a file; allowed: a directory")
   return found
 
 

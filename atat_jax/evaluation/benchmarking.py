@@ -122,7 +122,6 @@ def benchmark(
   protocols_ = _protocols(attacks, **shared, num_restarts=num_restarts)
   radius = _radius(certify, norm, epsilon)
   fields = {"model": name, "dataset": dataset, "batch_size": batch_size}
-  corrupted.check_name(corruptions)
   folder = None if out is None else _folder(out)
   test = _split(images, labels)
   return _measure(
@@ -159,6 +158,7 @@ def _measure(
   radius: float | None,
 ) -> Rows:
   """Measures the rows of some protocols; `fields` are the caller's own."""
+  corrupted.check_name(corruptions)
   for field in ("model", "dataset"):
     named = "name" if field == "model" else field
     checks.instance(named, fields[field], str, "a text")

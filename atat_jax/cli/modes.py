@@ -295,8 +295,8 @@ def _next(request: Request) -> str:
   return {
     "run": f"open {workdir / files.REPORT}; more figures: atat-jax explain"
     f" {workdir}",
-    "train": "evaluate it: the same command with --mode=evaluate",
-    "evaluate": "figures and page: the same command with --mode=figures",
+    "train": "evaluate it: atat-jax evaluate with the same flags",
+    "evaluate": "figures and page: atat-jax figures with the same flags",
     "figures": f"open {workdir / files.REPORT}",
     "replay": "docs/training.md says what a step that is not finite means",
   }[request.mode]

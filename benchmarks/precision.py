@@ -5,7 +5,7 @@
 
 Each network is attacked in the precision that it is scored in, from the same
 random numbers. The images are the same, so that the difference's standard error is
-that of paired answers. On a CPU the compiler may leave a rounding out, which
+that of paired answers. Several run directories are pooled, too. On a CPU the compiler may leave a rounding out, which
 XLA_FLAGS=--xla_allow_excess_precision=false forbids.
 """
 
@@ -65,12 +65,12 @@ class Subject(NamedTuple):
     ).correct
 
 
-def load(args: argparse.Namespace) -> Subject:
+def load(args: argparse.Namespace, workdir: pathlib.Path) -> Subject:
   """Restores the network of a run directory, with its test images."""
   from atat_jax import checkpoints, data, sharding
   from atat_jax.runs import configuration
 
-  folder = args.workdir.resolve()
+  folder = workdir.resolve()
   model, variables = checkpoints.restore_model(folder)
   arguments = configuration.read(folder).data
   if args.data_dir:
@@ -81,20 +81,33 @@ def load(args: argparse.Namespace) -> Subject:
   return Subject(arguments["name"], model, variables, split, mesh)
 
 
+def _row(name: str, full: np.ndarray, half: np.ndarray) -> dict[str, Any]:
+  return {
+    "name": f"{name}/n{len(full)}",
+    "num_examples": len(full),
+    "float32": float(full.mean()),
+    "bfloat16": float(half.mean()),
+    "float32_only": int((full & ~half).sum()),
+    "bfloat16_only": int((half & ~full).sum()),
+  }
+
+
 def _rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-  subject = load(args)
-  for attack in args.attacks:
-    full, half = (subject.correct(args, attack, dtype) for dtype in DTYPES)
-    yield {
-      "name": f"{attack}/n{len(full)}",
-      "num_examples": len(full),
-      "data": subject.data,
-      "epsilon": args.epsilon,
-      "float32": float(full.mean()),
-      "bfloat16": float(half.mean()),
-      "float32_only": int((full & ~half).sum()),
-      "bfloat16_only": int((half & ~full).sum()),
-    }
+  found: dict[str, list[tuple[np.ndarray, ...]]] = {x: [] for x in args.attacks}
+  several = len(args.workdir) > 1
+  for workdir in args.workdir:
+    subject = load(args, workdir)
+    about = {"data": subject.data, "epsilon": args.epsilon}
+    network = "/".join(["", *workdir.resolve().parts[-2:]]) if several else ""
+    for attack, pairs in found.items():
+      pair = tuple(subject.correct(args, attack, dtype) for dtype in DTYPES)
+      pairs.append(pair)
+      yield _row(f"{attack}{network}", *pair) | about
+  if several:
+    for attack, pairs in found.items():
+      name = f"{attack}/{len(pairs)} networks"
+      full, half = map(np.concatenate, zip(*pairs, strict=True))
+      yield _row(name, full, half) | about
 
 
 def paired_error(row: dict[str, Any]) -> float:
@@ -134,6 +147,13 @@ def _line(row: dict[str, Any]) -> str:
 def parser() -> argparse.ArgumentParser:
   """Makes the parser of the flags."""
   made = machine.measurement_parser(__doc__)
+  made.add_argument(
+    "--workdir",
+    nargs="+",
+    type=pathlib.Path,
+    required=True,
+    help="run directories",
+  )
   add_subject_flags(made)
   made.add_argument(
     "--attacks", nargs="+", default=list(ATTACKS), help="names of protocols"
@@ -142,9 +162,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def add_subject_flags(parser: argparse.ArgumentParser) -> None:
-  """Adds the flags that name the network, its images and the attacks' sizes."""
+  """Adds the flags that name the images and the attacks' sizes."""
   add = parser.add_argument
-  add("--workdir", type=pathlib.Path, required=True, help="run directory")
   add("--data_dir", help="directory of the data; default: the run's")
   add("--epsilon", type=number, default=8 / 255)
   add("--step_size", type=number, default=2 / 255)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from atat_jax.errors import UserError
-from atat_jax.runs import files
+from atat_jax.runs import files, wording
 from benchmarks import (
   attacks,
   certified,
@@ -127,7 +127,8 @@ def provenance(found: Found) -> str:
   stopped = f" Stopped before {', '.join(missing)}." if missing else ""
   return (
     f"`{found['command']}`, commit `{found['commit']}`, {found['date'][:10]},"
-    f" {len(machine['cores_used'])} cores, {machine['cpu']}, device"
+    f" {wording.plural(len(machine['cores_used']), 'core')}, {machine['cpu']},"
+    " device"
     f" {machine['device']}, Python {machine['python']}, jax {machine['jax']},"
     f" torch {machine['torch']}.{stopped}"
   )

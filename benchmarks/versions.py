@@ -8,6 +8,7 @@ compilation, which a first run in the process has.
 """
 
 import argparse
+import pathlib
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -24,7 +25,7 @@ ATTACKS = (
 
 
 def _rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-  subject = precision.load(args)
+  subject = precision.load(args, args.workdir)
   whole = None
   for attack in args.attacks:
     began = time.process_time()
@@ -67,6 +68,9 @@ def _line(row: dict[str, Any]) -> str:
 def parser() -> argparse.ArgumentParser:
   """Makes the parser of the flags."""
   made = machine.measurement_parser(__doc__)
+  made.add_argument(
+    "--workdir", type=pathlib.Path, required=True, help="run directory"
+  )
   precision.add_subject_flags(made)
   made.add_argument(
     "--attacks", nargs="+", default=list(ATTACKS), help="names of protocols"

@@ -7,10 +7,12 @@ run of n steps needs n + 1 evaluations.
 """
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from atat_jax import checks, losses
 from atat_jax.attacks import balls, base, search
@@ -110,14 +112,15 @@ class APGD:
 
   Attributes:
     norm: "linf", "l2" or "l1".
-    loss: One of `losses.ATTACK_LOSSES` or `losses.TARGETED_LOSSES`.
+    loss: One of `losses.ATTACK_LOSSES` or `losses.TARGETED_LOSSES`; or
+      several, of which `SearchSettings.loss` selects one in the program.
     eot_samples: Number of gradients averaged at each point.
     enlarged: l1 only: whether to run with three times epsilon, then twice, then
       epsilon, each part starting from the best point of the one before.
   """
 
   norm: str = "linf"
-  loss: str = "cross_entropy"
+  loss: str | tuple[str, ...] = "cross_entropy"
   eot_samples: int = 1
   enlarged: bool = False
 
@@ -218,9 +221,7 @@ class APGD:
       classifier,
       key,
       state.x,
-      lambda logits: losses.attack_loss(
-        self.loss, logits, problem.labels, problem.targets
-      ),
+      functools.partial(self._loss, problem, settings),
       eot_samples=self.eot_samples,
     )
     # A loss of minus infinity stands for numbers that are not finite.
@@ -240,6 +241,14 @@ class APGD:
     if not self.enlarged:
       return moved
     return self._next_part(state, moved, problem.images, settings, i)
+
+  def _loss(
+    self, problem: Problem, settings: SearchSettings, logits: Array
+  ) -> Array:
+    names = (self.loss,) if isinstance(self.loss, str) else self.loss
+    forms = [functools.partial(losses.attack_loss, name) for name in names]
+    arguments = logits, problem.labels, problem.targets
+    return lax.switch(settings.loss, forms, *arguments)
 
   def _part(
     self, i: Array, settings: SearchSettings

@@ -337,7 +337,16 @@ def _sight(
   return _Sight(blind, saturated, nonfinite.misses(logits, labels))
 
 
-_jitted_sight = compilation.jit(_sight, static_argnames="names")
+# Truth values of one batch are all that is read of it.
+_jitted_sight = compilation.jit(_sight, rough=True, static_argnames="names")
+
+
+def _noise(key: Array, radius: Array, *, shape: tuple[int, ...]) -> Array:
+  return jax.random.uniform(key, shape, radius.dtype, -radius, radius)
+
+
+# Uniform numbers are the same however much the generator is optimised.
+_jitted_noise = compilation.jit(_noise, light=True, static_argnames="shape")
 
 
 def prepare_looks(
@@ -378,7 +387,8 @@ def _look(
   radius: float,
 ) -> _Sight:
   """Looks at the gradients of losses where gradient attacks start."""
-  noise = jax.random.uniform(key, images.shape, images.dtype, -radius, radius)
+  dtype = jax.dtypes.canonicalize_dtype(images.dtype)
+  noise = _jitted_noise(key, np.asarray(radius, dtype), shape=images.shape)
   # On the host: the classifier may lie on the devices of several processes.
   start = np.clip(np.asarray(images) + np.asarray(noise), 0.0, 1.0)
   sight = _jitted_sight(classifier, start, labels, names=names)

@@ -45,10 +45,12 @@ class SearchSettings(NamedTuple):
   Attributes:
     epsilon: Radius, in the images' dtype.
     num_steps: Number of steps, int32.
+    loss: Place of the loss among those of a search that has several, int32.
   """
 
   epsilon: Array
   num_steps: Array
+  loss: Array | int = 0
 
 
 class SearchState(Protocol):

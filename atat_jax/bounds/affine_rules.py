@@ -1,5 +1,6 @@
 """Affine primitives: which operands may depend on the image, and what they do."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -129,29 +130,18 @@ def node(
   }
   params = _wide_params(eqn)
   plain = _without_fill(params)
-
-  def bind(
-    values: Sequence[Array],
-    given: dict[int, Any],
-    params: dict[str, Any] = plain,
-  ) -> Array:
-    operands = [
-      values[places.index(place)] if place in parents else given[place]
-      for place in range(len(args))
-    ]
-    out = eqn.primitive.bind(*operands, **params)
-    return out[output] if eqn.primitive.multiple_results else out
-
+  bind = functools.partial(_bind, eqn, places, output, plain)
   zeros = {place: _empty(value) for place, value in constants.items()}
   if rule.factors:
     sizes = {place: _size(value) for place, value in constants.items()}
     linear, offset = constants, None
   else:
-    sizes = linear = zeros
+    sizes, linear, offset = zeros, zeros, None
     nothing = [jnp.zeros(eqn.invars[place].aval.shape) for place in places]
     summands = any(place not in parents for place in range(_summands(eqn)))
     filled = plain is not params
-    offset = bind(nothing, constants, params) if summands or filled else None
+    if summands or filled:
+      offset = _bind(eqn, places, output, params, nothing, constants)
 
   def function(*values: Array) -> Array:
     return bind(values, linear)
@@ -166,6 +156,23 @@ def node(
 
   terms = rule.terms(eqn)
   return nodes.affine(numbers, shape, function, magnitude, terms, offset=offset)
+
+
+def _bind(
+  eqn: Any,
+  places: Sequence[int],
+  output: int,
+  params: dict[str, Any],
+  values: Sequence[Array],
+  given: dict[int, Any],
+) -> Array:
+  """Computes an equation: `values` at their places, `given` elsewhere."""
+  operands = [
+    values[places.index(place)] if place in places else given[place]
+    for place in range(len(eqn.invars))
+  ]
+  out = eqn.primitive.bind(*operands, **params)
+  return out[output] if eqn.primitive.multiple_results else out
 
 
 def _summands(eqn: Any) -> int:

@@ -55,7 +55,7 @@ def settled(decision: _T) -> _T:
   get the slope of one choice and the constant of another.
 
   Args:
-    decision: What is decided, or the numbers that comparisons alone decide by.
+    decision: The choice, or the numbers that comparisons alone decide it by.
   """
   found: _T = jax.lax.optimization_barrier(decision)
   return found

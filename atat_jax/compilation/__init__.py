@@ -34,6 +34,11 @@ __all__ = [
 _FAST = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
 _ONCE = {"xla_backend_optimization_level": 0}
 _LIGHT = {**_FAST, "xla_backend_optimization_level": 1}
+_ROUGH = {
+  **_FAST,
+  "xla_backend_optimization_level": 0,
+  "xla_cpu_use_fusion_emitters": False,
+}
 
 
 @functools.cache
@@ -52,7 +57,7 @@ def _is_known(option: str, value: Any) -> bool:
 
 @functools.cache
 def compiler_options(
-  *, once: bool = False, light: bool = False
+  *, once: bool = False, light: bool = False, rough: bool = False
 ) -> dict[str, Any]:
   """Returns the compiler options for the default backend, {} if none apply.
 
@@ -61,11 +66,14 @@ def compiler_options(
       than run fast.
     light: Whether the program is a small part of the work, so that less time
       is spent on its optimisation.
+    rough: Whether the program runs once on a whole network and its numbers are
+      only looked at, so that they may be rounded otherwise; it compiles three
+      times as fast and runs three times as long.
 
   Returns:
     Compiler options for `jax.jit`.
   """
-  options = _ONCE if once else _LIGHT if light else _FAST
+  options = _ONCE if once else _LIGHT if light else _ROUGH if rough else _FAST
   if jax.default_backend() != "cpu":
     return {}
   return {name: x for name, x in options.items() if _is_known(name, x)}
@@ -166,6 +174,7 @@ def jit(
   *,
   once: bool = False,
   light: bool = False,
+  rough: bool = False,
   **kwargs: Any,
 ) -> Callable[..., Any]:
   """Applies `jax.jit` with `compiler_options()`; nests in transformations.
@@ -182,6 +191,7 @@ def jit(
     function: A pure function.
     once: Whether the program runs once, see `compiler_options`.
     light: Whether it is a small part of the work.
+    rough: Whether its numbers are only looked at, once.
     **kwargs: Arguments of `jax.jit`.
 
   Returns:
@@ -191,7 +201,8 @@ def jit(
     thread, and the call then finds the program.
   """
   nested = jax.jit(function, **kwargs)
-  effort = {name: True for name, x in (("once", once), ("light", light)) if x}
+  flags = {"once": once, "light": light, "rough": rough}
+  effort = {name: True for name, given in flags.items() if given}
   jitted = _Jitted(function, effort, kwargs)
 
   @functools.cache

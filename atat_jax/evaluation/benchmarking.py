@@ -123,10 +123,19 @@ def benchmark(
   radius = _radius(certify, norm, epsilon)
   fields = {"model": name, "dataset": dataset, "batch_size": batch_size}
   corrupted.check_name(corruptions)
+  folder = None if out is None else _folder(out)
   test = _split(images, labels)
   return _measure(
-    key, classifier, test, protocols_, fields, out, mesh, corruptions, radius
+    key, classifier, test, protocols_, fields, folder, mesh, corruptions, radius
   )
+
+
+def _folder(out: pathlib.Path | str) -> pathlib.Path:
+  """Returns the directory of results, which may be there already."""
+  found = locations.find("out", out)
+  if found.exists() and not found.is_dir():
+    raise UserError(f"out: {found} is a file; allowed: a directory")
+  return found
 
 
 def _radius(certify: bool, norm: str, epsilon: float) -> float | None:
@@ -143,7 +152,7 @@ def _measure(
   test: Split,
   chosen: Sequence[protocols.Protocol],
   fields: dict[str, Any],
-  out: pathlib.Path | str | None,
+  out: pathlib.Path | None,
   mesh: Mesh | None,
   corruptions: str,
   radius: float | None,
@@ -164,7 +173,7 @@ def _measure(
     source.check_labels(test.labels, fields["dataset"])
   mesh = sharding.mesh_or_all(mesh)
   classifier = sharding.put_replicated(mesh, classifier)
-  path = None if out is None else locations.find("out", out) / files.RESULTS
+  path = None if out is None else out / files.RESULTS
   if path is not None:
     _check_same(path.parent, classifier, test)
   devices = [device.device_kind for device in jax.devices()]

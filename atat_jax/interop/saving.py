@@ -10,7 +10,7 @@ import safetensors.numpy
 from flax import linen as nn
 
 from atat_jax import checks
-from atat_jax.errors import UserError
+from atat_jax.errors import UserError, printable
 from atat_jax.interop import (
   description,
   layouts,
@@ -48,6 +48,11 @@ def _tensors(
       raise UserError(
         f"variables: {layer}/{kind} has dtype {array.dtype}; allowed: float32"
       )
+    if not np.isfinite(array).all():
+      raise UserError(
+        f"variables: {layer}/{kind} has values that are not finite; allowed:"
+        " finite ones"
+      )
     name = torch_weights.tensor_name(names[layer], kind)
     found[name] = np.ascontiguousarray(torch_weights.to_torch(array, kind))
   return found
@@ -75,6 +80,13 @@ def _paths(path: pathlib.Path | str) -> Saved:
       f"path: {module} would be overwritten, and is no file of atat_jax;"
       " allowed: another name"
     )
+  for other in sorted(path.parent.glob(f"*{_SUFFIX}")):
+    taken = torch_module.module_name(other.stem) == module.stem
+    if taken and other.name != path.name:
+      raise UserError(
+        f"path: {module} is the module of {printable(other.name)}, too; allowed:"
+        " a name that differs in letters and digits"
+      )
   return Saved(path, module)
 
 
@@ -109,8 +121,8 @@ def save(
 
   Raises:
     UserError: A network of another class, variables of another network or
-      dtype, a path of another suffix, a Python file of somebody else's in the
-      module's place.
+      dtype, or not finite, a path of another suffix, a Python file of somebody
+      else's in the module's place, or other weights with a module of this name.
   """
   checks.module(model)
   described = description.describe(model)

@@ -248,5 +248,10 @@ def read(prefix: pathlib.Path, entry: str | None) -> StateDict:
     if _SLOT.fullmatch(short):
       continue
     new = _renamed(short)
+    if new in tensors:
+      raise UserError(
+        f"{shown(name)}: a second variable for {new}; allowed: one, as in"
+        f" checkpoints of {LAYOUT.title}"
+      )
     tensors[new] = torch_weights.to_torch(get(name), "kernel")
   return StateDict(tensors, words)

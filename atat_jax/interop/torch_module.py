@@ -5,9 +5,11 @@ are written into it as constants.
 """
 
 import json
+import keyword
 import pathlib
 import re
 import string
+import sys
 from typing import Any
 
 from flax import linen as nn
@@ -39,6 +41,8 @@ _BUFFERS = """
         self.register_buffer("std", std.view(1, -1, 1, 1))
 """
 _PLAIN = re.compile(r"[\w. ()+=,@-]+")
+# A file of one of these names beside a script would be imported in its place.
+_MODULES = {*sys.stdlib_module_names, "numpy", "safetensors", "torch"}
 _MARK = b"\nWritten by atat_jax, "
 
 
@@ -58,7 +62,8 @@ def module_name(stem: str) -> str:
     stem: Name of the file of weights, without its suffix.
   """
   name = re.sub(r"\W", "_", stem, flags=re.ASCII)
-  return f"_{name}" if not name or name[0].isdigit() else name
+  taken = keyword.iskeyword(name) or name in _MODULES
+  return f"_{name}" if not name or name[0].isdigit() or taken else name
 
 
 def _text(name: str) -> str:

@@ -165,4 +165,34 @@ def test_sizes_of_batches(monkeypatch):
 def test_the_size_that_wastes_least(pending, size, monkeypatch):
   """70 are 48 and 22, which fit into 24; a batch of 96 would idle a quarter."""
   monkeypatch.setattr(slots, "_costs", lambda: slots._Costs(batch=4, program=1))
-  assert slots._best_size(slots.sizes(128, 1), pending) == size
+  assert slots._best_size(slots.sizes(128, 1), pending, 100) == size
+
+
+@pytest.mark.parametrize(
+  ("pending", "steps", "size"),
+  [
+    (35, 101, 40),  # 30 rows would need a program of their own, and then 5
+    (63, 100, 40),  # in thirties a third batch would stay as wide
+    (7, 5001, 8),  # thousands of steps are worth a program
+    (7, 100, 40),
+  ],
+)
+def test_a_smaller_batch_has_to_pay_for_its_program(
+  pending, steps, size, monkeypatch
+):
+  costs = slots._Costs(batch=4, program=4096)
+  monkeypatch.setattr(slots, "_costs", lambda: costs)
+  assert slots._best_size(slots.sizes(40, 1), pending, steps) == size
+
+
+def test_losses_of_apgd_share_a_program():
+  made = versions.make("standard", norm="linf", num_classes=10)
+  programs = {job.name: made.program(job) for job in made.jobs}
+  (first, place), (second, other) = programs["apgd-ce"], programs["apgd-t"]
+  assert first == second
+  assert first.loss[place] == "cross_entropy"
+  assert first.loss[other] == "targeted_dlr"
+  for name in ("fab-t", "square"):
+    (job,) = (job for job in made.jobs if job.name == name)
+    assert programs[name] == (job.search, 0)
+  assert made.losses == ("cross_entropy", "targeted_dlr")

@@ -467,6 +467,35 @@ def test_the_difference_of_two_precisions_is_paired():
   assert f" {100 * expected:.2f} |" in line
 
 
+def test_the_answers_of_several_networks_are_pooled(monkeypatch):
+  precision = importlib.import_module("benchmarks.precision")
+  answers = {
+    ("a", "float32"): [True, True, False],
+    ("a", "bfloat16"): [True, False, False],
+    ("b", "float32"): [True, False, False],
+    ("b", "bfloat16"): [True, True, True],
+  }
+
+  class Fake:
+    data = "digits"
+
+    def __init__(self, name):
+      self._name = name
+
+    def correct(self, args, attack, dtype):
+      del args, attack
+      return np.array(answers[self._name, dtype])
+
+  monkeypatch.setattr(precision, "load", lambda args, path: Fake(path.name))
+  flags = ["--workdir", "x/a", "x/b", "--attacks=pgd20"]
+  *rows, pooled = precision._rows(precision.parser().parse_args(flags))
+  assert [row["name"] for row in rows] == ["pgd20/x/a/n3", "pgd20/x/b/n3"]
+  assert pooled["name"] == "pgd20/2 networks/n6"
+  assert pooled["float32"] == pytest.approx(3 / 6)
+  assert pooled["bfloat16"] == pytest.approx(4 / 6)
+  assert (pooled["float32_only"], pooled["bfloat16_only"]) == (1, 2)
+
+
 def test_first_calls_take_turns_in_processes_of_their_own(monkeypatch):
   first_call = importlib.import_module("benchmarks.first_call")
   made = []

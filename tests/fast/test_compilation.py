@@ -30,9 +30,9 @@ def _options_of_jit(monkeypatch) -> list[dict]:
   return given
 
 
-@pytest.mark.parametrize("once", [False, True])
-def test_options_are_what_xla_takes(once):
-  options = compilation.compiler_options(once=once)
+@pytest.mark.parametrize("effort", [None, "once", "light", "rough"])
+def test_options_are_what_xla_takes(effort):
+  options = compilation.compiler_options(**{effort: True} if effort else {})
   compiled = jax.jit(lambda x: x * 2, compiler_options=options)
   assert compiled(21) == 42
 

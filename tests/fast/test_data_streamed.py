@@ -12,6 +12,7 @@ from PIL import Image
 from atat_jax import data, sharding
 from atat_jax.data import Split, batches, streamed
 from atat_jax.errors import UserError
+from atat_jax.models import base as networks
 from atat_jax.training.draws import BatchDraws
 
 pytest.importorskip("grain", reason="grain reads the pictures")
@@ -182,6 +183,12 @@ def test_a_damaged_picture_is_named_when_its_step_is_due(tmp_path):
   bad.unlink()
   with pytest.raises(UserError, match=r"3[.]jpg"):
     pictures.decode()
+
+
+def test_streamed_data_and_networks_have_one_mean_of_imagenet():
+  """Written twice: what reads pictures in a worker imports no flax."""
+  assert streamed.IMAGENET_MEAN == networks.IMAGENET_MEAN
+  assert streamed.IMAGENET_STD == networks.IMAGENET_STD
 
 
 def test_records_of_tensorflow_datasets_are_streamed(tmp_path):

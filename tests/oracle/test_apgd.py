@@ -637,6 +637,25 @@ def test_advance_in_pieces_is_advance_at_once(x64):
     np.testing.assert_allclose(a, b, atol=1e-12)
 
 
+def test_a_program_for_several_losses_makes_the_steps_of_each(x64):
+  recorded = _recorded(Run("linf", "dlr"), 100)
+  _, classifier, problem, settings = recorded.arguments
+  start = jax.tree.map(lambda x: jnp.asarray(x[0]), recorded.states)
+  shared = APGD("linf", ("cross_entropy", "dlr"))
+  ends = []
+  for place in range(2):
+    chosen = settings._replace(loss=jnp.int32(place))
+    arguments = shared, classifier, problem, chosen, start
+    state, _ = _advance(*arguments, jnp.zeros(ROWS, jnp.int32), 40, 40)
+    ends.append(state)
+  alone, _ = _advance(
+    *recorded.arguments, start, jnp.zeros(ROWS, jnp.int32), 40, 40
+  )
+  for actual, expected in zip(ends[1], alone, strict=True):
+    np.testing.assert_allclose(actual, expected, atol=1e-12)
+  assert not np.allclose(ends[0].x, ends[1].x, atol=1e-3)
+
+
 # Starts.
 
 

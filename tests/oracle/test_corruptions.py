@@ -12,6 +12,7 @@ from scipy import fft, ndimage
 
 from atat_jax.data import corruptions
 from atat_jax.data.corruptions import blur, digital, geometry, noise, weather
+from atat_jax.errors import UserError
 from atat_jax.runs import corrupted
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -292,3 +293,11 @@ def test_jpeg_is_that_of_libjpeg():
     difference = 255 * made.clip(0, 1) - expected.reshape(made.shape)
     assert np.abs(difference).mean() < 1
     assert np.abs(expected.reshape(made.shape) - pixels).mean() > 8
+
+
+@pytest.mark.parametrize("numbers", [[-1, 0], [0, 2**40]])
+def test_numbers_that_would_be_those_of_other_images_are_refused(numbers):
+  with pytest.raises(UserError, match=r"numbers: .*; allowed: 0 to 2147483647"):
+    corruptions.corrupt(
+      KEY, pictures(4, 4, 3)[:2], kind="fog", severity=1, numbers=numbers
+    )

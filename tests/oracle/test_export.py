@@ -13,6 +13,7 @@ from quick import jit
 
 from atat_jax import interop, models
 from atat_jax.errors import UserError
+from atat_jax.interop import torch_module
 
 torch = pytest.importorskip(
   "torch", reason="PyTorch is the oracle of these tests"
@@ -333,6 +334,16 @@ def test_a_name_of_a_file_is_no_code(tmp_path):
   pytorchs(saved)
 
 
+def test_a_module_hides_no_other_and_can_be_imported():
+  names = {"torch", "random", "class", "7", "a-b", "net"}
+  found = {name: torch_module.module_name(name) for name in names}
+  assert found == {
+    **{name: f"_{name}" for name in ("torch", "random", "class", "7")},
+    "a-b": "a_b",
+    "net": "net",
+  }
+
+
 def test_what_cannot_be_written_is_refused_before_anything_is(tmp_path):
   model, variables, _ = made("one stage")
   code = tmp_path / "train.py"
@@ -342,15 +353,21 @@ def test_what_cannot_be_written_is_refused_before_anything_is(tmp_path):
     """A network that computes something else, possibly."""
 
   half = jax.tree.map(lambda x: x.astype("bfloat16"), variables)
+  lost = jax.tree.map(lambda x: x * float("nan"), variables)
+  taken = tmp_path / "taken-x.safetensors"
+  taken.touch()
   for path, network, arrays, said in (
     ("train.safetensors", model, variables, "train.py would be overwritten"),
+    ("taken_x.safetensors", model, variables, "module of taken-x.safetensors"),
     ("net.pth", model, variables, r"a name that ends in .safetensors"),
     ("net.safetensors", Own(), variables, "model: Own; allowed: wide_resnet"),
     ("net.safetensors", model, half, "has dtype bfloat16; allowed: float32"),
+    ("net.safetensors", model, lost, "mean has values that are not finite"),
     ("net.safetensors", model, {}, "variables: no "),
     ("net.safetensors", torch.nn.ReLU(), variables, "model: "),
   ):
     with pytest.raises(UserError, match=said):
       interop.save(tmp_path / path, network, arrays)
+  taken.unlink()
   assert [x.name for x in tmp_path.iterdir()] == ["train.py"]
   assert code.read_text(encoding="utf-8") == "print('mine')\n"

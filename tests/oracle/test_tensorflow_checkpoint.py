@@ -167,6 +167,15 @@ def test_of_two_networks_in_a_checkpoint_entry_chooses(stored):
       lambda x: x.update({"unit_1_0/sub3/DW": np.zeros(3)}),
       "not of this network: unit_1_0/sub3/DW",
     ),
+    (
+      lambda x: x.update(
+        {
+          f"unit_1_0/{kind}_activation/BatchNorm/gamma": np.ones(16, "f4")
+          for kind in ("shared", "residual_only")
+        }
+      ),
+      "gamma': a second variable for block1.layer.0.bn1.weight",
+    ),
     (lambda x: x.pop("logit/DW"), "nearest is Wide ResNet of the paper's code"),
   ],
 )

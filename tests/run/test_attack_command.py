@@ -132,6 +132,7 @@ def test_bad_input_is_named():
     ({"norm": "l7"}, "norm: 'l7'"),
     ({"name": 5}, "name: 5"),
     ({"batch_size": 0}, "batch_size: 0"),
+    ({"out": __file__}, "out: .* is a file; allowed: a directory"),
   ):
     arguments = {"epsilon": EPSILON} | changes
     with pytest.raises(UserError, match=message):

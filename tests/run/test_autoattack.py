@@ -61,7 +61,7 @@ def _make(classes=CLASSES, shape=SHAPE, count=30, seed=0):
 def one_size():
   """Batches of one size, to compile one program an attack."""
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(slots, "_best_size", lambda allowed, pending: allowed[0])
+    patch.setattr(slots, "_best_size", lambda allowed, *_: allowed[0])
     yield
 
 

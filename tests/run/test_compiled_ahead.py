@@ -13,6 +13,7 @@ import tiny
 from jax.tree_util import Partial
 
 from atat_jax import checkpoints, sharding, train
+from atat_jax.attacks.auto_pgd import APGD
 from atat_jax.attacks.autoattack import run, slots
 from atat_jax.compilation import ahead as threads
 
@@ -21,6 +22,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 OPTIONS = {
   "apgd-ce": {"num_steps": 5},
   "apgd-t": {"num_steps": 5, "num_targets": 2},
+  "fab-t": {"num_steps": 5, "num_targets": 2},
 }
 
 
@@ -45,7 +47,9 @@ def _captured(params):
   return lambda images: _mlp(params, images)
 
 
-def _attack(problem, *, kind=Partial, batch_size=12, epsilon=0.02):
+def _attack(
+  problem, *, kind=Partial, batch_size=12, epsilon=0.02, second="apgd-t"
+):
   params, images, labels = problem
   classifier = Partial(_mlp, params) if kind is Partial else _captured(params)
   return run.autoattack(
@@ -54,8 +58,8 @@ def _attack(problem, *, kind=Partial, batch_size=12, epsilon=0.02):
     images,
     labels,
     epsilon=epsilon,
-    version=["apgd-ce", "apgd-t"],
-    options=OPTIONS,
+    version=["apgd-ce", second],
+    options={name: OPTIONS[name] for name in ("apgd-ce", second)},
     batch_size=batch_size,
     mesh=sharding.make_mesh(jax.devices()[:1]),
     progress=False,
@@ -86,6 +90,8 @@ def test_threads_change_no_number_and_compile_nothing_twice(
   with_threads = _attack(problem, kind=kind)
   threads._finish()
   first = list(compiled)
+  if kind is Partial:  # the steps of both attacks, which differ in their loss
+    assert sum("advance" in name for name, _ in first) == 1
   assert {name for _, name in first} >= {"compile", "MainThread"}
   jax.clear_caches()
   compiled.clear()
@@ -139,17 +145,17 @@ def test_nobody_waits_for_programs_that_are_not_needed(problem, monkeypatch):
   """Every image is fooled by the first attack, while the second compiles."""
   free = threading.Event()
   ahead = slots._jitted_advance.ahead
-  _attack(problem, epsilon=0.5)
+  _attack(problem, epsilon=0.5, second="fab-t")
 
   def slow(*args, search, **kwargs):
     compile_program = ahead(*args, search=search, **kwargs)
-    if search.loss == "cross_entropy":
+    if isinstance(search, APGD):
       return compile_program
     return lambda: free.wait(60)
 
   monkeypatch.setattr(threads, "_MOST_THREADS", 2)
   monkeypatch.setattr(slots._jitted_advance, "ahead", slow)
-  assert _attack(problem, epsilon=0.5).accuracy == 0
+  assert _attack(problem, epsilon=0.5, second="fab-t").accuracy == 0
   assert not free.is_set()
   free.set()
 

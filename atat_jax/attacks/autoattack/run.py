@@ -538,6 +538,7 @@ class _Evaluation:
       ranking=ranking,
       mesh=self._mesh,
       batch_size=self._batch_size,
+      program=self._ensemble.program(job),
       ahead=self._ahead,
     )
 

@@ -109,11 +109,10 @@ def _begin(
 
 def _refill(
   fresh: Array,
+  new: tuple[Problem, Any, Array],
   old: tuple[Problem, Any, Array],
-  *args: Any,
-  search: Search[Any],
 ) -> tuple[Problem, Any, Array]:
-  return search_lib.select(fresh, _begin(*args, search=search), old)
+  return search_lib.select(fresh, new, old)
 
 
 def _advance(
@@ -149,19 +148,13 @@ def _take(tree: Any, rows: Array) -> Any:
   return jax.tree.map(lambda x: x[rows], tree)
 
 
-class _Beginnings:
-  """Programs that begin runs: in an empty batch, and in rows of another."""
-
-  def __init__(self, *, light: bool):
-    self.begin = compilation.jit(_begin, light=light, static_argnames="search")
-    self.refill = compilation.jit(
-      _refill, light=light, static_argnames="search", donate_argnums=1
-    )
-
-
 # Random numbers take XLA:CPU long to optimise, and are seldom drawn. Uniform
 # ones, of linf, are the same however much; normal ones are rounded otherwise.
-_beginnings = {light: _Beginnings(light=light) for light in (False, True)}
+_jitted_begin = {
+  light: compilation.jit(_begin, light=light, static_argnames="search")
+  for light in (False, True)
+}
+_jitted_refill = compilation.jit(_refill, light=True, donate_argnames="old")
 _jitted_advance = compilation.jit(
   _advance, static_argnames="search", donate_argnames="state"
 )
@@ -177,15 +170,29 @@ def sizes(batch_size: int, devices: int) -> list[int]:
   return sorted(set(shares), reverse=True)
 
 
-def _best_size(allowed: list[int], pending: int) -> int:
-  """Selects the size that costs least for the pending runs, preferring large."""
-  per_batch = _costs().batch
+def _best_size(allowed: list[int], pending: int, steps: int) -> int:
+  """Selects the size that costs least for the pending runs, preferring large.
+
+  Args:
+    allowed: The sizes, the largest first.
+    pending: Number of runs.
+    steps: Number of evaluations of a whole run.
+  """
+  costs = _costs()
+
+  def whole(size: int) -> int:
+    return (size + costs.batch) * steps
 
   def cost(size: int) -> tuple[int, int]:
-    # All batches are full except the last, which shrinks to the size it needs.
+    # All batches are full except the last, which shrinks if that pays.
     full, rest = divmod(max(pending, size), size)
-    last = min(s for s in allowed if s >= rest) + per_batch if rest else 0
-    return full * (size + per_batch) + last, -size
+    last = 0
+    if rest:
+      smaller = min(s for s in allowed if s >= rest)
+      last = min(whole(size), whole(smaller) + costs.program)
+    # The program of the largest size is the one that attacks share.
+    program = costs.program if size < allowed[0] else 0
+    return full * whole(size) + last + program, -size
 
   return min(allowed, key=cost)
 
@@ -258,6 +265,8 @@ class Slots:
       out, int32 [N, K - 1].
     mesh: The devices.
     batch_size: Largest batch size.
+    program: Search whose program makes the job's steps, and the place of the
+      job's loss in it; None: the job's own.
     ahead: Programs that are compiled in threads.
   """
 
@@ -273,19 +282,22 @@ class Slots:
     ranking: np.ndarray,
     mesh: Mesh,
     batch_size: int,
+    program: tuple[Search[Any], int] | None = None,
     ahead: Ahead | None = None,
   ):
     self._ahead = Ahead(enabled=False) if ahead is None else ahead
+    self._search, loss = (job.search, 0) if program is None else program
     # Searches that begin alike share the programs that begin.
     self._beginning = getattr(job.search, "beginning", job.search)
     uniform = getattr(self._beginning, "norm", "") == "linf"
-    self._programs = _beginnings[uniform]
+    self._begin = _jitted_begin[uniform]
     self.under_way = 0.0
     self.nonfinite = np.zeros(2, np.int64)
     self._mesh, self._job = mesh, job
     numbers: Any = (
       np.asarray(epsilon, images.dtype),
       np.asarray(job.num_steps, np.int32),
+      np.asarray(loss, np.int32),
     )
     settings: Any = SearchSettings(*numbers)
     self._key, self._settings = sharding.put_replicated(mesh, (key, settings))
@@ -303,31 +315,33 @@ class Slots:
       pending: Largest number of runs that there may be to make.
       least: Smallest number.
     """
-    size = _best_size(self._allowed, pending)
-    if not pending or size != _best_size(self._allowed, max(least, 1)):
+    size = self._size(pending)
+    if not pending or size != self._size(max(least, 1)):
       return
     none, whole = np.zeros(size, int), np.ones(size, bool)
     arguments = self._arguments(none, none)
-    shapes = self._programs.begin.eval_shape(*arguments, search=self._beginning)  # type: ignore[attr-defined]
+    shapes = self._begin.eval_shape(*arguments, search=self._beginning)  # type: ignore[attr-defined]
     where = sharding.replicated(self._mesh)
     rows = jax.tree.map(lambda x: placed(x, where), shapes)
     advancing = self._advancing(0, rows, whole)
-    self._add(self._name("advance", size), _jitted_advance, *advancing)
-    self._add(self._name("begin", size), self._programs.begin, *arguments)
+    add, name = self._ahead.add, self._name
+    add(
+      name("advance", size),
+      lambda: _jitted_advance.ahead(*advancing, search=self._search),  # type: ignore[attr-defined]
+    )
+    add(
+      name("begin", size),
+      lambda: self._begin.ahead(*arguments, search=self._beginning),  # type: ignore[attr-defined]
+    )
     if pending > size:
-      refilling = self._put(whole), rows, *arguments
-      self._add(self._name("refill", size), self._programs.refill, *refilling)
-
-  def _add(
-    self, name: tuple[Hashable, ...], program: Any, *arguments: Any
-  ) -> None:
-    """Has a program compiled that `_name` has named."""
-    search = name[1]
-    self._ahead.add(name, lambda: program.ahead(*arguments, search=search))
+      add(
+        name("refill", size),
+        lambda: _jitted_refill.ahead(self._put(whole), rows, rows),  # type: ignore[attr-defined]
+      )
 
   def _name(self, name: str, size: int) -> tuple[Hashable, ...]:
     """Names one of the programs for batches of a size."""
-    search: Any = self._job.search if name == "advance" else self._beginning
+    search: Any = self._search if name == "advance" else self._beginning
     return name, search, size, id(self._classifier)
 
   def run(
@@ -358,7 +372,7 @@ class Slots:
       return
     batch = self._resumed(in_flight)
     if batch is None:
-      size = _best_size(self._allowed, pending)
+      size = self._size(pending)
       batch = _Rows(np.full(size, -1), np.zeros(size, int))
     running = set(zip(batch.examples, batch.runs, strict=True))
     queue = self._queue(done, robust, running)
@@ -373,6 +387,10 @@ class Slots:
       self._advance(batch, turn)
       self._harvest(batch, done, robust, on_fooled, on_failed)
       on_steps(functools.partial(self._snapshot, batch))
+
+  def _size(self, pending: int) -> int:
+    """Size of the first batch for a number of runs."""
+    return _best_size(self._allowed, pending, self._limit)
 
   def _put(self, array: np.ndarray) -> Array:
     return sharding.put_batch(self._mesh, array)
@@ -439,15 +457,13 @@ class Slots:
     spare = int(batch.examples[batch.active][0])
     examples = np.where(batch.active, batch.examples, spare)
     arguments, size = self._arguments(examples, batch.runs), len(examples)
-    if batch.device is None:
-      self._ahead.wait(self._name("begin", size))
-      batch.device = self._programs.begin(*arguments, search=self._beginning)
-    else:
+    self._ahead.wait(self._name("begin", size))
+    begun = self._begin(*arguments, search=self._beginning)
+    if batch.device is not None:
       self._ahead.wait(self._name("refill", size))
-      batch.device = self._programs.refill(
-        self._put(fresh), batch.device, *arguments, search=self._beginning
-      )
-    return batch.device
+      begun = _jitted_refill(self._put(fresh), begun, batch.device)
+    batch.device = begun
+    return begun
 
   def _arguments(self, examples: np.ndarray, runs: np.ndarray) -> list[Any]:
     """Arguments of the programs that begin runs on examples, int [size]."""
@@ -469,7 +485,7 @@ class Slots:
     self._ahead.wait(self._name("advance", len(batch.examples)))
     state, i = _jitted_advance(
       *self._advancing(turn, batch.device, batch.active),
-      search=self._job.search,
+      search=self._search,
     )
     batch.device = batch.device[0], state, i
 

@@ -92,8 +92,26 @@ class Ensemble(NamedTuple):
   @property
   def losses(self) -> tuple[str, ...]:
     """Losses whose gradients the attacks follow."""
-    searches = [job.search for job in self.jobs]
-    return tuple(x.loss for x in searches if isinstance(x, APGD))
+    searches: list[Any] = [job.search for job in self.jobs]
+    return tuple(x.loss for x in searches if type(x) is APGD)
+
+  def program(self, job: Job) -> tuple[Any, int]:
+    """Returns the search whose program makes a job's steps.
+
+    APGD's program is the same for all losses of the version, so that the
+    network is compiled for one of them only.
+
+    Args:
+      job: One of the jobs.
+
+    Returns:
+      The search, and the place of the job's loss in it.
+    """
+    search: Any = job.search
+    if not isinstance(search, APGD):
+      return search, 0
+    names = tuple(dict.fromkeys(self.losses))
+    return dataclasses.replace(search, loss=names), names.index(search.loss)
 
 
 def _defaults(name: str, version: Version, norm: str) -> dict[str, int]:
@@ -228,7 +246,7 @@ def describe(job: Job) -> str:
     wording.attack(
       num_steps=job.num_steps,
       num_restarts=job.num_restarts,
-      loss=apgd.loss if apgd else None,
+      loss=search.loss if apgd else None,
       unit="query" if isinstance(search, Square) else "step",
     )
   ]

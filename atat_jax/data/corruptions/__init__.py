@@ -24,6 +24,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from atat_jax import checks, compilation, rng
 from atat_jax.data import augment
@@ -118,6 +119,12 @@ def corrupt(
   checks.integer("severity", severity, 1, SEVERITIES[-1])
   found = range(len(images)) if numbers is None else numbers
   found = checks.classes(found, len(images), "numbers")  # type: ignore[arg-type]
+  if not isinstance(found, jax.core.Tracer):
+    low, high = int(np.min(found)), int(np.max(found))
+    if low < 0 or high > checks.LARGEST_INTEGER:
+      raise UserError(
+        f"numbers: {low} to {high}; allowed: 0 to {checks.LARGEST_INTEGER}"
+      )
   return apply(
     key,
     images.astype(jnp.float32),

@@ -525,6 +525,7 @@ def test_imported_weights_are_a_checkpoint(tmp_path, capsys):
   cli.main(["import", str(world.weights), f"--out={out}"])
   shown = capsys.readouterr().out
   assert "network:     wide_resnet, " in shown
+  assert "8 x 7 pixels, " in importing.describe(world.loaded, (8, 7, 1))
   assert shown.splitlines()[-1].startswith(f"next: atat-jax attack {out} ")
   model, variables = checkpoints.restore_model(out)
   shape = (32, 32, 1)

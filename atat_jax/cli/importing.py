@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from atat_jax import attack, checkpoints, interop, metrics, state
 from atat_jax.errors import UserError
 from atat_jax.process import arguments, commands
-from atat_jax.runs import files, locations, lock
+from atat_jax.runs import files, locations, lock, wording
 
 PROGRAM = "python -m atat_jax.cli import"
 
@@ -36,11 +36,8 @@ def write(
   Raises:
     UserError: The directory has checkpoints already, or cannot be written.
   """
+  _check_free(out)
   place = out / files.CHECKPOINTS
-  if place.exists():
-    raise UserError(
-      f"out: {out} holds checkpoints already; allowed: another directory"
-    )
   side = loaded.image_side
   shape = image_shape or (side, side, loaded.num_channels)
   made = state.TrainState(
@@ -58,18 +55,30 @@ def write(
   return place
 
 
-def describe(loaded: interop.Loaded) -> str:
+def _check_free(out: pathlib.Path) -> None:
+  if (out / files.CHECKPOINTS).exists():
+    raise UserError(
+      f"out: {out} holds checkpoints already; allowed: another directory"
+    )
+
+
+def describe(
+  loaded: interop.Loaded, image_shape: tuple[int, int, int] | None = None
+) -> str:
   """Says what a file was recognised as, a line for each fact.
 
   Args:
     loaded: The network, see `interop.load`.
+    image_shape: Shape of an image, [H, W, C]; None: the network's usual one.
   """
   count = sum(leaf.size for leaf in jax.tree.leaves(loaded.variables["params"]))
+  side = loaded.image_side
+  height, width, _ = image_shape or (side, side, loaded.num_channels)
   facts = {
     "network": f"{loaded.name}, {loaded.layout}",
     "parameters": f"{count:,}",
-    "images": f"{loaded.image_side} x {loaded.image_side} pixels,"
-    f" {loaded.num_channels} channels",
+    "images": f"{height} x {width} pixels,"
+    f" {wording.plural(loaded.num_channels, 'channel')}",
     "normalised": loaded.normalization,
     "in one line": loaded.told,
   }
@@ -102,10 +111,14 @@ def main(argv: Sequence[str] | None = None, *, program: str = PROGRAM) -> None:
   add("--size", type=int, default=0, help="side of pictures in a folder")
   flags.add_weights()
   args = flags.parse_args(argv)
-  out = locations.expand("out", args.out) if args.out else None
+  out = None if args.out is None else locations.expand("out", args.out)
+  if out is not None:
+    _check_free(out)
+  if args.data is None and (args.size or args.data_dir is not None):
+    raise UserError("--size, --data-dir: without --data; allowed: with it")
   images = (
     attack.load_images(args.data, data_dir=args.data_dir, size=args.size).test
-    if args.data
+    if args.data is not None
     else None
   )
   loaded = interop.load(
@@ -115,10 +128,10 @@ def main(argv: Sequence[str] | None = None, *, program: str = PROGRAM) -> None:
     entry=args.entry,
     **dict(args.field),
   )
-  sys.stdout.write(describe(loaded))
+  shape = images.images.shape[1:] if images else None
+  sys.stdout.write(describe(loaded, shape))
   source, attacked = args.file, "attacked"
   if out is not None:
-    shape = images.images.shape[1:] if images else None
     with lock.directory("out", out):
       sys.stdout.write(f"{'checkpoint:':<13}{write(loaded, out, shape)}\n")
     source, attacked = out, f"{out}-attacked"

@@ -295,10 +295,11 @@ def _next(request: Request) -> str:
   return {
     "run": f"open {workdir / files.REPORT}; more figures: atat-jax explain"
     f" {workdir}",
-    "train": "evaluate it: the same command with --mode=evaluate",
-    "evaluate": "figures and page: the same command with --mode=figures",
+    "train": "evaluate it: atat-jax evaluate with the same flags",
+    "evaluate": "figures and page: atat-jax figures with the same flags",
     "figures": f"open {workdir / files.REPORT}",
-    "replay": "docs/training.md says what a step that is not finite means",
+    "replay": "the file above has the batch, the loss of each example and what"
+    " was not finite in each array",
   }[request.mode]
 
 

@@ -1371,6 +1371,7 @@ PARTS = (
   "data.corruptions.noise",
   "data.corruptions.published",
   "data.corruptions.weather",
+  "data.batches.tell",
   "data.batches.watch",
   "data.prepare",
   "data.record_files",

@@ -93,7 +93,7 @@ class Ensemble(NamedTuple):
   def losses(self) -> tuple[str, ...]:
     """Losses whose gradients the attacks follow."""
     searches: list[Any] = [job.search for job in self.jobs]
-    return tuple(x.loss for x in searches if type(x) is APGD)
+    return tuple(str(x.loss) for x in searches if isinstance(x, APGD))
 
   def program(self, job: Job) -> tuple[Any, int]:
     """Returns the search whose program makes a job's steps.

@@ -5,7 +5,8 @@
 
 Each network is attacked in the precision that it is scored in, from the same
 random numbers. The images are the same, so that the difference's standard error is
-that of paired answers. Several run directories are pooled, too. On a CPU the compiler may leave a rounding out, which
+that of paired answers. The answers of several run directories are pooled, too. On a
+CPU the compiler may leave a rounding out, which
 XLA_FLAGS=--xla_allow_excess_precision=false forbids.
 """
 

@@ -36,11 +36,8 @@ def write(
   Raises:
     UserError: The directory has checkpoints already, or cannot be written.
   """
+  _check_free(out)
   place = out / files.CHECKPOINTS
-  if place.exists():
-    raise UserError(
-      f"out: {out} holds checkpoints already; allowed: another directory"
-    )
   side = loaded.image_side
   shape = image_shape or (side, side, loaded.num_channels)
   made = state.TrainState(
@@ -56,6 +53,13 @@ def write(
   with checkpoints.Checkpointer(out, spec) as checkpointer:
     checkpointer.save(made, 0, None)
   return place
+
+
+def _check_free(out: pathlib.Path) -> None:
+  if (out / files.CHECKPOINTS).exists():
+    raise UserError(
+      f"out: {out} holds checkpoints already; allowed: another directory"
+    )
 
 
 def describe(
@@ -107,10 +111,14 @@ def main(argv: Sequence[str] | None = None, *, program: str = PROGRAM) -> None:
   add("--size", type=int, default=0, help="side of pictures in a folder")
   flags.add_weights()
   args = flags.parse_args(argv)
-  out = locations.expand("out", args.out) if args.out else None
+  out = None if args.out is None else locations.expand("out", args.out)
+  if out is not None:
+    _check_free(out)
+  if args.data is None and (args.size or args.data_dir is not None):
+    raise UserError("--size, --data-dir: without --data; allowed: with it")
   images = (
     attack.load_images(args.data, data_dir=args.data_dir, size=args.size).test
-    if args.data
+    if args.data is not None
     else None
   )
   loaded = interop.load(

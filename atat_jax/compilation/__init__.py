@@ -163,8 +163,13 @@ class _Jitted:
     )
     return lowered.compile
 
-  def shapes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Returns the shapes of the function's result, traced anew."""
+  def shapes(
+    self, nested: Callable[..., Any], *args: Any, **kwargs: Any
+  ) -> Any:
+    """Returns the shapes of a call's result."""
+    args, kwargs, opaque = self.prepare(args, kwargs)
+    if not opaque:
+      return nested.eval_shape(*args, **kwargs)  # type: ignore[attr-defined]
     function, given, name = self._split(args, kwargs)
     return captures.shapes(function, given, name=name)
 
@@ -221,15 +226,9 @@ def jit(
       return outermost()(*args, **kw)
     return nested(*args, **kw)
 
-  def eval_shape(*args: Any, **kw: Any) -> Any:
-    args, kw, opaque = jitted.prepare(args, kw)
-    if opaque:
-      return jitted.shapes(args, kw)
-    return nested.eval_shape(*args, **kw)
-
   # Gives access to the program, and to its compilation time, as in jax.jit.
   call.lower = lambda *args, **kw: outermost().lower(*args, **kw)  # type: ignore[attr-defined]
-  call.eval_shape = eval_shape  # type: ignore[attr-defined]
+  call.eval_shape = functools.partial(jitted.shapes, nested)  # type: ignore[attr-defined]
   call.ahead = functools.partial(jitted.ahead, outermost)  # type: ignore[attr-defined]
   return call
 

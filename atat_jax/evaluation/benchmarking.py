@@ -122,7 +122,6 @@ def benchmark(
   protocols_ = _protocols(attacks, **shared, num_restarts=num_restarts)
   radius = _radius(certify, norm, epsilon)
   fields = {"model": name, "dataset": dataset, "batch_size": batch_size}
-  corrupted.check_name(corruptions)
   folder = None if out is None else _folder(out)
   test = _split(images, labels)
   return _measure(
@@ -131,10 +130,11 @@ def benchmark(
 
 
 def _folder(out: pathlib.Path | str) -> pathlib.Path:
-  """Returns the directory of results, which may be there already."""
+  """Returns the directory of results, which need not be there yet."""
   found = locations.find("out", out)
-  if found.exists() and not found.is_dir():
-    raise UserError(f"out: {found} is a file; allowed: a directory")
+  for place in () if locations.is_remote(found) else (found, *found.parents):
+    if place.exists() and not place.is_dir():
+      raise UserError(f"out: {place} is a file; allowed: a directory")
   return found
 
 
@@ -158,6 +158,7 @@ def _measure(
   radius: float | None,
 ) -> Rows:
   """Measures the rows of some protocols; `fields` are the caller's own."""
+  corrupted.check_name(corruptions)
   for field in ("model", "dataset"):
     named = "name" if field == "model" else field
     checks.instance(named, fields[field], str, "a text")

@@ -49,7 +49,7 @@ def _parse(argv: Sequence[str] | None, program: str) -> argparse.Namespace:
   add("source", metavar="SOURCE", help="directory of a run, or weights")
   add("--out", required=True, help="directory of the files")
   add("--name", help="name of the files; default: the source's")
-  add("--which", default="best", help="checkpoint: best or last (best)")
+  add("--which", help="checkpoint: best or last; default: best")
   add("--step", type=int, help="step of a checkpoint that was kept")
   add("--results", help="directory of a results.json; default: the run's")
   add("--network", help="network in the results; default: the student")
@@ -85,10 +85,16 @@ def _load(path: pathlib.Path, args: argparse.Namespace) -> _Source:
       raise UserError(
         f"--entry, --field: given for {path}, a run; allowed: for weights"
       )
-    step = checkpoints.checkpoint_step(path, step=args.step, which=args.which)
+    which = "best" if args.which is None else args.which
+    step = checkpoints.checkpoint_step(path, step=args.step, which=which)
     model, variables = checkpoints.restore_model(path, step=step)
     _log.info("%s: %s, step %d", path, type(model).__name__, step)
     return _Source(model, variables, step)
+  if args.step is not None or args.which is not None:
+    raise UserError(
+      f"--step, --which: given for {path}, no run; allowed: for the directory of"
+      " a run"
+    )
   loaded = interop.load(path, entry=args.entry, **dict(args.field))
   _log.info("%s", loaded.told)
   return _Source(loaded.model, loaded.variables, None)
@@ -147,6 +153,10 @@ def main(argv: Sequence[str] | None = None, *, program: str = PROGRAM) -> None:
   if results is None and args.results is not None:
     raise UserError(f"--results: {where}; allowed: a folder with results.json")
   network = ""
+  if results is None and args.network is not None:
+    raise UserError(
+      f"--network: {args.network!r} without results; allowed: with a results.json"
+    )
   if results is not None:
     network = robustbench.network_of(results["rows"], args.network)
   source = _load(path, args)

@@ -16,11 +16,19 @@ _LENGTH = struct.Struct("<Q")
 _LONGEST_HEADER = 1 << 24  # 16 MiB: some 100,000 tensors
 
 
-def _check_header(path: pathlib.Path) -> dict[str, Any]:
-  """Checks what the library does not: the size of the header, and its names.
+def texts(path: pathlib.Path) -> dict[str, Any]:
+  """Reads the texts of a file, and checks what the library does not.
+
+  These are the size of the header, and its names.
+
+  Args:
+    path: File in the format of safetensors.
 
   Returns:
     The texts beside the tensors, by name.
+
+  Raises:
+    Exception: The file is none of that format, mostly `ValueError` or `OSError`.
   """
   with regular.open_regular(path) as file:
     start = file.read(_LENGTH.size)
@@ -64,7 +72,7 @@ def read(
   """
   regular.require_regular(path)
   try:
-    texts = _check_header(path)
+    beside = texts(path)
     # NumPy knows the dtype bfloat16 once JAX has been imported.
     with safetensors.safe_open(path, framework="numpy") as file:
       found = {name: file.get_tensor(name) for name in file.keys()}
@@ -75,4 +83,4 @@ def read(
     raise UserError(f"{path}: no safetensors file ({reason})") from None
   if not found:
     raise UserError(f"{path}: no state dict; allowed: tensors by name")
-  return found, texts
+  return found, beside

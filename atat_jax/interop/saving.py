@@ -15,6 +15,7 @@ from atat_jax.interop import (
   description,
   layouts,
   recognition,
+  safetensors_file,
   torch_module,
   torch_weights,
 )
@@ -68,11 +69,26 @@ def _normalization(fields: Mapping[str, object]) -> dict[str, np.ndarray]:
   }
 
 
+def _is_written_here(path: pathlib.Path) -> bool:
+  """Whether a file of weights is one that `save` has written."""
+  try:
+    with files.local(path) as here:
+      return description.TEXT in safetensors_file.texts(here)
+  # A file of any other kind can raise anything in the reader of headers.
+  except Exception:
+    return False
+
+
 def _paths(path: pathlib.Path | str) -> Saved:
-  """Returns the paths of both files, neither of which is somebody's code."""
+  """Returns the paths of both files, neither of which is somebody else's."""
   path = locations.expand("path", path)
   if path.suffix != _SUFFIX:
     raise UserError(f"path: {path}; allowed: a name that ends in {_SUFFIX}")
+  if path.exists() and not _is_written_here(path):
+    raise UserError(
+      f"path: {path} would be overwritten, and is no file of atat_jax; allowed:"
+      " another name"
+    )
   module = path.with_name(f"{torch_module.module_name(path.stem)}.py")
   content = files.read_bytes(module)
   if content is not None and not torch_module.is_written_here(content):
@@ -121,8 +137,8 @@ def save(
 
   Raises:
     UserError: A network of another class, variables of another network or
-      dtype, or not finite, a path of another suffix, a Python file of somebody
-      else's in the module's place, or other weights with a module of this name.
+      dtype, or not finite, a path of another suffix, a file of somebody else's
+      in the place of either, or other weights with a module of this name.
   """
   checks.module(model)
   described = description.describe(model)

@@ -499,6 +499,24 @@ def test_a_mode_runs_and_says_where_to_look_next(mode, monkeypatch, capsys):
   assert capsys.readouterr().out.splitlines()[-1].startswith("next: ")
 
 
+@pytest.mark.parametrize(
+  ("words", "said"),
+  [
+    (["--out="], "out: ''; allowed: a path"),
+    (["--size=8"], "--size, --data-dir: without --data; allowed: with it"),
+    (["--data-dir=x"], "--size, --data-dir: without --data; allowed: with"),
+    (["--out=taken"], "out: taken holds checkpoints already; allowed: another"),
+  ],
+)
+def test_import_refuses_flags_before_it_loads(
+  words, said, tmp_path, monkeypatch
+):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "taken" / "checkpoints").mkdir(parents=True)
+  with pytest.raises(UserError, match=pattern(said)):
+    importing.main(["gone.pth", *words])
+
+
 def test_imported_weights_are_a_checkpoint(tmp_path, capsys):
   from bad_values import World
 

@@ -359,6 +359,7 @@ def test_what_cannot_be_written_is_refused_before_anything_is(tmp_path):
   for path, network, arrays, said in (
     ("train.safetensors", model, variables, "train.py would be overwritten"),
     ("taken_x.safetensors", model, variables, "module of taken-x.safetensors"),
+    ("taken-x.safetensors", model, variables, "x.safetensors would be overw"),
     ("net.pth", model, variables, r"a name that ends in .safetensors"),
     ("net.safetensors", Own(), variables, "model: Own; allowed: wide_resnet"),
     ("net.safetensors", model, half, "has dtype bfloat16; allowed: float32"),

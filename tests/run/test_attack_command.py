@@ -133,6 +133,7 @@ def test_bad_input_is_named():
     ({"name": 5}, "name: 5"),
     ({"batch_size": 0}, "batch_size: 0"),
     ({"out": __file__}, "out: .* is a file; allowed: a directory"),
+    ({"out": f"{__file__}/x/y"}, "out: .*[.]py is a file; allowed: a dir"),
   ):
     arguments = {"epsilon": EPSILON} | changes
     with pytest.raises(UserError, match=message):

@@ -93,6 +93,9 @@ def test_without_results_there_is_nothing_for_robustbench(
     ("--name=", "--name: ''; allowed: a name without a folder"),
     ("--name=../x", "--name: '../x'; allowed: a name without a folder"),
     ("--results=none", "--results: none; allowed: a folder with results.json"),
+    ("--network=x", "--network: 'x' without results; allowed: with a results"),
+    ("--step=3", "--step, --which: given for gone.pth, no run; allowed: for"),
+    ("--which=last", "--step, --which: given for gone.pth, no run; allowed"),
   ],
 )
 def test_bad_flags_are_refused_before_anything_is_loaded(flag, said, tmp_path):

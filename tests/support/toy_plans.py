@@ -10,6 +10,7 @@ peers and files. Only sizes become small:
 | `step`, `kernels`, `savings`, `attacks` | WRN-8-1, batches of 4 images of 8x8, one step, one repeat |
 | `scaling`, `maps` | their flag `--smoke` |
 | `first_call` | the smallest network, once |
+| `certified` | an epoch, 4 images, one epsilon |
 
 The data are a CIFAR archive of random images, and `torch.compile` is PyTorch's
 eager mode, as it asks for a compiler.
@@ -59,6 +60,11 @@ _SMALL = {
     "--epsilon": ["8/255"],
   },
   "first_call": {"--network": ["convnet"], "--repeats": ["1"]},
+  "certified": {
+    "--epochs": ["1"],
+    "--num_examples": ["4"],
+    "--epsilons": ["0.05"],
+  },
   "honest": {},
 }
 

@@ -1,5 +1,10 @@
 """Runs and data on an object store."""
 
+import os
+import signal
+import subprocess
+import sys
+
 import fsspec
 import jax
 import jax.numpy as jnp
@@ -338,3 +343,43 @@ def _stamps(run):
     for place, names in locations.walk(run / "checkpoints")
     for name in names
   }
+
+
+def _sent(store):
+  """Steps of which objects are on the server, and those that are complete."""
+  place = "bucket/run/checkpoints"
+  parts = [path.split("/") for path in store.find(place) if path.count("/") > 3]
+  ends = {part[3] for part in parts if part[4:] == ["commit_success.txt"]}
+  return {part[3] for part in parts}, ends
+
+
+@pytest.mark.slow
+def test_a_run_killed_while_it_sends_goes_on_from_what_is_complete(
+  server, tmp_path
+):
+  """SIGKILL, when a part of the second checkpoint is there."""
+
+  def started(workdir):
+    words = tiny.flags(tmp_path, "--mode=train", method="at")
+    words = [word.replace(str(tmp_path), workdir) for word in words]
+    return subprocess.Popen(
+      [sys.executable, "main.py", *words],
+      cwd=tiny.ROOT,
+      env={**os.environ, **tiny.QUICK, "JAX_PLATFORMS": "cpu"},
+      stderr=subprocess.DEVNULL,
+    )
+
+  store = fsspec.filesystem("s3", use_listings_cache=False)
+  first, sent, complete = started("s3://bucket/run"), set(), set()
+  while not (complete and len(sent) > len(complete)):
+    assert first.poll() is None
+    sent, complete = _sent(store)
+  first.kill()
+  assert first.wait() == -signal.SIGKILL
+  run, disk = "s3://bucket/run", str(tmp_path / "disk")
+  assert str(checkpoints.find(run).step) in complete
+  for workdir in (run, disk):
+    assert started(workdir).wait() == 0
+  for one, other in zip(_weights(run), _weights(disk), strict=True):
+    np.testing.assert_array_equal(one, other)
+  assert checkpoints.find(run) == checkpoints.find(disk)

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
-from documents import DOCUMENTS, prose
+from documents import DOCUMENTS, blocks, prose
 
 from atat_jax import analyses, attacks, data, models, objectives
 from atat_jax.attacks.autoattack import versions
@@ -248,25 +248,34 @@ def test_every_name_of_the_package_exists():
   assert not wrong, "\n".join(wrong)
 
 
-def test_notebooks_use_names_that_exist():
-  wrong, count = [], 0
+def _code() -> Iterator[tuple[str, str]]:
+  """Place and text of the Python that only the slow tests run to its end."""
   for path in sorted(ROOT.glob("notebooks/*.ipynb")):
-    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    code = ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
-    for cell in code:
-      # Commands of the notebook are no Python.
-      cell = re.sub(r"^( *)[%!].*$", r"\1pass", cell, flags=re.M)
-      for node in ast.walk(ast.parse(cell)):
-        match node:
-          case ast.ImportFrom(module=module, names=names) if module is not None:
-            used = [f"{module}.{alias.name}" for alias in names]
-          case ast.Attribute(value=ast.Name(id=module), attr=attr):
-            used = [f"atat_jax.{module}.{attr}"] if module in MODULES else []
-          case _:
-            continue
-        count += len(used)
-        wrong += [f"{path.name}: {u}" for u in used if not _resolves(u)]
-  assert count > 30
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+      if cell["cell_type"] == "code":
+        # Commands of the notebook are no Python.
+        text = "".join(cell["source"])
+        yield path.name, re.sub(r"^( *)[%!].*$", r"\1pass", text, flags=re.M)
+  for name in DOCUMENTS:
+    yield from ((name, block.code) for block in blocks(name, "python"))
+
+
+def test_python_uses_names_that_exist():
+  wrong, count = [], 0
+  for place, code in _code():
+    for node in ast.walk(ast.parse(code)):
+      match node:
+        case ast.ImportFrom(module=str(module), names=names):
+          used = [f"{module}.{alias.name}" for alias in names]
+        case ast.Attribute(value=ast.Name(id=module), attr=attr):
+          used = [f"atat_jax.{module}.{attr}"] if module in MODULES else []
+        case _:
+          continue
+      # Files of the reader's own.
+      used = [name for name in used if not name.startswith("exported.")]
+      count += len(used)
+      wrong += [f"{place}: {u}" for u in used if not _resolves(u)]
+  assert count > 60
   assert not wrong, "\n".join(wrong)
 
 

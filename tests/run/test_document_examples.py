@@ -33,7 +33,9 @@ PAGES = {
 }
 
 # Pages that compile many programs, or attack in hundreds of steps.
-SLOW = {"docs/evaluating.md", "docs/explaining.md", "docs/networks.md"}
+SLOW = {
+  f"docs/{x}.md" for x in "autoattack evaluating explaining networks".split()
+}
 
 
 # --- Files that pages name ---------------------------------------------------

@@ -97,6 +97,7 @@ PARTS: dict[str, Part] = {
     first_call=first_call.table,
     traffic=traffic.table,
     precision=precision.table,
+    precision_digits=precision.table,
   ),
   **{
     f"h200_{name}": Part("performance.md", f"h200/{file}.json", table)

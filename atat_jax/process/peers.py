@@ -19,11 +19,11 @@ import contextlib
 import errno
 import json
 import os
-import select
+import selectors
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from atat_jax.errors import UserError
@@ -63,7 +63,7 @@ class _Line:
         connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
   def fileno(self) -> int:
-    """Descriptor, for `select`."""
+    """Descriptor, for selectors."""
     return self._socket.fileno()
 
   @property
@@ -174,8 +174,8 @@ class Peers:
         if now - told > min(15.0, self._seconds / 3):
           told = now
           self._tell(self._describe_missing())
-        lines: list[socket.socket | _Line] = [listener, *new, *self._lines]
-        for one in select.select(lines, [], [], _RETRY_SECONDS)[0]:
+        lines = [listener, *new, *self._lines]
+        for one in _readable(lines, _RETRY_SECONDS):
           if isinstance(one, _Line):
             self._hear(one, new)
             continue
@@ -306,7 +306,7 @@ class Peers:
     missing = ""
     # Process 0, which may have begun later, has the better list.
     while time.monotonic() < self._deadline + _LATER_SECONDS:
-      ready, _, _ = select.select([line], [], [], _RETRY_SECONDS)
+      ready = _readable([line], _RETRY_SECONDS)
       messages = line.read() if ready else []
       if messages is None:
         return False
@@ -342,8 +342,7 @@ class Peers:
 
   def _run(self) -> None:
     while lines := [line for line in self._lines if not line.left]:
-      ready, _, _ = select.select(lines, [], [])
-      for line in ready:
+      for line in _readable(lines):
         messages = line.read()
         for message in messages or ():
           self._handle(line, message)
@@ -393,6 +392,23 @@ class Peers:
     self._ended = True
     who = f"process {self._place.process_id} on {self._hello['host']}"
     self._forward({"gone": who} if failed else {"bye": True}, besides=None)
+
+
+def _readable(lines: Sequence[Any], seconds: float | None = None) -> list[Any]:
+  """Waits until something can be read.
+
+  Args:
+    lines: Sockets and lines, any number; `select` itself takes no more than
+      about a thousand.
+    seconds: Longest time to wait; None: as long as it takes.
+
+  Returns:
+    Those of which something can be read.
+  """
+  with selectors.DefaultSelector() as waiting:
+    for line in lines:
+      waiting.register(line, selectors.EVENT_READ)
+    return [key.fileobj for key, _ in waiting.select(seconds)]
 
 
 def _is_hello(message: Message) -> bool:

@@ -312,3 +312,18 @@ def test_a_failure_is_told_at_once(three):
   found[1].leave(failed=True)
   wait_for(lambda: heard[0] and heard[2])
   assert all("process 1 on " in heard[n][0][0] for n in (0, 2))
+
+
+def test_a_job_may_have_more_processes_than_select_takes():
+  ours, theirs = socket.socketpair()
+  with ours, theirs:
+    many = [ours.dup() for _ in range(1100)]
+    try:
+      assert many[-1].fileno() > 1024
+      theirs.sendall(b"word")
+      assert peers._readable([many[-1]], 5.0) == [many[-1]]
+      assert many[-1].recv(9) == b"word"
+      assert peers._readable(many, 0.0) == []
+    finally:
+      for one in many:
+        one.close()

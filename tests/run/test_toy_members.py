@@ -129,6 +129,7 @@ from jax.sharding import Mesh
 
 from atat_jax import models
 from atat_jax.analyses import base
+from atat_jax.data import batches
 from atat_jax.drawing import style
 from atat_jax.evaluation.networks import Networks
 from atat_jax.typing import Array
@@ -147,6 +148,7 @@ def toy_logits(
   for name, (model, variables) in networks.items():
     logits = np.asarray(models.classifier(model, variables)(images))
     found[f"{name}_logit"] = logits[np.arange(len(labels)), labels].mean()
+    batches.tell(len(labels), len(labels))  # moves the progress bar
   return found
 
 

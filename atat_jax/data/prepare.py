@@ -308,7 +308,11 @@ def describe(name: str, *, data_dir: str | None = None, size: int = 0) -> str:
 def _counts(labels: np.ndarray, num_classes: int) -> str:
   """Says how many images there are, in all and of a class."""
   each = np.bincount(labels, minlength=num_classes)
-  return f"{len(labels):,} images, {each.min():,} to {each.max():,} of a class"
+  least, most = each.min(), each.max()
+  share = (
+    f"{most:,} of each" if least == most else f"{least:,} to {most:,} of a"
+  )
+  return f"{len(labels):,} images, {share} class"
 
 
 def _listed(names: Sequence[str], most: int = 8) -> str:
@@ -325,6 +329,11 @@ def _located(name: str, data_dir: str | None) -> tuple[str, str | None]:
       return "npz", name
     if path.is_dir():
       return "folder", name
+  if name.partition(":")[0] not in data.DATASETS:
+    raise UserError(
+      f"name: {shown(name)}; allowed: {', '.join(data.DATASETS)}, or the path of"
+      f" an .npz or of a folder that is there{near(name, data.DATASETS)}"
+    )
   return name, data_dir
 
 

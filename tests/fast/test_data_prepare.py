@@ -223,7 +223,7 @@ def test_errors_of_the_command_are_one_line(tmp_path, capsys):
   with pytest.raises(SystemExit) as end:
     prepare.main(["cifar01"])
   text = str(end.value.code)
-  assert text.startswith("error: name: 'cifar01'; allowed: cifar10, cifar100, ")
+  assert text.startswith("error: name: 'cifar01'; allowed: digits, cifar10, ")
   assert text.endswith(" (did you mean 'cifar10'?)")
   with pytest.raises(SystemExit) as end:
     prepare.main(["digits", "--archive=a.tar.gz"])
@@ -266,10 +266,19 @@ def test_own_data_are_described_by_their_path(kind, tmp_path, capsys):
   prepare.main([str(place)])
   text = capsys.readouterr().out
   assert "images:    9 x 9 pixels, 3 channels\n" in text
-  assert "training:  12 images, 4 to 4 of a class\n" in text
-  assert "test:      6 images, 2 to 2 of a class\n" in text
+  assert "training:  12 images, 4 of each class\n" in text
+  assert "test:      6 images, 2 of each class\n" in text
   assert "classes:   3: " in text
   assert f"--config.data.name={kind} --config.data.dir={place}\n" in text
+
+
+@pytest.mark.parametrize("name", ["nowhere", "digts", "./flowers", "x:y"])
+def test_data_that_are_nowhere_are_named_with_what_is_allowed(name):
+  with pytest.raises(SystemExit) as stopped:
+    prepare.main([name])
+  said = str(stopped.value)
+  assert f"name: {name!r}; allowed: digits, " in said and ".npz" in said
+  assert ("did you mean 'digits'" in said) == (name == "digts")
 
 
 # --- Download ----------------------------------------------------------------

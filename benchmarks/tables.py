@@ -2,9 +2,9 @@
 
   python -m benchmarks.tables
 
-Every part knows its page. The text between `<!-- generated: PART -->` and `<!-- end -->` becomes the table
-of that part's result file, with command, commit and machine. Results of
-uncommitted code are refused.
+Every part knows its page. The text between `<!-- generated: PART -->` and
+`<!-- end -->` becomes the table of that part's result file, with command, commit
+and machine. Results of uncommitted code are refused.
 """
 
 import json

@@ -33,11 +33,16 @@ def _affine(*matrix: float) -> Callable[[Any], Any]:
   return moved
 
 
-def _enhanced(kind: str, image: Any, signed: float) -> Any:
-  from PIL import ImageEnhance
+def _enhanced(kind: str) -> Callable[[Any, float, int], Any]:
+  """Makes more, or less, of what one of Pillow's enhancers changes."""
 
-  factor = max(0.1, 1.0 + 0.9 * signed)
-  return getattr(ImageEnhance, kind)(image).enhance(factor)
+  def done(image: Any, level: float, sign: int) -> Any:
+    from PIL import ImageEnhance
+
+    factor = max(0.1, 1.0 + 0.9 * (sign * level))
+    return getattr(ImageEnhance, kind)(image).enhance(factor)
+
+  return done
 
 
 def _rotated(image: Any, signed: float) -> Any:
@@ -94,16 +99,10 @@ OPERATIONS: dict[str, Callable[[Any, float, int], Any]] = {
   "posterize": lambda image, level, sign: _posterized(image, level),
   "solarize": lambda image, level, sign: _solarized(image, level),
   "solarize_add": lambda image, level, sign: _brightened(image, level),
-  "color": lambda image, level, sign: _enhanced("Color", image, sign * level),
-  "contrast": lambda image, level, sign: _enhanced(
-    "Contrast", image, sign * level
-  ),
-  "brightness": lambda image, level, sign: _enhanced(
-    "Brightness", image, sign * level
-  ),
-  "sharpness": lambda image, level, sign: _enhanced(
-    "Sharpness", image, sign * level
-  ),
+  "color": _enhanced("Color"),
+  "contrast": _enhanced("Contrast"),
+  "brightness": _enhanced("Brightness"),
+  "sharpness": _enhanced("Sharpness"),
   "shear_x": lambda image, level, sign: _affine(
     1, 0.3 * sign * level, 0, 0, 1, 0
   )(image),

@@ -107,14 +107,6 @@ def _begin(
   return problem, search.start(problem, settings), jnp.zeros_like(labels)
 
 
-def _refill(
-  fresh: Array,
-  new: tuple[Problem, Any, Array],
-  old: tuple[Problem, Any, Array],
-) -> tuple[Problem, Any, Array]:
-  return search_lib.select(fresh, new, old)
-
-
 def _advance(
   classifier: Classifier,
   key: Array,
@@ -154,7 +146,9 @@ _jitted_begin = {
   light: compilation.jit(_begin, light=light, static_argnames="search")
   for light in (False, True)
 }
-_jitted_refill = compilation.jit(_refill, light=True, donate_argnames="old")
+_jitted_refill = compilation.jit(
+  search_lib.select, light=True, donate_argnames="old"
+)
 _jitted_advance = compilation.jit(
   _advance, static_argnames="search", donate_argnames="state"
 )
